@@ -1,0 +1,228 @@
+"""The hypernetwork: normaliser, residual blocks, aggregation (MEND, MALMEN, RLEdit)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Aggregation = Literal["mend", "least_squares", "recursive"]
+AGGREGATIONS = ("mend", "least_squares", "recursive")
+
+
+@dataclass(frozen=True)
+class HypernetworkConfig:
+    """What a hypernetwork is built from.
+
+    Attributes:
+        rank: inner width of a residual block.
+        blocks: residual blocks; 0 with "least_squares" is UltraEdit's training-free rule.
+        aggregation: "mend" (ũ = û, ṽ = −η δ̂), "least_squares" (MALMEN's, RLEdit's default) or "recursive" (the same
+            with the second moment of all earlier keys in the system).
+        step_size: initial η_l.
+        damping: initial λ_l.
+        learn_damping: whether λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
+        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
+            seen and stay as they are outside training.
+    """
+
+    rank: int = 256
+    blocks: int = 2
+    aggregation: Aggregation = "recursive"
+    step_size: float = 1e-3
+    damping: float = 1.0
+    learn_damping: bool = True
+    normaliser: Literal["stream", "lifetime"] = "stream"
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation is {self.aggregation!r}; give one of {', '.join(AGGREGATIONS)}")
+        if self.normaliser not in ("stream", "lifetime"):
+            raise ValueError(f"normaliser is {self.normaliser!r}; give 'stream' or 'lifetime'")
+        for name in ("step_size", "damping", "rank"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+
+
+class RunningNormaliser:
+    """Running mean and variance of rows (Welford's update in batches)."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), device=device)
+        self.mean = torch.zeros(width, device=device)
+        self.squares = torch.zeros(width, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Take in rows (N, width)."""
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        total = self.count + len(rows)
+        shift = mean - self.mean
+        self.squares = self.squares + (rows - mean).square().sum(0) + shift.square() * self.count * len(rows) / total
+        self.mean = self.mean + shift * len(rows) / total
+        self.count = total
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal standard deviation, (width,) each."""
+        std = (self.squares / (self.count - 1).clamp(min=1)).sqrt()
+        return self.mean, 1 / (std + 1e-8)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`state`."""
+        self.count, self.mean, self.squares = (state[k].to(self.mean.device) for k in ("count", "mean", "squares"))
+
+
+class ResidualBlocks(nn.Module):
+    """z ← z + scale_l ⊙ ReLU(z A B + b) + shift_l, B times; A, B, b shared by modules of one shape.
+
+    B starts at zero, so that the untrained network is the identity.
+    """
+
+    def __init__(self, width: int, rank: int, blocks: int, modules: int) -> None:
+        super().__init__()
+        self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / math.sqrt(width)) for _ in range(blocks)])
+        self.up = nn.ParameterList([nn.Parameter(torch.zeros(rank, width)) for _ in range(blocks)])
+        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(width)) for _ in range(blocks)])
+        self.scale = nn.ParameterList([nn.Parameter(torch.ones(modules, width)) for _ in range(blocks)])
+        self.shift = nn.ParameterList([nn.Parameter(torch.zeros(modules, width)) for _ in range(blocks)])
+
+    def forward(self, z: Tensor, module: int) -> Tensor:
+        """Transformed rows (N, width) of the module with this index."""
+        for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
+            z = z + scale[module] * torch.relu(z @ down @ up + bias) + shift[module]  # (N, width)
+        return z
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the second pass needs of a step: the network's inputs, constants of the trajectory's gradient.
+
+    Attributes:
+        keys: module → u (N, d_in).
+        inputs: module → normalised [u; δ] (N, d_in + d_out).
+        update_keys: module → ũ where it does not depend on the parameters, else absent.
+    """
+
+    keys: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    update_keys: dict[str, Tensor]
+
+
+class Hypernetwork(nn.Module):
+    """Maps a batch's keys and value gradients to rank-1 update factors (RLEdit, section 3.2; MEND; MALMEN).
+
+    z = normalise([u; δ]) passes through residual blocks and is split into (û, δ̂). MEND's aggregation is ũ = û,
+    ṽ = −η δ̂. The others take vᵢ = −η (uᵢ·ûᵢ) δ̂ᵢ and solve ridge least squares ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², whose
+    dual form has the factors ũ = (u uᵀ + λI)⁻¹ u and ṽ = v. With "recursive" the system holds all keys since the
+    reset: ũ = u S⁻¹, S = λI + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's memory, updated by N rows a step (Woodbury).
+
+    Args:
+        shapes: module → (d_in, d_out).
+        config: sizes and rules.
+        seed: of the initial parameters.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.shapes, self.config = dict(shapes), config
+        members: dict[tuple[int, int], list[str]] = {}
+        for module, shape in shapes.items():
+            members.setdefault(shape, []).append(module)
+        self.place = {m: (str(i), j) for i, names in enumerate(members.values()) for j, m in enumerate(names)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.networks = nn.ModuleDict(
+                {
+                    str(i): ResidualBlocks(sum(shape), config.rank, config.blocks, len(names))
+                    for i, (shape, names) in enumerate(members.items())
+                }
+            )
+        self.index = {m: i for i, m in enumerate(shapes)}
+        self.log_step_size = nn.Parameter(torch.full((len(shapes),), math.log(config.step_size)))
+        learned = config.learn_damping and config.aggregation == "least_squares"
+        self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
+        self.normalisers = {m: RunningNormaliser(sum(shape)) for m, shape in shapes.items()}
+        self.memory: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_step_size.device
+
+    def reset(self) -> None:
+        """Forget the stream: the recursion's memory, and the moments of a normaliser that is the stream's."""
+        self.memory = {}
+        if self.config.normaliser == "stream":
+            self.normalisers = {m: RunningNormaliser(sum(s), self.device) for m, s in self.shapes.items()}
+
+    @torch.no_grad()
+    def observe(self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], adapt: bool = True) -> StepRecord:
+        """Take a batch into the normalisers and the memory, and return what :meth:`factors` needs.
+
+        Args:
+            keys: module → u (N, d_in).
+            gradients: module → δ (N, d_out).
+            adapt: whether a "lifetime" normaliser takes the batch in; a "stream" normaliser always does.
+        """
+        inputs, update_keys = {}, {}
+        for module, u in keys.items():
+            rows = torch.cat([u, gradients[module]], dim=1)  # (N, d_in + d_out)
+            normaliser = self.normalisers[module]
+            if adapt or self.config.normaliser == "stream":
+                normaliser.update(rows)
+            mean, scale = normaliser.moments()
+            inputs[module] = (rows - mean) * scale
+            if self.config.aggregation == "recursive":
+                update_keys[module] = self._remember(module, u)
+        return StepRecord(dict(keys), inputs, update_keys)
+
+    def _remember(self, module: str, u: Tensor) -> Tensor:
+        """S⁻¹ takes in keys (N, d_in) by Woodbury's identity; returns ũ = u S⁻¹."""
+        inverse = self.memory.get(module)
+        if inverse is None:
+            damping = float(self.log_damping[self.index[module]].exp())
+            inverse = torch.eye(u.shape[1], device=u.device) / damping
+        projected = u @ inverse  # (N, d_in)
+        gram = projected @ u.T + torch.eye(len(u), device=u.device)  # (N, N)
+        solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
+        self.memory[module] = inverse - projected.T @ solved
+        return solved
+
+    def factors(self, record: StepRecord) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module; differentiable in the parameters."""
+        update_keys, values = {}, {}
+        for module, u in record.keys.items():
+            group, member = self.place[module]
+            z = self.networks[group](record.inputs[module], member)
+            key_part, gradient_part = z.split(self.shapes[module], dim=1)  # û (N, d_in), δ̂ (N, d_out)
+            step_size = self.log_step_size[self.index[module]].exp()
+            if self.config.aggregation == "mend":
+                update_keys[module], values[module] = key_part, -step_size * gradient_part
+                continue
+            values[module] = -step_size * (u * key_part).sum(1, keepdim=True) * gradient_part
+            if self.config.aggregation == "recursive":
+                update_keys[module] = record.update_keys[module]
+            else:
+                damping = self.log_damping[self.index[module]].exp()
+                gram = u @ u.T + damping * torch.eye(len(u), device=u.device)  # (N, N)
+                update_keys[module] = torch.cholesky_solve(u, torch.linalg.cholesky(gram))
+        return update_keys, values
+
+    def memory_state(self) -> dict[str, Tensor]:
+        """Normalisers and recursion memory as named tensors."""
+        state = {f"normaliser.{m}.{k}": v for m, n in self.normalisers.items() for k, v in n.state().items()}
+        return state | {f"memory.{m}": v for m, v in self.memory.items()}
+
+    def load_memory_state(self, state: Mapping[str, Any]) -> None:
+        """Take the tensors of :meth:`memory_state`."""
+        for module, normaliser in self.normalisers.items():
+            normaliser.load({k: state[f"normaliser.{module}.{k}"] for k in normaliser.state()})
+        self.memory = {m: state[f"memory.{m}"].to(self.device) for m in self.shapes if f"memory.{m}" in state}

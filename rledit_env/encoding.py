@@ -1,0 +1,75 @@
+"""Edit records as token passages of one LM, each record tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rledit_env.knowledge import EditRecord, KnowledgeDataset
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """One fact as passages: the edit (x, y*), every paraphrase (x̃, y*) and every unrelated pair (x′, y′)."""
+
+    edit: Passage
+    paraphrases: tuple[Passage, ...]
+    unrelated: tuple[Passage, ...]
+
+
+def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
+    """Tokenise a record.
+
+    Raises:
+        ValueError: a passage is longer than the model's context; the message names the record's file and line.
+    """
+    return EncodedRecord(
+        edit=lm.tokenize(record.prompt, record.target, record.subject, record.origin),
+        paraphrases=tuple(lm.tokenize(p, record.target, record.subject, record.origin) for p in record.paraphrases),
+        unrelated=tuple(lm.tokenize(u.prompt, u.answer, origin=record.origin) for u in record.unrelated),
+    )
+
+
+class EncodedDataset:
+    """A data set whose records are tokenised when first asked for."""
+
+    def __init__(self, lm: EditableLM, dataset: KnowledgeDataset) -> None:
+        self.lm, self.dataset = lm, dataset
+        self._encoded: dict[int, EncodedRecord] = {}
+
+    def __getitem__(self, index: int) -> EncodedRecord:
+        index = int(index)
+        if index not in self._encoded:
+            self._encoded[index] = encode(self.lm, self.dataset.records[index])
+        return self._encoded[index]
+
+    def check_lengths(self) -> None:
+        """Raise for any passage that does not fit the model's context.
+
+        A text has at most as many tokens as UTF-8 bytes (plus the special ones), so only texts near the limit are
+        tokenised here.
+        """
+        limit = self.lm.context_length - 8
+        for index, record in enumerate(self.dataset.records):
+            prompts = [record.prompt, *record.paraphrases]
+            texts = [f"{p} {record.target}" for p in prompts] + [f"{u.prompt} {u.answer}" for u in record.unrelated]
+            if any(len(text.encode()) > limit for text in texts):
+                self[index]
+
+    def traced_positions(self, token: str) -> np.ndarray:
+        """Number of positions that ``EditableLM.trace`` returns for each record's edit, (records,) int64."""
+        records = self.dataset.records
+        passages = self.lm.tokenize_all(
+            [r.prompt for r in records], [r.target for r in records], [r.subject for r in records],
+            [r.origin for r in records],
+        )
+        return np.array([len(p.chosen_positions(token)) for p in passages])
+
+
+def largest_batch(counts: Sequence[int] | np.ndarray, batch_size: int) -> int:
+    """The most positions that any batch of ``batch_size`` records can have."""
+    return int(np.sort(np.asarray(counts))[::-1][:batch_size].sum())

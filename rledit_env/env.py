@@ -1,0 +1,367 @@
+"""LifelongEditEnv: an LLM that must absorb a stream of new facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rledit_env import render, spaces
+from rledit_env.encoding import EncodedDataset, largest_batch
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.metrics import Metrics, evaluate
+from rledit_env.reward import RewardConfig, ScoredBatch, backtracked, resolve_reward, score
+
+
+class LifelongEditEnv(gym.Env):
+    """Lifelong knowledge editing of a language model as a Markov decision process (RLEdit, ICML 2025).
+
+    ## Description
+
+    An LLM meets a stream of T batches of n new facts. At each step the agent sees the fine-tuning gradient of the
+    current batch, in factored form, and answers with rank-1 update factors for each edited weight. The update is
+    added to the LLM, the reward says how well the LLM now knows the batch (on paraphrases), how little unrelated
+    answers moved and how well earlier batches are remembered, and the next batch arrives. The environment knows
+    nothing of any learning algorithm; the agent never touches the LLM.
+
+    ## Action Space
+
+    A dictionary; `module` runs over the dotted names of the edited modules, N is `max_tokens`.
+
+    | Key                | Space            | Meaning                                  |
+    |--------------------|------------------|------------------------------------------|
+    | `keys[module]`     | `Box(N, d_in)`   | ũ, one row a traced token position       |
+    | `values[module]`   | `Box(N, d_out)`  | ṽ, one row a traced token position       |
+
+    The update is ΔW = Σᵢ ṽᵢ ũᵢᵀ over the rows in use; padded rows are ignored. Plain fine-tuning with step size η is
+    `keys = obs["keys"]`, `values = −η · obs["value_gradients"]`. A wrong shape or a number that is not finite raises
+    `ValueError` and changes nothing.
+
+    ## Observation Space
+
+    | Key                       | Space            | Meaning                                                          |
+    |---------------------------|------------------|------------------------------------------------------------------|
+    | `keys[module]`            | `Box(N, d_in)`   | u, the module's inputs at the traced positions                   |
+    | `value_gradients[module]` | `Box(N, d_out)`  | δ, gradient of the edit loss with respect to the module's outputs |
+    | `mask`                    | `Box(N,)`        | 1 for rows in use, 0 for padding                                 |
+    | `edit_loss`               | `Box(1,)`        | mean answer-token cross-entropy of the batch before the update   |
+    | `progress`                | `Box(1,)`        | share of the episode's steps taken                               |
+
+    `δᵀu` is the gradient ∂L/∂W restricted to the traced positions: with `token="all"` the whole gradient, exactly.
+    With `array_backend="torch"` the same dictionaries hold float32 tensors on the LLM's device, with only the rows in
+    use (the mask is then all ones), and the action is given likewise.
+
+    ## Rewards
+
+    r_t = −( L(B_t, W_t) + Σ_{i=1..k} μ^i L(B_{t−i}, W_t) + η Σ ‖ΔW_t‖_F² ), with L = L_gen + λ_loc · L_loc
+    (Eq. 6–10). Every part is replaceable: see :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted
+    means of the current batch under the components' names (`generalization`, `locality`), the weighted sums
+    `backtracking` and `regularisation`, and `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules.
+    The reward is at least `RewardConfig.floor` (−1000).
+
+    ## Starting State
+
+    `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
+    (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
+    are). Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
+
+    ## Episode End
+
+    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. Terminated as well when an
+    update breaks the model (a loss is no longer finite): the reward is then the floor and `info["diverged"]` is True.
+    Never truncated.
+
+    ## Arguments
+
+    ```python
+    >>> import gymnasium as gym
+    >>> env = gym.make("rledit_env:RLEdit-ZsRE-v0", model="tiny-llama", num_batches=2, batch_size=2)
+    >>> observation, info = env.reset(seed=0)
+    >>> action = {"keys": observation["keys"],
+    ...           "values": {m: -0.1 * g for m, g in observation["value_gradients"].items()}}
+    >>> observation, reward, terminated, truncated, info = env.step(action)
+
+    ```
+
+    * `kind`: which data set's form: "zsre", "counterfact" or "fever"; set by the environment's id.
+    * `model`: registry name, hub id or folder of a causal LM, or an `EditableLM` (then shared, and `edit_modules`,
+      `device` and `dtype` must be left out).
+    * `edit_modules`: names or globs of the modules to edit, such as `"model.layers.[20-27].mlp.{gate,up}_proj"`; None
+      means the registry's default for the model.
+    * `data`: "bundled", a file, a folder, a hub id, a list of dictionaries, a mapping from split to any of these (see
+      :func:`rledit_env.knowledge.load_knowledge`), or a `KnowledgeDataset`.
+    * `split`: "train" or "eval".
+    * `num_batches`, `batch_size`: T and n.
+    * `token`: the positions whose keys and value gradients are observed: "answer" (those that predict an answer
+      token), "subject" (the subject's last token; answer positions for facts without a subject), "subject+answer", or
+      "all".
+    * `reward`: None or "paper" (the paper's), "efficacy" (with a term for the edit prompt and one sampled earlier
+      batch), "none" (no reward computed: 0.0), or a `RewardConfig`.
+    * `max_tokens`: N; None means the most that any batch of this data can need.
+    * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
+    * `array_backend`: "numpy" (padded) or "torch".
+    * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
+      of r_t with respect to the action's factors (regularisation only) into `info["action_gradient"]`.
+    * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E).
+    * `device`, `dtype`: where and in what precision the frozen weights run; "auto" chooses (edited weights are always
+      kept in float32).
+    * `on_error`: "raise" or "skip" unusable rows of the data.
+    * `render_mode`: "ansi" or "human" (the step's facts with the LLM's answers before and after), or "rgb_array" (the
+      curves so far).
+
+    ## Attributes
+
+    `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
+    facts edited so far).
+
+    ## Version History
+
+    * v0: first release.
+    """
+
+    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 2}
+
+    def __init__(
+        self,
+        kind: str,
+        model: str | EditableLM = "smollm2-135m",
+        edit_modules: Sequence[str] | str | None = None,
+        data: Any = "bundled",
+        split: str = "train",
+        num_batches: int = 20,
+        batch_size: int = 20,
+        token: str = "answer",
+        reward: RewardConfig | str | None = None,
+        max_tokens: int | None = None,
+        steps_per_batch: int = 1,
+        array_backend: Literal["numpy", "torch"] = "numpy",
+        reward_gradient: bool = False,
+        action_noise_std: float = 0.0,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
+        render_mode: str | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        _require(token in TOKEN_CHOICES, "token", token, f"one of {', '.join(TOKEN_CHOICES)}")
+        _require(array_backend in ("numpy", "torch"), "array_backend", array_backend, "'numpy' or 'torch'")
+        _require(steps_per_batch >= 1, "steps_per_batch", steps_per_batch, "1 or more")
+        _require(action_noise_std >= 0, "action_noise_std", action_noise_std, "0 or more")
+        modes = self.metadata["render_modes"]
+        _require(render_mode is None or render_mode in modes, "render_mode", render_mode, f"None or one of {modes}")
+        self.reward_config = resolve_reward(reward)
+        self.dataset = (
+            data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
+        )
+        self.stream = KnowledgeStream(self.dataset, num_batches, batch_size)
+        if isinstance(model, EditableLM):
+            _require(edit_modules is None, "edit_modules", edit_modules, "None, since model is an EditableLM already")
+            self.lm = model
+        else:
+            self.lm = EditableLM.load(model, edit_modules, dtype=dtype, device=device)
+        self.encoded = EncodedDataset(self.lm, self.dataset)
+        self.encoded.check_lengths()
+        needed = largest_batch(self.encoded.traced_positions(token), batch_size)
+        if max_tokens is not None and max_tokens < needed:
+            raise ValueError(
+                f"max_tokens is {max_tokens}, but a batch of {batch_size} facts of {self.dataset.source} can have "
+                f"{needed} traced positions (token={token!r}); give max_tokens={needed} or None"
+            )
+        self.max_tokens = needed if max_tokens is None else max_tokens
+        self.token, self.steps_per_batch, self.array_backend = token, steps_per_batch, array_backend
+        self.reward_gradient, self.action_noise_std = reward_gradient, action_noise_std
+        self.render_mode = render_mode
+        self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
+        self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
+        self.history: list[dict[str, float]] = []
+        self._step = self.episode_steps  # an episode must be begun with reset
+        self._rows = 0
+        self._scene: render.Scene | None = None
+
+    @property
+    def episode_steps(self) -> int:
+        """Steps of a whole episode."""
+        return self.stream.num_batches * self.steps_per_batch
+
+    # -- the Markov decision process -----------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Restore the LLM and draw a new stream; see "Starting State".
+
+        Raises:
+            ValueError: an unknown option, or indices that are not T·n different records.
+        """
+        options = dict(options or {})
+        unknown = set(options) - {"indices", "keep_weights"}
+        if unknown:
+            raise ValueError(f"reset option {sorted(unknown)[0]!r} is unknown; options are 'indices' and 'keep_weights'")
+        super().reset(seed=seed)
+        self.stream.reset(self.np_random, options.get("indices"))
+        self._choices = self.np_random.random(len(self.stream.indices))
+        if not options.get("keep_weights"):
+            self.lm.restore()
+        self._step = 0
+        self.history = []
+        self._scene = None
+        info = {"indices": self.stream.indices.copy(), "source": self.dataset.source}
+        return self._observe(), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Apply the action to the LLM, compute the reward and present the next batch.
+
+        Raises:
+            ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
+            gymnasium.error.ResetNeeded: the episode is over or was never begun.
+        """
+        if self._step >= self.episode_steps:
+            raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
+        keys, values = spaces.unpack_action(
+            action, self.lm.module_shapes, self.max_tokens, self._rows, self.lm.device
+        )
+        before = self._answers() if self.render_mode else None
+        keys, values = self._with_noise(keys), self._with_noise(values)
+        self.lm.apply(keys, values)
+        reward, info = self._reward(keys, values)
+        info["batch"] = batch = self._step // self.steps_per_batch
+        diverged = info["diverged"]
+        self._step = self.episode_steps if diverged else self._step + 1
+        observation = self._observe()
+        if not diverged and not math.isfinite(float(observation["edit_loss"][0])):
+            diverged, reward = True, self._floor
+            self._step = self.episode_steps
+            observation = self._observe()
+        info["diverged"] = diverged
+        self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
+        if before is not None:
+            self._scene = render.Scene(batch, self.stream.batch(batch), before, self._answers(batch), info, reward)
+            if self.render_mode == "human":
+                print(self.render())
+        return observation, reward, self._step >= self.episode_steps, False, info
+
+    def _observe(self) -> Any:
+        """The observation at the current step: the gradient of its batch on the LLM as it is."""
+        progress = self._step / self.episode_steps
+        if self._step < self.episode_steps:
+            passages = [record.edit for record in self._records(self._step // self.steps_per_batch)]
+            observation = spaces.torch_observation(self.lm.trace(passages, self.token), progress)
+        else:
+            observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
+        self._rows = len(observation["mask"])
+        return observation if self.array_backend == "torch" else spaces.numpy_observation(observation, self.max_tokens)
+
+    def _reward(self, keys: dict[str, Tensor], values: dict[str, Tensor]) -> tuple[float, dict[str, Any]]:
+        """The reward of the current batch at the updated weights, and its parts."""
+        drift = float(np.mean(list(self.lm.drift().values())))
+        config = self.reward_config
+        if config is None:
+            return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
+        batch = self._step // self.steps_per_batch
+        scored = []
+        if config.every_step or (self._step + 1) % self.steps_per_batch == 0:
+            earlier = backtracked(batch, config, self.np_random)
+            scored = [self._scored(batch, 1.0)] + [self._scored(batch - i, weight) for i, weight in earlier.items()]
+        scores = score(self.lm, scored, config, gradient=self.reward_gradient)
+        penalty, action_gradient = self._penalty(keys, values, config)
+        basic = scores.basic[0] if scored else {}
+        own = sum(config.components[name][0] * value for name, value in basic.items())
+        reward = -(scores.total + penalty)
+        diverged = not math.isfinite(reward)
+        info: dict[str, Any] = {
+            **basic,
+            "backtracking": scores.total - own,
+            "regularisation": penalty,
+            "drift": drift,
+            "diverged": diverged,
+        }
+        if self.reward_gradient and not diverged:
+            if scores.gradient is not None:
+                info["reward_gradient"] = self._arrays({m: -g for m, g in scores.gradient.items()})
+            info["action_gradient"] = {part: self._arrays(g) for part, g in action_gradient.items()}
+        return (self._floor if diverged else max(reward, self._floor)), info
+
+    @property
+    def _floor(self) -> float:
+        return self.reward_config.floor if self.reward_config is not None else 0.0
+
+    def _penalty(
+        self, keys: dict[str, Tensor], values: dict[str, Tensor], config: RewardConfig
+    ) -> tuple[float, dict[str, dict[str, Tensor]]]:
+        """The regularisation and the gradient of its negative with respect to the factors."""
+        with torch.set_grad_enabled(self.reward_gradient):
+            leaves = [{m: v.detach().requires_grad_(self.reward_gradient) for m, v in f.items()} for f in (keys, values)]
+            penalty = config.regularisation * config.penalty(*leaves)
+        if not self.reward_gradient:
+            return float(penalty), {}
+        flat = [tensor for factors in leaves for tensor in factors.values()]
+        pieces = iter(torch.autograd.grad(penalty, flat))
+        gradient = {part: {m: -next(pieces) for m in f} for part, f in zip(("keys", "values"), leaves, strict=True)}
+        return float(penalty.detach()), gradient
+
+    def _arrays(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {m: t if self.array_backend == "torch" else t.cpu().numpy() for m, t in tensors.items()}
+
+    def _with_noise(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.action_noise_std == 0:
+            return factors
+        noisy = {}
+        for module, factor in factors.items():
+            noise = self.np_random.normal(0.0, self.action_noise_std, tuple(factor.shape)).astype(np.float32)
+            noisy[module] = factor + torch.from_numpy(noise).to(factor.device)
+        return noisy
+
+    def _indices(self, batch: int) -> slice:
+        return slice(batch * self.stream.batch_size, (batch + 1) * self.stream.batch_size)
+
+    def _records(self, batch: int) -> list[Any]:
+        return [self.encoded[i] for i in self.stream.indices[self._indices(batch)]]
+
+    def _scored(self, batch: int, weight: float) -> ScoredBatch:
+        return ScoredBatch(self._records(batch), self._choices[self._indices(batch)].tolist(), weight)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def edited_records(self) -> list[EditRecord]:
+        """The facts edited so far, in order."""
+        batches = -(-self._step // self.steps_per_batch)
+        return [record for batch in range(batches) for record in self.stream.batch(batch)]
+
+    def evaluate(self, generate: bool = True) -> Metrics:
+        """The metrics on all facts edited so far, at the current weights.
+
+        Args:
+            generate: also decode freely for ``exact_match`` (slower).
+
+        Raises:
+            ValueError: no fact has been edited yet.
+        """
+        return evaluate(self.lm, self.edited_records(), self.dataset.kind, generate=generate)
+
+    def _answers(self, batch: int | None = None) -> list[str]:
+        batch = self._step // self.steps_per_batch if batch is None else batch
+        records = self.stream.batch(batch)
+        return self.lm.generate([r.prompt for r in records], longest=[r.target for r in records])
+
+    def render(self) -> Any:
+        """What `render_mode` says, for the last step taken; None without a mode."""
+        if self.render_mode in ("ansi", "human"):
+            return render.text(self._scene, self.dataset.source)
+        if self.render_mode == "rgb_array":
+            return render.curves(self.history, self.episode_steps)
+        return None
+
+    def close(self) -> None:
+        """Restore the pre-trained weights and drop the caches."""
+        self.lm.restore()
+        self.lm.prefix_cache.clear()
+        self.lm.reference_cache.clear()
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; give {wanted}")

@@ -1,0 +1,13 @@
+"""The knowledge stream: readers of the published data sets of edits, and the order in which edits arrive."""
+
+from rledit_env.knowledge.record import EditRecord, KnowledgeError, UnrelatedFact
+from rledit_env.knowledge.stream import KnowledgeDataset, KnowledgeStream, load_knowledge
+
+__all__ = [
+    "EditRecord",
+    "KnowledgeDataset",
+    "KnowledgeError",
+    "KnowledgeStream",
+    "UnrelatedFact",
+    "load_knowledge",
+]

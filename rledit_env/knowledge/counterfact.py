@@ -1,0 +1,68 @@
+"""Reads CounterFact (Meng et al. 2022): cloze statements made counterfactual, in every published schema."""
+
+from __future__ import annotations
+
+from rledit_env.knowledge.fields import Row, Schema, read_by_schema
+from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
+
+
+def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
+    """Read one row; its schema is told by its fields.
+
+    Raises:
+        KnowledgeError: the schema is unknown, a field is missing, empty or of the wrong type, or the target is the
+            original answer (CounterFact's metrics compare the two, which would then say nothing).
+    """
+    return read_by_schema(row, SCHEMAS)
+
+
+def _read_rome(row: Row) -> EditRecord:
+    rewrite = row.inner("requested_rewrite")
+    subject = rewrite.text("subject")
+    template = rewrite.text("prompt")
+    if "{}" not in template:
+        raise rewrite.error("prompt", "has no {} for the subject", template)
+    original = rewrite.inner("target_true").text("str")
+    return EditRecord(
+        prompt=template.replace("{}", subject).strip(),
+        target=_new_answer(rewrite.inner("target_new"), "str", original),
+        paraphrases=row.texts("paraphrase_prompts"),
+        # The neighbours share the edited relation and its original answer, so that is what they must keep.
+        unrelated=tuple(UnrelatedFact(prompt, original) for prompt in row.texts("neighborhood_prompts")),
+        original=original,
+        subject=subject,
+        origin=row.where,
+    )
+
+
+def _read_flat(row: Row) -> EditRecord:
+    original = row.text("ground_truth")
+    prompts, answers = row.texts("locality_prompt"), row.texts("locality_ground_truth")
+    if len(prompts) != len(answers):
+        raise row.error("locality_ground_truth", f"has {len(answers)} answers for {len(prompts)} locality prompts")
+    return EditRecord(
+        prompt=row.text("prompt"),
+        target=_new_answer(row, "target_new", original),
+        paraphrases=row.texts("rephrase_prompt"),
+        unrelated=tuple(UnrelatedFact(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)),
+        original=original,
+        subject=row.optional_text("subject"),
+        origin=row.where,
+    )
+
+
+def _new_answer(row: Row, field: str, original: str) -> str:
+    target = row.text(field)
+    if target.casefold() == original.casefold():
+        raise row.error(field, "is the same as the original answer", target)
+    return target
+
+
+SCHEMAS = (
+    Schema("ROME's CounterFact", ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"), _read_rome),
+    Schema(
+        "flat CounterFact",
+        ("prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
+        _read_flat,
+    ),
+)

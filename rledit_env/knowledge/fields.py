@@ -1,0 +1,131 @@
+"""Checked access to the fields of one row, and the choice of the published schema that the row follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, shown
+
+SKIP = "correct it, or pass on_error='skip' to leave such rows out"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data set, or an object nested in one.
+
+    Attributes:
+        values: the row's fields; a field whose value is None counts as absent (JSON's null, a table's empty cell).
+        where: the row's place, such as "zsre_train.jsonl, line 17".
+        path: the nested object's own path within the row, such as "locality.".
+
+    Every accessor raises `KnowledgeError` naming place, field and value. Texts come back trimmed and never empty.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+    path: str = ""
+
+    def error(self, field: str, problem: str, value: Any = None, mend: str = SKIP) -> KnowledgeError:
+        """The error to raise for `field`."""
+        given = "" if value is None else f" ({shown(value)})"
+        message = f"{self.where}, field '{self.path}{field}': {problem}{given}; {mend}"
+        return KnowledgeError(message, reason=f"field '{self.path}{field}' {problem}")
+
+    def get(self, field: str) -> Any:
+        """The raw value."""
+        value = self.values.get(field)
+        if value is None:
+            raise self.error(field, "is missing")
+        return value
+
+    def text(self, field: str) -> str:
+        """A string."""
+        return self._checked(field, self.get(field))
+
+    def optional_text(self, field: str) -> str | None:
+        """A string, or None where the field is absent."""
+        return None if self.values.get(field) is None else self.text(field)
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A string or a list of strings, as a tuple of at least one."""
+        value = self.get(field)
+        if isinstance(value, str):
+            return (self._checked(field, value),)
+        return tuple(self._checked(field, entry) for entry in self._filled(field, value))
+
+    def first_text(self, field: str) -> str:
+        """A string, or the first string of a list; answers are published as lists of aliases, in lists at times."""
+        value = self.get(field)
+        while not isinstance(value, str):
+            value = self._filled(field, value)[0]
+        return self._checked(field, value)
+
+    def inner(self, field: str) -> Row:
+        """A nested object."""
+        value = self.get(field)
+        if not isinstance(value, Mapping):
+            raise self.error(field, "is not an object", value)
+        return Row(value, self.where, f"{self.path}{field}.")
+
+    def inners(self, field: str) -> tuple[Row, ...]:
+        """A list of at least one nested object."""
+        entries = self._filled(field, self.get(field))
+        for entry in entries:
+            if not isinstance(entry, Mapping):
+                raise self.error(field, "holds something that is not an object", entry)
+        return tuple(Row(entry, self.where, f"{self.path}{field}[{i}].") for i, entry in enumerate(entries))
+
+    def _filled(self, field: str, value: Any) -> Sequence[Any]:
+        if not isinstance(value, (list, tuple)):
+            raise self.error(field, f"has the wrong type {type(value).__name__}", value)
+        if not value:
+            raise self.error(field, "is empty", value)
+        return value
+
+    def _checked(self, field: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.error(field, f"has the wrong type {type(value).__name__}", value, f"give a string, or {SKIP}")
+        if not value.strip():
+            raise self.error(field, "is empty", value)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
+            raise self.error(field, "is not valid Unicode text", value) from error
+        return value.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A published form of a data set: its name, the fields a row must have, and how such a row is read."""
+
+    name: str
+    fields: tuple[str, ...]
+    read: Callable[[Row], EditRecord | LooseFact | LeftOut]
+
+
+def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFact | LeftOut:
+    """Read a row by the schema whose fields it has most completely (the first of equals).
+
+    Raises:
+        KnowledgeError: the row has less than half of every schema's fields (the schema is unknown), or lacks a field.
+    """
+    found = [field for field, value in row.values.items() if value is not None]
+
+    def share(schema: Schema) -> float:
+        return sum(field in found for field in schema.fields) / len(schema.fields)
+
+    schema = max(schemas, key=share)
+    if share(schema) < 0.5:
+        known = "; ".join(f"{one.name}: {', '.join(one.fields)}" for one in schemas)
+        raise KnowledgeError(
+            f"{row.where}: unknown schema, with the fields {', '.join(map(str, found)) or '(none)'}; "
+            f"the schemas known for this data set are {known}",
+            reason="unknown schema",
+        )
+    for field in schema.fields:
+        if field not in found:
+            guess = f"the row looks like {schema.name} ({', '.join(schema.fields)}) and has {', '.join(found)}"
+            raise row.error(field, "is missing", mend=f"{guess}; {SKIP}")
+    return schema.read(row)

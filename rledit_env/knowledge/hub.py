@@ -1,0 +1,90 @@
+"""Opens data sets through the `datasets` library: by hub id, or a folder that the library saved or can load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rledit_env.knowledge.record import KnowledgeError
+
+EVAL_SPLITS = ("eval", "validation", "dev", "labelled_dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class HubData:
+    """Where on the hub a data set is, in a form that the readers know; `arguments` are for `load_dataset`."""
+
+    path: str
+    arguments: Mapping[str, Any]
+
+
+# The usual names, and ids that need an argument: a configuration, or one file of a repository with many.
+USUAL = {
+    ("zsre", "zsre"): HubData("wangzn2001/zsre", {}),
+    ("zsre", "zjunlp/KnowEdit"): HubData(
+        "zjunlp/KnowEdit", {"data_files": {"test": "benchmark/ZsRE/ZsRE-test-all.json"}}
+    ),
+    ("counterfact", "counterfact"): HubData("azhx/counterfact", {}),
+    # SUPPORTS and REFUTES only. The original fever/fever needs a loading script, which `datasets` no longer runs.
+    ("fever", "fever"): HubData("pminervini/hl-fever", {"name": "v1.0"}),
+    ("fever", "fever/fever"): HubData("fever/fever", {"name": "v1.0"}),
+}
+
+
+def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+    """The place in words and the rows of a hub data set's split; downloaded once into the library's own cache.
+
+    Raises:
+        KnowledgeError: it cannot be fetched or loaded, or lacks the split.
+    """
+    import datasets  # takes a second to import, which bundled data and files need not pay
+
+    known = USUAL.get((kind, name), HubData(name, {}))
+    place = f"hub data set {known.path}"
+    try:
+        loaded = datasets.load_dataset(known.path, **known.arguments)
+    except Exception as error:  # the library lets through what dozens of modules raise; the remedy is the same
+        raise KnowledgeError(
+            f"{place}: cannot be loaded ({type(error).__name__}: {error}); if {name!r} was meant as a file, check the "
+            "path; without a network, download the data elsewhere and pass the file's path",
+            reason="hub data set not loaded",
+        ) from error
+    return _choose(loaded, split, place)
+
+
+def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+    """The place in words and the rows of a folder: one that `save_to_disk` wrote, or of files `load_dataset` knows.
+
+    `hint` is the file name that would have been read without the library, for the error message.
+
+    Raises:
+        KnowledgeError: the folder is neither, or lacks the split.
+    """
+    import datasets
+
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    try:
+        loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+    except Exception as error:  # as above
+        raise KnowledgeError(
+            f"{folder}: holds no {hint} and no data set that can be loaded ({type(error).__name__}: {error}); "
+            "name the file, or give a folder with one of these",
+            reason="folder not loaded",
+        ) from error
+    return _choose(loaded, split, f"data set folder {folder.name}")
+
+
+def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+    if not isinstance(loaded, Mapping):  # a single split, saved by itself, is used whole
+        return place, loaded
+    wanted = ("train",) if split == "train" else EVAL_SPLITS
+    for name in wanted:
+        if name in loaded:
+            return f"{place}, split {name}", loaded[name]
+    raise KnowledgeError(
+        f"{place}: has the splits {', '.join(loaded)}, none of which serves as {split!r} "
+        f"(that is {' or '.join(wanted)}); ask for another split, or pass a mapping such as {{{split!r}: path}}",
+        reason="no such split",
+    )

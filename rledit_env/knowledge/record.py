@@ -1,0 +1,102 @@
+"""What one edit is: the record every reader makes and the rest of the project consumes, and its validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class KnowledgeError(ValueError):
+    """Knowledge that cannot be used as it is.
+
+    The message reads "<place>, field '<field>': <what is wrong> (<value>); <mend>".
+
+    Attributes:
+        reason: what is wrong without the place, so that skipped rows can be counted per reason.
+    """
+
+    def __init__(self, message: str, reason: str = "unusable data") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """`repr(value)`, cut to `limit` characters, for error messages."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@dataclass(frozen=True, slots=True)
+class UnrelatedFact:
+    """A fact that the edit must leave alone (x', y' of the paper), with the data set's own answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class EditRecord:
+    """One fact to edit. Prompts and answers carry no space at either end; the language model joins them with one.
+
+    Attributes:
+        prompt: the edit prompt x.
+        target: the new answer y*.
+        paraphrases: x~, other wordings of the prompt that must give the target too; at least one.
+        unrelated: (x', y'), facts that must not change; at least one.
+        original: the answer before the edit, where the schema has it; CounterFact's metrics compare against it.
+        subject: what the fact is about, where the schema has it.
+        origin: where the record came from, such as "zsre_train.jsonl, line 17"; used in error messages.
+
+    Raises:
+        KnowledgeError: a prompt or answer is not a non-empty string, or there is no paraphrase or no unrelated fact.
+    """
+
+    prompt: str
+    target: str
+    paraphrases: tuple[str, ...]
+    unrelated: tuple[UnrelatedFact, ...]
+    original: str | None = None
+    subject: str | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.paraphrases, tuple) and self.paraphrases, self.origin, "paraphrases", self.paraphrases)
+        _require(isinstance(self.unrelated, tuple) and self.unrelated, self.origin, "unrelated", self.unrelated)
+        texts = [("prompt", self.prompt), ("target", self.target)]
+        texts += [("paraphrases", text) for text in self.paraphrases]
+        texts += [("unrelated", text) for fact in self.unrelated for text in (fact.prompt, fact.answer)]
+        for field, text in texts:
+            _require(isinstance(text, str) and text.strip(), self.origin, field, text)
+
+
+@dataclass(frozen=True, slots=True)
+class LooseFact:
+    """An edit from a schema that has no unrelated fact of its own; `pairing.pair` lends it another row's.
+
+    `truth` is the true answer to `prompt`: what this fact lends when it serves as another's unrelated fact.
+    The other attributes are `EditRecord`'s.
+    """
+
+    prompt: str
+    target: str
+    paraphrases: tuple[str, ...]
+    truth: str
+    original: str | None = None
+    subject: str | None = None
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that its data set's published code leaves out as well: no error, but counted under `reason`."""
+
+    reason: str
+
+
+def _require(holds: Any, origin: str, field: str, value: Any) -> None:
+    if not holds:
+        wanted = "a tuple with at least one entry" if field in ("paraphrases", "unrelated") else "a non-empty string"
+        raise KnowledgeError(
+            f"{origin or 'edit record'}, field '{field}': empty or of the wrong type ({shown(value)}); give {wanted}",
+            reason=f"empty or wrong field '{field}'",
+        )

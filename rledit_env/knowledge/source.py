@@ -1,0 +1,169 @@
+"""Finds where a data set's rows are (file, folder, mapping, list, hub) and reads them, each with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rledit_env.knowledge import hub
+from rledit_env.knowledge.fields import SKIP, Row
+from rledit_env.knowledge.record import KnowledgeError, shown
+
+BUNDLED = Path(__file__).parent / "bundled"
+PUBLISHED = {"zsre": "ZsRE", "counterfact": "CounterFact", "fever": "FEVER"}
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SPLITS = {"train": "train", "eval": "eval", "test": "eval", "validation": "eval", "dev": "eval"}
+
+Data = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+Rows = Iterator[Row | KnowledgeError]
+
+
+def split_name(split: str) -> str:
+    """The split's own name, "train" or "eval"; "test", "validation" and "dev" stand for "eval".
+
+    Raises:
+        ValueError: any other name.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; it is one of {', '.join(SPLITS)}")
+    return SPLITS[split]
+
+
+def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
+    """Where the rows of `split` come from, in words, and the rows.
+
+    A row that cannot be made out is an error among the rows, for the caller to raise or to count.
+
+    Raises:
+        KnowledgeError: there is nothing readable at `data`, or it lacks the split.
+    """
+    if isinstance(data, Mapping):
+        return find_rows(kind, _of_split(data, split), split)
+    if isinstance(data, (str, os.PathLike)):
+        return _find_named(kind, os.fspath(data), split)
+    if not isinstance(data, Iterable):
+        raise KnowledgeError(f"data is {shown(data)}; give a path, a hub id, a mapping of splits or a list of rows")
+    rows = list(data)
+    return f"list of {len(rows)} dictionaries", (_row(value, f"list item {i}") for i, value in enumerate(rows))
+
+
+def _find_named(kind: str, name: str, split: str) -> tuple[str, Rows]:
+    if name == "bundled":
+        path = _in_folder(BUNDLED, kind, split)
+        if path is None:
+            raise KnowledgeError(f"the bundled data {kind}_{split} is missing from {BUNDLED}; reinstall the package")
+        return f"bundled sample (open fact tables; not the published {PUBLISHED[kind]})", read_file(path, "bundled ")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        file = _in_folder(path, kind, split)
+        if file is not None:
+            return f"file {file.name}", read_file(file)
+        place, rows = hub.open_folder(path, split, hint=f"{kind}_{split}.jsonl")
+    elif path.exists():
+        return f"file {path.name}", read_file(path)
+    elif name.endswith(SUFFIXES) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise KnowledgeError(f"{name}: there is no such file or folder; check the path", reason="no such file")
+    else:
+        place, rows = hub.open_hub(kind, name, split)
+    return place, (_row(value, f"{place}, row {i}") for i, value in enumerate(rows))
+
+
+def _of_split(data: Mapping[str, Any], split: str) -> Any:
+    unknown = [name for name in data if name not in SPLITS]
+    if unknown:
+        raise KnowledgeError(
+            f"data has the key {unknown[0]!r}, which is no split; its keys are among {', '.join(SPLITS)} "
+            "(a single record goes in a list)"
+        )
+    for name in sorted(data, key=lambda name: name != split):  # the split's own name before its aliases
+        if SPLITS[name] == split:
+            return data[name]
+    raise KnowledgeError(f"data has no split {split!r}, only {', '.join(data) or 'none'}; add it")
+
+
+def _in_folder(folder: Path, kind: str, split: str) -> Path | None:
+    paths = (folder / f"{kind}_{split}{suffix}" for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_file(path: Path, label: str = "") -> Rows:
+    """The rows of a JSON Lines file, or of a `.json` file that holds a list; either may be compressed with gzip.
+
+    Blank lines are passed over. `label` goes before the file's name in every row's place.
+
+    Raises:
+        KnowledgeError: the file cannot be read or decompressed, or it breaks off in the middle of a list.
+    """
+    place = label + path.name
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # gzip's first two bytes, whatever the file is called
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise KnowledgeError(f"{path}: cannot be read ({error}); check the file", reason="unreadable file") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if ".json" in path.suffixes and content.lstrip().startswith(b"["):
+        return _read_list(content, place)
+    return _read_lines(content, place)
+
+
+def _read_lines(content: bytes, place: str) -> Rows:
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        where = f"{place}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield _row(json.loads(line.decode("utf-8")), where)
+        except UnicodeDecodeError as error:
+            yield _bad_utf8(where, error, SKIP)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield KnowledgeError(f"{where}: malformed JSON ({error}: {shown(line)}); {SKIP}", reason="malformed JSON")
+
+
+def _read_list(content: bytes, place: str) -> Rows:
+    """Entry by entry, so that each has its line; after a malformed one the rest of a list cannot be found."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _bad_utf8(f"{place}, line {line}", error, "save the file as UTF-8") from error
+    decoder = json.JSONDecoder()
+    at, line, counted = text.index("[") + 1, 1, 0
+
+    def next_mark(at: int) -> int:
+        while at < len(text) and text[at].isspace():
+            at += 1
+        return at
+
+    at = next_mark(at)
+    closed = text.startswith("]", at)
+    while not closed:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            message = f"{place}, line {line}: malformed JSON ({error}); correct the file"
+            raise KnowledgeError(message, reason="malformed JSON") from error
+        yield _row(value, f"{place}, line {line}")
+        at = next_mark(at)
+        closed = text.startswith("]", at)
+        if not closed and not text.startswith(",", at):
+            message = f"{place}, line {line}: malformed JSON (the list breaks off after this entry); correct the file"
+            raise KnowledgeError(message, reason="malformed JSON")
+        at = next_mark(at + 1)
+
+
+def _row(value: Any, where: str) -> Row | KnowledgeError:
+    if isinstance(value, Mapping):
+        return Row(value, where)
+    return KnowledgeError(f"{where}: not an object ({shown(value)}); {SKIP}", reason="not an object")
+
+
+def _bad_utf8(where: str, error: UnicodeDecodeError, mend: str) -> KnowledgeError:
+    byte = error.object[error.start]
+    return KnowledgeError(f"{where}: bad UTF-8 (byte 0x{byte:02x}); {mend}", reason="bad UTF-8")

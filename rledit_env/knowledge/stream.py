@@ -1,0 +1,188 @@
+"""Loads a data set of edits and streams it: seeded order, batches, splits."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from rledit_env.knowledge import counterfact, fever, zsre
+from rledit_env.knowledge.pairing import pair
+from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, shown
+from rledit_env.knowledge.source import Data, find_rows, split_name
+
+READERS = {"zsre": zsre.read_record, "counterfact": counterfact.read_record, "fever": fever.read_record}
+
+
+@dataclass(frozen=True)
+class KnowledgeDataset(Sequence[EditRecord]):
+    """The records of one split of one data set, in file order.
+
+    Attributes:
+        kind: "zsre", "counterfact" or "fever".
+        source: where the records came from, in words; names bundled data as such.
+        split: "train" or "eval".
+        records: the records.
+        skipped: how many rows were not used, per reason.
+    """
+
+    kind: str
+    source: str
+    split: str
+    records: tuple[EditRecord, ...] = field(repr=False)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> EditRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[EditRecord, ...]: ...
+    def __getitem__(self, index: int | slice) -> EditRecord | tuple[EditRecord, ...]:
+        return self.records[index]
+
+
+def load_knowledge(
+    kind: str,
+    data: Data = "bundled",
+    split: str = "train",
+    on_error: Literal["raise", "skip"] = "raise",
+) -> KnowledgeDataset:
+    """Load one split of a data set, whatever published schema it is in.
+
+    Args:
+        kind: "zsre", "counterfact" or "fever".
+        data: "bundled", the sample that ships with the package; the path of a JSON or JSON Lines file (gzip too),
+            used whole for either split; a folder that holds `{kind}_{split}.jsonl` (or .json, .gz) or a data set of
+            the `datasets` library; a mapping from split to any of these; a list of dictionaries; or a hub id ("zsre",
+            "counterfact" and "fever" stand for the usual ones).
+        split: "train" or "eval"; "test", "validation" and "dev" mean "eval".
+        on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in
+            `skipped` and warn once with the counts.
+
+    Raises:
+        KnowledgeError: a row cannot be used (with place, field and value), nothing is readable at `data`, or no
+            row is left.
+        ValueError: an argument is none of those above.
+    """
+    if kind not in READERS:
+        raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(READERS)}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error {on_error!r} is unknown; it is 'raise' or 'skip'")
+    split = split_name(split)
+    source, rows = find_rows(kind, data, split)
+
+    facts: list[EditRecord | LooseFact] = []
+    left_out: Counter[str] = Counter()
+    faulty: Counter[str] = Counter()
+    for row in rows:
+        try:
+            if isinstance(row, KnowledgeError):
+                raise row
+            fact = READERS[kind](row)
+        except KnowledgeError as error:
+            if on_error == "raise":
+                raise
+            faulty[error.reason] += 1
+            continue
+        if isinstance(fact, LeftOut):
+            left_out[fact.reason] += 1
+        else:
+            facts.append(fact)
+    if faulty:
+        warnings.warn(f"{source}: {faulty.total()} faulty rows skipped: {_counts(faulty)}", stacklevel=2)
+    records = pair(facts, left_out)
+    skipped = left_out + faulty
+    if not records:
+        raise KnowledgeError(f"{source}: no usable record (skipped: {_counts(skipped) or 'none'}); check the data")
+    return KnowledgeDataset(kind, source, split, tuple(records), dict(skipped))
+
+
+class KnowledgeStream:
+    """A data set's records as a sequence of batches, no record twice; `reset` chooses which, and their order.
+
+    Args:
+        dataset: where the records are drawn from.
+        num_batches: batches in a stream.
+        batch_size: records in a batch.
+
+    Raises:
+        ValueError: a number is not a positive integer, or the data set is too small for a stream.
+    """
+
+    def __init__(self, dataset: KnowledgeDataset, num_batches: int, batch_size: int) -> None:
+        for name, value in (("num_batches", num_batches), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} is {value!r}; give a positive integer")
+        if num_batches * batch_size > len(dataset):
+            raise ValueError(
+                f"{num_batches} batches of {batch_size} need {num_batches * batch_size} records, but {dataset.source} "
+                f"({dataset.split}) has {len(dataset)}; lower num_batches or batch_size, or give more data"
+            )
+        self.dataset = dataset
+        self.num_batches = int(num_batches)
+        self.batch_size = int(batch_size)
+        self._indices: np.ndarray | None = None
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Which records the stream holds, in order: (num_batches * batch_size,) int64, read-only."""
+        if self._indices is None:
+            raise RuntimeError("the stream has no order yet; call reset first")
+        return self._indices
+
+    def reset(self, rng: np.random.Generator, indices: Sequence[int] | np.ndarray | None = None) -> None:
+        """Draw distinct records in a random order, or take the given ones in theirs (`rng` is then left alone).
+
+        Raises:
+            ValueError: the given indices are not num_batches * batch_size different integers of the data set's range;
+                the stream stays as it was.
+        """
+        total = self.num_batches * self.batch_size
+        if indices is None:
+            chosen = rng.choice(len(self.dataset), size=total, replace=False)
+        else:
+            chosen = self._checked(indices, total)
+        chosen.flags.writeable = False
+        self._indices = chosen
+
+    def batch(self, t: int) -> tuple[EditRecord, ...]:
+        """The records of batch `t`, counted from 0.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        if not 0 <= t < self.num_batches:
+            raise IndexError(f"batch {t} does not exist; the stream has batches 0 to {self.num_batches - 1}")
+        start = t * self.batch_size
+        return tuple(self.dataset.records[i] for i in self.indices[start : start + self.batch_size])
+
+    def _checked(self, indices: Any, total: int) -> np.ndarray:
+        try:
+            array = np.asarray(indices)
+        except ValueError:  # a ragged nest of lists has no array
+            array = np.empty((), dtype=object)
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ValueError(f"indices are {shown(indices)}; give one flat sequence of integers")
+        if len(array) != total:
+            raise ValueError(
+                f"there are {len(array)} indices; {self.num_batches} batches of {self.batch_size} take {total}"
+            )
+        outside = array[(array < 0) | (array >= len(self.dataset))]
+        if outside.size:
+            raise ValueError(
+                f"index {outside[0]} is out of range; the data set has records 0 to {len(self.dataset) - 1}"
+            )
+        values, counts = np.unique(array, return_counts=True)
+        if len(values) < total:
+            raise ValueError(f"index {values[counts > 1][0]} is given more than once; a stream has each record once")
+        return array.astype(np.int64)
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} × {reason}" for reason, count in reasons.items())

@@ -1,0 +1,488 @@
+"""EditableLM: a causal LM some of whose linear weights are edited."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from rledit_env.lm.registry import default_edit_modules, load_model
+from rledit_env.lm.forward import Passage, PrefixCache, SuffixForward, decoder_layers, length_sorted_chunks
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The fine-tuning gradient of a batch in factored form.
+
+    Attributes:
+        keys: module name → its inputs u at the N traced positions, (N, d_in) float32.
+        value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
+        owner: index of the passage that each position belongs to, (N,) int64.
+        loss: mean answer-token cross-entropy of the batch.
+    """
+
+    keys: dict[str, Tensor]
+    value_gradients: dict[str, Tensor]
+    owner: Tensor
+    loss: float
+
+
+@dataclass(frozen=True)
+class AnswerStates:
+    """Final normalised states of passages at their answer positions, P in all, in the passages' order.
+
+    Attributes:
+        hidden: (P, d).
+        targets: (P,) token ids.
+        owner: (P,) index of the passage.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    owner: Tensor
+
+
+def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Module names matched by patterns with ``*``, ``{a,b}`` and numeric ranges ``[20-27]``, in the model's order.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    matched: set[str] = set()
+    for pattern in patterns:
+        expanded = [piece for braces in _expand_braces(pattern) for piece in _expand_ranges(braces)]
+        found = {name for piece in expanded for name in fnmatch.filter(names, piece)}
+        if not found:
+            close = [name for name in names if name.rsplit(".", 1)[-1] == pattern.rsplit(".", 1)[-1]] or list(names)
+            raise ValueError(
+                f"edit_modules: pattern {pattern!r} matches no linear module of the model; "
+                f"names look like {', '.join(close[:3])} … {close[-1]}"
+            )
+        matched |= found
+    return [name for name in names if name in matched]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [piece for option in match[1].split(",") for piece in _expand_braces(head + option + tail)]
+
+
+def _expand_ranges(pattern: str) -> list[str]:
+    match = re.search(r"\[(\d+)-(\d+)\]", pattern)
+    if match is None:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [piece for number in numbers for piece in _expand_ranges(f"{head}{number}{tail}")]
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The precision meant, for the frozen weights.
+
+    ``"auto"`` is bfloat16 where the device multiplies it natively (CUDA, and processors with AVX512-BF16 or AMX), else
+    float32. Names are torch's, such as ``"float32"``.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
+    return found
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices natively."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class EditableLM:
+    """The one owner of the edited weights.
+
+    Edited weights are kept in float32 whatever precision the model runs in; the model's own copy is refreshed from
+    them after every update. Frozen weights are never written.
+
+    Args:
+        model: a Hugging Face causal LM in evaluation mode.
+        tokenizer: its fast tokenizer.
+        edit_modules: names or globs of the linear modules to edit (``nn.Linear`` or GPT-2's ``Conv1D``).
+        name: what to call the model in logs.
+        cache_bytes: bound on the cached prefix states.
+        max_tokens_per_pass: bound on the padded tokens of one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edit_modules: Sequence[str],
+        name: str = "",
+        cache_bytes: int = 2**30,
+        max_tokens_per_pass: int = 4096,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{name or type(model).__name__}: a fast tokenizer is needed, since it tells which characters a token "
+                "covers; convert it with the tokenizers library or choose another model"
+            )
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.max_tokens_per_pass = max_tokens_per_pass
+        _, layers = decoder_layers(model)
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}
+        names = expand_globs(edit_modules, [n for n in linear if n in layer_of])
+        self._modules: dict[str, nn.Module] = {n: linear[n] for n in names}
+        self.module_shapes: dict[str, tuple[int, int]] = {}
+        self._master: dict[str, Tensor] = {}
+        for n, module in self._modules.items():
+            weight = self._oriented(module).detach()
+            self.module_shapes[n] = (weight.shape[1], weight.shape[0])
+            self._master[n] = weight.float() if weight.dtype != torch.float32 else weight
+        self._original = {n: w.clone() for n, w in self._master.items()}
+        self._original_run = {n: m.weight.detach().clone() for n, m in self._modules.items()}
+        self.forward = SuffixForward(model, min(layer_of[n] for n in names))
+        self.prefix_cache = PrefixCache(cache_bytes)
+        self.reference_cache = PrefixCache(cache_bytes)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        edit_modules: Sequence[str] | str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+    ) -> EditableLM:
+        """An editable LM by registry name, hub id or folder.
+
+        Args:
+            name: such as ``"smollm2-135m"``, ``"owner/name"`` or a path.
+            edit_modules: names or globs of the modules to edit; None means the registry's default for this model.
+            dtype: precision of the frozen weights, or ``"auto"`` (see :func:`resolve_dtype`).
+            device: or ``"auto"``: the accelerator if there is one.
+
+        Raises:
+            ModelError: the model cannot be had.
+            ValueError: a pattern in ``edit_modules`` matches nothing.
+        """
+        device = resolve_device(device)
+        model, tokenizer = load_model(name, resolve_dtype(dtype, device), device)
+        patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
+        return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
+
+    # -- names, places -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.forward.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @staticmethod
+    def _oriented(module: nn.Module) -> Tensor:
+        """The module's weight as (d_out, d_in); a view."""
+        return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, prompt: str, answer: str, subject: str | None = None, origin: str = "") -> Passage:
+        """The passage ``prompt + " " + answer``.
+
+        Raises:
+            ValueError: the passage is longer than the model's context, or the answer has no token.
+        """
+        return self.tokenize_all([prompt], [answer], [subject], [origin])[0]
+
+    def tokenize_all(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        subjects: Sequence[str | None],
+        origins: Sequence[str],
+    ) -> list[Passage]:
+        """:meth:`tokenize` for many texts at once."""
+        texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+        encoding = self.tokenizer(texts, return_offsets_mapping=True)
+        rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        return [
+            self._passage(ids, offsets, *text)
+            for (ids, offsets), *text in zip(rows, prompts, answers, subjects, origins, strict=True)
+        ]
+
+    def _passage(
+        self, ids: list[int], offsets: list[tuple[int, int]], prompt: str, answer: str, subject: str | None, origin: str
+    ) -> Passage:
+        first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
+        if not first:  # no answer token, or no prompt token before it
+            raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
+        if len(ids) > self.context_length:
+            raise ValueError(
+                f"{origin}: prompt and answer have {len(ids)} tokens, but the context of {self.name or 'the model'} "
+                f"holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
+            )
+        position = None
+        if subject is not None and (start := prompt.find(subject)) >= 0:
+            stop = start + len(subject)
+            position = max(i for i in range(first) if offsets[i][0] < stop and offsets[i][1] > offsets[i][0])
+        return Passage(tuple(ids[:-1]), tuple(ids[first:]), position)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def _prefix_states(self, passages: Sequence[Passage]) -> list[Tensor]:
+        """Cached states that enter the first edited layer, one (L, d) a passage."""
+        found = [self.prefix_cache.get(p.input_ids) for p in passages]
+        missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
+        fresh: dict[tuple[int, ...], Tensor] = {}
+        for chunk in length_sorted_chunks([len(passages[i]) for i in missing], self.max_tokens_per_pass):
+            members = [passages[missing[i]] for i in chunk]
+            hidden = self.forward.prefix(self._pad_ids(members))
+            for row, passage in zip(hidden, members, strict=True):
+                fresh[passage.input_ids] = row[: len(passage)].clone()
+        for key, value in fresh.items():
+            self.prefix_cache.put(key, value)
+        return [fresh[p.input_ids] if state is None else state for p, state in zip(passages, found, strict=True)]
+
+    def _pad_ids(self, passages: Sequence[Passage]) -> Tensor:
+        ids = torch.zeros(len(passages), max(map(len, passages)), dtype=torch.long)
+        for row, passage in zip(ids, passages, strict=True):
+            row[: len(passage)] = torch.tensor(passage.input_ids)
+        return ids.to(self.device)
+
+    def _suffix_chunks(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], Tensor]]:
+        """Chunks of passage indices with the last layer's states (b, L, d) before the final norm."""
+        states = self._prefix_states(passages)
+        for chunk in length_sorted_chunks([len(p) for p in passages], self.max_tokens_per_pass):
+            padded = nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True)
+            yield chunk, self.forward.run(padded)
+
+    def answer_chunks(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], AnswerStates]]:
+        """Chunks of passage indices with their final states at the answer positions, under the current weights.
+
+        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time.
+        """
+        for chunk, hidden in self._suffix_chunks(passages):
+            members = [passages[i] for i in chunk]
+            rows, columns = _positions(members, "answer", self.device)
+            targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
+            yield chunk, AnswerStates(self.forward.norm(hidden[rows, columns]), targets, rows)
+
+    def answer_states(self, passages: Sequence[Passage]) -> AnswerStates:
+        """Final states at the answer positions of all passages, in their order; no gradients."""
+        pieces: list[Tensor | None] = [None] * len(passages)
+        with torch.no_grad():
+            for chunk, states in self.answer_chunks(passages):
+                for index, piece in zip(
+                    chunk, states.hidden.split([len(passages[i].targets) for i in chunk]), strict=True
+                ):
+                    pieces[index] = piece
+        return AnswerStates(
+            hidden=torch.cat([p for p in pieces if p is not None]),
+            targets=torch.tensor([t for p in passages for t in p.targets], device=self.device),
+            owner=torch.tensor([i for i, p in enumerate(passages) for _ in p.targets], device=self.device),
+        )
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities (P, |V|) float32 from normalised final states (P, d)."""
+        return F.log_softmax(self.forward.logits(hidden), dim=-1)
+
+    def reference_states(self, passages: Sequence[Passage]) -> list[Tensor]:
+        """θ₀'s final states at each passage's answer positions, (answer tokens, d) each: what the KL is measured
+        against. Cached."""
+        keys = [(p.input_ids, len(p.targets)) for p in passages]
+        found = [self.reference_cache.get(k) for k in keys]
+        missing = [i for i, state in enumerate(found) if state is None]
+        if missing:
+            with self.original_weights():
+                states = self.answer_states([passages[i] for i in missing])
+            for i, piece in zip(missing, states.hidden.split([len(passages[i].targets) for i in missing]), strict=True):
+                found[i] = piece.clone()
+                self.reference_cache.put(keys[i], found[i])
+        return [state for state in found if state is not None]
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], longest: Sequence[str] | None = None, extra: int = 4, batch_size: int = 64
+    ) -> list[str]:
+        """Greedy continuations, batched over prompts of similar length with a KV cache.
+
+        Args:
+            prompts: texts to continue.
+            longest: expected answers; the continuation may be ``extra`` tokens longer than the longest of its batch.
+            extra: tokens beyond that (or in all, without ``longest``).
+            batch_size: prompts decoded together.
+        """
+        tokenizer = self.tokenizer
+        answers = [len(tokenizer(" " + text)["input_ids"]) for text in longest] if longest else [0] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            rows = [tokenizer(prompts[i])["input_ids"] for i in chunk]
+            width = max(map(len, rows))
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            output = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max(answers[i] for i in chunk) + extra,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for i, row in zip(chunk, output[:, width:], strict=True):
+                texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+        return texts
+
+    # -- the fine-tuning gradient --------------------------------------------------------------------------------
+
+    def trace(self, passages: Sequence[Passage], token: str = "answer") -> Trace:
+        """Keys and value gradients of the mean answer-token cross-entropy at the current weights.
+
+        Args:
+            passages: the batch's edits.
+            token: which positions: those that predict an answer token (``"answer"``), the subject's last token
+                (``"subject"``; the answer positions where a record names no subject), both
+                (``"subject+answer"``), or every token (``"all"``).
+        """
+        total = sum(len(p.targets) for p in passages)
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def record(name: str):  # noqa: ANN202
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                inputs[name] = args[0].detach()
+                outputs[name] = output if output.requires_grad else output.requires_grad_()
+                return output
+
+            return hook
+
+        order: list[int] = []
+        loss = 0.0
+        handles = [module.register_forward_hook(record(name)) for name, module in self._modules.items()]
+        keys: dict[str, list[Tensor]] = {n: [] for n in self._modules}
+        gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
+        try:
+            with torch.enable_grad():
+                for chunk, hidden in self._suffix_chunks(passages):
+                    members = [passages[i] for i in chunk]
+                    rows, columns = _positions(members, "answer", self.device)
+                    states = self.forward.norm(hidden[rows, columns])
+                    targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
+                    chunk_loss = F.cross_entropy(self.forward.logits(states), targets, reduction="sum") / total
+                    grads = torch.autograd.grad(chunk_loss, [outputs[n] for n in self._modules])
+                    loss += float(chunk_loss.detach())
+                    rows, columns = _positions(members, token, self.device)
+                    for n, g in zip(self._modules, grads, strict=True):
+                        keys[n].append(inputs[n][rows, columns].float())
+                        gradients[n].append(g[rows, columns].float())
+                    order.extend(chunk[r] for r in rows.tolist())
+        finally:
+            for handle in handles:
+                handle.remove()
+        owner = torch.tensor(order, device=self.device)
+        permutation = torch.argsort(owner, stable=True)
+        return Trace(
+            keys={n: torch.cat(v)[permutation] for n, v in keys.items()},
+            value_gradients={n: torch.cat(v)[permutation] for n, v in gradients.items()},
+            owner=owner[permutation],
+            loss=loss,
+        )
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Tensor:
+        """The edited weight W_t (d_out, d_in), float32; not a copy: read only."""
+        return self._master[name]
+
+    def original_weight(self, name: str) -> Tensor:
+        """The pre-trained weight W₀ (d_out, d_in), float32; not a copy: read only."""
+        return self._original[name]
+
+    @torch.no_grad()
+    def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out)."""
+        for name, module in self._modules.items():
+            self._master[name].addmm_(values[name].t().float(), keys[name].float())
+            self._refresh(name, module)
+
+    def _refresh(self, name: str, module: nn.Module) -> None:
+        oriented = self._oriented(module)
+        if oriented.data_ptr() != self._master[name].data_ptr():
+            oriented.data.copy_(self._master[name])
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Tensor] | None = None) -> None:
+        """Put back a snapshot, or the pre-trained weights, bit for bit."""
+        for name, module in self._modules.items():
+            self._master[name].copy_((snapshot or self._original)[name])
+            self._refresh(name, module)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the edited weights, float32 (d_out, d_in)."""
+        return {name: weight.clone() for name, weight in self._master.items()}
+
+    @contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Within it the model runs with its pre-trained weights; no copying."""
+        current = {name: module.weight.data for name, module in self._modules.items()}
+        for name, module in self._modules.items():
+            module.weight.data = self._original_run[name]
+        try:
+            yield
+        finally:
+            for name, module in self._modules.items():
+                module.weight.data = current[name]
+
+    @contextmanager
+    def differentiable(self, wanted: bool = True) -> Iterator[dict[str, nn.Parameter]]:
+        """Within it, the parameters that the model runs with, by module, take gradients (or nothing does)."""
+        parameters = {name: module.weight for name, module in self._modules.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(wanted)
+        try:
+            with torch.set_grad_enabled(wanted):
+                yield parameters
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+    def oriented(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the run parameters as (d_out, d_in)."""
+        return {n: g.t() if isinstance(self._modules[n], Conv1D) else g for n, g in gradients.items()}
+
+    def drift(self) -> dict[str, float]:
+        """‖W_t − W₀‖ / ‖W₀‖ by module (Frobenius)."""
+        return {
+            n: float((self._master[n] - self._original[n]).norm() / self._original[n].norm()) for n in self._modules
+        }
+
+
+def _positions(passages: Sequence[Passage], token: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column indices of the chosen positions in a padded batch of these passages."""
+    index = torch.tensor([(r, c) for r, p in enumerate(passages) for c in p.chosen_positions(token)], device=device)
+    return index[:, 0], index[:, 1]

@@ -1,0 +1,164 @@
+"""Efficacy, Generalization and Specificity per data set (Appendix A.3), and free-running exact match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rledit_env.knowledge import EditRecord
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+
+CHUNK = 256  # passages whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores in percent, over all records (and over all their paraphrases and unrelated pairs).
+
+    Attributes:
+        efficacy, generalization: CounterFact: share of prompts with P(y*) > P(y_old); else share of answer tokens
+            whose top-1 token is the target's, on x and on x̃.
+        specificity: share of unrelated facts kept. CounterFact: P(y_old) > P(y*) on x′; else share of answer tokens
+            of x′ where the top-1 token is the *original model's*.
+        specificity_answer: the same against the data set's answer (what published ZsRE and FEVER code reports). For
+            CounterFact the two readings are one.
+        exact_match: share of edit prompts whose greedy, free-running continuation answers with exactly the target;
+            None if it was not asked for.
+        top1: share of edit prompts' answer tokens whose top-1 token is the target's (teacher-forced).
+        taken: one entry a record: does the greedy continuation begin with the target.
+    """
+
+    efficacy: float
+    generalization: float
+    specificity: float
+    specificity_answer: float
+    exact_match: float | None
+    top1: float
+    taken: tuple[bool, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of Efficacy, Generalization and Specificity."""
+        return (self.efficacy + self.generalization + self.specificity) / 3
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The scores by name, without the per-record list."""
+        scores = asdict(self)
+        del scores["taken"]
+        return {**scores, "mean": self.mean}
+
+
+def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate: bool = True) -> Metrics:
+    """Metrics of the current weights on these records.
+
+    Args:
+        lm: the edited LM.
+        records: the facts that were edited.
+        kind: "zsre", "counterfact" or "fever", which decides the metrics' form.
+        generate: also decode freely (much slower than the teacher-forced scores).
+
+    Raises:
+        ValueError: no records, or a CounterFact record without the answer it had before.
+    """
+    if not records:
+        raise ValueError("no fact has been edited yet; take at least one step first")
+    edits = [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records]
+    matches = _token_matches(lm, edits)
+    top1 = _percent(torch.cat(matches))
+    taken = tuple(bool(tokens.all()) for tokens in matches)
+    exact = 100 * sum(exact_matches(lm, records)) / len(records) if generate else None
+    if kind == "counterfact":
+        scores = _comparison_metrics(lm, records)
+    else:
+        scores = _token_metrics(lm, records, edits)
+    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken)
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.float().mean())
+
+
+def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
+    missing = next((r for r in records if r.original is None), None)
+    if missing is not None:
+        raise ValueError(f"{missing.origin}: CounterFact's metrics compare with the answer before the edit, and it "
+                         "has none; give the field of its schema that holds it")
+
+    def preferred(rows: Sequence[tuple[str, str, str, str]]) -> float:
+        """Percent of (prompt, first answer, second answer, origin) where the first is the more probable."""
+        first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
+        second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
+        return _percent(first < second)
+
+    efficacy = preferred([(r.prompt, r.target, str(r.original), r.origin) for r in records])
+    general = preferred([(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases])
+    specific = preferred([(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated])
+    return efficacy, general, specific, specific
+
+
+def _token_metrics(
+    lm: EditableLM, records: Sequence[EditRecord], edits: Sequence[Passage]
+) -> tuple[float, float, float, float]:
+    paraphrases = [lm.tokenize(p, r.target, origin=r.origin) for r in records for p in r.paraphrases]
+    unrelated = [lm.tokenize(u.prompt, u.answer, origin=r.origin) for r in records for u in r.unrelated]
+    predicted = torch.cat(top_tokens(lm, unrelated))
+    with lm.original_weights():
+        original = torch.cat(top_tokens(lm, unrelated))
+    answers = torch.tensor([t for p in unrelated for t in p.targets], device=predicted.device)
+    return (
+        _percent(torch.cat(_token_matches(lm, edits))),
+        _percent(torch.cat(_token_matches(lm, paraphrases))),
+        _percent(predicted == original),
+        _percent(predicted == answers),
+    )
+
+
+@torch.no_grad()
+def top_tokens(lm: EditableLM, passages: Sequence[Passage]) -> list[Tensor]:
+    """The most probable token at each answer position, a tensor of (answer tokens,) a passage."""
+    tokens: list[Tensor] = []
+    for start in range(0, len(passages), CHUNK):
+        chunk = passages[start : start + CHUNK]
+        best = lm.forward.logits(lm.answer_states(chunk).hidden).argmax(-1)
+        tokens.extend(best.split([len(p.targets) for p in chunk]))
+    return tokens
+
+
+def _token_matches(lm: EditableLM, passages: Sequence[Passage]) -> list[Tensor]:
+    best = top_tokens(lm, passages)
+    return [b == torch.tensor(p.targets, device=b.device) for b, p in zip(best, passages, strict=True)]
+
+
+@torch.no_grad()
+def sequence_losses(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
+    """Mean negative log-probability of each passage's answer tokens, (passages,)."""
+    losses: list[Tensor] = []
+    for start in range(0, len(passages), CHUNK):
+        chunk = passages[start : start + CHUNK]
+        states = lm.answer_states(chunk)
+        logits = lm.forward.logits(states.hidden)
+        nll = torch.nn.functional.cross_entropy(logits, states.targets, reduction="none")
+        sums = torch.zeros(len(chunk), device=nll.device).index_add_(0, states.owner, nll)
+        losses.append(sums / torch.bincount(states.owner, minlength=len(chunk)))
+    return torch.cat(losses)
+
+
+def answer_of(continuation: str) -> str:
+    """The answer in a free continuation: its text up to the first line end or punctuation that closes a phrase."""
+    return re.split(r"[\n.,;:!?]", continuation.strip(), maxsplit=1)[0].strip()
+
+
+def exact_matches(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[bool]:
+    """Whether the answer in each edit prompt's greedy continuation is exactly the target, decoding freely.
+
+    Unlike the teacher-forced scores, the answer must also end where the target ends.
+    """
+    continuations = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
+    return [
+        answer_of(text) == answer_of(r.target) for text, r in zip(continuations, records, strict=True)
+    ]

@@ -1,0 +1,264 @@
+"""The reward: −(L(B_t, W_t) + L_back + L_reg), Eq. 6–10, from replaceable components.
+
+A component says which passages of a record it looks at and what an answer position costs. All components of the
+current batch and of the backtracked ones are weighed together, so that one pass over length-sorted passages gives the
+whole reward and its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rledit_env.encoding import EncodedRecord
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+
+
+class Component(Protocol):
+    """One term of L(B, W): what a batch costs at the current weights, as a mean over its answer positions.
+
+    Attributes:
+        needs_reference: whether ``loss`` compares with θ₀'s final states.
+    """
+
+    needs_reference: bool
+
+    def passages(self, record: EncodedRecord, choice: float) -> Sequence[Passage]:
+        """The passages scored for one record; ``choice`` in [0, 1) picks among several, fixed for an episode."""
+        ...
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        """Loss at P answer positions (P,) from final states (P, d), target ids (P,) and θ₀'s final states (P, d)."""
+        ...
+
+
+def negative_log_likelihood(lm: EditableLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """−log p_W(target) at each position, (P,)."""
+    return F.cross_entropy(lm.forward.logits(hidden), targets, reduction="none")
+
+
+def kl_from_reference(lm: EditableLM, hidden: Tensor, reference: Tensor) -> Tensor:
+    """KL(p_θ₀ ‖ p_W) at each position, (P,)."""
+    with torch.no_grad():
+        original = lm.log_probabilities(reference)
+    return F.kl_div(lm.log_probabilities(hidden), original, log_target=True, reduction="none").sum(-1)
+
+
+def pick(passages: Sequence[Passage], choice: float) -> list[Passage]:
+    """One of several passages, by a number in [0, 1)."""
+    return [passages[int(choice * len(passages))]]
+
+
+class Efficacy:
+    """−log p_W(y* | x): the new fact on its own prompt. Not part of the paper's reward."""
+
+    needs_reference = False
+
+    def passages(self, record: EncodedRecord, choice: float) -> Sequence[Passage]:
+        return [record.edit]
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        return negative_log_likelihood(lm, hidden, targets)
+
+
+class Generalization:
+    """L_gen = −log p_W(y* | x̃): the new fact on a paraphrase (Eq. 6)."""
+
+    needs_reference = False
+
+    def passages(self, record: EncodedRecord, choice: float) -> Sequence[Passage]:
+        return pick(record.paraphrases, choice)
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        return negative_log_likelihood(lm, hidden, targets)
+
+
+class Locality:
+    """L_loc = KL(p_θ₀(·|x′) ‖ p_W(·|x′)): an unrelated answer unchanged (Eq. 7)."""
+
+    needs_reference = True
+
+    def passages(self, record: EncodedRecord, choice: float) -> Sequence[Passage]:
+        return pick(record.unrelated, choice)
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        assert reference is not None
+        return kl_from_reference(lm, hidden, reference)
+
+
+def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
+    """Σ_modules ‖ΔW‖_F² of ΔW = ṽᵀũ, from the factors' Gram matrices (no dense matrix)."""
+    return torch.stack([((keys[m] @ keys[m].T) * (values[m] @ values[m].T)).sum() for m in keys]).sum()
+
+
+def _paper_components() -> dict[str, tuple[float, Component]]:
+    return {"generalization": (1.0, Generalization()), "locality": (0.6, Locality())}
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What the reward consists of; the defaults are the paper's.
+
+    Attributes:
+        components: name → (weight, component) of the basic term L(B, W) (Eq. 8; λ_loc is locality's weight). Give
+            your own to replace any of them; their unweighted means appear in ``info`` under their names.
+        backtracking_depth: k, how many earlier batches are scored (Eq. 9).
+        backtracking_decay: μ, weight of the batch i steps back is μ^i.
+        backtracking_samples: score only this many of the k, drawn with replacement by weight and reweighted so that
+            the expected reward is the full sum; None scores all.
+        every_step: score every step; False scores only the last presentation of a batch (the other steps' reward is
+            minus their regularisation), which costs less where ``steps_per_batch`` > 1.
+        regularisation: η, weight of ``penalty``.
+        penalty: what the regularisation measures, from an action's factors (keys (N, d_in), values (N, d_out)) by
+            module; must be differentiable.
+        floor: the least reward of a step; what a step that breaks the model gets.
+    """
+
+    components: Mapping[str, tuple[float, Component]] = field(default_factory=_paper_components)
+    backtracking_depth: int = 10
+    backtracking_decay: float = 0.95
+    backtracking_samples: int | None = None
+    every_step: bool = True
+    regularisation: float = 1e-4
+    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] = frobenius_penalty
+    floor: float = -1000.0
+
+    def __post_init__(self) -> None:
+        if self.backtracking_depth < 0:
+            raise ValueError(f"backtracking_depth is {self.backtracking_depth}; give 0 (none) or more")
+        if self.backtracking_samples is not None and self.backtracking_samples < 1:
+            raise ValueError(f"backtracking_samples is {self.backtracking_samples}; give at least 1, or None for all")
+        if not self.floor < 0:
+            raise ValueError(f"floor is {self.floor}; give a negative reward")
+
+    @staticmethod
+    def paper(locality: float = 0.6) -> RewardConfig:
+        """The paper's reward: λ_loc = 0.6 (0.8 for some models), μ = 0.95, k = 10, η = 1e-4."""
+        return RewardConfig(components={"generalization": (1.0, Generalization()), "locality": (locality, Locality())})
+
+    @staticmethod
+    def with_efficacy(efficacy: float = 0.5, locality: float = 1.0, samples: int | None = 1) -> RewardConfig:
+        """The paper's reward with a term for the edit prompt itself and sampled backtracking: what we train with."""
+        return RewardConfig(
+            components={
+                "efficacy": (efficacy, Efficacy()),
+                "generalization": (1.0, Generalization()),
+                "locality": (locality, Locality()),
+            },
+            backtracking_samples=samples,
+        )
+
+    def replace(self, name: str, weight: float, component: Component) -> RewardConfig:
+        """This configuration with one component added or replaced."""
+        return replace(self, components={**self.components, name: (weight, component)})
+
+
+def resolve_reward(reward: RewardConfig | str | None) -> RewardConfig | None:
+    """The configuration that the environment's ``reward`` argument means; None for ``"none"``."""
+    if reward is None or reward == "paper":
+        return RewardConfig()
+    if reward == "efficacy":
+        return RewardConfig.with_efficacy()
+    if reward == "none":
+        return None
+    if isinstance(reward, RewardConfig):
+        return reward
+    raise ValueError(f"reward is {reward!r}; give None or 'paper', 'efficacy', 'none', or a RewardConfig")
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A batch as the reward sees it: records, their fixed choices in [0, 1), and the weight of its L(B, W)."""
+
+    records: Sequence[EncodedRecord]
+    choices: Sequence[float]
+    weight: float
+
+
+def backtracked(step: int, config: RewardConfig, rng: np.random.Generator) -> dict[int, float]:
+    """Which earlier batches are scored at batch ``step`` (0-based), and their weights: {i: μ^i}, i steps back.
+
+    With ``backtracking_samples`` m, m draws from p_i ∝ μ^i weigh Σμ/m each, whose expectation is the full sum.
+    """
+    depth = min(config.backtracking_depth, step)
+    weights = config.backtracking_decay ** np.arange(1, depth + 1)
+    samples = config.backtracking_samples
+    if samples is None or samples >= depth:
+        return {i: float(w) for i, w in enumerate(weights, start=1)}
+    drawn = rng.choice(depth, size=samples, p=weights / weights.sum()) + 1
+    counts = {int(i): int(n) for i, n in zip(*np.unique(drawn, return_counts=True), strict=True)}
+    return {i: n * float(weights.sum()) / samples for i, n in counts.items()}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses of scored batches.
+
+    Attributes:
+        basic: batch by batch, component name → its unweighted mean.
+        total: Σ_batches weight · Σ_components weight · mean.
+        gradient: module → ∂total/∂W (d_out, d_in) float32, or None.
+    """
+
+    basic: list[dict[str, float]]
+    total: float
+    gradient: dict[str, Tensor] | None
+
+
+def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool) -> Scores:
+    """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum."""
+    if not batches:
+        return Scores([], 0.0, None)
+    names = list(config.components)
+    passages: list[Passage] = []
+    slot: list[int] = []  # batch · components + component of each passage
+    for b, batch in enumerate(batches):
+        for c, name in enumerate(names):
+            for record, choice in zip(batch.records, batch.choices, strict=True):
+                found = config.components[name][1].passages(record, choice)
+                passages.extend(found)
+                slot.extend([b * len(names) + c] * len(found))
+    slots = torch.tensor(slot)
+    lengths = torch.tensor([len(p.targets) for p in passages])
+    tokens = torch.zeros(len(batches) * len(names)).index_add_(0, slots, lengths.float())
+    weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names])
+    coefficient = (weight / tokens).to(lm.device)  # of one answer position, by slot
+    referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
+    reference = dict(zip(referenced, lm.reference_states([passages[i] for i in referenced]), strict=True))
+
+    sums = torch.zeros(len(tokens), device=lm.device)
+    gradients: dict[str, Tensor] | None = None
+    with lm.differentiable(gradient) as parameters:
+        for chunk, states in lm.answer_chunks(passages):
+            position_slot = slots[chunk].to(lm.device)[states.owner]
+            position_component = position_slot % len(names)
+            chunk_loss = states.hidden.new_zeros((), dtype=torch.float32)
+            for c, name in enumerate(names):
+                rows = (position_component == c).nonzero()[:, 0]
+                if not len(rows):
+                    continue
+                component = config.components[name][1]
+                theirs = None
+                if component.needs_reference:
+                    theirs = torch.cat([reference[i] for i in chunk if slot[i] % len(names) == c])
+                losses = component.loss(lm, states.hidden[rows], states.targets[rows], theirs).float()
+                sums.index_add_(0, position_slot[rows], losses.detach())
+                chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
+            if gradient:
+                pieces = torch.autograd.grad(chunk_loss, list(parameters.values()))
+                if gradients is None:
+                    gradients = {m: piece.float() for m, piece in zip(parameters, pieces, strict=True)}
+                else:
+                    for m, piece in zip(parameters, pieces, strict=True):
+                        gradients[m] += piece
+    means = (sums.cpu() / tokens).view(len(batches), len(names))
+    basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
+    total = float((means.flatten() * weight).sum())
+    return Scores(basic, total, lm.oriented(gradients) if gradients is not None else None)

@@ -1,0 +1,125 @@
+"""Observation and action spaces, and packing between ragged tensors and padded, masked arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rledit_env.lm.editable import Trace
+
+Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
+
+
+def _unbounded(*shape: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
+def observation_space(shapes: Shapes, rows: int) -> spaces.Dict:
+    """Keys (N, d_in) and value gradients (N, d_out) by module, mask (N,), edit loss (1,), progress (1,)."""
+    return spaces.Dict(
+        {
+            "keys": spaces.Dict({m: _unbounded(rows, d_in) for m, (d_in, _) in shapes.items()}),
+            "value_gradients": spaces.Dict({m: _unbounded(rows, d_out) for m, (_, d_out) in shapes.items()}),
+            "mask": spaces.Box(0.0, 1.0, (rows,), np.float32),
+            "edit_loss": spaces.Box(0.0, np.inf, (1,), np.float32),
+            "progress": spaces.Box(0.0, 1.0, (1,), np.float32),
+        }
+    )
+
+
+def action_space(shapes: Shapes, rows: int) -> spaces.Dict:
+    """Update factors by module: keys ũ (N, d_in) and values ṽ (N, d_out), ΔW = ṽᵀũ."""
+    return spaces.Dict(
+        {
+            "keys": spaces.Dict({m: _unbounded(rows, d_in) for m, (d_in, _) in shapes.items()}),
+            "values": spaces.Dict({m: _unbounded(rows, d_out) for m, (_, d_out) in shapes.items()}),
+        }
+    )
+
+
+def torch_observation(trace: Trace, progress: float) -> dict[str, Any]:
+    """The observation as tensors on the LLM's device, with as many rows as the batch has positions."""
+    rows = len(trace.owner)
+    device = trace.owner.device
+    return {
+        "keys": trace.keys,
+        "value_gradients": trace.value_gradients,
+        "mask": torch.ones(rows, device=device),
+        "edit_loss": torch.tensor([trace.loss], device=device),
+        "progress": torch.tensor([progress], device=device),
+    }
+
+
+def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> dict[str, Any]:
+    """What follows the last batch, as tensors: no rows, no loss."""
+    return {
+        "keys": {m: torch.zeros(0, d_in, device=device) for m, (d_in, _) in shapes.items()},
+        "value_gradients": {m: torch.zeros(0, d_out, device=device) for m, (_, d_out) in shapes.items()},
+        "mask": torch.zeros(0, device=device),
+        "edit_loss": torch.zeros(1, device=device),
+        "progress": torch.tensor([progress], device=device),
+    }
+
+
+def numpy_observation(observation: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The observation as float32 arrays, padded with zero rows to ``rows``."""
+
+    def padded(value: Tensor) -> np.ndarray:
+        array = np.zeros((rows, *value.shape[1:]), dtype=np.float32)
+        array[: len(value)] = value.cpu().numpy()
+        return array
+
+    return {
+        "keys": {m: padded(v) for m, v in observation["keys"].items()},
+        "value_gradients": {m: padded(v) for m, v in observation["value_gradients"].items()},
+        "mask": padded(observation["mask"]),
+        "edit_loss": observation["edit_loss"].cpu().numpy(),
+        "progress": observation["progress"].cpu().numpy(),
+    }
+
+
+def unpack_action(
+    action: Any, shapes: Shapes, padded_rows: int, used_rows: int, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The action's used rows as float32 tensors: keys and values by module.
+
+    Rows beyond ``used_rows`` are padding and are ignored. Both NumPy arrays and tensors are taken, with either
+    ``padded_rows`` or ``used_rows`` rows.
+
+    Raises:
+        ValueError: a part is missing or unknown, has a wrong shape, or holds a number that is not finite.
+    """
+    unpacked: dict[str, dict[str, Tensor]] = {}
+    if not isinstance(action, Mapping) or set(action) != {"keys", "values"}:
+        found = sorted(action) if isinstance(action, Mapping) else type(action).__name__
+        raise ValueError(f"the action is {found}; give a dictionary with 'keys' and 'values', each by module")
+    for part, side in (("keys", 0), ("values", 1)):
+        if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
+            found = set(action[part]) if isinstance(action[part], Mapping) else set()
+            raise ValueError(
+                f"action[{part!r}] must have exactly the edited modules; missing: {sorted(set(shapes) - found)}, "
+                f"unknown: {sorted(found - set(shapes))}"
+            )
+        unpacked[part] = {}
+        for module, shape in shapes.items():
+            value = torch.as_tensor(action[part][module], dtype=torch.float32, device=device)
+            width = shape[side]
+            if value.ndim != 2 or value.shape[1] != width or value.shape[0] not in (padded_rows, used_rows):
+                raise ValueError(
+                    f"action[{part!r}][{module!r}] has shape {tuple(value.shape)}; it must be ({padded_rows}, {width}) "
+                    f"as in the action space, or ({used_rows}, {width}), the rows in use"
+                )
+            value = value[:used_rows]
+            if not torch.isfinite(value).all():
+                row = int((~torch.isfinite(value)).any(1).nonzero()[0])
+                raise ValueError(
+                    f"action[{part!r}][{module!r}] holds a number that is not finite (first in row {row}); "
+                    "nothing was applied"
+                )
+            unpacked[part][module] = value
+    return unpacked["keys"], unpacked["values"]
