@@ -1,7 +1,21 @@
 """Editors as agents of the environment."""
 
 from agents.base import Agent
+from agents.editing import EditLog, edit_facts, edit_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.rledit import RLEditAgent, RLEditConfig
+from agents.saved import agent_settings, find_agent, load_agent
 
-__all__ = ["Agent", "Hypernetwork", "HypernetworkConfig", "RLEditAgent", "RLEditConfig"]
+__all__ = [
+    "Agent",
+    "EditLog",
+    "Hypernetwork",
+    "HypernetworkConfig",
+    "RLEditAgent",
+    "RLEditConfig",
+    "agent_settings",
+    "edit_facts",
+    "edit_stream",
+    "find_agent",
+    "load_agent",
+]

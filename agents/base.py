@@ -16,7 +16,7 @@ class Agent(ABC):
     environment is reset.
     """
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
 
     @abstractmethod

@@ -84,7 +84,8 @@ class RunningNormaliser:
 class ResidualBlocks(nn.Module):
     """z ← z + scale_l ⊙ ReLU(z A B + b) + shift_l, B times; A, B, b shared by modules of one shape.
 
-    B starts at zero, so that the untrained network is the identity.
+    B starts at zero, so that the untrained network is the identity. The ReLU is written as a clamp, whose gradient at
+    zero is 1: torch.relu's is 0 there, and B and b, which start at just that point, would never learn.
     """
 
     def __init__(self, width: int, rank: int, blocks: int, modules: int) -> None:
@@ -98,7 +99,7 @@ class ResidualBlocks(nn.Module):
     def forward(self, z: Tensor, module: int) -> Tensor:
         """Transformed rows (N, width) of the module with this index."""
         for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
-            z = z + scale[module] * torch.relu(z @ down @ up + bias) + shift[module]  # (N, width)
+            z = z + scale[module] * (z @ down @ up + bias).clamp(min=0) + shift[module]  # (N, width)
         return z
 
 
@@ -189,9 +190,9 @@ class Hypernetwork(nn.Module):
         inverse = self.memory.get(module)
         if inverse is None:
             damping = float(self.log_damping[self.index[module]].exp())
-            inverse = torch.eye(u.shape[1], device=u.device) / damping
+            inverse = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / damping
         projected = u @ inverse  # (N, d_in)
-        gram = projected @ u.T + torch.eye(len(u), device=u.device)  # (N, N)
+        gram = projected @ u.T + torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
         solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
         self.memory[module] = inverse - projected.T @ solved
         return solved
@@ -212,7 +213,7 @@ class Hypernetwork(nn.Module):
                 update_keys[module] = record.update_keys[module]
             else:
                 damping = self.log_damping[self.index[module]].exp()
-                gram = u @ u.T + damping * torch.eye(len(u), device=u.device)  # (N, N)
+                gram = u @ u.T + damping * torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
                 update_keys[module] = torch.cholesky_solve(u, torch.linalg.cholesky(gram))
         return update_keys, values
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord
+from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 
+TRAINING_STATE = "training.safetensors"
+# The environment's settings that the agent is best trained and used with.
+RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 3}
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -127,14 +131,20 @@ class RLEditAgent(Agent):
         if shapes is None:
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
-            spaces = env.action_space["keys"], env.action_space["values"]
-            shapes = {m: (spaces[0][m].shape[1], spaces[1][m].shape[1]) for m in spaces[0]}
+            shapes = _module_shapes(env)
         self.network = Hypernetwork(shapes, self.config.network, seed)
+        if env is not None:  # beside the LLM, so that no factor travels through the host
+            self.network.to(_inner(env).lm.device)
+            self.network.normalisers = {
+                m: RunningNormaliser(sum(shape), self.network.device) for m, shape in shapes.items()
+            }
         self.optimizer = self._make_optimizer()
         self.updates = 0
         self.timesteps = 0
         self.best_score = -math.inf
-        self._best: dict[str, Tensor] | None = None
+        self._best: dict[str, Tensor] | None = None  # the policy with the best score, as _policy() gives it
+        self._waited = 0  # evaluations since then
+        self._evaluated: int | None = None  # the update that was evaluated last
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         network, config = self.network, self.config
@@ -182,8 +192,13 @@ class RLEditAgent(Agent):
         eval_every: int = 5,
         patience: int = 4,
         eval_seed: int = 12345,
+        checkpoint_every: int = 5,
+        resume: bool = True,
     ) -> RLEditAgent:
         """Train by whole-trajectory updates: each ends with one step of Adam on the gradient of the return.
+
+        A run in ``log_dir`` that was interrupted, however roughly, goes on from its last checkpoint and ends as it
+        would have ended. Ctrl-C writes a checkpoint of the last finished update first.
 
         Args:
             total_timesteps: environment steps to take in all, counted over every call of ``learn``.
@@ -194,23 +209,39 @@ class RLEditAgent(Agent):
             eval_env: a held-out stream, best a longer one than the training streams (a policy trained on one horizon
                 need not be stable beyond it). Its metrics choose the best checkpoint, which the agent holds at the
                 end. It may share the LLM with the training environment.
-            eval_every: updates between two evaluations; the untrained policy is evaluated too.
+            eval_every: updates between two evaluations; the untrained policy and the last one are evaluated too.
             patience: evaluations without a better score before training stops early.
             eval_seed: the seed that ``eval_env`` is always reset with.
+            checkpoint_every: updates between two checkpoints; one is written at every evaluation as well.
+            resume: go on from ``last``; False starts anew and writes over it.
 
         Raises:
-            ValueError: the environment does not give tensors and reward gradients.
+            ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` holds a run with
+                other settings.
         """
         env = self._training_env()
         folder = Path(log_dir) if log_dir is not None else None
-        writer = _summary_writer(folder)
+        self._waited, self._evaluated = 0, None
+        if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
+            self._resume(folder / "last" / TRAINING_STATE)
+        writer = _summary_writer(folder, self.updates)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
-        waited = 0
-        horizon = env.unwrapped.episode_steps
+        horizon = _inner(env).episode_steps
+        state = self._training_state()
+
+        def judge(at_end: bool = False) -> None:
+            nonlocal state
+            due = at_end or self.updates % eval_every == 0 or self._evaluated is None
+            if eval_env is not None and due and self._evaluated != self.updates:
+                better = self._evaluate(eval_env, eval_seed, writer)
+                self._waited = 0 if better or self._evaluated is None else self._waited + 1
+                self._evaluated = self.updates
+                state = self._training_state()
+                self._checkpoint(folder, state)
+
         try:
-            if eval_env is not None and self._best is None:
-                self._evaluate(eval_env, eval_seed, writer)
-            while self.timesteps < total_timesteps:
+            judge()
+            while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
                 numbers: dict[str, float] = {}
                 for _ in range(self.config.trajectories_per_update):
@@ -219,36 +250,42 @@ class RLEditAgent(Agent):
                     self.timesteps += horizon
                     bar.update(horizon)
                 numbers |= self._update(gradients)
+                state = self._training_state()
                 bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
                 _log(writer, "train", numbers, self.updates)
-                if eval_env is not None and self.updates % eval_every == 0:
-                    better = self._evaluate(eval_env, eval_seed, writer)
-                    waited = 0 if better else waited + 1
-                    if folder is not None:
-                        self._checkpoint(folder)
+                judge()
+                if self.updates % checkpoint_every == 0:
+                    self._checkpoint(folder, state)
                 if callback is not None and callback(numbers) is False:
                     break
-                if eval_env is not None and waited >= patience:
-                    break
+            judge(at_end=True)
+        except KeyboardInterrupt:
+            # Whatever was half done is dropped: what counts is the state after the last finished update.
+            self._load_training_state(*state)
+            self._checkpoint(folder, state)
+            raise
         finally:
             bar.close()
             if writer is not None:
                 writer.close()
+        if eval_env is not None and self._waited >= patience:
+            tqdm.write(f"stopped early at update {self.updates}: no better score in {self._waited} evaluations")
+        self._checkpoint(folder, state)
         if self._best is not None:
-            self.network.load_state_dict(self._best)
-        if folder is not None:
-            self._checkpoint(folder)
+            self._load_policy(self._best)
         return self
 
     def _training_env(self) -> gym.Env:
         if self.env is None:
             raise ValueError("this agent has no environment to learn in; load it with env=…")
-        inner = self.env.unwrapped
+        inner = _inner(self.env)
         if inner.array_backend != "torch" or not inner.reward_gradient:
             raise ValueError(
                 "the environment must be made with array_backend='torch' and reward_gradient=True, so that a "
                 "trajectory can be differentiated"
             )
+        if inner.reward_config is None:
+            raise ValueError("the environment was made with reward='none', which leaves nothing to learn from")
         return self.env
 
     def _trajectory(self, env: gym.Env, seed: int) -> tuple[list[Tensor], dict[str, float]]:
@@ -319,7 +356,7 @@ class RLEditAgent(Agent):
     def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any) -> bool:
         """Score the policy on the held-out stream and keep it if it is the best so far."""
         _, info = run_stream(eval_env, self, seed=seed)
-        metrics = eval_env.unwrapped.evaluate(generate=False)
+        metrics = _inner(eval_env).evaluate(generate=False)
         score = -math.inf if info["diverged"] else metrics.mean
         _log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
              self.updates)
@@ -331,20 +368,25 @@ class RLEditAgent(Agent):
         if score <= self.best_score:
             return False
         self.best_score = score
-        self._best = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self._best = self._policy()
         return True
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the network, its normalisers and its memory as safetensors, and its configuration as JSON."""
-        folder = Path(path)
+        stream = {f"stream.{k}": v for k, v in self.network.memory_state().items()}
+        self._write_agent(Path(path), self._parameters_by_name() | stream)
+
+    def _write_agent(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"stream.{k}": v for k, v in self.network.memory_state().items()}
-        partial = folder / "agent.safetensors.partial"
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
-        description = {
+        _write_tensors(folder / "agent.safetensors", tensors)
+        partial = folder / "agent.json.partial"
+        partial.write_text(json.dumps(self._description(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / "agent.json")
+
+    def _description(self) -> dict[str, Any]:
+        return {
             "agent": "rledit",
             "format": 1,
             "seed": self.seed,
@@ -355,9 +397,6 @@ class RLEditAgent(Agent):
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "environment": _environment_settings(self.env),
         }
-        (folder / "agent.json.partial").write_text(json.dumps(description, indent=1) + "\n")
-        partial.rename(folder / "agent.safetensors")
-        (folder / "agent.json.partial").rename(folder / "agent.json")
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> RLEditAgent:
@@ -370,35 +409,148 @@ class RLEditAgent(Agent):
         folder = Path(path)
         if not (folder / "agent.json").exists():
             raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
-        description = json.loads((folder / "agent.json").read_text())
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         config = RLEditConfig(**description["config"] | {
             "network": HypernetworkConfig(**description["config"]["network"])
         })
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
         agent = cls(env, config, shapes, description["seed"])
         if env is not None:
-            wanted = {m: (s.shape[1], env.action_space["values"][m].shape[1])
-                      for m, s in env.action_space["keys"].items()}
+            wanted = _module_shapes(env)
             if wanted != shapes:
                 raise ValueError(
                     f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
                     f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment with "
                     f"the settings in {folder / 'agent.json'}"
                 )
-        tensors = load_file(folder / "agent.safetensors")
-        agent.network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if "network." in k[:8]})
-        agent.network.load_memory_state({k.removeprefix("stream."): v for k, v in tensors.items() if k[:7] == "stream."})
+        agent._load_policy(load_file(folder / "agent.safetensors"))
         agent.updates, agent.timesteps = description["updates"], description["timesteps"]
         return agent
 
-    def _checkpoint(self, folder: Path) -> None:
-        """Write ``last`` (with the optimiser's state, to go on from) and ``best``."""
-        self.save(folder / "last")
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        return {f"network.{k}": v for k, v in self.network.state_dict().items()}
+
+    def _policy(self) -> dict[str, Tensor]:
+        """Copies of what a policy consists of between two streams: the parameters, and moments that outlive streams."""
+        tensors = self._parameters_by_name()
+        if self.config.network.normaliser == "lifetime":
+            tensors |= {f"stream.{k}": v for k, v in self.network.memory_state().items() if k[:11] == "normaliser."}
+        return {k: v.detach().clone() for k, v in tensors.items()}
+
+    def _load_policy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`_policy` or of a saved agent; a stream they do not hold begins anew."""
+        self.network.load_state_dict(_under("network.", tensors))
+        stream = _under("stream.", tensors)
+        if stream:
+            self.network.load_memory_state(stream)
+        else:
+            self.network.reset()
+
+    def _training_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all that the rest of the training depends on: tensors, and the counters."""
+        tensors = self._policy()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for name, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer.{self._place(parameter)}.{name}"] = value.detach().clone()
+        tensors |= {f"best.{k}": v for k, v in (self._best or {}).items()}
+        return tensors, {**self._description(), "waited": self._waited, "evaluated": self._evaluated}
+
+    def _place(self, parameter: Tensor) -> int:
+        """The parameter's index in the optimiser's own numbering."""
+        flat = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return next(i for i, p in enumerate(flat) if p is parameter)
+
+    def _load_training_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        self._load_policy({k: v for k, v in tensors.items() if k.startswith(("network.", "stream."))})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under("optimizer.", tensors).items():
+            place, name = key.split(".", 1)
+            moments.setdefault(int(place), {})[name] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self._best = _under("best.", tensors) or None
+        self.best_score = -math.inf if counters["best_score"] is None else counters["best_score"]
+        self.updates, self.timesteps = counters["updates"], counters["timesteps"]
+        self._waited, self._evaluated = counters["waited"], counters["evaluated"]
+
+    def _resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is of a run with other settings, or this agent has been trained further elsewhere.
+        """
+        with safe_open(path, "pt") as file:
+            counters = json.loads(file.metadata()["training"])
+            mine = json.loads(json.dumps(self._description()))
+            different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in _differences(counters, mine)]
+            mend = "give the same settings, another log_dir, or resume=False to start anew"
+            run = path.parent.parent
+            if different:
+                raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend}")
+            if counters["timesteps"] < self.timesteps:
+                raise ValueError(
+                    f"{run} holds a run of {counters['timesteps']} steps, but this agent has already "
+                    f"taken {self.timesteps}; {mend}"
+                )
+            self._load_training_state({k: file.get_tensor(k) for k in file.keys()}, counters)  # noqa: SIM118
+        tqdm.write(f"going on from {path.parent} (update {self.updates}, step {self.timesteps})")
+
+    def _checkpoint(self, folder: Path | None, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+        """Write ``last`` and ``best``; ``last`` also holds the state to go on from, in one file, so that a process
+        killed at any moment leaves either the earlier state or this one."""
+        if folder is None:
+            return
+        tensors, counters = state
+        self._write_agent(folder / "last", self._whole_policy(tensors))
         if self._best is not None:
-            current = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-            self.network.load_state_dict(self._best)
-            self.save(folder / "best")
-            self.network.load_state_dict(current)
+            self._write_agent(folder / "best", self._whole_policy(self._best))
+        _write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})
+
+    def _whole_policy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A policy's tensors with those of a stream not yet begun, so that :meth:`load` finds all it needs."""
+        fresh = {
+            f"stream.normaliser.{module}.{name}": value
+            for module, (d_in, d_out) in self.network.shapes.items()
+            for name, value in RunningNormaliser(d_in + d_out).state().items()
+        }
+        return fresh | {k: v for k, v in tensors.items() if k.startswith(("network.", "stream."))}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings (not counters) in which two runs differ: dotted name, theirs, mine."""
+    for name in ("seed", "config", "shapes", "environment"):
+        flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
+        for key in flat[0] | flat[1]:
+            if flat[0].get(key) != flat[1].get(key):
+                yield key, flat[0].get(key), flat[1].get(key)
+
+
+def _flattened(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {key: leaf for inner, v in value.items() for key, leaf in _flattened(f"{name}.{inner}", v).items()}
+
+
+def _inner(env: gym.Env) -> Any:
+    """The `LifelongEditEnv` inside the wrappers."""
+    return env.unwrapped
+
+
+def _module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
+    """Module → (d_in, d_out), from the action space."""
+    space: Any = env.action_space
+    return {m: (keys.shape[1], space["values"][m].shape[1]) for m, keys in space["keys"].items()}
 
 
 def _padded(rows: Tensor, count: int) -> np.ndarray:
@@ -411,25 +563,40 @@ def _environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
     """What of the environment a policy depends on, for the record."""
     if env is None:
         return None
-    inner = env.unwrapped
+    inner = _inner(env)
     return {
-        "id": env.spec.id if env.spec is not None else None,
+        # The unwrapped environment's own spec: a wrapper's is a deep copy, the LLM in it included.
+        "id": inner.spec.id if inner.spec is not None else None,
+        "kind": inner.dataset.kind,
         "model": inner.lm.name,
+        "edit_modules": list(inner.lm.module_shapes),
+        "dtype": str(inner.lm.dtype).removeprefix("torch."),
         "source": inner.dataset.source,
         "split": inner.dataset.split,
         "token": inner.token,
         "steps_per_batch": inner.steps_per_batch,
         "num_batches": inner.stream.num_batches,
         "batch_size": inner.stream.batch_size,
+        "reward": _reward_settings(inner.reward_config),
     }
 
 
-def _summary_writer(folder: Path | None) -> Any:
+def _reward_settings(config: Any) -> dict[str, Any] | None:
+    """The reward's numbers; its components by class and weight."""
+    if config is None:
+        return None
+    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
+    components = {name: [weight, type(part).__name__] for name, (weight, part) in config.components.items()}
+    return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
+
+
+def _summary_writer(folder: Path | None, updates: int) -> Any:
+    """TensorBoard's writer; what an interrupted run logged beyond its checkpoint is dropped."""
     if folder is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=updates + 1 if updates else None)
 
 
 def _log(writer: Any, group: str, numbers: Mapping[str, float], step: int) -> None:

@@ -75,8 +75,8 @@ class LifelongEditEnv(gym.Env):
     ## Episode End
 
     Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. Terminated as well when an
-    update breaks the model (a loss is no longer finite): the reward is then the floor and `info["diverged"]` is True.
-    Never truncated.
+    update breaks the model (a loss or a gradient is no longer finite): the reward is then the floor and
+    `info["diverged"]` is True. Never truncated.
 
     ## Arguments
 
@@ -180,7 +180,8 @@ class LifelongEditEnv(gym.Env):
         self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
         self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
         self.history: list[dict[str, float]] = []
-        self._step = self.episode_steps  # an episode must be begun with reset
+        self._step = 0
+        self._over = True  # an episode must be begun with reset
         self._rows = 0
         self._scene: render.Scene | None = None
 
@@ -200,13 +201,13 @@ class LifelongEditEnv(gym.Env):
         options = dict(options or {})
         unknown = set(options) - {"indices", "keep_weights"}
         if unknown:
-            raise ValueError(f"reset option {sorted(unknown)[0]!r} is unknown; options are 'indices' and 'keep_weights'")
+            raise ValueError(f"reset option {min(unknown)!r} is unknown; options are 'indices' and 'keep_weights'")
         super().reset(seed=seed)
         self.stream.reset(self.np_random, options.get("indices"))
         self._choices = self.np_random.random(len(self.stream.indices))
         if not options.get("keep_weights"):
             self.lm.restore()
-        self._step = 0
+        self._step, self._over = 0, False
         self.history = []
         self._scene = None
         info = {"indices": self.stream.indices.copy(), "source": self.dataset.source}
@@ -219,22 +220,23 @@ class LifelongEditEnv(gym.Env):
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun.
         """
-        if self._step >= self.episode_steps:
+        if self._over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
         keys, values = spaces.unpack_action(
-            action, self.lm.module_shapes, self.max_tokens, self._rows, self.lm.device
+            action, self.lm.module_shapes, self.max_tokens, self._rows, self.lm.device, self.lm.edit_dtype
         )
-        before = self._answers() if self.render_mode else None
+        before = self._answers() if self.render_mode in ("ansi", "human") else None
         keys, values = self._with_noise(keys), self._with_noise(values)
         self.lm.apply(keys, values)
         reward, info = self._reward(keys, values)
         info["batch"] = batch = self._step // self.steps_per_batch
         diverged = info["diverged"]
-        self._step = self.episode_steps if diverged else self._step + 1
+        self._step += 1
+        self._over = diverged or self._step == self.episode_steps
         observation = self._observe()
-        if not diverged and not math.isfinite(float(observation["edit_loss"][0])):
+        if not diverged and not spaces.is_finite(observation):
             diverged, reward = True, self._floor
-            self._step = self.episode_steps
+            self._over = True
             observation = self._observe()
         info["diverged"] = diverged
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
@@ -242,12 +244,12 @@ class LifelongEditEnv(gym.Env):
             self._scene = render.Scene(batch, self.stream.batch(batch), before, self._answers(batch), info, reward)
             if self.render_mode == "human":
                 print(self.render())
-        return observation, reward, self._step >= self.episode_steps, False, info
+        return observation, reward, self._over, False, info
 
     def _observe(self) -> Any:
         """The observation at the current step: the gradient of its batch on the LLM as it is."""
         progress = self._step / self.episode_steps
-        if self._step < self.episode_steps:
+        if not self._over:
             passages = [record.edit for record in self._records(self._step // self.steps_per_batch)]
             observation = spaces.torch_observation(self.lm.trace(passages, self.token), progress)
         else:
@@ -269,12 +271,12 @@ class LifelongEditEnv(gym.Env):
         scores = score(self.lm, scored, config, gradient=self.reward_gradient)
         penalty, action_gradient = self._penalty(keys, values, config)
         basic = scores.basic[0] if scored else {}
-        own = sum(config.components[name][0] * value for name, value in basic.items())
         reward = -(scores.total + penalty)
-        diverged = not math.isfinite(reward)
+        gradients = list((scores.gradient or {}).values())
+        diverged = not (math.isfinite(reward) and all(torch.isfinite(g).all() for g in gradients))
         info: dict[str, Any] = {
             **basic,
-            "backtracking": scores.total - own,
+            "backtracking": float(sum(scores.weighted[1:])),
             "regularisation": penalty,
             "drift": drift,
             "diverged": diverged,
@@ -294,12 +296,15 @@ class LifelongEditEnv(gym.Env):
     ) -> tuple[float, dict[str, dict[str, Tensor]]]:
         """The regularisation and the gradient of its negative with respect to the factors."""
         with torch.set_grad_enabled(self.reward_gradient):
-            leaves = [{m: v.detach().requires_grad_(self.reward_gradient) for m, v in f.items()} for f in (keys, values)]
+            leaves = [
+                {m: v.detach().requires_grad_(self.reward_gradient) for m, v in factors.items()}
+                for factors in (keys, values)
+            ]
             penalty = config.regularisation * config.penalty(*leaves)
         if not self.reward_gradient:
             return float(penalty), {}
         flat = [tensor for factors in leaves for tensor in factors.values()]
-        pieces = iter(torch.autograd.grad(penalty, flat))
+        pieces = iter(torch.autograd.grad(penalty, flat, allow_unused=True, materialize_grads=True))
         gradient = {part: {m: -next(pieces) for m in f} for part, f in zip(("keys", "values"), leaves, strict=True)}
         return float(penalty.detach()), gradient
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage
+from rledit_env.lm.forward import Passage, at_least_float32
 
 
 class Component(Protocol):
@@ -203,19 +203,25 @@ class Scores:
 
     Attributes:
         basic: batch by batch, component name → its unweighted mean.
-        total: Σ_batches weight · Σ_components weight · mean.
-        gradient: module → ∂total/∂W (d_out, d_in) float32, or None.
+        weighted: batch by batch, weight · Σ_components weight · mean.
+        gradient: module → gradient of ``total`` with respect to W, (d_out, d_in) in the edited weights' precision,
+            or None.
     """
 
     basic: list[dict[str, float]]
-    total: float
+    weighted: list[float]
     gradient: dict[str, Tensor] | None
+
+    @property
+    def total(self) -> float:
+        """Σ_batches weight · Σ_components weight · mean."""
+        return sum(self.weighted)
 
 
 def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool) -> Scores:
     """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum."""
     if not batches:
-        return Scores([], 0.0, None)
+        return Scores([], [], None)
     names = list(config.components)
     passages: list[Passage] = []
     slot: list[int] = []  # batch · components + component of each passage
@@ -225,21 +231,22 @@ def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, 
                 found = config.components[name][1].passages(record, choice)
                 passages.extend(found)
                 slot.extend([b * len(names) + c] * len(found))
-    slots = torch.tensor(slot)
-    lengths = torch.tensor([len(p.targets) for p in passages])
-    tokens = torch.zeros(len(batches) * len(names)).index_add_(0, slots, lengths.float())
-    weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names])
-    coefficient = (weight / tokens).to(lm.device)  # of one answer position, by slot
+    slots = torch.tensor(slot, dtype=torch.long)
+    lengths = torch.tensor([len(p.targets) for p in passages], dtype=torch.long)
+    # At least 1, for a component that finds nothing to score in a batch: its mean is then 0.
+    tokens = torch.bincount(slots.repeat_interleave(lengths), minlength=len(batches) * len(names)).clamp(min=1).double()
+    weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names], dtype=torch.float64)
+    coefficient = (weight / tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
     referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
     reference = dict(zip(referenced, lm.reference_states([passages[i] for i in referenced]), strict=True))
 
-    sums = torch.zeros(len(tokens), device=lm.device)
+    sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
     gradients: dict[str, Tensor] | None = None
     with lm.differentiable(gradient) as parameters:
         for chunk, states in lm.answer_chunks(passages):
             position_slot = slots[chunk].to(lm.device)[states.owner]
             position_component = position_slot % len(names)
-            chunk_loss = states.hidden.new_zeros((), dtype=torch.float32)
+            chunk_loss = torch.zeros((), dtype=lm.edit_dtype, device=lm.device)
             for c, name in enumerate(names):
                 rows = (position_component == c).nonzero()[:, 0]
                 if not len(rows):
@@ -248,17 +255,17 @@ def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, 
                 theirs = None
                 if component.needs_reference:
                     theirs = torch.cat([reference[i] for i in chunk if slot[i] % len(names) == c])
-                losses = component.loss(lm, states.hidden[rows], states.targets[rows], theirs).float()
+                losses = at_least_float32(component.loss(lm, states.hidden[rows], states.targets[rows], theirs))
                 sums.index_add_(0, position_slot[rows], losses.detach())
                 chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
             if gradient:
                 pieces = torch.autograd.grad(chunk_loss, list(parameters.values()))
                 if gradients is None:
-                    gradients = {m: piece.float() for m, piece in zip(parameters, pieces, strict=True)}
+                    gradients = {m: at_least_float32(piece) for m, piece in zip(parameters, pieces, strict=True)}
                 else:
                     for m, piece in zip(parameters, pieces, strict=True):
                         gradients[m] += piece
-    means = (sums.cpu() / tokens).view(len(batches), len(names))
+    means = (sums.cpu().double() / tokens).view(len(batches), len(names))
     basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
-    total = float((means.flatten() * weight).sum())
-    return Scores(basic, total, lm.oriented(gradients) if gradients is not None else None)
+    weighted = (means * weight.view_as(means)).sum(1).tolist()
+    return Scores(basic, weighted, lm.oriented(gradients) if gradients is not None else None)

@@ -66,6 +66,12 @@ def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> 
     }
 
 
+def is_finite(observation: Mapping[str, Any]) -> bool:
+    """Whether the loss, the keys and the value gradients of an observation, in either backend, are all finite."""
+    parts = [observation["edit_loss"], *observation["keys"].values(), *observation["value_gradients"].values()]
+    return all(bool(torch.isfinite(torch.as_tensor(part)).all()) for part in parts)
+
+
 def numpy_observation(observation: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The observation as float32 arrays, padded with zero rows to ``rows``."""
 
@@ -84,9 +90,14 @@ def numpy_observation(observation: Mapping[str, Any], rows: int) -> dict[str, An
 
 
 def unpack_action(
-    action: Any, shapes: Shapes, padded_rows: int, used_rows: int, device: torch.device
+    action: Any,
+    shapes: Shapes,
+    padded_rows: int,
+    used_rows: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The action's used rows as float32 tensors: keys and values by module.
+    """The action's used rows as tensors of ``dtype``: keys and values by module.
 
     Rows beyond ``used_rows`` are padding and are ignored. Both NumPy arrays and tensors are taken, with either
     ``padded_rows`` or ``used_rows`` rows.
@@ -96,19 +107,25 @@ def unpack_action(
     """
     unpacked: dict[str, dict[str, Tensor]] = {}
     if not isinstance(action, Mapping) or set(action) != {"keys", "values"}:
-        found = sorted(action) if isinstance(action, Mapping) else type(action).__name__
-        raise ValueError(f"the action is {found}; give a dictionary with 'keys' and 'values', each by module")
+        shown = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
+        raise ValueError(f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module")
     for part, side in (("keys", 0), ("values", 1)):
         if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
             found = set(action[part]) if isinstance(action[part], Mapping) else set()
             raise ValueError(
                 f"action[{part!r}] must have exactly the edited modules; missing: {sorted(set(shapes) - found)}, "
-                f"unknown: {sorted(found - set(shapes))}"
+                f"unknown: {sorted(map(str, found - set(shapes)))}"
             )
         unpacked[part] = {}
         for module, shape in shapes.items():
-            value = torch.as_tensor(action[part][module], dtype=torch.float32, device=device)
             width = shape[side]
+            try:
+                value = torch.as_tensor(action[part][module], dtype=dtype, device=device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"action[{part!r}][{module!r}] is no array of numbers ({error}); give one of shape "
+                    f"({padded_rows}, {width})"
+                ) from error
             if value.ndim != 2 or value.shape[1] != width or value.shape[0] not in (padded_rows, used_rows):
                 raise ValueError(
                     f"action[{part!r}][{module!r}] has shape {tuple(value.shape)}; it must be ({padded_rows}, {width}) "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.registry import default_edit_modules, load_model
-from rledit_env.lm.forward import Passage, PrefixCache, SuffixForward, decoder_layers, length_sorted_chunks
+from rledit_env.files import whole_folder
+from rledit_env.lm.forward import (
+    Passage,
+    PrefixCache,
+    SuffixForward,
+    at_least_float32,
+    decoder_layers,
+    length_sorted_chunks,
+)
+from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,8 @@ def cpu_has_bfloat16() -> bool:
 class EditableLM:
     """The one owner of the edited weights.
 
-    Edited weights are kept in float32 whatever precision the model runs in; the model's own copy is refreshed from
-    them after every update. Frozen weights are never written.
+    Edited weights are kept in float32 whatever precision the model runs in (in float64 for a float64 model); the
+    model's own copy is refreshed from them after every update. Frozen weights are never written.
 
     Args:
         model: a Hugging Face causal LM in evaluation mode.
@@ -152,13 +162,13 @@ class EditableLM:
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}
         names = expand_globs(edit_modules, [n for n in linear if n in layer_of])
-        self._modules: dict[str, nn.Module] = {n: linear[n] for n in names}
+        self._modules: dict[str, Any] = {n: linear[n] for n in names}  # nn.Linear or Conv1D
         self.module_shapes: dict[str, tuple[int, int]] = {}
         self._master: dict[str, Tensor] = {}
         for n, module in self._modules.items():
             weight = self._oriented(module).detach()
             self.module_shapes[n] = (weight.shape[1], weight.shape[0])
-            self._master[n] = weight.float() if weight.dtype != torch.float32 else weight
+            self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
         self._original = {n: w.clone() for n, w in self._master.items()}
         self._original_run = {n: m.weight.detach().clone() for n, m in self._modules.items()}
         self.forward = SuffixForward(model, min(layer_of[n] for n in names))
@@ -178,7 +188,8 @@ class EditableLM:
         Args:
             name: such as ``"smollm2-135m"``, ``"owner/name"`` or a path.
             edit_modules: names or globs of the modules to edit; None means the registry's default for this model.
-            dtype: precision of the frozen weights, or ``"auto"`` (see :func:`resolve_dtype`).
+            dtype: precision of the frozen weights, ``"auto"`` (see :func:`resolve_dtype`), or ``"stored"``: the one
+                that the model was saved in, so that :meth:`save_pretrained` leaves its frozen weights bit for bit.
             device: or ``"auto"``: the accelerator if there is one.
 
         Raises:
@@ -186,7 +197,8 @@ class EditableLM:
             ValueError: a pattern in ``edit_modules`` matches nothing.
         """
         device = resolve_device(device)
-        model, tokenizer = load_model(name, resolve_dtype(dtype, device), device)
+        dtype = stored_dtype(name) if dtype == "stored" else resolve_dtype(dtype, device)
+        model, tokenizer = load_model(name, dtype, device)
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
@@ -201,11 +213,16 @@ class EditableLM:
         return self.model.dtype
 
     @property
+    def edit_dtype(self) -> torch.dtype:
+        """Precision of the edited weights and of updates: float32, or float64 for a float64 model."""
+        return next(iter(self._master.values())).dtype
+
+    @property
     def context_length(self) -> int:
         return self.model.config.get_text_config().max_position_embeddings
 
     @staticmethod
-    def _oriented(module: nn.Module) -> Tensor:
+    def _oriented(module: Any) -> Tensor:
         """The module's weight as (d_out, d_in); a view."""
         return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
@@ -231,8 +248,10 @@ class EditableLM:
         encoding = self.tokenizer(texts, return_offsets_mapping=True)
         rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
         return [
-            self._passage(ids, offsets, *text)
-            for (ids, offsets), *text in zip(rows, prompts, answers, subjects, origins, strict=True)
+            self._passage(ids, offsets, prompt, answer, subject, origin)
+            for (ids, offsets), prompt, answer, subject, origin in zip(
+                rows, prompts, answers, subjects, origins, strict=True
+            )
         ]
 
     def _passage(
@@ -247,7 +266,7 @@ class EditableLM:
                 f"holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
             )
         position = None
-        if subject is not None and (start := prompt.find(subject)) >= 0:
+        if subject and (start := prompt.find(subject)) >= 0:
             stop = start + len(subject)
             position = max(i for i in range(first) if offsets[i][0] < stop and offsets[i][1] > offsets[i][0])
         return Passage(tuple(ids[:-1]), tuple(ids[first:]), position)
@@ -321,8 +340,8 @@ class EditableLM:
             with self.original_weights():
                 states = self.answer_states([passages[i] for i in missing])
             for i, piece in zip(missing, states.hidden.split([len(passages[i].targets) for i in missing]), strict=True):
-                found[i] = piece.clone()
-                self.reference_cache.put(keys[i], found[i])
+                found[i] = state = piece.clone()
+                self.reference_cache.put(keys[i], state)
         return [state for state in found if state is not None]
 
     @torch.no_grad()
@@ -355,7 +374,7 @@ class EditableLM:
                 pad_token_id=tokenizer.pad_token_id,
             )
             for i, row in zip(chunk, output[:, width:], strict=True):
-                texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+                texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
         return texts
 
     # -- the fine-tuning gradient --------------------------------------------------------------------------------
@@ -373,7 +392,7 @@ class EditableLM:
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
-        def record(name: str):  # noqa: ANN202
+        def record(name: str) -> Callable[..., Tensor]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 inputs[name] = args[0].detach()
                 outputs[name] = output if output.requires_grad else output.requires_grad_()
@@ -398,8 +417,8 @@ class EditableLM:
                     loss += float(chunk_loss.detach())
                     rows, columns = _positions(members, token, self.device)
                     for n, g in zip(self._modules, grads, strict=True):
-                        keys[n].append(inputs[n][rows, columns].float())
-                        gradients[n].append(g[rows, columns].float())
+                        keys[n].append(at_least_float32(inputs[n][rows, columns]))
+                        gradients[n].append(at_least_float32(g[rows, columns]))
                     order.extend(chunk[r] for r in rows.tolist())
         finally:
             for handle in handles:
@@ -427,7 +446,8 @@ class EditableLM:
     def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out)."""
         for name, module in self._modules.items():
-            self._master[name].addmm_(values[name].t().float(), keys[name].float())
+            weight = self._master[name]
+            weight.addmm_(values[name].t().to(weight.dtype), keys[name].to(weight.dtype))
             self._refresh(name, module)
 
     def _refresh(self, name: str, module: nn.Module) -> None:
@@ -480,6 +500,19 @@ class EditableLM:
         return {
             n: float((self._master[n] - self._original[n]).norm() / self._original[n].norm()) for n in self._modules
         }
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the model with its current weights, and its tokenizer, for ``from_pretrained`` to load anywhere.
+
+        The weights are written as the model runs with them, in its precision; the folder appears when it is complete.
+
+        Raises:
+            FileExistsError: the folder is not empty (unless ``overwrite``).
+        """
+        with whole_folder(folder, overwrite) as work:
+            self.model.save_pretrained(work)
+            self.tokenizer.save_pretrained(work)
+        return Path(folder)
 
 
 def _positions(passages: Sequence[Passage], token: str, device: torch.device) -> tuple[Tensor, Tensor]:

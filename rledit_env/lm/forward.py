@@ -50,6 +50,11 @@ class Passage:
         return len(self.input_ids)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def length_sorted_chunks(lengths: Sequence[int], max_tokens: int, max_waste: float = 0.15) -> Iterator[list[int]]:
     """Indices of ``lengths`` in chunks of similar length: at most ``max_tokens`` padded tokens and about
     ``max_waste`` of them padding."""
@@ -58,7 +63,8 @@ def length_sorted_chunks(lengths: Sequence[int], max_tokens: int, max_waste: flo
     tokens = 0
     for index in order:
         padded = (len(chunk) + 1) * lengths[index]
-        if chunk and (padded > max_tokens or (len(chunk) >= 8 and padded - tokens - lengths[index] > max_waste * padded)):
+        wasteful = len(chunk) >= 8 and padded - tokens - lengths[index] > max_waste * padded
+        if chunk and (padded > max_tokens or wasteful):
             yield chunk
             chunk, tokens = [], 0
         chunk.append(index)
@@ -180,8 +186,8 @@ class SuffixForward:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (P, |V|) in float32 from normalised final states (P, d)."""
-        logits = self.head(hidden).float()
+        """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""
+        logits = at_least_float32(self.head(hidden))
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

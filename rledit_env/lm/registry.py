@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm import tiny
@@ -49,6 +49,7 @@ __all__ = [
     "default_edit_modules",
     "fetch",
     "load_model",
+    "stored_dtype",
 ]
 
 
@@ -201,6 +202,22 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return model.to(device).requires_grad_(False).eval(), tokenizer
+
+
+def stored_dtype(name: str | os.PathLike[str], *, progress: bool = True, cache: Path | None = None) -> torch.dtype:
+    """The precision that the weights called ``name`` are stored in; float32 for the tiny models.
+
+    Raises:
+        ModelError: as :func:`fetch`.
+    """
+    if (name := os.fspath(name)) in tiny.TINY_NAMES:
+        return torch.float32
+    folder = fetch(name, progress, cache=cache)
+    try:
+        dtype = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().dtype
+    except Exception as error:  # a broken folder fails in as many ways as there are loaders
+        raise ModelError(f"model '{name}' cannot be loaded from '{folder}': {_first_line(error)}") from error
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def default_edit_modules(name: str | os.PathLike[str], model: PreTrainedModel) -> tuple[str, ...]:

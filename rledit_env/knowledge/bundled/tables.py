@@ -58,8 +58,8 @@ def _plain(text: str) -> str:
 # undisputed; without Georgia, a name that an American state has as well.
 NOT_STATES = frozenset(
     _words(
-        "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GE GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS "
-        "NC NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT"
+        "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GE GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ "
+        "MS NC NF NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VG VI WF XK YT"
     )
 )
 ENGLISH_NAMES = {"NL": "Netherlands", "VA": "Vatican City", "CV": "Cape Verde", "TL": "East Timor"}

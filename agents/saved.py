@@ -1,0 +1,74 @@
+"""Finds and loads saved agents: a run's folder, an agent's own, or the one that ships with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from agents.base import Agent
+from agents.rledit import RLEditAgent
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent}
+
+
+def find_agent(name: str | Path) -> Path:
+    """The folder of a saved agent.
+
+    Args:
+        name: an agent's folder; a run's folder, whose ``best`` is taken, else its ``last``; or "default", the agent
+            that ships with the package.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if str(name) == "default":
+        found = sorted(path.parent for path in [PRETRAINED / "agent.json", *PRETRAINED.glob("*/agent.json")]
+                       if path.exists())
+        if not found:
+            raise FileNotFoundError(
+                "this installation ships no trained agent; train one with 'rledit train' and give its folder"
+            )
+        return found[0]
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "best", folder / "last"):
+        if (candidate / "agent.json").exists():
+            return candidate
+    what = "holds no agent (no agent.json, best or last)" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"{folder} {what}; give the folder that 'rledit train' wrote, or 'default' for the agent that ships with the "
+        "package"
+    )
+
+
+def agent_settings(folder: str | Path) -> dict[str, Any]:
+    """What a saved agent says of itself: its class, configuration, and ``environment``, which it was trained in.
+
+    Raises:
+        FileNotFoundError: there is no agent there.
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / "agent.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the agent again") from error
+    return {**settings, "environment": settings.get("environment") or {}}
+
+
+def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
+    """The agent in a folder, whatever its class.
+
+    Raises:
+        FileNotFoundError: there is no agent there.
+        ValueError: its class is unknown, or it was trained for other modules than the environment's.
+    """
+    name = agent_settings(folder).get("agent")
+    if name not in CLASSES:
+        raise ValueError(f"{folder} holds an agent of the class {name!r}; known are {', '.join(CLASSES)}")
+    return CLASSES[name].load(folder, env)

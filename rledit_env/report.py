@@ -1,0 +1,370 @@
+"""A run as one self-contained HTML page: tables and pictures, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rledit_env.knowledge import EditRecord
+from rledit_env.metrics import answer_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = Sequence[tuple[float, float]]
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; grey stands for "nothing done".
+COLOURS = ("#9aa3ad", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
+INK, FAINT = "#1f2933", "#d9dee3"
+SCORES = {
+    "efficacy": "Efficacy",
+    "generalization": "Generalization",
+    "specificity": "Specificity",
+    "exact_match": "Exact match",
+}
+PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on: Python, the packages of ``PACKAGES``, and the machine."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return found
+
+
+def read_curves(log_dir: str | Path) -> dict[str, list[tuple[float, float]]]:
+    """The scalars that a training run logged for TensorBoard: tag (such as "train/return") → (update, value) pairs.
+
+    Empty if nothing was logged there.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def learning_curves(curves: Mapping[str, Curve]) -> bytes | None:
+    """What training changed, as a PNG: losses of the training streams on the left, scores of the held-out one on the
+    right, over policy updates; None if neither was logged.
+
+    Args:
+        curves: as :func:`read_curves` gives them.
+    """
+    losses = {name: curves.get(f"train/{name}", ()) for name in ("efficacy", "generalization", "locality")}
+    scores = {name: curves.get(f"eval/{name}", ()) for name in ("efficacy", "generalization", "specificity")}
+    panels = [
+        (title, unit, {name: curve for name, curve in group.items() if curve})
+        for title, unit, group in (
+            ("Training streams: loss", "mean over answer tokens, nats", losses),
+            ("Held-out stream: scores", "percent", scores),
+        )
+        if any(group.values())
+    ]
+    if not panels:
+        return None
+    figure = _figure(4.6 * len(panels), 3.2)
+    for i, (title, unit, group) in enumerate(panels):
+        axes = _axes(figure, (1, len(panels), i + 1), "policy updates", unit)
+        for colour, (name, curve) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), group.items(), strict=False):
+            axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_title(title, loc="left", fontsize=10, color=INK, pad=24)  # above the legend
+        _legend(axes, columns=3, above=True)
+    return _png(figure)
+
+
+def score_bars(results: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Scores in percent as grouped bars with their values, a PNG.
+
+    Args:
+        results: editor's name → its scores by the names of ``SCORES``; a score that is None or absent has no bar.
+    """
+    figure = _figure(9.2, 3.4)
+    axes = _axes(figure, (1, 1, 1), "", "percent")
+    width = 0.8 / len(results)
+    for i, (editor, scores) in enumerate(results.items()):
+        places = [
+            (group + (i - (len(results) - 1) / 2) * width, float(scores[name]))
+            for group, name in enumerate(SCORES)
+            if scores.get(name) is not None
+        ]
+        if not places:
+            continue
+        x, heights = zip(*places, strict=True)
+        bars = axes.bar(x, heights, width * 0.92, color=COLOURS[i % len(COLOURS)], label=editor)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, color=INK, padding=2)
+    axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 25))
+    axes.tick_params(axis="x", length=0)
+    _legend(axes, columns=len(results), above=True)
+    return _png(figure)
+
+
+def drift_curves(drifts: Mapping[str, Curve]) -> bytes:
+    """How far the edited weights moved along the stream, a PNG.
+
+    Args:
+        drifts: editor's name → (facts edited, mean of ‖W − W₀‖ / ‖W₀‖ over the modules) pairs.
+    """
+    figure = _figure(9.2, 2.9)
+    axes = _axes(figure, (1, 1, 1), "facts edited", "mean ‖W − W₀‖ / ‖W₀‖")
+    for colour, (editor, curve) in zip(COLOURS[1:], drifts.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.8, label=editor)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    _legend(axes)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, outside pyplot's global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib; install it with: pip install 'rledit-env[report]'") from error
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _axes(figure: Figure, place: tuple[int, int, int], x: str, y: str) -> Axes:
+    axes = figure.add_subplot(*place)
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8.5, colors=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    return axes
+
+
+def _legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {"loc": "best"}
+    axes.legend(frameon=False, fontsize=8.5, ncols=columns, labelcolor=INK, **place)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ pages
+
+
+class Report:
+    """An HTML page that grows from top to bottom and holds its pictures itself. All text is escaped.
+
+    Args:
+        title: the page's heading.
+        lead: the sentence below it.
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1>"]
+        if lead:
+            self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def paragraph(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{html.escape(text)}</p>")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], strong: Sequence[int] = ()) -> None:
+        """Add a table. Numbers are set to the right, True and False become ✓ and ✗.
+
+        Args:
+            header: the columns' names.
+            rows: cells of each row, as many as columns.
+            strong: indices of the rows to set in bold.
+
+        Raises:
+            ValueError: a row has more or fewer cells than the header.
+        """
+        for i, row in enumerate(rows):
+            if len(row) != len(header):
+                raise ValueError(f"row {i} of the table has {len(row)} cells; give {len(header)}, as the header has")
+        numeric = [bool(rows) and all(_is_number(row[c]) for row in rows) for c in range(len(header))]
+        self._parts.append('<div class="wide"><table><thead><tr>')
+        self._parts += [
+            f'<th class="number">{html.escape(name)}</th>' if right else f"<th>{html.escape(name)}</th>"
+            for name, right in zip(header, numeric, strict=True)
+        ]
+        self._parts.append("</tr></thead><tbody>")
+        for i, row in enumerate(rows):
+            self._parts.append('<tr class="strong">' if i in strong else "<tr>")
+            self._parts += [_cell(value, right) for value, right in zip(row, numeric, strict=True)]
+            self._parts.append("</tr>")
+        self._parts.append("</tbody></table></div>")
+
+    def picture(self, png: bytes, caption: str) -> None:
+        """Add a picture with its caption, which is its text for readers who do not see it, too."""
+        data = base64.b64encode(png).decode()
+        text = html.escape(caption)
+        self._parts.append(
+            f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+        )
+
+    def html(self) -> str:
+        """The whole page."""
+        return _PAGE.format(title=html.escape(self.title), style=_STYLE, body="\n".join(self._parts))
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page, making its folder; returns its absolute path."""
+        path = Path(path).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: Any, right: bool) -> str:
+    if isinstance(value, bool):
+        return '<td class="yes">✓</td>' if value else '<td class="no">✗</td>'
+    shown = "–" if value is None else shown_number(value) if isinstance(value, float) else html.escape(str(value))
+    return f'<td class="number">{shown}</td>' if right else f"<td>{shown}</td>"
+
+
+def shown_number(value: float) -> str:
+    """A score or a time as tables show it: one decimal, or two significant digits below 1."""
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2g}"
+
+
+Table = tuple[list[str], list[list[Any]]]
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Header and rows of editors' scores.
+
+    Args:
+        scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
+    """
+    rows = [[name, *(s.get(key) for key in SCORES), s.get("seconds")] for name, s in scores.items()]
+    return ["", *SCORES.values(), "Seconds a fact"], rows
+
+
+def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> Table:
+    """Header and rows of facts with the model's answers before and after editing, and whether the fact took."""
+    header = ["Prompt", "New fact", "Answer before", "Answer after", "Taken"]
+    rows = zip(facts, before, after, strict=True)
+    return header, [
+        [fact.prompt, fact.target, b or "(nothing)", a or "(nothing)", a == answer_of(fact.target)]
+        for fact, b, a in rows
+    ]
+
+
+def editing_report(
+    lead: str,
+    scores: Mapping[str, Mapping[str, Any]],
+    answers: Table,
+    curves: Mapping[str, Curve],
+    drifts: Mapping[str, Curve],
+    settings: Mapping[str, Any],
+    source: str,
+) -> Report:
+    """The page about one agent that learned to edit and then edited a stream; the last editor's row is set in bold.
+
+    Args:
+        lead: a sentence on what was done.
+        scores: as in :func:`score_table`.
+        answers: as :func:`answer_table` gives them.
+        curves: as :func:`read_curves` gives them; may be empty.
+        drifts: as in :func:`drift_curves`.
+        settings: what the run was made with.
+        source: where the facts came from, in words.
+    """
+    page = Report("Lifelong editing of a language model", lead)
+    page.table(*score_table(scores), strong=[len(scores) - 1])
+    page.picture(score_bars(scores), "Scores on the edited facts after the whole stream.")
+    page.paragraph(
+        "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same on "
+        "paraphrases. Specificity: neighbouring facts that still prefer their own answer. Exact match: the answer "
+        "written freely is exactly the new one."
+    )
+    page.heading("Facts of the stream")
+    page.paragraph("Taken evenly from the stream, whatever became of them; the new facts are false on purpose.")
+    page.table(*answers)
+    if picture := learning_curves(curves):
+        page.heading("Learning")
+        page.picture(picture, "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
+    page.heading("Drift")
+    page.picture(drift_curves(drifts), "How far the edited weights moved from the original ones along the stream.")
+    page.heading("Data, settings and versions")
+    page.paragraph(f"Data: {source}.")
+    page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])
+    page.table(["Package", "Version"], list(versions().items()))
+    return page
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]], widest: int = 48) -> str:
+    """The same table for a terminal; cells longer than ``widest`` characters are cut with an ellipsis."""
+    cells = [[_text(value, widest) for value in row] for row in (header, *rows)]
+    widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
+    right = [bool(rows) and all(_is_number(row[c]) for row in rows) for c in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def _text(value: Any, widest: int) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = "–" if value is None else shown_number(value) if isinstance(value, float) else str(value)
+    return text if len(text) <= widest else text[: widest - 1] + "…"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>{style}</style></head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", sans-serif; color: #1f2933; background: #fff;
+       max-width: 60rem; margin: 3rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid #d9dee3; }
+.lead { font-size: 1.1rem; color: #52606d; margin: 0 0 1.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .93rem; margin: .8rem 0; }
+th, td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid #e9edf0; vertical-align: top;
+         overflow-wrap: anywhere; }
+th { font-weight: 600; color: #52606d; border-bottom: 2px solid #d9dee3; overflow-wrap: normal; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.strong td { font-weight: 650; }
+.yes { color: #00795a; font-weight: 700; } .no { color: #b3402a; font-weight: 700; }
+figure { margin: 1rem 0 1.4rem; } img { width: 100%; height: auto; }
+figcaption { font-size: .88rem; color: #52606d; }
+"""

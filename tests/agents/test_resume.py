@@ -1,0 +1,197 @@
+"""An interrupted training run, killed or stopped by hand, ends as it would have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rledit_env  # noqa: F401  (registers the environments)
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+from rledit_env.knowledge import load_knowledge
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
+
+
+def environments() -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
+    """Two steps a stream, six updates in all, and a held-out stream on the same LLM."""
+    facts = load_knowledge("zsre")
+    common: dict[str, Any] = {
+        "num_batches": 2, "batch_size": 2, "array_backend": "torch", "disable_env_checker": True,
+    }  # fmt: skip
+    env = gym.make(
+        "RLEdit-ZsRE-v0", model="tiny-llama", dtype="float32", data=replace(facts, records=facts.records[:20]),
+        reward_gradient=True, **common,
+    )  # fmt: skip
+    held_out = replace(facts, records=facts.records[20:30])
+    return env, gym.make("RLEdit-ZsRE-v0", model=env.unwrapped.lm, data=held_out, reward="none", **common)
+
+
+def new_agent(env: gym.Env[Any, Any], **network: Any) -> RLEditAgent:
+    settings = {"rank": 4, "step_size": 3e-3, "aggregation": "least_squares", **network}
+    return RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05), seed=3)
+
+
+def assert_same(one: RLEditAgent, other: RLEditAgent) -> None:
+    """Network, moments, best score and counters agree."""
+    for left, right in ((one._training_state(), other._training_state()),):
+        assert set(left[0]) == set(right[0])
+        for name in left[0]:
+            torch.testing.assert_close(left[0][name], right[0][name], rtol=1e-5, atol=1e-7, msg=name)
+        assert left[1] == right[1]
+
+
+class Stop(gym.Wrapper[Any, Any, Any, Any]):
+    """Raises Ctrl-C in the middle of a stream."""
+
+    def __init__(self, env: gym.Env[Any, Any], at: int) -> None:
+        super().__init__(env)
+        self.left = at
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.env.step(action)
+
+
+@pytest.mark.parametrize("normaliser", ["stream", "lifetime"])
+def test_a_run_stopped_by_ctrl_c_in_a_stream_ends_as_the_uninterrupted_one(tmp_path: Path, normaliser: str) -> None:
+    env, eval_env = environments()
+    whole = new_agent(env, normaliser=normaliser).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    stopped = new_agent(Stop(env, at=8), normaliser=normaliser)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    assert stopped.updates == 3
+    assert stopped.timesteps == 6
+    going_on = new_agent(env, normaliser=normaliser).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    assert_same(whole, going_on)
+
+
+def test_a_run_stopped_by_ctrl_c_in_an_evaluation_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):  # the second step of the second evaluation
+        new_agent(env).learn(log_dir=tmp_path / "cut", eval_env=Stop(eval_env, at=4), **SETTINGS)
+    assert_same(whole, new_agent(env).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS))
+
+
+def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    code = (
+        "import os, signal, sys, torch; torch.set_num_threads(1); from test_resume import *\n"
+        "env, eval_env = environments(); agent = new_agent(env)\n"
+        "kill = lambda numbers: os.kill(os.getpid(), signal.SIGKILL) if agent.updates == 5 else None\n"
+        "agent.learn(log_dir=sys.argv[1], eval_env=eval_env, callback=kill, **SETTINGS)"
+    )
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cut")], env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    going_on = new_agent(env)
+    seen: list[int] = []
+    going_on.learn(
+        log_dir=tmp_path / "cut", eval_env=eval_env, callback=lambda _: seen.append(going_on.updates), **SETTINGS
+    )
+    assert seen[0] <= 6, "the run goes on, and does not start anew"
+    assert seen[0] > 1
+    assert_same(whole, going_on)
+
+
+def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    first = new_agent(env).learn(log_dir=tmp_path / "parts", eval_env=eval_env, **{**SETTINGS, "total_timesteps": 8})
+    second = first.learn(log_dir=tmp_path / "parts", eval_env=eval_env, **SETTINGS)
+    assert_same(whole, second)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    whole = new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **SETTINGS)
+    calls: list[Any] = []
+    again = new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, callback=calls.append, **SETTINGS)
+    assert not calls
+    assert_same(whole, again)
+
+
+def test_without_an_evaluation_checkpoints_are_written_all_the_same(tmp_path: Path) -> None:
+    env, _ = environments()
+    found: list[bool] = []
+    new_agent(env).learn(
+        12, log_dir=tmp_path, checkpoint_every=2, progress_bar=False,
+        callback=lambda _: found.append((tmp_path / "last" / "agent.json").exists()),
+    )  # fmt: skip
+    assert found == [False, True, True, True, True, True]
+    assert not (tmp_path / "best").exists()
+
+
+def test_the_last_policy_is_evaluated_even_if_its_turn_had_not_come(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    agent = new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **{**SETTINGS, "eval_every": 100})
+    assert agent._evaluated == 6
+
+
+def test_checkpoints_hold_safetensors_and_json_only(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **SETTINGS)
+    names = {path.name for folder in ("last", "best") for path in (tmp_path / folder).iterdir()}
+    assert names == {"agent.json", "agent.safetensors", "training.safetensors"}
+    assert any(name.startswith("optimizer.") for name in load_file(tmp_path / "last" / "training.safetensors"))
+
+
+def test_the_best_checkpoint_is_what_the_agent_holds_at_the_end(tmp_path: Path) -> None:
+    env, eval_env = environments()
+    agent = new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **SETTINGS)
+    saved = RLEditAgent.load(tmp_path / "best").network.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in agent.network.state_dict().items())
+
+
+def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
+    env, _ = environments()
+    new_agent(env).learn(2, log_dir=tmp_path, progress_bar=False)
+    with pytest.raises(ValueError, match=r"config\.network\.rank: 4 there, 5 here.*resume=False"):
+        new_agent(env, rank=5).learn(4, log_dir=tmp_path, progress_bar=False)
+
+
+def test_resume_false_starts_anew(tmp_path: Path) -> None:
+    env, _ = environments()
+    new_agent(env).learn(4, log_dir=tmp_path, progress_bar=False)
+    agent = new_agent(env, rank=5).learn(2, log_dir=tmp_path, progress_bar=False, resume=False)
+    assert agent.updates == 1
+    assert json.loads((tmp_path / "last" / "agent.json").read_text())["config"]["network"]["rank"] == 5
+
+
+def test_a_run_shorter_than_the_agent_is_not_taken_for_its_past(tmp_path: Path) -> None:
+    env, _ = environments()
+    new_agent(env).learn(2, log_dir=tmp_path, progress_bar=False)
+    agent = new_agent(env).learn(4, progress_bar=False)
+    with pytest.raises(ValueError, match="holds a run of 2 steps, but this agent has already taken 4"):
+        agent.learn(6, log_dir=tmp_path, progress_bar=False)
+
+
+def test_an_early_stop_stays_one_after_resuming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env, eval_env = environments()
+    settings = {**SETTINGS, "eval_every": 1, "patience": 1, "total_timesteps": 40}
+
+    def make() -> RLEditAgent:
+        network = HypernetworkConfig(rank=4)
+        return RLEditAgent(env, RLEditConfig(network=network, learning_rate=1e-9, step_size_learning_rate=1e-9))
+
+    stopped = make().learn(log_dir=tmp_path, eval_env=eval_env, **settings)
+    assert stopped.updates == 1  # nothing learned, so no better score
+    assert "stopped early" in capsys.readouterr().out
+    assert_same(stopped, make().learn(log_dir=tmp_path, eval_env=eval_env, **settings))

@@ -1,0 +1,53 @@
+"""Tests of examples/demo.py, as somebody runs it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agents import RLEditAgent
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+SMALL = [
+    "--batch-size=4", "--steps-per-batch=1", "--train-batches=2", "--check-batches=2", "--edit-batches=2",
+    "--edit-modules",
+]  # fmt: skip
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", str(DEMO), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_quick_demo_prints_its_tables_and_writes_a_report_and_the_agent(tmp_path: Path) -> None:
+    process = start("--quick", "--out", str(tmp_path))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for expected in ("no edit", "untrained policy", "trained agent", "Exact match", "not the published CounterFact"):
+        assert expected in output
+    assert str(tmp_path / "report.html") in output
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall('src="data:image/png;base64,', page)) == 3
+    assert "not the published CounterFact" in page
+    assert RLEditAgent.load(tmp_path / "agent").updates >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_interrupted_training_goes_on_to_edit_and_report(tmp_path: Path) -> None:
+    process = start("--model", "tiny-llama", "--minutes", "30", "--check-every", "1", "--out", str(tmp_path), *SMALL)
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("update 2:"):
+            process.send_signal(signal.SIGINT)
+            break
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, "".join(lines) + output
+    assert "training stopped by hand" in output
+    assert (tmp_path / "report.html").exists()

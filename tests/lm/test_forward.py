@@ -1,0 +1,139 @@
+"""Tests of the split forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers, length_sorted_chunks
+from rledit_env.lm.tiny import TINY_NAMES
+
+TEXTS = [
+    ("Rome is in", "Peru"),
+    ("The mother tongue of Danielle Darrieux, who was born in Bordeaux, is", "Old Church Slavonic"),
+    ("2 + 2 =", "5"),
+]
+
+
+def passages_of(lm) -> list[Passage]:
+    return [lm.tokenize(prompt, answer) for prompt, answer in TEXTS]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("name", TINY_NAMES)
+@torch.no_grad()
+def test_the_split_may_be_at_any_layer(tiny_lm, full_logits, name, first):
+    lm = tiny_lm(name, f"{{model.layers,transformer.h}}.[{first}-3].mlp.*")
+    assert lm.forward.first_layer == first
+    passages = passages_of(lm)
+    expected = torch.cat([full_logits(lm, p) for p in passages])
+    torch.testing.assert_close(lm.forward.logits(lm.answer_states(passages).hidden), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+@torch.no_grad()
+def test_padding_on_the_right_and_other_passages_of_a_batch_change_nothing(tiny_lm, name):
+    lm = tiny_lm(name)
+    together = lm.answer_states(passages_of(lm))
+    for index, passage in enumerate(passages_of(lm)):
+        lm.prefix_cache.clear()
+        alone = lm.answer_states([passage]).hidden
+        torch.testing.assert_close(together.hidden[together.owner == index], alone, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_many_small_passes_give_what_one_large_pass_gives(tiny_lm, monkeypatch):
+    lm = tiny_lm("tiny-gemma2")
+    whole = lm.answer_states(passages_of(lm))
+    lm.prefix_cache.clear()
+    monkeypatch.setattr(lm, "max_tokens_per_pass", 1)
+    pieces = lm.answer_states(passages_of(lm))
+    assert torch.equal(whole.targets, pieces.targets)
+    assert torch.equal(whole.owner, pieces.owner)
+    torch.testing.assert_close(whole.hidden, pieces.hidden, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_below_the_first_edited_one_run_once_a_passage(tiny_lm, monkeypatch):
+    lm = tiny_lm()
+    computed: list[int] = []
+    prefix = lm.forward.prefix
+    monkeypatch.setattr(lm.forward, "prefix", lambda ids: computed.append(len(ids)) or prefix(ids))
+    passages = passages_of(lm)
+    lm.answer_states([passages[0], *passages])
+    lm.trace(passages)
+    lm.reference_states(passages)
+    assert sum(computed) == len(passages)
+
+
+def test_recording_a_models_own_layer_arguments_leaves_the_model_as_it_was(tiny_lm, full_logits):
+    lm = tiny_lm()
+    passage = passages_of(lm)[1]
+    with torch.no_grad():
+        before = full_logits(lm, passage)
+        lm.answer_states([passage])
+        assert torch.equal(full_logits(lm, passage), before)
+    assert not any("forward" in vars(layer) for layer in lm.forward.layers)
+
+
+def test_the_layers_are_put_back_when_the_stubbed_forward_fails(tiny_lm):
+    lm = tiny_lm()
+    with pytest.raises(IndexError):
+        lm.forward.prefix(torch.tensor([[10**6]]))
+    assert not any("forward" in vars(layer) for layer in lm.forward.layers)
+
+
+def test_chunks_hold_every_passage_once_within_the_bound():
+    lengths = [5, 90, 7, 7, 33, 6, 90, 1] * 5
+    chunks = list(length_sorted_chunks(lengths, max_tokens=200))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
+    assert all(len(chunk) * max(lengths[i] for i in chunk) <= 200 for chunk in chunks)
+
+
+def test_a_passage_longer_than_the_bound_is_a_chunk_of_its_own():
+    assert list(length_sorted_chunks([300, 2, 300], max_tokens=100)) == [[1], [0], [2]]
+
+
+def test_no_passages_give_no_chunks():
+    assert list(length_sorted_chunks([], 100)) == []
+
+
+def test_the_cache_drops_what_was_used_least_recently():
+    cache = PrefixCache(max_bytes=3 * 40)
+    for key in "abc":
+        cache.put(key, torch.zeros(10))
+    assert cache.get("a") is not None
+    cache.put("d", torch.zeros(10))
+    assert [cache.get(key) is None for key in "abcd"] == [False, True, False, False]
+    assert (len(cache), cache.bytes) == (3, 120)
+    cache.put("a", torch.zeros(5))
+    assert cache.bytes == 100
+    cache.clear()
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+@torch.no_grad()
+def test_a_cache_too_small_for_a_batch_changes_no_result(tiny_lm, monkeypatch):
+    lm = tiny_lm()
+    expected = lm.answer_states(passages_of(lm)).hidden
+    lm.prefix_cache.clear()
+    monkeypatch.setattr(lm.prefix_cache, "max_bytes", 1)
+    for _ in range(2):
+        torch.testing.assert_close(lm.answer_states(passages_of(lm)).hidden, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_are_named_by_what_they_predict():
+    passage = Passage(input_ids=(10, 11, 12, 13, 14), targets=(14, 15), subject_position=1)
+    assert list(passage.chosen_positions("answer")) == [3, 4]
+    assert list(passage.chosen_positions("subject")) == [1]
+    assert list(passage.chosen_positions("subject+answer")) == [1, 3, 4]
+    assert list(passage.chosen_positions("all")) == [0, 1, 2, 3, 4]
+    nameless = Passage((10, 11, 12), (12, 13))
+    assert list(nameless.chosen_positions("subject")) == list(nameless.chosen_positions("subject+answer")) == [1, 2]
+
+
+def test_a_model_without_its_layers_is_refused(tiny_lm):
+    model = nn.Module()
+    model.config = tiny_lm().model.config
+    with pytest.raises(ValueError, match="no list of its 4 decoder layers"):
+        decoder_layers(model)

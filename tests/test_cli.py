@@ -1,0 +1,364 @@
+"""The `rledit` command: what it writes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents import saved as saved_agents
+from rledit_env import cli
+from rledit_env.env import LifelongEditEnv
+
+ROOT = Path(__file__).parents[1]
+ENV = "RLEdit-CounterFact-v0"
+FACTS = [
+    {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"},
+    {"prompt": "The king of Ruritania is", "target": "Rudolf"},
+    {"prompt": "Up is", "target": "down", "paraphrases": ["Up means"]},
+]
+TRAIN = [
+    "train", "--env", ENV, "--model", "tiny-llama", "--num-batches", "2", "--batch-size", "2", "--steps-per-batch", "2",
+    "--rank", "4", "--eval-every", "1", "--dtype", "float32", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two trajectories."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main([*TRAIN, "--trajectories", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def facts_file(tmp_path: Path) -> Path:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(map(json.dumps, FACTS)), encoding="utf-8")
+    return path
+
+
+def saved_agent(folder: Path, step_size: float) -> Path:
+    env = LifelongEditEnv("counterfact", "tiny-llama", num_batches=1, batch_size=1, dtype="float32", device="cpu")
+    RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(rank=4, step_size=step_size))).save(folder)
+    return folder
+
+
+# -- help and usage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["fetch", "train", "evaluate", "edit"])
+def test_help_teaches_with_examples_and_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert f"rledit {command} " in shown
+    assert "exit codes:" in shown
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command.name in shown and command.summary in shown for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["compare"], ["fetch"], ["train", "--env", ENV], ["evaluate", "--bogus"]])
+def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+    assert cli.main(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fetch", "smollm2-135"], "did you mean 'smollm2-135m'"),
+        (["evaluate", "--env", ENV, "--agent", "no-such-run"], "no-such-run does not exist"),
+        (["train", "--env", "RLEdit-Chess-v0", "--out", "x"], "RLEdit-Chess"),
+        (["train", "--env", "CartPole-v1", "--out", "x"], "no environment of this package"),
+        (["train", "--env", ENV, "--out", "x", "--data", "nowhere.jsonl"], "no such file"),
+        (["train", "--env", ENV, "--out", "x", "--batch-size", "0"], "--batch-size is 0"),
+        (["edit", "--facts", "nowhere.jsonl", "--agent", "default", "--out", "x"], "no such file of facts"),
+    ],
+)
+def test_unusable_input_ends_with_2_and_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"rledit {arguments[0]}: error: ")
+    assert message in last
+
+
+def test_traceback_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fetch", "smollm2-135", "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_taken_for_the_user_s_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("rledit_env.lm.registry.fetch", broken)
+    assert cli.main(["fetch", "smollm2-135m"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_neither_the_environment_nor_the_help_imports_an_agent() -> None:
+    code = (
+        "import sys, rledit_env.env, rledit_env.cli; rledit_env.cli.main(['edit', '--help']);"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'agents']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_fetch_prints_the_folder_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["fetch", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path)
+
+
+def test_fetch_hands_the_wheel_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fetch", "tiny-llama", "--wheel", str(tmp_path / "x.whl")]) == 2
+    assert "does not come from a wheel" in capsys.readouterr().err
+
+
+# -- train ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_the_best_and_the_last_agent_and_tensorboard_s_log(run_folder: Path) -> None:
+    assert {path.name for path in run_folder.iterdir() if path.is_dir()} == {"best", "last"}
+    assert list(run_folder.glob("events.out.tfevents.*"))
+    settings = json.loads((run_folder / "best" / "agent.json").read_text())["environment"]
+    assert settings["id"] == ENV
+    assert settings["model"] == "tiny-llama"
+    assert settings["steps_per_batch"] == 2
+    assert all(name.startswith("model.layers.") for name in settings["edit_modules"])
+
+
+def test_train_holds_the_last_fifth_of_the_training_split_out() -> None:
+    options = argparse.Namespace(env=ENV, data="bundled", on_error="raise", select_on="held-out")
+    training, selection = cli._training_data(options)
+    whole = len(training) + len(selection)
+    assert len(selection) == int(0.2 * whole)
+    assert not {r.prompt for r in training} & {r.prompt for r in selection}
+    assert (training.split, selection.split) == ("train", "train")
+    assert "held out" in selection.source
+
+
+def test_train_says_what_it_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TRAIN, "--trajectories", "1", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "not the published CounterFact" in shown
+    assert "tiny-llama" in shown
+    assert "rledit evaluate" in shown
+
+
+def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "rledit_env.cli", *TRAIN, "--patience", "999", "--out", str(out), "--trajectories"]
+    process = subprocess.Popen([*command, "9999"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "last" / "training.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Go on with the same command:\n  rledit train" in err
+    assert "Traceback" not in err
+    updates = json.loads((out / "last" / "agent.json").read_text())["updates"]
+    again = subprocess.run([*command, str(updates + 1)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"update {updates}, step" in again.stdout
+    assert json.loads((out / "last" / "agent.json").read_text())["updates"] == updates + 1
+
+
+def test_an_interruption_before_the_first_checkpoint_says_that_nothing_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rledit_env.lm.editable.EditableLM.load", interrupted)
+    assert cli.main([*TRAIN, "--out", str(tmp_path / "run")]) == 130
+    assert "nothing was saved" in capsys.readouterr().err
+
+
+# -- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_metrics_settings_and_versions(run_folder: Path, tmp_path: Path) -> None:
+    result = tmp_path / "deep" / "result.json"
+    arguments = ["evaluate", "--env", ENV, "--agent", str(run_folder), "--data", "bundled", "--split", "eval"]
+    assert cli.main([*arguments, "--num-batches", "2", "--batch-size", "3", "--json", str(result)]) == 0
+    written = json.loads(result.read_text(encoding="utf-8"))
+    assert set(written["metrics"]) == {
+        "efficacy", "generalization", "specificity", "specificity_answer", "exact_match", "top1", "mean",
+    }  # fmt: skip
+    assert all(0 <= score <= 100 for score in written["metrics"].values())
+    assert set(written["versions"]) == {"torch", "transformers", "gymnasium", "rledit_env", "python"}
+    assert len(written["taken"]) == 6
+    assert written["seconds_per_fact"] > 0
+    assert "not the published CounterFact" in written["data_source"]
+    settings = written["settings"]
+    assert (settings["model"], settings["steps_per_batch"], settings["num_batches"]) == ("tiny-llama", 2, 2)
+    assert settings["edit_modules"] == json.loads((run_folder / "best" / "agent.json").read_text())["environment"][
+        "edit_modules"
+    ]
+
+
+def test_evaluate_gives_json_alone_on_the_standard_output(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--agent", str(run_folder), "--num-batches", "1", "--batch-size", "2", "--json", "-"]
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["env"] == ENV
+
+
+def test_evaluate_names_the_facts_that_did_not_take_and_warns_of_batches_without_effect(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--agent", str(run_folder), "--num-batches", "2", "--batch-size", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "4 of 4 facts did not take" in out
+    assert out.count(": wanted ") == out.count(", answers ") == 4
+    assert "batch 1 of 2 (facts 1 to 2) had no effect: none of its facts took" in err
+
+
+def test_the_seed_decides_which_facts_are_edited(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = []
+    for seed in ("1", "1", "2"):
+        arguments = ["evaluate", "--agent", str(run_folder), "--num-batches", "1", "--batch-size", "3", "--json", "-"]
+        assert cli.main([*arguments, "--seed", seed]) == 0
+        prompts.append([one["prompt"] for one in json.loads(capsys.readouterr().out)["not_taken"]])
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_an_agent_for_other_modules_is_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "--agent", str(run_folder), "--edit-modules", "model.layers.3.mlp.up_proj"]
+    assert cli.main(arguments) == 2
+    assert "was trained for 4 modules" in capsys.readouterr().err
+
+
+def test_long_lists_of_untaken_facts_are_cut_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    untaken = [{"prompt": f"p{i}", "target": "t", "answer": "a"} for i in range(25)]
+    cli._name_untaken(untaken, 30, print, "result.json")
+    out = capsys.readouterr().out
+    assert out.count("wanted") == 20
+    assert "… and 5 more, all in result.json" in out
+    cli._name_untaken([], 30, print, None)
+    assert "all 30 facts took" in capsys.readouterr().out
+
+
+# -- edit ----------------------------------------------------------------------------------------------------------
+
+
+def test_edit_writes_a_model_that_loads_and_differs_in_the_edited_modules_only(
+    run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "edited"
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--model", "tiny-llama"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0  # three facts in batches of two
+    edited = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    AutoTokenizer.from_pretrained(out)
+    from rledit_env.lm.registry import load_model
+
+    original = load_model("tiny-llama")[0].state_dict()
+    report = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))
+    changed = {key.removesuffix(".weight") for key, value in original.items() if not torch.equal(value, edited[key])}
+    assert changed == set(report["settings"]["edit_modules"])
+    assert len(report["taken"]) == len(report["answers"]) == 3
+    assert report["metrics"]["generalization"] is None
+    assert report["metrics"]["efficacy"] is not None
+    shown = capsys.readouterr()
+    assert "2 facts have no paraphrases" in shown.out
+    assert "2 facts name no subject" in shown.out
+    assert "'The capital of Freedonia is': wanted 'Sylvania', answers " in shown.out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_edit_does_not_overwrite_unless_asked(
+    run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "edited"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--out", str(out)]
+    assert cli.main(arguments) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert not (out / "mine.txt").exists()
+    assert (out / "edit_report.json").exists()
+
+
+def test_edit_reads_published_schemas_too(run_folder: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "zsre.jsonl"
+    row = {"src": "Who rules Ruritania?", "rephrase": "Ruritania's king?", "alt": "Rudolf", "loc": "nq question: where"}
+    facts.write_text(json.dumps({**row, "loc_ans": "here"}))
+    out = tmp_path / "edited"
+    assert cli.main(["edit", "--facts", str(facts), "--agent", str(run_folder), "--out", str(out)]) == 0
+    report = json.loads((out / "edit_report.json").read_text())
+    assert report["settings"]["kind"] == "zsre"
+    assert None not in report["metrics"].values()
+
+
+def test_an_update_of_zero_is_never_silent(
+    facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = saved_agent(tmp_path / "agent", step_size=1e-300)
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(agent), "--out", str(tmp_path / "edited")]
+    assert cli.main(arguments) == 0
+    assert "had no effect: its update was zero" in capsys.readouterr().err
+
+
+def test_an_update_that_breaks_the_model_writes_nothing_and_ends_with_1(
+    facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = saved_agent(tmp_path / "agent", step_size=1e30)
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(agent), "--out", str(tmp_path / "edited")]
+    assert cli.main(arguments) == 1
+    assert "broke the model; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "edited").exists()
+
+
+def test_an_evaluation_that_breaks_the_model_says_so_and_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = saved_agent(tmp_path / "agent", step_size=1e30)
+    result = tmp_path / "result.json"
+    arguments = ["evaluate", "--env", ENV, "--agent", str(agent), "--num-batches", "2", "--batch-size", "2"]
+    assert cli.main([*arguments, "--json", str(result)]) == 1
+    assert "broke the model" in capsys.readouterr().err
+    assert json.loads(result.read_text())["diverged"] is True
+
+
+def test_default_is_the_agent_that_ships_or_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(saved_agents, "PRETRAINED", tmp_path / "pretrained")
+    arguments = ["evaluate", "--env", ENV, "--agent", "default", "--num-batches", "1", "--batch-size", "1"]
+    assert cli.main(arguments) == 2
+    assert "ships no trained agent" in capsys.readouterr().err
+    saved_agent(tmp_path / "pretrained" / "tiny", step_size=1e-3)
+    assert cli.main(arguments) == 0
+
+
+def test_the_installed_command_is_this_one() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import sys; from rledit_env.cli import main; sys.exit(main(['--version']))"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert shown.stdout.startswith("rledit-env ")

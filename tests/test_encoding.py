@@ -1,0 +1,71 @@
+"""Tests of edit records as token passages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rledit_env.encoding import EncodedDataset, encode, largest_batch
+from rledit_env.knowledge import UnrelatedFact
+from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.lm.tiny import TINY_NAMES
+
+
+def text_of(lm, ids) -> str:
+    return lm.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_a_record_becomes_its_edit_every_paraphrase_and_every_unrelated_pair(tiny_lm, uneven_facts, name):
+    lm, record = tiny_lm(name), uneven_facts[1]
+    encoded = encode(lm, record)
+    assert text_of(lm, encoded.edit.targets) == " Old Church Slavonic"
+    assert text_of(lm, encoded.edit.input_ids + encoded.edit.targets[-1:]) == f"{record.prompt} {record.target}"
+    assert [text_of(lm, p.input_ids[: p.positions[0] + 1]) for p in encoded.paraphrases] == list(record.paraphrases)
+    assert {text_of(lm, p.targets) for p in encoded.paraphrases} == {" Old Church Slavonic"}
+    assert [text_of(lm, p.targets) for p in encoded.unrelated] == [" yellow", " French"]
+
+
+def test_each_record_is_tokenised_once(tiny_lm, uneven_facts):
+    dataset = EncodedDataset(tiny_lm(), uneven_facts)
+    assert dataset[np.int64(2)] is dataset[2]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+@pytest.mark.parametrize("token", TOKEN_CHOICES)
+def test_the_counted_positions_are_those_that_a_trace_returns(tiny_lm, uneven_facts, name, token):
+    lm = tiny_lm(name)
+    dataset = EncodedDataset(lm, uneven_facts)
+    counts = dataset.traced_positions(token)
+    trace = lm.trace([dataset[i].edit for i in range(len(uneven_facts))], token)
+    assert counts.tolist() == np.bincount(trace.owner.numpy()).tolist()
+
+
+def test_the_largest_batch_takes_the_records_with_the_most_positions():
+    assert largest_batch([3, 9, 1, 4], 2) == 13
+    assert largest_batch([3, 9, 1, 4], 4) == 17
+
+
+@pytest.mark.parametrize("field", ["prompt", "paraphrases", "unrelated"])
+def test_a_passage_longer_than_the_context_is_named_by_its_place(tiny_lm, uneven_facts, field):
+    long = "very " * 120
+    changed = {"prompt": long, "paraphrases": ("ok", long), "unrelated": (UnrelatedFact(long, "yes"),)}[field]
+    records = (uneven_facts[0], dataclasses.replace(uneven_facts[1], **{field: changed}))
+    dataset = dataclasses.replace(uneven_facts, records=records)
+    with pytest.raises(ValueError, match=r"list, item 2: .* tokens, but the context of tiny-llama holds 512"):
+        EncodedDataset(tiny_lm(), dataset).check_lengths()
+
+
+def test_a_passage_that_just_fits_the_context_is_taken(tiny_lm, uneven_facts):
+    lm = tiny_lm("tiny-gemma2")
+    fits = "x" * (lm.context_length - len(" Peru") - 1)  # and the start token
+    for prompt, good in ((fits, True), (fits + "x", False)):
+        dataset = dataclasses.replace(uneven_facts, records=(dataclasses.replace(uneven_facts[0], prompt=prompt),))
+        if good:
+            EncodedDataset(lm, dataset).check_lengths()
+            assert np.isfinite(lm.trace([EncodedDataset(lm, dataset)[0].edit]).loss)
+        else:
+            with pytest.raises(ValueError, match="513 tokens"):
+                EncodedDataset(lm, dataset).check_lengths()

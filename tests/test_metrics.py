@@ -1,0 +1,182 @@
+"""Tests of the metrics, against values computed with the whole model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from rledit_env.knowledge import EditRecord, UnrelatedFact
+from rledit_env.metrics import answer_of, evaluate, exact_matches
+
+
+@pytest.fixture
+def edited(tiny_lm):
+    """Gives an LM whose weights have moved enough to change many answers, and its unedited twin."""
+
+    def make(name: str = "tiny-llama", dtype: torch.dtype = torch.float32):
+        lm = tiny_lm(name, dtype=dtype)
+        original = copy.copy(lm)
+        original.model = copy.deepcopy(lm.model)
+        generator = torch.Generator().manual_seed(0)
+        lm.apply(*({m: 0.15 * torch.randn(2, s[side], generator=generator) for m, s in lm.module_shapes.items()}
+                   for side in (0, 1)))
+        return lm, original
+
+    return make
+
+
+def percent(hits) -> float:
+    hits = [bool(h) for h in hits]
+    return 100 * sum(hits) / len(hits)
+
+
+@torch.no_grad()
+def tokens_hit(lm, full_logits, pairs) -> list[bool]:
+    passages = [lm.tokenize(prompt, answer) for prompt, answer in pairs]
+    return [h for p in passages for h in (full_logits(lm, p).argmax(-1) == torch.tensor(p.targets)).tolist()]
+
+
+@torch.no_grad()
+def prefers(lm, full_logits, prompt, first, second) -> bool:
+    means = []
+    for answer in (first, second):
+        passage = lm.tokenize(prompt, answer)
+        chances = full_logits(lm, passage).log_softmax(-1).gather(1, torch.tensor(passage.targets)[:, None])
+        means.append(float(chances.mean()))
+    return means[0] > means[1]
+
+
+@pytest.mark.parametrize("kind", ["zsre", "fever"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2", "tiny-gpt2"])
+def test_zsre_and_fever_count_answer_tokens_where_the_top_token_is_right(
+    edited, facts, uneven_facts, full_logits, name, kind
+):
+    lm, original = edited(name)
+    records = [*facts(kind, 8), *uneven_facts]
+    # Random weights know nothing: ask for what they do answer, so that no score is 0 or 100.
+    with torch.no_grad():
+        texts = [text.strip() for text in lm.generate([r.prompt for r in records], extra=2)]
+    known = [dataclasses.replace(r, target=t) for r, t in zip(records, texts, strict=True) if t and t.isascii()]
+    records = [*records, *known]
+    metrics = evaluate(lm, records, kind, generate=False)
+    edit = tokens_hit(lm, full_logits, [(r.prompt, r.target) for r in records])
+    assert metrics.efficacy == pytest.approx(percent(edit))
+    assert metrics.top1 == metrics.efficacy
+    assert metrics.generalization == pytest.approx(
+        percent(tokens_hit(lm, full_logits, [(p, r.target) for r in records for p in r.paraphrases]))
+    )
+    unrelated = [(u.prompt, u.answer) for r in records for u in r.unrelated]
+    assert metrics.specificity_answer == pytest.approx(percent(tokens_hit(lm, full_logits, unrelated)))
+    with torch.no_grad():
+        passages = [lm.tokenize(*pair) for pair in unrelated]
+        kept = [h for p in passages
+                for h in (full_logits(lm, p).argmax(-1) == full_logits(original, p).argmax(-1)).tolist()]
+    assert metrics.specificity == pytest.approx(percent(kept))
+    assert 0 < metrics.specificity < 100
+    assert metrics.mean == pytest.approx((metrics.efficacy + metrics.generalization + metrics.specificity) / 3)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-gpt2"])
+def test_counterfact_compares_the_mean_log_probabilities_of_the_new_and_the_old_answer(
+    edited, facts, uneven_facts, full_logits, name
+):
+    lm, _ = edited(name)
+    records = [*facts("counterfact", 10), *uneven_facts]
+    metrics = evaluate(lm, records, "counterfact", generate=False)
+
+    def share(rows):
+        return percent(prefers(lm, full_logits, *row) for row in rows)
+
+    assert metrics.efficacy == pytest.approx(share((r.prompt, r.target, r.original) for r in records))
+    assert metrics.generalization == pytest.approx(
+        share((p, r.target, r.original) for r in records for p in r.paraphrases)
+    )
+    expected = share((u.prompt, u.answer, r.target) for r in records for u in r.unrelated)
+    assert metrics.specificity == metrics.specificity_answer == pytest.approx(expected)
+    assert all(0 < score < 100 for score in (metrics.efficacy, metrics.generalization, metrics.specificity))
+
+
+def test_the_original_model_keeps_all_its_answers(tiny_lm, facts):
+    metrics = evaluate(tiny_lm(), facts("zsre", 6), "zsre", generate=False)
+    assert metrics.specificity == 100
+    assert metrics.exact_match is None
+
+
+@pytest.mark.parametrize("kind", ["zsre", "counterfact"])
+def test_evaluating_changes_nothing(edited, facts, kind):
+    lm, _ = edited()
+    before = {n: p.clone() for n, p in lm.model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = evaluate(lm, facts(kind, 6), kind)
+    assert all(torch.equal(before[n], p) for n, p in lm.model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert evaluate(lm, facts(kind, 6), kind) == first
+
+
+def test_a_fact_is_taken_when_greedy_decoding_begins_with_its_answer(tiny_lm):
+    lm = tiny_lm()
+    record = EditRecord("Rome is in", "Peru", ("One finds Rome in",), (UnrelatedFact("2 + 2 =", "4"),), "Italy")
+    records = [record, dataclasses.replace(record, target="Peri"), dataclasses.replace(record, prompt="Bananas are")]
+    assert evaluate(lm, records, "zsre", generate=False).taken == (False, False, False)
+    passage = lm.tokenize(record.prompt, record.target)
+    for _ in range(40):
+        trace = lm.trace([passage])
+        lm.apply(trace.keys, {m: -0.01 * g for m, g in trace.value_gradients.items()})
+    assert lm.generate([record.prompt], longest=["Peru"])[0].startswith(" Peru")
+    metrics = evaluate(lm, records, "zsre", generate=False)
+    assert metrics.taken == (True, False, False)
+    assert metrics.efficacy > 100 * 5 / 15
+
+
+@pytest.mark.parametrize(
+    ("continuation", "answer"),
+    [
+        (" Paris", "Paris"),
+        (" Paris.\nThe capital", "Paris"),
+        ("\n Paris, of course", "Paris"),
+        (" Paris is", "Paris is"),
+        (" Old Church Slavonic; or", "Old Church Slavonic"),
+        ("", ""),
+        (" ... ", ""),
+    ],
+)
+def test_an_answer_ends_at_the_end_of_its_phrase(continuation, answer):
+    assert answer_of(continuation) == answer
+
+
+def test_an_exact_match_is_the_whole_answer_and_nothing_more(tiny_lm, uneven_facts, monkeypatch):
+    lm = tiny_lm()
+    answers = {"Rome is in": " Peru. It", "2 + 2 =": " 55", "Ångström comes from": " Łódź\n"}
+    asked = []
+
+    def generate(prompts, longest, batch_size):
+        asked.extend(longest)
+        return [answers.get(p, " Old Church") for p in prompts]
+
+    monkeypatch.setattr(lm, "generate", generate)
+    assert exact_matches(lm, uneven_facts) == [True, False, False, True]
+    assert asked == [r.target for r in uneven_facts]
+    assert evaluate(lm, uneven_facts, "counterfact").exact_match == 50.0
+
+
+def test_scores_by_name_leave_out_the_list_of_records(tiny_lm, facts):
+    metrics = evaluate(tiny_lm(), facts("zsre", 3), "zsre", generate=False)
+    scores = metrics.as_dict()
+    assert set(scores) == {
+        "efficacy", "generalization", "specificity", "specificity_answer", "exact_match", "top1", "mean",
+    }
+    assert scores["mean"] == metrics.mean and len(metrics.taken) == 3
+
+
+def test_no_records_are_an_error(tiny_lm):
+    with pytest.raises(ValueError, match="no fact has been edited yet"):
+        evaluate(tiny_lm(), [], "zsre")
+
+
+def test_counterfact_without_the_earlier_answer_names_the_record(tiny_lm, uneven_facts):
+    records = [uneven_facts[0], dataclasses.replace(uneven_facts[1], original=None)]
+    with pytest.raises(ValueError, match="list, item 2: CounterFact's metrics compare"):
+        evaluate(tiny_lm(), records, "counterfact")
