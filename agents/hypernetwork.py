@@ -26,6 +26,10 @@ class HypernetworkConfig:
         step_size: initial η_l.
         damping: initial λ_l.
         learn_damping: whether λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
+        prior: c, how many training facts' keys the recursion starts with: S_0 = λI + c·C, with C the mean second
+            moment of the keys that :meth:`Hypernetwork.gather` has seen (nothing until then). It keeps the first
+            updates of a stream out of the directions that all keys share, and makes a long stream's steps like a
+            short one's.
         normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
             seen and stay as they are outside training.
     """
@@ -36,6 +40,7 @@ class HypernetworkConfig:
     step_size: float = 1e-3
     damping: float = 1.0
     learn_damping: bool = True
+    prior: float = 100.0
     normaliser: Literal["stream", "lifetime"] = "stream"
 
     def __post_init__(self) -> None:
@@ -46,6 +51,8 @@ class HypernetworkConfig:
         for name in ("step_size", "damping", "rank"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        if not self.prior >= 0:
+            raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
 
 
 class RunningNormaliser:
@@ -124,7 +131,8 @@ class Hypernetwork(nn.Module):
     z = normalise([u; δ]) passes through residual blocks and is split into (û, δ̂). MEND's aggregation is ũ = û,
     ṽ = −η δ̂. The others take vᵢ = −η (uᵢ·ûᵢ) δ̂ᵢ and solve ridge least squares ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², whose
     dual form has the factors ũ = (u uᵀ + λI)⁻¹ u and ṽ = v. With "recursive" the system holds all keys since the
-    reset: ũ = u S⁻¹, S = λI + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's memory, updated by N rows a step (Woodbury).
+    reset: ũ = u S⁻¹, S = λI + cC + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's memory, updated by N rows a step
+    (Woodbury).
 
     Args:
         shapes: module → (d_in, d_out).
@@ -153,6 +161,9 @@ class Hypernetwork(nn.Module):
         self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
         self.normalisers = {m: RunningNormaliser(sum(shape)) for m, shape in shapes.items()}
         self.memory: dict[str, Tensor] = {}
+        self.second_moments: dict[str, Tensor] = {}  # C by module, (d_in, d_in); empty until gather
+        self._gathered = 0
+        self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +174,36 @@ class Hypernetwork(nn.Module):
         self.memory = {}
         if self.config.normaliser == "stream":
             self.normalisers = {m: RunningNormaliser(sum(s), self.device) for m, s in self.shapes.items()}
+
+    @property
+    def wants_prior(self) -> bool:
+        """Whether the recursion is to start from C, and none has been gathered."""
+        return self.config.aggregation == "recursive" and self.config.prior > 0 and not self.second_moments
+
+    @torch.no_grad()
+    def gather(self, keys: Mapping[str, Tensor]) -> None:
+        """Take keys (N, d_in) by module into C, which the recursion starts from at the next reset."""
+        for module, u in keys.items():
+            earlier = self.second_moments.get(module, u.new_zeros(u.shape[1], u.shape[1]))
+            rows = self._gathered + len(u)
+            gram = u.T @ u
+            gram = (gram + gram.T) / 2  # what rounding leaves unsymmetric would not survive being saved
+            self.second_moments[module] = earlier * (self._gathered / rows) + gram / rows
+        self._gathered = rows
+        self._starts = {}
+
+    def prior_state(self) -> dict[str, Tensor]:
+        """C by module, each as its upper triangle (d_in (d_in + 1) / 2,)."""
+        return {m: c[tuple(torch.triu_indices(*c.shape))] for m, c in self.second_moments.items()}
+
+    def load_prior_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`prior_state`."""
+        self.second_moments, self._starts = {}, {}
+        for module, triangle in state.items():
+            d_in = self.shapes[module][0]
+            c = torch.zeros(d_in, d_in, device=self.device)
+            c[tuple(torch.triu_indices(d_in, d_in))] = triangle.to(self.device)
+            self.second_moments[module] = c + c.triu(1).T
 
     @torch.no_grad()
     def observe(self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], adapt: bool = True) -> StepRecord:
@@ -189,13 +230,22 @@ class Hypernetwork(nn.Module):
         """S⁻¹ takes in keys (N, d_in) by Woodbury's identity; returns ũ = u S⁻¹."""
         inverse = self.memory.get(module)
         if inverse is None:
-            damping = float(self.log_damping[self.index[module]].exp())
-            inverse = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / damping
+            inverse = self._start(module).to(u.dtype)
         projected = u @ inverse  # (N, d_in)
         gram = projected @ u.T + torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
         solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
         self.memory[module] = inverse - projected.T @ solved
         return solved
+
+    def _start(self, module: str) -> Tensor:
+        """S_0⁻¹, (d_in, d_in)."""
+        if module not in self._starts:
+            damping = float(self.log_damping[self.index[module]].exp())
+            system = damping * torch.eye(self.shapes[module][0], device=self.device, dtype=torch.float64)
+            if module in self.second_moments:
+                system += self.config.prior * self.second_moments[module]
+            self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_step_size.dtype)
+        return self._starts[module]
 
     def factors(self, record: StepRecord) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Update factors ũ (N, d_in) and ṽ (N, d_out) by module; differentiable in the parameters."""

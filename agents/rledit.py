@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, run_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
@@ -24,6 +24,7 @@ from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormali
 TRAINING_STATE = "training.safetensors"
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 3}
+POLICY = ("network.", "prior.", "stream.")  # what the names of a policy's tensors begin with
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -39,6 +40,8 @@ class RLEditConfig:
         max_gradient_norm: the policy gradient is clipped to this norm.
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
         discount: γ.
+        prior_batches: batches of training facts that the recursion's prior C is gathered from before the first update
+            (see `HypernetworkConfig.prior`).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
             gradients through a broken LLM spoil the policy.
     """
@@ -50,6 +53,7 @@ class RLEditConfig:
     max_gradient_norm: float = 1.0
     trajectories_per_update: int = 1
     discount: float = 1.0
+    prior_batches: int = 40
     drift_limit: float = 0.6
 
     def __post_init__(self) -> None:
@@ -240,6 +244,8 @@ class RLEditAgent(Agent):
                 self._checkpoint(folder, state)
 
         try:
+            if self.network.wants_prior:
+                self._gather_prior(env, progress_bar)
             judge()
             while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
@@ -287,6 +293,14 @@ class RLEditAgent(Agent):
         if inner.reward_config is None:
             raise ValueError("the environment was made with reward='none', which leaves nothing to learn from")
         return self.env
+
+    def _gather_prior(self, env: gym.Env, progress_bar: bool) -> None:
+        """Show the network the keys of some training batches: the first of as many streams."""
+        batches = self.config.prior_batches
+        for i in trange(batches, desc="second moments of keys", unit="batch", disable=not progress_bar, leave=False):
+            observation, _ = env.reset(seed=self.seed * batches + i)
+            used = int(observation["mask"].sum())
+            self.network.gather({m: u[:used] for m, u in observation["keys"].items()})
 
     def _trajectory(self, env: gym.Env, seed: int) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
@@ -428,7 +442,8 @@ class RLEditAgent(Agent):
         return agent
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
-        return {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        parameters = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        return parameters | {f"prior.{m}": v for m, v in self.network.prior_state().items()}
 
     def _policy(self) -> dict[str, Tensor]:
         """Copies of what a policy consists of between two streams: the parameters, and moments that outlive streams."""
@@ -440,6 +455,7 @@ class RLEditAgent(Agent):
     def _load_policy(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of :meth:`_policy` or of a saved agent; a stream they do not hold begins anew."""
         self.network.load_state_dict(_under("network.", tensors))
+        self.network.load_prior_state(_under("prior.", tensors))
         stream = _under("stream.", tensors)
         if stream:
             self.network.load_memory_state(stream)
@@ -462,7 +478,7 @@ class RLEditAgent(Agent):
         return next(i for i, p in enumerate(flat) if p is parameter)
 
     def _load_training_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        self._load_policy({k: v for k, v in tensors.items() if k.startswith(("network.", "stream."))})
+        self._load_policy({k: v for k, v in tensors.items() if k.startswith(POLICY)})
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optimizer.", tensors).items():
             place, name = key.split(".", 1)
@@ -513,7 +529,7 @@ class RLEditAgent(Agent):
             for module, (d_in, d_out) in self.network.shapes.items()
             for name, value in RunningNormaliser(d_in + d_out).state().items()
         }
-        return fresh | {k: v for k, v in tensors.items() if k.startswith(("network.", "stream."))}
+        return fresh | {k: v for k, v in tensors.items() if k.startswith(POLICY)}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

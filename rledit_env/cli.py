@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +158,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--blocks", type=int, default=network.blocks, help="residual blocks; 0 leaves only step sizes")
     group.add_argument("--step-size", type=float, default=network.step_size, help="initial step size of a module")
     group.add_argument("--damping", type=float, default=network.damping, help="initial ridge of the least squares")
+    group.add_argument("--prior", type=float, default=network.prior,
+                       help="training facts' worth of keys that the recursion starts with")
     group.add_argument("--normaliser", choices=("stream", "lifetime"), default=network.normaliser,
                        help="whether the inputs' moments start anew with each stream")
 
@@ -198,7 +198,7 @@ def _train(options: argparse.Namespace) -> int:
     # What can be wrong without the model is found before it is loaded.
     network = HypernetworkConfig(
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
-        damping=options.damping, normaliser=options.normaliser,
+        damping=options.damping, prior=options.prior, normaliser=options.normaliser,
     )
     config = RLEditConfig(
         network=network, credit=options.credit, learning_rate=options.learning_rate,
@@ -294,6 +294,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
+    from rledit_env.report import versions
 
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
@@ -338,7 +339,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "diverged": log.diverged,
         "settings": {**settings, "data": options.data, "seed": options.seed, "device": str(inner.lm.device),
                      "dtype": _dtype(inner.lm), "kind": inner.dataset.kind},
-        "versions": _versions(),
+        "versions": versions(),
         "taken": list(metrics.taken),
         "not_taken": _not_taken(records, metrics, answers),
         "batches_without_effect": _without_effect(log, metrics),
@@ -380,6 +381,7 @@ def _edit(options: argparse.Namespace) -> int:
     from rledit_env.files import check_free, whole_folder
     from rledit_env.knowledge.facts import load_facts
     from rledit_env.lm.editable import EditableLM
+    from rledit_env.report import versions
 
     check_free(options.out, options.overwrite)
     facts = load_facts(options.facts, options.kind)
@@ -429,7 +431,7 @@ def _edit(options: argparse.Namespace) -> int:
         "drift": log.drift,
         "settings": {**settings, "model": model, "edit_modules": list(lm.module_shapes), "dtype": _dtype(lm),
                      "device": str(lm.device), "kind": facts.dataset.kind},
-        "versions": _versions(),
+        "versions": versions(),
         "notes": notes,
         "taken": list(metrics.taken),
         "not_taken": _not_taken(records, metrics, answers),
@@ -632,11 +634,6 @@ def _modules(lm: EditableLM) -> str:
 
 def _dtype(lm: EditableLM) -> str:
     return str(lm.dtype).removeprefix("torch.")
-
-
-def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in ("torch", "transformers", "gymnasium")}
-    return {**found, "rledit_env": _own_version(), "python": platform.python_version()}
 
 
 def _own_version() -> str:

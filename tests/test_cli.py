@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents import saved as saved_agents
-from rledit_env import cli
+from rledit_env import cli, report
 from rledit_env.env import LifelongEditEnv
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def test_evaluate_writes_metrics_settings_and_versions(run_folder: Path, tmp_pat
         "efficacy", "generalization", "specificity", "specificity_answer", "exact_match", "top1", "mean",
     }  # fmt: skip
     assert all(0 <= score <= 100 for score in written["metrics"].values())
-    assert set(written["versions"]) == {"torch", "transformers", "gymnasium", "rledit_env", "python"}
+    assert written["versions"] == report.versions()
     assert len(written["taken"]) == 6
     assert written["seconds_per_fact"] > 0
     assert "not the published CounterFact" in written["data_source"]

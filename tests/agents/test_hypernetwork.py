@@ -226,3 +226,49 @@ def test_memory_put_into_another_network_continues_the_stream(kind):
 def test_a_setting_that_makes_no_sense_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         HypernetworkConfig(**settings)
+
+
+# -- the prior
+
+
+def test_the_recursion_starts_from_the_second_moment_of_the_keys_it_has_gathered():
+    net = network(aggregation="recursive", blocks=0, damping=0.7, prior=9.0)
+    seen = [batch(rows, seed=seed)[0] for rows, seed in ((5, 1), (12, 2))]
+    for keys in seen:
+        net.gather(keys)
+    streamed = [batch(4, seed=seed) for seed in (3, 4)]
+    for _ in range(2):  # the second stream starts where the first did
+        net.reset()
+        records = [net.observe(*b) for b in streamed]
+        for m, (d_in, _) in SHAPES.items():
+            rows = torch.cat([keys[m] for keys in seen])
+            system = 0.7 * torch.eye(d_in) + 9.0 * rows.T @ rows / 17
+            for (keys, _), record in zip(streamed, records, strict=True):
+                system = system + keys[m].T @ keys[m]
+                expected = keys[m] @ torch.linalg.inv(system)
+                torch.testing.assert_close(record.update_keys[m], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_without_a_prior_or_before_anything_is_gathered_the_recursion_starts_from_the_damping_alone():
+    keys, gradients = batch(4)
+    expected = network(aggregation="recursive", prior=0.0).observe(keys, gradients).update_keys
+    not_yet = network(aggregation="recursive", prior=9.0)
+    assert not_yet.wants_prior and not network(aggregation="recursive", prior=0.0).wants_prior
+    assert not network(aggregation="least_squares", prior=9.0).wants_prior
+    mine = not_yet.observe(keys, gradients).update_keys
+    assert all(torch.equal(mine[m], expected[m]) for m in SHAPES)
+    not_yet.gather(keys)
+    assert not not_yet.wants_prior
+
+
+def test_a_prior_that_was_saved_is_the_same_when_loaded():
+    net, other = (network(aggregation="recursive", prior=9.0) for _ in range(2))
+    net.gather(batch(20)[0])
+    other.load_prior_state(net.prior_state())
+    assert all(torch.equal(net.second_moments[m], other.second_moments[m]) for m in SHAPES)
+    assert not other.wants_prior
+
+
+def test_a_negative_prior_is_refused():
+    with pytest.raises(ValueError, match="prior is -1"):
+        HypernetworkConfig(prior=-1)

@@ -36,8 +36,10 @@ def training_env(tiny_lm, make_env):
     return make
 
 
-def config(aggregation: str = "recursive", step_size: float = 1e-3, blocks: int = 1, **settings) -> RLEditConfig:
-    network = HypernetworkConfig(rank=8, blocks=blocks, aggregation=aggregation, step_size=step_size)
+def config(
+    aggregation: str = "recursive", step_size: float = 1e-3, blocks: int = 1, prior: float = 0, **settings
+) -> RLEditConfig:
+    network = HypernetworkConfig(rank=8, blocks=blocks, aggregation=aggregation, step_size=step_size, prior=prior)
     return RLEditConfig(network=network, **settings)
 
 
@@ -167,6 +169,21 @@ def test_learning_counts_steps_over_calls_and_reports_each_update(training_env):
 def test_a_callback_that_returns_false_stops_the_training(training_env):
     agent = RLEditAgent(training_env(), config()).learn(30, callback=lambda _: False, progress_bar=False)
     assert agent.updates == 1
+
+
+def test_learning_first_gathers_the_prior_from_training_batches_and_saves_it_with_the_agent(training_env, tmp_path):
+    env = training_env(num_batches=2)
+    agent = RLEditAgent(env, config(prior=5, prior_batches=3), seed=1)
+    agent.learn(2, progress_bar=False)
+    seen = [env.reset(seed=seed)[0]["keys"] for seed in (3, 4, 5)]
+    for module in seen[0]:
+        rows = torch.cat([keys[module] for keys in seen])
+        torch.testing.assert_close(agent.network.second_moments[module], rows.T @ rows / len(rows))
+    agent.save(tmp_path)
+    loaded = RLEditAgent.load(tmp_path, env)
+    assert all(torch.equal(loaded.network.second_moments[m], agent.network.second_moments[m]) for m in seen[0])
+    agent.learn(4, progress_bar=False)
+    assert all(torch.equal(loaded.network.second_moments[m], agent.network.second_moments[m]) for m in seen[0])
 
 
 def test_every_trajectory_draws_its_own_facts(training_env, monkeypatch):

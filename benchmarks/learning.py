@@ -1,0 +1,343 @@
+"""Does the agent learn? RLEdit, trained, against its rivals on the same model, modules and streams of new facts.
+
+    python benchmarks/learning.py --data ../shared/data
+    python benchmarks/learning.py --data ../shared/data --kind zsre --seeds 1
+
+Every rival edits with its best step size, found on training facts that no agent trains on. Agents train on the rest
+of the training split, their checkpoints are chosen on those same facts, and everybody is then scored on streams of the
+evaluation split, after the last edit. Each number is a cell of results.json: a run that was interrupted goes on with
+the cells that are missing, and prints the table of those that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+import tyro
+
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
+from agents.hypernetwork import Aggregation
+from rledit_env.knowledge import KnowledgeDataset, load_knowledge
+from rledit_env.lm.editable import EditableLM
+from rledit_env.metrics import Metrics, evaluate
+from rledit_env.report import text_table
+from rledit_env.reward import RewardConfig
+
+ENV_IDS = {"counterfact": "RLEdit-CounterFact-v0", "zsre": "RLEdit-ZsRE-v0", "fever": "RLEdit-FEVER-v0"}
+SCORES = ("efficacy", "generalization", "specificity", "mean", "top1")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Trains and compares editors; prints a table."""
+
+    data: Path
+    """Folder with {kind}_train.jsonl and {kind}_eval.jsonl."""
+    kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
+    """Whose facts."""
+    out: Path = Path("runs/learning")
+    """Where results and trained agents go; a folder a kind."""
+    model: str = "smollm2-135m"
+    """Registry name, hub id or folder of the model."""
+    edit_modules: tuple[str, ...] = ("model.layers.[4-12].mlp.{gate,up}_proj",)
+    """Modules that everybody edits."""
+    token: str = "subject"
+    """Positions that everybody sees."""
+    seeds: int = 3
+    """Evaluation streams, each with agents trained from its own seed."""
+    num_batches: int = 20
+    """Batches in an evaluation stream."""
+    batch_size: int = 20
+    """Facts in a batch."""
+    train_batches: int = 8
+    """Batches in a training stream."""
+    longer: int = 5
+    """The trained agents also edit a stream this many times as long as a training stream."""
+    trajectories: int = 24
+    """Training streams."""
+    eval_every: int = 6
+    """Updates between two selections of the checkpoint."""
+    steps_recursive: int = 5
+    """Presentations of a batch for the trained recursive agent."""
+    steps_paper: int = 3
+    """Presentations of a batch for the trained agent with the paper's aggregation."""
+    rank: int = 256
+    """Of the trained agents' networks."""
+    held_out: int = 2000
+    """Facts at the end of the training split that choose step sizes and checkpoints."""
+    threads: int = 2
+    """torch's threads."""
+    only: str = ""
+    """Compute just the cells whose name holds this text."""
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A row of the table.
+
+    Attributes:
+        name: what the table calls it.
+        aggregation: of its update; None for the plain fine-tuning gradient.
+        steps: presentations of a batch.
+        step_size: where the search for the best one begins.
+        trained: whether its policy is learned (then it starts from the untrained rival's best step size).
+    """
+
+    name: str
+    aggregation: Aggregation | None
+    steps: int
+    step_size: float
+    trained: bool = False
+
+
+class FineTuning:
+    """The plain gradient: W ← W − η δᵀu."""
+
+    def __init__(self, step_size: float) -> None:
+        self.step_size = step_size
+
+    def reset(self) -> None:
+        """Nothing is remembered."""
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        values = {m: -self.step_size * g for m, g in observation["value_gradients"].items()}
+        return {"keys": observation["keys"], "values": values}, None
+
+
+class Cells:
+    """Results by name, written after each; what is there already is not computed again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], only: str) -> None:
+        self.path, self.settings, self.only = path, settings, only
+        self.cells: dict[str, Any] = {}
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            different = [k for k, v in settings.items() if stored["settings"].get(k) != v]
+            if different:
+                raise SystemExit(f"{path} holds results of other settings ({', '.join(different)}); give another --out")
+            self.cells = stored["cells"]
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The cell, computed if need be; None if it is missing and not to be computed now."""
+        if name not in self.cells:
+            if self.only not in name:
+                return None
+            started = time.monotonic()
+            value = compute()
+            if value is None:  # something that it is computed from is missing
+                return None
+            self.cells[name] = value
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+            partial.replace(self.path)
+            print(f"[{time.monotonic() - started:4.0f} s] {name}: {_shown(value)}", flush=True)
+        return self.cells[name]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{k} {v:.3g}" for k, v in value.items() if isinstance(v, float))
+
+
+class Benchmark:
+    """The cells of one data set's table."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.lm = EditableLM.load(args.model, args.edit_modules)
+        whole = self._facts("train")
+        self.training = replace(whole, records=whole.records[: -args.held_out])
+        self.selection = replace(whole, records=whole.records[-args.held_out :])
+        self.test = self._facts("eval")
+        self.folder = args.out / args.kind
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in asdict(args).items() if k not in ("data", "out", "seeds", "only", "threads")}
+        settings |= {"train": self.training.source, "test": self.test.source, "dtype": str(self.lm.dtype)}
+        self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
+
+    def _facts(self, split: str) -> KnowledgeDataset:
+        path = self.args.data / f"{self.args.kind}_{split}.jsonl"
+        return load_knowledge(self.args.kind, path, split, on_error="skip")
+
+    def stream(self, data: KnowledgeDataset, batches: int, steps: int, **more: Any) -> gym.Env[Any, Any]:
+        """An environment of these facts."""
+        return gym.make(
+            ENV_IDS[self.args.kind], model=self.lm, data=data, num_batches=batches, batch_size=self.args.batch_size,
+            token=self.args.token, steps_per_batch=steps, array_backend="torch", disable_env_checker=True, **more,
+        )  # fmt: skip
+
+    def network(self, editor: Editor, step_size: float) -> RLEditConfig:
+        """The untrained policy with this step size; the trained one's start."""
+        assert editor.aggregation is not None
+        blocks = 2 if editor.trained else 0
+        return RLEditConfig(
+            network=HypernetworkConfig(
+                aggregation=editor.aggregation, step_size=step_size, blocks=blocks, rank=self.args.rank
+            )
+        )
+
+    def score(self, editor: Editor, policy: Any, data: KnowledgeDataset, batches: int, seed: int) -> dict[str, Any]:
+        """The metrics after a whole stream of an editor."""
+        env = self.stream(data, batches, editor.steps, reward="none")
+        policy.reset()
+        log = edit_stream(env, policy, seed=seed)
+        inner: Any = env.unwrapped
+        return _cell(inner.evaluate(generate=False)) | {
+            "drift": log.drift, "diverged": log.diverged, "seconds_per_fact": log.seconds_per_fact,
+        }  # fmt: skip
+
+    def untrained(self, editor: Editor, step_size: float) -> Any:
+        """The editor before any training."""
+        if editor.aggregation is None:
+            return FineTuning(step_size)
+        env = self.stream(self.test, 1, editor.steps, reward="none")
+        return RLEditAgent(env, self.network(replace(editor, trained=False), step_size))
+
+    def best_step_size(self, editor: Editor) -> float | None:
+        """Climbs from ``editor.step_size`` by factors of two, on held-out training facts."""
+
+        def value(exponent: int) -> float:
+            size = editor.step_size * 2.0**exponent
+            name = f"sweep/{editor.name}/{size:g}"
+            cell = self.cells.get(
+                name, lambda: self.score(editor, self.untrained(editor, size), self.selection, self.args.num_batches, 0)
+            )
+            return -math.inf if cell is None or cell["diverged"] else float(cell["mean"])
+
+        scores = {e: value(e) for e in (-1, 0, 1)}
+        while True:
+            best = max(scores, key=scores.__getitem__)
+            if scores[best] == -math.inf:
+                return None
+            missing = [e for e in (best - 1, best + 1) if e not in scores]
+            if not missing:
+                return editor.step_size * 2.0**best
+            scores |= {e: value(e) for e in missing}
+
+    def trained(self, editor: Editor, seed: int) -> RLEditAgent | None:
+        """The agent after training, from its folder if it is there."""
+        folder = self.folder / editor.name.replace(" ", "_").replace(",", "") / str(seed)
+        env = self.stream(self.training, self.args.train_batches, editor.steps, reward=reward(), reward_gradient=True)
+
+        def train() -> dict[str, Any] | None:
+            step_size = self.best_step_size(replace(editor, name=_untrained_name(editor), trained=False))
+            if step_size is None:
+                return None
+            agent = RLEditAgent(env, self.network(editor, step_size), seed=seed)
+            longer = self.stream(self.selection, self.args.num_batches, editor.steps, reward="none")
+            agent.learn(
+                self.args.trajectories * self.args.train_batches * editor.steps, log_dir=folder, eval_env=longer,
+                eval_every=self.args.eval_every,
+            )  # fmt: skip
+            return {"step_size": step_size, "best_score": agent.best_score, "updates": agent.updates}
+
+        cell = self.cells.get(f"training/{editor.name}/seed {seed}", train)
+        return None if cell is None else RLEditAgent.load(folder / "best", env)
+
+    def row(self, editor: Editor, seed: int, batches: int, name: str) -> dict[str, Any] | None:
+        """An editor's scores on one stream of the evaluation split."""
+
+        def compute() -> dict[str, Any] | None:
+            if editor.trained:
+                policy: Any = self.trained(editor, seed)
+            else:
+                size = self.best_step_size(editor)
+                policy = None if size is None else self.untrained(editor, size)
+            return None if policy is None else self.score(editor, policy, self.test, batches, seed)
+
+        return self.cells.get(f"{name}/{editor.name}/seed {seed}", compute)
+
+    def no_edit(self, seed: int) -> dict[str, Any] | None:
+        """The scores of the model as it is."""
+
+        def compute() -> dict[str, Any]:
+            env: Any = self.stream(self.test, self.args.num_batches, 1, reward="none").unwrapped
+            env.reset(seed=seed)
+            facts = [fact for t in range(self.args.num_batches) for fact in env.stream.batch(t)]
+            return _cell(evaluate(self.lm, facts, self.args.kind, generate=False))
+
+        return self.cells.get(f"test/no edit/seed {seed}", compute)
+
+    def rows(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Every row of the table with its cells, one a seed."""
+        args, seeds = self.args, range(self.args.seeds)
+        everybody = editors(args)
+        yield "no edit", [c for s in seeds if (c := self.no_edit(s))]
+        for editor in everybody:
+            yield editor.name, [c for s in seeds if (c := self.row(editor, s, args.num_batches, "test"))]
+        batches = args.longer * args.train_batches
+        for editor in everybody:
+            if editor.trained:
+                name = f"test, {batches} batches"
+                cells = [c for s in seeds if (c := self.row(editor, s, batches, name))]
+                yield f"{editor.name}, {batches} batches", cells
+
+
+def reward() -> RewardConfig:
+    """What agents train with: the paper's terms and one for the edit prompt, at a batch's last presentation."""
+    return replace(RewardConfig.with_efficacy(), every_step=False)
+
+
+def editors(args: Args) -> list[Editor]:
+    """The rivals and the agents."""
+    table = [Editor("fine-tuning gradient, 1 step", None, 1, 0.1)]
+    steps = sorted({1, 2, 3, args.steps_paper})
+    table += [Editor(f"per-batch least squares, {_steps(n)}", "least_squares", n, 2e-3 / n) for n in steps]
+    steps = sorted({1, 2, 3, args.steps_recursive})
+    table += [Editor(f"recursive least squares, {_steps(n)}", "recursive", n, 2e-3 if n < 3 else 1e-3) for n in steps]
+    for aggregation, n in (("least_squares", args.steps_paper), ("recursive", args.steps_recursive)):
+        kind = "per-batch" if aggregation == "least_squares" else "recursive"
+        table.append(Editor(f"RLEdit, {kind}, {_steps(n)}", aggregation, n, 1e-3, trained=True))  # type: ignore[arg-type]
+    return table
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" + "s" * (count > 1)
+
+
+def _untrained_name(editor: Editor) -> str:
+    kind = "per-batch" if editor.aggregation == "least_squares" else "recursive"
+    return f"{kind} least squares, {_steps(editor.steps)}"
+
+
+def _cell(metrics: Metrics) -> dict[str, Any]:
+    return {k: v for k, v in metrics.as_dict().items() if v is not None}
+
+
+def table(rows: Iterator[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Mean ± standard deviation over the seeds, in percent."""
+
+    def shown(cells: list[dict[str, Any]], score: str) -> str:
+        values = [cell[score] for cell in cells if score in cell]
+        digits = 3 if score == "drift" else 1
+        if not values:
+            return ""
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    columns = (*SCORES, "drift", "seconds_per_fact")
+    return text_table(
+        ["editor", *columns, "seeds"],
+        [[name, *(shown(cells, c) for c in columns), len(cells)] for name, cells in rows if cells],
+    )
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    benchmark = Benchmark(args)
+    print(f"{benchmark.test.source}: {args.num_batches}×{args.batch_size} facts, {args.model}, {args.edit_modules}")
+    text = table(benchmark.rows())
+    print(text)
+    (benchmark.folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
