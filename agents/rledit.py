@@ -208,8 +208,9 @@ class RLEditAgent(Agent):
             total_timesteps: environment steps to take in all, counted over every call of ``learn``.
             callback: called after every update with its numbers; training stops when it returns False.
             progress_bar: show one.
-            log_dir: TensorBoard's folder; checkpoints ``last`` and ``best`` are written there too, and training goes
-                on from ``last`` if it is there.
+            log_dir: TensorBoard's folder (each update's numbers, and in ``steps`` those of each environment step, the
+                drift among them); checkpoints ``last`` and ``best`` are written there too, and training goes on from
+                ``last`` if it is there.
             eval_env: a held-out stream, best a longer one than the training streams (a policy trained on one horizon
                 need not be stable beyond it). Its metrics choose the best checkpoint, which the agent holds at the
                 end. It may share the LLM with the training environment.
@@ -229,6 +230,7 @@ class RLEditAgent(Agent):
         if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
             self._resume(folder / "last" / TRAINING_STATE)
         writer = _summary_writer(folder, self.updates)
+        step_writer = _summary_writer(folder and folder / "steps", self.timesteps)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
         horizon = _inner(env).episode_steps
         state = self._training_state()
@@ -253,6 +255,8 @@ class RLEditAgent(Agent):
                 for _ in range(self.config.trajectories_per_update):
                     gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + len(gradients))
                     gradients.append(gradient)
+                    for step, numbers_of_step in enumerate(_inner(env).history):
+                        _log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
                     self.timesteps += horizon
                     bar.update(horizon)
                 numbers |= self._update(gradients)
@@ -272,8 +276,9 @@ class RLEditAgent(Agent):
             raise
         finally:
             bar.close()
-            if writer is not None:
-                writer.close()
+            for one in (writer, step_writer):
+                if one is not None:
+                    one.close()
         if eval_env is not None and self._waited >= patience:
             tqdm.write(f"stopped early at update {self.updates}: no better score in {self._waited} evaluations")
         self._checkpoint(folder, state)
@@ -613,13 +618,13 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
     return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 
-def _summary_writer(folder: Path | None, updates: int) -> Any:
-    """TensorBoard's writer; what an interrupted run logged beyond its checkpoint is dropped."""
+def _summary_writer(folder: Path | None, done: int) -> Any:
+    """TensorBoard's writer; what an interrupted run logged beyond its checkpoint at ``done`` is dropped."""
     if folder is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=updates + 1 if updates else None)
+    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
 
 def _log(writer: Any, group: str, numbers: Mapping[str, float], step: int) -> None:

@@ -42,8 +42,8 @@ SCORES = ("efficacy", "generalization", "specificity", "mean", "top1")
 class Args:
     """Trains and compares editors; prints a table."""
 
-    data: Path
-    """Folder with {kind}_train.jsonl and {kind}_eval.jsonl."""
+    data: str
+    """Folder with {kind}_train.jsonl and {kind}_eval.jsonl, or anything else that the environment reads."""
     kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
     """Whose facts."""
     out: Path = Path("runs/learning")
@@ -183,8 +183,8 @@ class Benchmark:
         self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
 
     def _facts(self, split: str) -> KnowledgeDataset:
-        path = self.args.data / f"{self.args.kind}_{split}.jsonl"
-        return load_knowledge(self.args.kind, path, split, on_error="skip")
+        file = Path(self.args.data) / f"{self.args.kind}_{split}.jsonl"
+        return load_knowledge(self.args.kind, file if file.exists() else self.args.data, split, on_error="skip")
 
     def stream(self, data: KnowledgeDataset, batches: int, steps: int, **more: Any) -> gym.Env[Any, Any]:
         """An environment of these facts."""

@@ -29,8 +29,8 @@ ENV_ID = "RLEdit-CounterFact-v0"
 
 
 # Training time, facts in a batch, its presentations, and batches of a stream that trains, that checks, that is edited.
-SIZES = {"minutes": 4.0, "batch_size": 20, "steps_per_batch": RECOMMENDED["steps_per_batch"], "train": 4, "check": 8, "edit": 10}
-QUICK = {"minutes": 0.02, "batch_size": 4, "steps_per_batch": 1, "train": 2, "check": 2, "edit": 2}
+SIZES = {"minutes": 4.0, "batch_size": 20, "train": 4, "check": 8, "edit": 10, **RECOMMENDED}
+QUICK = {**RECOMMENDED, "minutes": 0.02, "batch_size": 4, "steps_per_batch": 1, "train": 2, "check": 2, "edit": 2}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train(lm: EditableLM, sizes: dict[str, Any], out: Path, seed: int) -> RLEdit
 def make_env(lm: EditableLM, data: Any, sizes: dict[str, Any], stream: str, **more: Any) -> gym.Env[Any, Any]:
     return gym.make(
         f"rledit_env:{ENV_ID}", model=lm, data=data, num_batches=sizes[stream], batch_size=sizes["batch_size"],
-        token=RECOMMENDED["token"], steps_per_batch=sizes["steps_per_batch"], array_backend="torch",
+        token=sizes["token"], steps_per_batch=sizes["steps_per_batch"], array_backend="torch",
         disable_env_checker=True, **more,
     )  # fmt: skip
 

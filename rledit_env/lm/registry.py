@@ -94,8 +94,8 @@ _SPECS = [
             gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
     ),
-    *(ModelSpec(name, ("model.layers.[2-3].mlp.{gate,up}_proj",)) for name in tiny.TINY_NAMES if name != "tiny-gpt2"),
-    ModelSpec("tiny-gpt2", ("transformer.h.[2-3].mlp.c_fc",)),
+    *(ModelSpec(name, ("model.layers.[0-1].mlp.{gate,up}_proj",)) for name in tiny.TINY_NAMES if name != "tiny-gpt2"),
+    ModelSpec("tiny-gpt2", ("transformer.h.[0-1].mlp.c_fc",)),
 ]
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 

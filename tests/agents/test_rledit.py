@@ -19,6 +19,7 @@ from agents.base import run_stream
 from agents.rledit import CreditAccumulator
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
+from rledit_env.report import read_curves
 
 ROOT = Path(__file__).parents[2]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
@@ -164,6 +165,14 @@ def test_learning_counts_steps_over_calls_and_reports_each_update(training_env):
     assert (agent.timesteps, len(seen)) == (12, 2)
     assert {"return", "drift", "steps", "reward", "generalization", "gradient_norm", "step_size"} <= set(seen[0])
     assert seen[0]["steps"] == 3
+
+
+def test_the_drift_of_every_step_is_logged(training_env, tmp_path):
+    env = training_env(num_batches=3)
+    RLEditAgent(env, config()).learn(6, progress_bar=False, log_dir=tmp_path)
+    drift = read_curves(tmp_path / "steps")["step/drift"]
+    assert [step for step, _ in drift] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in drift[3:]] == pytest.approx([h["drift"] for h in env.unwrapped.history])
 
 
 def test_a_callback_that_returns_false_stops_the_training(training_env):
