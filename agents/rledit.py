@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -285,6 +285,45 @@ class RLEditAgent(Agent):
         if self._best is not None:
             self._load_policy(self._best)
         return self
+
+    def scale_step_sizes(self, factor: float) -> None:
+        """Multiply every module's η_l."""
+        if not factor > 0:
+            raise ValueError(f"factor is {factor}; give a positive number")
+        with torch.no_grad():
+            self.network.log_step_size.add_(math.log(factor))
+
+    def calibrate(
+        self, env: gym.Env, factors: Sequence[float] = (1.0, 0.7, 0.5, 0.35), seed: int = 12345
+    ) -> dict[float, float]:
+        """Scale the step sizes by the factor that scores best on a held-out stream, best as long as those to come.
+
+        Training on short streams favours steps that are too large for long ones: what a step gains for its own batch
+        it takes from the weights that all later batches share. From the largest factor on, each is tried until the
+        score falls.
+
+        Args:
+            env: the held-out stream; ``steps_per_batch`` may differ from training's.
+            factors: what to try.
+            seed: ``env`` is reset with it.
+
+        Returns:
+            Factor → mean of Efficacy, Generalization and Specificity (−∞ where the LLM broke), of those tried.
+        """
+        scores: dict[float, float] = {}
+        now = 1.0
+        for factor in sorted(factors, reverse=True):
+            self.scale_step_sizes(factor / now)
+            now = factor
+            _, info = run_stream(env, self, seed=seed)
+            score = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
+            falls = bool(scores) and math.isfinite(score) and score < max(scores.values())
+            scores[factor] = score
+            if falls:
+                break
+        self.scale_step_sizes(max(scores, key=scores.__getitem__) / now)
+        self.reset()
+        return scores
 
     def _training_env(self) -> gym.Env:
         if self.env is None:

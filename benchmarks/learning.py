@@ -3,11 +3,14 @@
     python benchmarks/learning.py --data ../shared/data
     python benchmarks/learning.py --data ../shared/data --kind zsre --seeds 1
 
-Every rival edits with its best step size, found on training facts that no agent trains on. Agents train on the rest
-of the training split, their checkpoints are chosen on those same facts, and everybody is then scored on streams of the
-evaluation split, after the last edit. Each number is a cell of results.json: a run that was interrupted goes on with
-the cells that are missing, and prints the table of those that are there. Several processes may share the work, each
-with its own --only; on a CPU, two with one thread each do more than one with two.
+Every rival edits with its best step size, found on training facts that no agent trains on, in a stream as long as the
+test. Agents train on the rest of the training split; their checkpoints, and the factor that suits their step sizes to
+longer streams than they were trained on ("calibrated"), are chosen on those same facts. Everybody is then scored on
+streams of the evaluation split, after the last edit.
+
+Each number is a cell of results.json: a run that was interrupted goes on with the cells that are missing, and prints
+the table of those that are there. Several processes may share the work, each with its own --only; on a CPU, two with
+one thread each do more than one with two.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ class Args:
     steps_paper: int = 3
     """Presentations of a batch while the agent with the paper's aggregation is trained, and afterwards."""
     steps_most: int = 8
-    """Presentations of a batch at which the recursive agent is tested besides."""
+    """Presentations of a batch at which the calibrated recursive agent is tested."""
     learning_rate: float = 2e-3
     """Adam's, of the trained agents' networks."""
     step_size_learning_rate: float = 4e-2
@@ -103,6 +106,7 @@ class Editor:
         step_size: where the search for the best one begins.
         trained_steps: presentations while its policy is learned (it starts from the untrained rival's best step size
             at that number); 0 if it is not.
+        calibrated: whether its step sizes are then suited to longer streams.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Editor:
     steps: int
     step_size: float
     trained_steps: int = 0
+    calibrated: bool = False
 
 
 class FineTuning:
@@ -220,14 +225,13 @@ class Benchmark:
         env = self.stream(self.test, 1, editor.steps, reward="none")
         return RLEditAgent(env, self.network(editor, step_size))
 
-    def best_step_size(self, editor: Editor) -> float:
-        """Climbs from ``editor.step_size`` by factors of two, on held-out training facts."""
+    def best_step_size(self, editor: Editor, batches: int) -> float:
+        """Climbs from ``editor.step_size`` by factors of two, on a stream of held-out training facts."""
 
         def value(exponent: int) -> float:
             size = editor.step_size * 2.0**exponent
-            batches = self.args.select_batches
             cell = self.cells.get(
-                f"sweep/{editor.name}/{size:g}",
+                f"sweep, {batches} batches/{editor.name}/{size:g}",
                 lambda: self.score(editor, self.untrained(editor, size), self.selection, batches, 0),
             )
             return -math.inf if cell["diverged"] else float(cell["mean"])
@@ -250,7 +254,7 @@ class Benchmark:
         env = self.stream(self.training, args.train_batches, steps, reward=rewards, reward_gradient=True)
 
         def train() -> dict[str, Any]:
-            step_size = self.best_step_size(rival)
+            step_size = self.best_step_size(rival, args.select_batches)
             agent = RLEditAgent(env, self.network(editor, step_size), seed=seed)
             agent.learn(
                 args.trajectories * args.train_batches * steps, log_dir=folder, eval_every=args.eval_every,
@@ -261,14 +265,27 @@ class Benchmark:
         self.cells.get(f"training/{name}/seed {seed}", train)
         return RLEditAgent.load(folder / "best", env)
 
+    def calibration(self, editor: Editor) -> float:
+        """The factor for the trained step sizes, found with the first seed's agent and used for every seed's."""
+
+        def compute() -> dict[str, Any]:
+            env = self.stream(self.selection, self.args.num_batches, editor.steps, reward="none")
+            agent = self.trained(editor, 0)
+            scores = agent.calibrate(env, seed=0)
+            return {"factor": max(scores, key=scores.__getitem__)} | {str(k): v for k, v in scores.items()}
+
+        return float(self.cells.get(f"calibration/{editor.name}", compute)["factor"])
+
     def row(self, editor: Editor, seed: int, batches: int, name: str) -> dict[str, Any] | None:
         """An editor's scores on one stream of the evaluation split."""
 
         def compute() -> dict[str, Any]:
             if editor.trained_steps:
                 policy: Any = self.trained(editor, seed)
+                if editor.calibrated:
+                    policy.scale_step_sizes(self.calibration(editor))
             else:
-                policy = self.untrained(editor, self.best_step_size(editor))
+                policy = self.untrained(editor, self.best_step_size(editor, self.args.num_batches))
             return self.score(editor, policy, self.test, batches, seed)
 
         return self.cells.get(f"{name}/{editor.name}/seed {seed}", compute)
@@ -310,10 +327,14 @@ def editors(args: Args) -> list[Editor]:
     rivals = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
     rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, args.steps_paper})]
     rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, args.steps_recursive, args.steps_most})]
-    agents = [Editor(f"RLEdit, per-batch, {_steps(args.steps_paper)}", "least_squares", args.steps_paper, 0.0,
-                     args.steps_paper)]
-    agents += [Editor(f"RLEdit, recursive, {_steps(n)}", "recursive", n, 0.0, args.steps_recursive)
-               for n in sorted({args.steps_recursive, args.steps_most})]
+    paper, recursive = args.steps_paper, args.steps_recursive
+    agents = [
+        Editor(f"RLEdit, per-batch, {_steps(paper)}", "least_squares", paper, 0.0, paper),
+        Editor(f"RLEdit, per-batch, {_steps(paper)}, calibrated", "least_squares", paper, 0.0, paper, True),
+        Editor(f"RLEdit, recursive, {_steps(recursive)}", "recursive", recursive, 0.0, recursive),
+        Editor(f"RLEdit, recursive, {_steps(args.steps_most)}, calibrated", "recursive", args.steps_most, 0.0,
+               recursive, True),
+    ]
     return rivals + agents
 
 

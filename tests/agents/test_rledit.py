@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,6 +203,35 @@ def test_every_trajectory_draws_its_own_facts(training_env, monkeypatch):
     monkeypatch.setattr(env, "reset", lambda **k: drawn.append(reset(**k)) or drawn[-1])
     RLEditAgent(env, config(trajectories_per_update=2)).learn(18, progress_bar=False)
     assert len({tuple(info["indices"]) for _, info in drawn}) == 6
+
+
+def test_calibration_keeps_the_factor_that_scores_best_and_stops_once_scores_fall(training_env, monkeypatch):
+    agent = RLEditAgent(training_env(num_batches=1), config(step_size=0.1))
+    env = training_env(num_batches=2, reward="none")
+    tried = []
+
+    def evaluate(generate):
+        tried.append(float(agent.network.log_step_size.detach().exp().mean()))
+        return SimpleNamespace(mean={1.0: 40.0, 0.7: 60.0, 0.5: 70.0, 0.35: 65.0, 0.2: 99.0}[round(tried[-1] / 0.1, 2)])
+
+    monkeypatch.setattr(env.unwrapped, "evaluate", evaluate)
+    scores = agent.calibrate(env, (0.2, 1.0, 0.5, 0.7, 0.35))
+    assert scores == {1.0: 40.0, 0.7: 60.0, 0.5: 70.0, 0.35: 65.0}
+    np.testing.assert_allclose(agent.network.log_step_size.detach().exp(), 0.05, rtol=1e-5)
+    assert not agent.network.memory
+
+
+def test_calibration_goes_on_to_smaller_steps_while_the_model_breaks(training_env):
+    agent = RLEditAgent(training_env(num_batches=1), config(step_size=1e30))
+    scores = agent.calibrate(training_env(num_batches=2, reward="none"), (1.0, 1e-30, 1e-33))
+    assert scores[1.0] == -np.inf and 1e-33 in scores
+    assert float(agent.network.log_step_size.max()) < np.log(1.1)
+
+
+def test_step_sizes_are_scaled_by_positive_factors_only(training_env):
+    agent = RLEditAgent(training_env(), config(step_size=0.1))
+    with pytest.raises(ValueError, match="factor is 0"):
+        agent.scale_step_sizes(0)
 
 
 def test_several_trajectories_an_update_are_averaged(training_env):
