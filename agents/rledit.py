@@ -48,8 +48,8 @@ class RLEditConfig:
 
     network: HypernetworkConfig = field(default_factory=HypernetworkConfig)
     credit: Literal["trajectory", "step"] = "trajectory"
-    learning_rate: float = 1e-3
-    step_size_learning_rate: float = 2e-2
+    learning_rate: float = 2e-3
+    step_size_learning_rate: float = 4e-2
     max_gradient_norm: float = 1.0
     trajectories_per_update: int = 1
     discount: float = 1.0

@@ -77,7 +77,7 @@ class Args:
     """Presentations of a batch while the recursive agent is trained."""
     steps_paper: int = 3
     """Presentations of a batch while the agent with the paper's aggregation is trained, and afterwards."""
-    steps_most: int = 8
+    steps_most: int = 12
     """Presentations of a batch at which the calibrated recursive agent is tested."""
     learning_rate: float = 2e-3
     """Adam's, of the trained agents' networks."""

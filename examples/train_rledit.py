@@ -53,7 +53,7 @@ class Args:
     """How the rows of a batch become an update; "least_squares" is the paper's."""
     rank: int = 256
     """Inner width of the network's residual blocks."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's."""
     eval_every: int = 5
     """Policy updates between two evaluations."""

@@ -144,7 +144,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the reward")
     group.add_argument("--reward", choices=("efficacy", "paper"), default="efficacy",
                        help="the paper's, or the paper's with a term for the edit prompt and one sampled earlier batch")
-    group.add_argument("--efficacy-weight", type=float, default=0.5,
+    group.add_argument("--efficacy-weight", type=float, default=1.0,
                        help="of the loss on the edit prompt (--reward efficacy)")
     group.add_argument("--locality-weight", type=float,
                        help="of the divergence on unrelated facts (default: 1.0, and 0.6 for --reward paper)")
@@ -185,6 +185,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
                        help="batches of the selection's stream (default: twice a training stream's, or what there is)")
     group.add_argument("--eval-every", type=int, default=5, help="updates between two evaluations")
     group.add_argument("--patience", type=int, default=4, help="evaluations without a better score before it stops")
+    group.add_argument("--calibrate-num-batches", type=int, metavar="T",
+                       help="afterwards scale the step sizes to what suits a stream of T batches best: give as many as "
+                       "you will edit (default: leave them as trained)")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -194,6 +197,8 @@ def _train(options: argparse.Namespace) -> int:
     training, selection = _training_data(options)
     _positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
               "trajectories_per_update")
+    if options.calibrate_num_batches is not None:
+        _positive(options, "calibrate_num_batches")
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
     network = HypernetworkConfig(
@@ -215,6 +220,9 @@ def _train(options: argparse.Namespace) -> int:
     env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=_reward(options),
                    reward_gradient=True, **common)
     eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **common)
+    longer = options.calibrate_num_batches and gym.make(
+        options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **common
+    )
     agent = RLEditAgent(env, config, seed=options.seed)
 
     size = sum(p.numel() for p in agent.network.parameters())
@@ -230,6 +238,12 @@ def _train(options: argparse.Namespace) -> int:
         options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
         patience=options.patience, resume=options.resume,
     )
+    if longer is not None:
+        scores = agent.calibrate(longer)
+        agent.save(options.out / "best")
+        tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
+        facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
+        print(f"step sizes scaled for {facts}; mean scores: {tried}")
     score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
     print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
     print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "

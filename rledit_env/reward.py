@@ -144,7 +144,7 @@ class RewardConfig:
         return RewardConfig(components={"generalization": (1.0, Generalization()), "locality": (locality, Locality())})
 
     @staticmethod
-    def with_efficacy(efficacy: float = 0.5, locality: float = 1.0, samples: int | None = 1) -> RewardConfig:
+    def with_efficacy(efficacy: float = 1.0, locality: float = 1.0, samples: int | None = 1) -> RewardConfig:
         """The paper's reward with a term for the edit prompt itself and sampled backtracking: what we train with."""
         return RewardConfig(
             components={

@@ -138,7 +138,7 @@ def test_fetch_hands_the_wheel_on(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_train_leaves_the_best_and_the_last_agent_and_tensorboard_s_log(run_folder: Path) -> None:
-    assert {path.name for path in run_folder.iterdir() if path.is_dir()} == {"best", "last"}
+    assert {path.name for path in run_folder.iterdir() if path.is_dir()} == {"best", "last", "steps"}
     assert list(run_folder.glob("events.out.tfevents.*"))
     settings = json.loads((run_folder / "best" / "agent.json").read_text())["environment"]
     assert settings["id"] == ENV
@@ -163,6 +163,16 @@ def test_train_says_what_it_trains_on(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "not the published CounterFact" in shown
     assert "tiny-llama" in shown
     assert "rledit evaluate" in shown
+
+
+def test_train_scales_the_step_sizes_for_longer_streams_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*TRAIN, "--trajectories", "1", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--calibrate-num-batches", "100000"]) == 2
+    assert "100000 batches" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main([*arguments, "--calibrate-num-batches", "3"]) == 0
+    assert "mean scores: × 1: " in capsys.readouterr().out
 
 
 def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(tmp_path: Path) -> None:
