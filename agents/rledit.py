@@ -20,6 +20,7 @@ from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, run_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
+from rledit_env.files import write_text
 
 TRAINING_STATE = "training.safetensors"
 # The environment's settings that the agent is best trained and used with.
@@ -446,9 +447,7 @@ class RLEditAgent(Agent):
     def _write_agent(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tensors(folder / "agent.safetensors", tensors)
-        partial = folder / "agent.json.partial"
-        partial.write_text(json.dumps(self._description(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "agent.json")
+        write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -591,6 +590,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     """Write a safetensors file whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files
     partial.replace(path)
 
 

@@ -416,6 +416,32 @@ def test_the_description_names_what_the_agent_was_trained_on(training_env, tmp_p
     assert "bundled" in said["source"]
 
 
+def test_blocks_saved_in_half_precision_take_half_the_room_and_predict_nearly_the_same(training_env, tmp_path):
+    env = training_env()
+    agent = moved(RLEditAgent(env, config()))
+    for name, dtype in (("whole", torch.float32), ("half", torch.bfloat16)):
+        agent.save(tmp_path / name, dtype)
+    tensors = load_file(tmp_path / "half" / "agent.safetensors")
+    assert {t.dtype for k, t in tensors.items() if k.startswith("network.networks.")} == {torch.bfloat16}
+    assert tensors["network.log_step_size"].dtype == torch.float32
+    observation, _ = env.reset(seed=0)
+    values = []
+    for name in ("whole", "half"):
+        loaded = RLEditAgent.load(tmp_path / name, env)
+        loaded.reset()
+        assert {p.dtype for p in loaded.network.parameters()} == {torch.float32}
+        values.append(loaded.predict(observation)[0]["values"])
+    for module, expected in values[0].items():
+        assert (values[1][module] - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_saved_agents_files_are_as_readable_as_any_new_file(training_env, tmp_path):
+    RLEditAgent(training_env(), config()).save(tmp_path / "agent")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "agent").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_an_agent_for_other_modules_is_refused(training_env, tmp_path):
     RLEditAgent(training_env(), config()).save(tmp_path)
     other = EditableLM.load("tiny-llama", "model.layers.3.mlp.down_proj", dtype="float32", device="cpu")
