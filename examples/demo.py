@@ -29,7 +29,7 @@ ENV_ID = "RLEdit-CounterFact-v0"
 
 
 # Training time, facts in a batch, its presentations, and batches of a stream that trains, that checks, that is edited.
-SIZES = {"minutes": 4.0, "batch_size": 20, "train": 4, "check": 8, "edit": 10, **RECOMMENDED}
+SIZES = {"minutes": 6.0, "batch_size": 20, "train": 4, "check": 8, "edit": 10, **RECOMMENDED}
 QUICK = {**RECOMMENDED, "minutes": 0.02, "batch_size": 4, "steps_per_batch": 1, "train": 2, "check": 2, "edit": 2}
 
 
@@ -38,7 +38,7 @@ class Settings:
     """Trains an editor of a language model and shows what it does."""
 
     minutes: float | None = None
-    """Time for training, 4 if not given; the stream under way is finished first."""
+    """Time for training, 6 if not given; the stream under way is finished first."""
     out: Path = Path("runs/demo")
     """Folder of the trained agent and of the report."""
     quick: bool = False
