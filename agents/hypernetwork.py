@@ -182,7 +182,10 @@ class Hypernetwork(nn.Module):
 
     @torch.no_grad()
     def gather(self, keys: Mapping[str, Tensor]) -> None:
-        """Take keys (N, d_in) by module into C, which the recursion starts from at the next reset."""
+        """Take keys (N, d_in) by module into C, which the recursion starts from at the next reset.
+
+        What was loaded with :meth:`load_prior_state` is replaced, not added to: it does not say how many keys it holds.
+        """
         for module, u in keys.items():
             earlier = self.second_moments.get(module, u.new_zeros(u.shape[1], u.shape[1]))
             rows = self._gathered + len(u)
@@ -207,7 +210,7 @@ class Hypernetwork(nn.Module):
 
     def load_prior_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the tensors of :meth:`prior_state`."""
-        self.second_moments, self._starts = {}, {}
+        self.second_moments, self._starts, self._gathered = {}, {}, 0
         for names, triangle in state.items():
             modules = names.split("+")
             d_in = self.shapes[modules[0]][0]

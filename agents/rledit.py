@@ -291,8 +291,7 @@ class RLEditAgent(Agent):
         """Multiply every module's η_l."""
         if not factor > 0:
             raise ValueError(f"factor is {factor}; give a positive number")
-        with torch.no_grad():
-            self.network.log_step_size.add_(math.log(factor))
+        self._set_log_step_sizes(self.network.log_step_size.detach() + math.log(factor))
 
     def calibrate(
         self, env: gym.Env, factors: Sequence[float] = (1.0, 0.7, 0.5, 0.35), seed: int = 12345
@@ -311,20 +310,30 @@ class RLEditAgent(Agent):
         Returns:
             Factor → mean of Efficacy, Generalization and Specificity (−∞ where the LLM broke), of those tried.
         """
+        start = self.network.log_step_size.detach().clone()
         scores: dict[float, float] = {}
-        now = 1.0
-        for factor in sorted(factors, reverse=True):
-            self.scale_step_sizes(factor / now)
-            now = factor
-            _, info = run_stream(env, self, seed=seed)
-            score = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
-            falls = bool(scores) and math.isfinite(score) and score < max(scores.values())
-            scores[factor] = score
-            if falls:
-                break
-        self.scale_step_sizes(max(scores, key=scores.__getitem__) / now)
-        self.reset()
+        best = 1.0
+        try:
+            for factor in sorted(factors, reverse=True):
+                self._set_log_step_sizes(start + math.log(factor))
+                _, info = run_stream(env, self, seed=seed)
+                scores[factor] = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
+                if -math.inf < scores[factor] < max(scores.values()):
+                    break
+            if max(scores.values()) == -math.inf:
+                tried = ", ".join(f"{factor:g}" for factor in scores)
+                warnings.warn(f"the LLM broke with every factor ({tried}); the step sizes stay as they were. Give "
+                              "smaller factors", stacklevel=2)
+            else:
+                best = max(scores, key=scores.__getitem__)
+        finally:  # an interruption too leaves the step sizes as they were
+            self._set_log_step_sizes(start + math.log(best))
+            self.reset()
         return scores
+
+    def _set_log_step_sizes(self, values: Tensor) -> None:
+        with torch.no_grad():
+            self.network.log_step_size.copy_(values)
 
     def _training_env(self) -> gym.Env:
         if self.env is None:

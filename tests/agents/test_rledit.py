@@ -225,7 +225,26 @@ def test_calibration_goes_on_to_smaller_steps_while_the_model_breaks(training_en
     agent = RLEditAgent(training_env(num_batches=1), config(step_size=1e30))
     scores = agent.calibrate(training_env(num_batches=2, reward="none"), (1.0, 1e-30, 1e-33))
     assert scores[1.0] == -np.inf and 1e-33 in scores
-    assert float(agent.network.log_step_size.max()) < np.log(1.1)
+    assert float(agent.network.log_step_size.detach().max()) < np.log(1.1)
+
+
+def test_a_calibration_that_finds_nothing_or_is_interrupted_changes_nothing(training_env, monkeypatch):
+    agent = RLEditAgent(training_env(num_batches=1), config(step_size=1e30))
+    env = training_env(num_batches=2, reward="none")
+    before = agent.network.log_step_size.detach().clone()
+    with pytest.warns(UserWarning, match=r"broke with every factor \(1, 0\.5\)"):
+        agent.calibrate(env, (1.0, 0.5))
+    assert torch.equal(agent.network.log_step_size, before)
+    agent.scale_step_sizes(1e-33)
+    before = agent.network.log_step_size.detach().clone()
+
+    def interrupted(generate):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env.unwrapped, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        agent.calibrate(env, (0.5,))
+    assert torch.equal(agent.network.log_step_size, before)
 
 
 def test_step_sizes_are_scaled_by_positive_factors_only(training_env):
