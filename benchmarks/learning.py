@@ -42,6 +42,18 @@ SCORES = ("efficacy", "generalization", "specificity", "mean", "top1")
 
 
 @dataclass(frozen=True)
+class Training:
+    """How agents with one of the aggregations are trained."""
+
+    steps: int
+    """Presentations of a batch."""
+    trajectories: int
+    """Training streams."""
+    select_batches: int
+    """Batches in the held-out streams that choose the step size to start from, and the checkpoint."""
+
+
+@dataclass(frozen=True)
 class Args:
     """Trains and compares editors; prints a table."""
 
@@ -65,18 +77,15 @@ class Args:
     """Facts in a batch."""
     train_batches: int = 5
     """Batches in a training stream."""
-    select_batches: int = 10
-    """Batches in the streams that choose step sizes and checkpoints."""
     longer: int = 5
     """The trained agents also edit a stream this many times as long as a training stream."""
-    trajectories: int = 20
-    """Training streams."""
     eval_every: int = 10
     """Updates between two selections of the checkpoint."""
-    steps_recursive: int = 5
-    """Presentations of a batch while the recursive agent is trained."""
-    steps_paper: int = 3
-    """Presentations of a batch while the agent with the paper's aggregation is trained, and afterwards."""
+    recursive: Training = Training(steps=5, trajectories=20, select_batches=10)
+    """The agent with recursive least squares."""
+    paper: Training = Training(steps=3, trajectories=30, select_batches=20)
+    """The agent with the paper's aggregation, which forgets the keys of earlier batches; it is tested with as many
+    presentations."""
     steps_most: int = 12
     """Presentations of a batch at which the calibrated recursive agent is tested."""
     learning_rate: float = 2e-3
@@ -104,8 +113,7 @@ class Editor:
         aggregation: of its update; None for the plain fine-tuning gradient.
         steps: presentations of a batch.
         step_size: where the search for the best one begins.
-        trained_steps: presentations while its policy is learned (it starts from the untrained rival's best step size
-            at that number); 0 if it is not.
+        training: how its policy is learned, from the untrained rival's best step size on; None if it is not.
         calibrated: whether its step sizes are then suited to longer streams.
     """
 
@@ -113,7 +121,7 @@ class Editor:
     aggregation: Aggregation | None
     steps: int
     step_size: float
-    trained_steps: int = 0
+    training: Training | None = None
     calibrated: bool = False
 
 
@@ -202,7 +210,7 @@ class Benchmark:
         """The untrained policy with this step size; the trained one's start."""
         assert editor.aggregation is not None
         network = HypernetworkConfig(
-            aggregation=editor.aggregation, step_size=step_size, blocks=2 if editor.trained_steps else 0,
+            aggregation=editor.aggregation, step_size=step_size, blocks=2 if editor.training else 0,
             rank=self.args.rank,
         )  # fmt: skip
         rates = (self.args.learning_rate, self.args.step_size_learning_rate)
@@ -246,7 +254,9 @@ class Benchmark:
 
     def trained(self, editor: Editor, seed: int) -> RLEditAgent:
         """The agent after training, from its folder if it is there."""
-        args, steps = self.args, editor.trained_steps
+        args, training = self.args, editor.training
+        assert training is not None
+        steps = training.steps
         rival = untrained(editor.aggregation, steps)
         name = f"{editor.aggregation} {_steps(steps)}"
         folder = self.folder / name.replace(" ", "_") / str(seed)
@@ -254,11 +264,11 @@ class Benchmark:
         env = self.stream(self.training, args.train_batches, steps, reward=rewards, reward_gradient=True)
 
         def train() -> dict[str, Any]:
-            step_size = self.best_step_size(rival, args.select_batches)
+            step_size = self.best_step_size(rival, training.select_batches)
             agent = RLEditAgent(env, self.network(editor, step_size), seed=seed)
             agent.learn(
-                args.trajectories * args.train_batches * steps, log_dir=folder, eval_every=args.eval_every,
-                eval_env=self.stream(self.selection, args.select_batches, steps, reward="none"),
+                training.trajectories * args.train_batches * steps, log_dir=folder, eval_every=args.eval_every,
+                eval_env=self.stream(self.selection, training.select_batches, steps, reward="none"),
             )  # fmt: skip
             return {"step_size": step_size, "best_score": agent.best_score, "updates": agent.updates}
 
@@ -280,7 +290,7 @@ class Benchmark:
         """An editor's scores on one stream of the evaluation split."""
 
         def compute() -> dict[str, Any]:
-            if editor.trained_steps:
+            if editor.training:
                 policy: Any = self.trained(editor, seed)
                 if editor.calibrated:
                     policy.scale_step_sizes(self.calibration(editor))
@@ -310,7 +320,7 @@ class Benchmark:
             yield editor.name, [c for s in seeds if (c := self.row(editor, s, args.num_batches, "test"))]
         batches = args.longer * args.train_batches
         for editor in everybody:
-            if editor.trained_steps:
+            if editor.training:
                 name = f"test, {batches} batches"
                 cells = [c for s in seeds if (c := self.row(editor, s, batches, name))]
                 yield f"{editor.name}, {batches} batches", cells
@@ -324,16 +334,15 @@ def untrained(aggregation: Aggregation | None, steps: int) -> Editor:
 
 def editors(args: Args) -> list[Editor]:
     """The rivals and the agents."""
+    paper, recursive, most = args.paper, args.recursive, args.steps_most
     rivals = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
-    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, args.steps_paper})]
-    rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, args.steps_recursive, args.steps_most})]
-    paper, recursive = args.steps_paper, args.steps_recursive
+    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, paper.steps})]
+    rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, recursive.steps, most})]
     agents = [
-        Editor(f"RLEdit, per-batch, {_steps(paper)}", "least_squares", paper, 0.0, paper),
-        Editor(f"RLEdit, per-batch, {_steps(paper)}, calibrated", "least_squares", paper, 0.0, paper, True),
-        Editor(f"RLEdit, recursive, {_steps(recursive)}", "recursive", recursive, 0.0, recursive),
-        Editor(f"RLEdit, recursive, {_steps(args.steps_most)}, calibrated", "recursive", args.steps_most, 0.0,
-               recursive, True),
+        Editor(f"RLEdit, per-batch, {_steps(paper.steps)}", "least_squares", paper.steps, 0.0, paper),
+        Editor(f"RLEdit, per-batch, {_steps(paper.steps)}, calibrated", "least_squares", paper.steps, 0.0, paper, True),
+        Editor(f"RLEdit, recursive, {_steps(recursive.steps)}", "recursive", recursive.steps, 0.0, recursive),
+        Editor(f"RLEdit, recursive, {_steps(most)}, calibrated", "recursive", most, 0.0, recursive, True),
     ]
     return rivals + agents
 
