@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, run_stream
+from agents.credit import CreditAccumulator
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
-from rledit_env.files import write_text
+from agents.settings import environment_settings, setting_differences
+from rledit_env.files import write_tensors, write_text
 
 TRAINING_STATE = "training.safetensors"
 # The environment's settings that the agent is best trained and used with.
@@ -60,58 +62,6 @@ class RLEditConfig:
     def __post_init__(self) -> None:
         if self.credit not in ("trajectory", "step"):
             raise ValueError(f"credit is {self.credit!r}; give 'trajectory' or 'step'")
-
-
-class CreditAccumulator:
-    """∂R/∂ũ_t and ∂R/∂ṽ_t of all steps so far, as rewards come in.
-
-    Every reward gradient G_τ is projected at once on the factors of the steps it depends on (one product with the
-    stacked factors a module), so that no dense gradient outlives its step.
-
-    Args:
-        credit: "trajectory" (all steps t ≤ τ) or "step" (t = τ only).
-        key_gradients: whether ∂R/∂ũ is needed; the recursion's ũ does not depend on the parameters.
-    """
-
-    def __init__(self, credit: str, key_gradients: bool) -> None:
-        self.credit, self.key_gradients = credit, key_gradients
-        self.keys: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        self.for_keys: dict[str, Tensor] = {}
-        self.for_values: dict[str, Tensor] = {}
-        self.rows: list[int] = []
-
-    def add(
-        self,
-        keys: Mapping[str, Tensor],
-        values: Mapping[str, Tensor],
-        reward_gradient: Mapping[str, Tensor] | None,
-        action_gradient: Mapping[str, Mapping[str, Tensor]],
-        discount: float,
-    ) -> None:
-        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ."""
-        start = sum(self.rows) if self.credit == "step" else 0
-        self.rows.append(len(next(iter(keys.values()))))
-        for m in keys:
-            gradient = reward_gradient[m] if reward_gradient is not None else None
-            self.keys[m] = _stacked(self.keys.get(m), keys[m])
-            self.for_values[m] = _stacked(self.for_values.get(m), discount * action_gradient["values"][m])
-            if gradient is not None:
-                self.for_values[m][start:].addmm_(self.keys[m][start:], gradient.T, alpha=discount)
-            if self.key_gradients:
-                self.values[m] = _stacked(self.values.get(m), values[m])
-                self.for_keys[m] = _stacked(self.for_keys.get(m), discount * action_gradient["keys"][m])
-                if gradient is not None:
-                    self.for_keys[m][start:].addmm_(self.values[m][start:], gradient, alpha=discount)
-
-    def of_step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module; the first is empty if it is not needed."""
-        part = slice(sum(self.rows[:step]), sum(self.rows[: step + 1]))
-        return {m: g[part] for m, g in self.for_keys.items()}, {m: g[part] for m, g in self.for_values.items()}
-
-
-def _stacked(stack: Tensor | None, rows: Tensor) -> Tensor:
-    return rows.clone() if stack is None else torch.cat([stack, rows])
 
 
 class RLEditAgent(Agent):
@@ -455,7 +405,7 @@ class RLEditAgent(Agent):
 
     def _write_agent(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tensors(folder / "agent.safetensors", tensors)
+        write_tensors(folder / "agent.safetensors", tensors)
         write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
 
     def _description(self) -> dict[str, Any]:
@@ -468,7 +418,7 @@ class RLEditAgent(Agent):
             "updates": self.updates,
             "timesteps": self.timesteps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
-            "environment": _environment_settings(self.env),
+            "environment": environment_settings(self.env),
         }
 
     @classmethod
@@ -557,7 +507,8 @@ class RLEditAgent(Agent):
         with safe_open(path, "pt") as file:
             counters = json.loads(file.metadata()["training"])
             mine = json.loads(json.dumps(self._description()))
-            different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in _differences(counters, mine)]
+            found = setting_differences(counters, mine)
+            different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
             mend = "give the same settings, another log_dir, or resume=False to start anew"
             run = path.parent.parent
             if different:
@@ -579,7 +530,7 @@ class RLEditAgent(Agent):
         self._write_agent(folder / "last", self._whole_policy(tensors))
         if self._best is not None:
             self._write_agent(folder / "best", self._whole_policy(self._best))
-        _write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})
+        write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})
 
     def _whole_policy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A policy's tensors with those of a stream not yet begun, so that :meth:`load` finds all it needs."""
@@ -593,29 +544,6 @@ class RLEditAgent(Agent):
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-    partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files
-    partial.replace(path)
-
-
-def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings (not counters) in which two runs differ: dotted name, theirs, mine."""
-    for name in ("seed", "config", "shapes", "environment"):
-        flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
-        for key in flat[0] | flat[1]:
-            if flat[0].get(key) != flat[1].get(key):
-                yield key, flat[0].get(key), flat[1].get(key)
-
-
-def _flattened(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {key: leaf for inner, v in value.items() for key, leaf in _flattened(f"{name}.{inner}", v).items()}
 
 
 def _inner(env: gym.Env) -> Any:
@@ -633,37 +561,6 @@ def _padded(rows: Tensor, count: int) -> np.ndarray:
     array = np.zeros((count, rows.shape[1]), dtype=np.float32)
     array[: len(rows)] = rows.cpu().numpy()
     return array
-
-
-def _environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
-    """What of the environment a policy depends on, for the record."""
-    if env is None:
-        return None
-    inner = _inner(env)
-    return {
-        # The unwrapped environment's own spec: a wrapper's is a deep copy, the LLM in it included.
-        "id": inner.spec.id if inner.spec is not None else None,
-        "kind": inner.dataset.kind,
-        "model": inner.lm.name,
-        "edit_modules": list(inner.lm.module_shapes),
-        "dtype": str(inner.lm.dtype).removeprefix("torch."),
-        "source": inner.dataset.source,
-        "split": inner.dataset.split,
-        "token": inner.token,
-        "steps_per_batch": inner.steps_per_batch,
-        "num_batches": inner.stream.num_batches,
-        "batch_size": inner.stream.batch_size,
-        "reward": _reward_settings(inner.reward_config),
-    }
-
-
-def _reward_settings(config: Any) -> dict[str, Any] | None:
-    """The reward's numbers; its components by class and weight."""
-    if config is None:
-        return None
-    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
-    components = {name: [weight, type(part).__name__] for name, (weight, part) in config.components.items()}
-    return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 
 def _summary_writer(folder: Path | None, done: int) -> Any:

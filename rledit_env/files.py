@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
@@ -60,6 +64,20 @@ def write_text(path: str | Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole; its folder must be there."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")  # one name: these are large, and a killed process leaves one
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

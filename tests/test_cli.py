@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents import saved as saved_agents
 from rledit_env import cli, report
+from rledit_env.cli import results, train
 from rledit_env.env import LifelongEditEnv
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def test_train_leaves_the_best_and_the_last_agent_and_tensorboard_s_log(run_fold
 
 def test_train_holds_the_last_fifth_of_the_training_split_out() -> None:
     options = argparse.Namespace(env=ENV, data="bundled", on_error="raise", select_on="held-out")
-    training, selection = cli._training_data(options)
+    training, selection = train._training_data(options)
     whole = len(training) + len(selection)
     assert len(selection) == int(0.2 * whole)
     assert not {r.prompt for r in training} & {r.prompt for r in selection}
@@ -266,11 +267,11 @@ def test_an_agent_for_other_modules_is_refused(run_folder: Path, capsys: pytest.
 
 def test_long_lists_of_untaken_facts_are_cut_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
     untaken = [{"prompt": f"p{i}", "target": "t", "answer": "a"} for i in range(25)]
-    cli._name_untaken(untaken, 30, print, "result.json")
+    results.name_untaken(untaken, 30, print, "result.json")
     out = capsys.readouterr().out
     assert out.count("wanted") == 20
     assert "… and 5 more, all in result.json" in out
-    cli._name_untaken([], 30, print, None)
+    results.name_untaken([], 30, print, None)
     assert "all 30 facts took" in capsys.readouterr().out
 
 

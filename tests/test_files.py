@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from rledit_env.files import whole_folder, write_text
+from rledit_env.files import whole_folder, write_tensors, write_text
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -54,3 +56,13 @@ def test_private_files_in_a_folder_become_as_readable_as_the_folder(tmp_path: Pa
     with whole_folder(tmp_path / "b") as work:
         (work / "private").touch(mode=0o600)
     assert (tmp_path / "b" / "private").stat().st_mode & 0o777 == (tmp_path / "b").stat().st_mode & 0o666
+
+
+def test_tensors_replace_a_file_whole_or_leave_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.arange(6.0).view(2, 3).T})
+    assert torch.equal(load_file(path)["x"], torch.arange(6.0).view(2, 3).T)
+    with pytest.raises(TypeError):
+        write_tensors(path, {"x": torch.zeros(2), "y": torch.ones(1)}, {"a": 1})  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == [path]
+    assert set(load_file(path)) == {"x"}

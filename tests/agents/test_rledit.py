@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.base import run_stream
-from agents.rledit import CreditAccumulator
+from agents.credit import CreditAccumulator
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.report import read_curves

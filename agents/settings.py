@@ -1,0 +1,55 @@
+"""What an agent was trained with, for its file and for comparing two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import gymnasium as gym
+
+
+def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
+    """What of the environment a policy depends on, for the record."""
+    if env is None:
+        return None
+    inner: Any = env.unwrapped
+    return {
+        # The unwrapped environment's own spec: a wrapper's is a deep copy, the LLM in it included.
+        "id": inner.spec.id if inner.spec is not None else None,
+        "kind": inner.dataset.kind,
+        "model": inner.lm.name,
+        "edit_modules": list(inner.lm.module_shapes),
+        "dtype": str(inner.lm.dtype).removeprefix("torch."),
+        "source": inner.dataset.source,
+        "split": inner.dataset.split,
+        "token": inner.token,
+        "steps_per_batch": inner.steps_per_batch,
+        "num_batches": inner.stream.num_batches,
+        "batch_size": inner.stream.batch_size,
+        "reward": _reward_settings(inner.reward_config),
+    }
+
+
+def _reward_settings(config: Any) -> dict[str, Any] | None:
+    """The reward's numbers; its components by class and weight."""
+    if config is None:
+        return None
+    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
+    components = {name: [weight, type(part).__name__] for name, (weight, part) in config.components.items()}
+    return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
+
+
+def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings (not counters) in which two runs differ: dotted name, theirs, mine."""
+    for name in ("seed", "config", "shapes", "environment"):
+        flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
+        for key in flat[0] | flat[1]:
+            if flat[0].get(key) != flat[1].get(key):
+                yield key, flat[0].get(key), flat[1].get(key)
+
+
+def _flattened(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {key: leaf for inner, v in value.items() for key, leaf in _flattened(f"{name}.{inner}", v).items()}

@@ -1,0 +1,119 @@
+"""The `rledit` command: fetch a model, train an agent, edit facts, evaluate.
+
+The environment knows nothing of any learning algorithm, and importing it imports none: the commands that need agents
+import them when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+
+from rledit_env.cli import edit, evaluate, fetch, train
+from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
+
+COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND)
+
+DESCRIPTION = """\
+Lifelong knowledge editing of language models.
+
+  rledit fetch     get a model's weights ready
+  rledit train     train an agent to edit, on a stream of facts
+  rledit evaluate  score a trained agent on facts it never saw
+  rledit edit      edit your own facts into a model and write it out
+"""
+EXIT_CODES = """\
+exit codes:
+  0    done; a fact that did not take is named but is no failure
+  1    the update broke the model, or an unexpected error (with its traceback)
+  2    wrong usage or unusable input; one line on stderr says what and how to mend it
+  130  interrupted; the last line says what was saved
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `rledit` with these arguments (the process's own by default) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(given[0] if given else None)
+    try:
+        options = parser.parse_args(given)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    options.command_line = shlex.join(["rledit", *given])
+    with _short_warnings():
+        try:
+            return int(options.run(options))
+        except KeyboardInterrupt:
+            warn(options.interrupted(options))
+            return INTERRUPTED
+        except (ValueError, OSError, RuntimeError, gym.error.Error) as error:
+            if options.traceback or not _is_users(error):
+                traceback.print_exc()
+                return USAGE if _is_users(error) else FAILED
+            warn(f"rledit {options.command}: error: {' '.join(str(error).split())}")
+            return USAGE
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands. Only ``command``'s own arguments are built: their defaults are the libraries', which
+    take seconds to import."""
+    parser = argparse.ArgumentParser(
+        prog="rledit", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"rledit-env {_own_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for one in COMMANDS:
+        sub = commands.add_parser(
+            one.name, help=one.summary, description=one.description, epilog=f"{one.examples}\n{EXIT_CODES}",
+            formatter_class=_HelpFormatter,
+        )
+        if one.name == command:
+            one.add_arguments(sub)
+            sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+        sub.set_defaults(run=one.run, interrupted=one.interrupted, traceback=False)
+    return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the examples' lines as they are and adds each default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether the user can mend what the error says: its message then stands alone, without a traceback."""
+    from rledit_env.lm.registry import ModelError
+
+    return isinstance(error, (ValueError, OSError, ModelError, gym.error.Error))
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in the code that raised them."""
+
+    def short(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"warning: {message}\n"
+
+    full = warnings.formatwarning
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = full
+
+
+def _own_version() -> str:
+    import rledit_env
+
+    return rledit_env.__version__

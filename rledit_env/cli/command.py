@@ -1,0 +1,129 @@
+"""What the commands of `rledit` share: their form, their common arguments, and what they say while they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+if TYPE_CHECKING:
+    from rledit_env.knowledge import KnowledgeDataset
+    from rledit_env.lm.editable import EditableLM
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its texts, its arguments, what it does, and what it says when interrupted."""
+
+    name: str
+    summary: str
+    description: str
+    examples: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    interrupted: Callable[[argparse.Namespace], str]
+
+
+def environment_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The environment's arguments; without ``required`` the agent's own are the defaults."""
+    ids = ", ".join(environment_ids())
+    parser.add_argument("--env", required=required, metavar="ID",
+                        help=f"one of {ids}" + ("" if required else " (default: the agent's)"))
+    parser.add_argument("--data", default="bundled", help="a file, a folder, a hub id, or 'bundled', a sample")
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with unusable rows")
+    if required:
+        parser.add_argument("--model", default="smollm2-135m", help="registry name, hub id or folder")
+        parser.add_argument("--edit-modules", nargs="+", metavar="GLOB",
+                            help="modules to edit, such as 'model.layers.[6-12].mlp.{gate,up}_proj' "
+                            "(default: the registry's for the model)")
+        _hardware_arguments(parser)
+    else:
+        parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
+
+
+def agent_argument(parser: argparse.ArgumentParser) -> None:
+    """Which agent edits."""
+    parser.add_argument("--agent", required=True, metavar="RUN",
+                        help="a run's folder (its best agent is taken), an agent's folder, or 'default', the agent "
+                        "that ships with the package")
+
+
+def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """What an agent's own settings can be replaced with."""
+    from rledit_env.lm.forward import TOKEN_CHOICES
+
+    group = parser.add_argument_group("the agent's own settings, which need not be repeated")
+    group.add_argument("--edit-modules", nargs="+", metavar="GLOB", help="modules to edit")
+    group.add_argument("--token", choices=TOKEN_CHOICES, help="positions that the agent sees")
+    group.add_argument("--steps-per-batch", type=int, help="how often a batch is presented")
+    _hardware_arguments(parser, dtype)
+
+
+def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    parser.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'; 'auto' takes an accelerator")
+    parser.add_argument("--dtype", default=dtype,
+                        help="precision of the frozen weights: a torch dtype, 'auto', or 'stored', the model's own")
+
+
+def environment_ids() -> list[str]:
+    """The registered environments of this package."""
+    return [name for name in gym.registry if name.startswith("RLEdit-")]
+
+
+def kind_of(env_id: str) -> str:
+    """The kind of facts that an environment edits."""
+    spec = gym.spec(env_id)
+    if "kind" not in spec.kwargs:
+        ids = ", ".join(environment_ids())
+        raise ValueError(f"--env {env_id} is no environment of this package; give one of {ids}")
+    return str(spec.kwargs["kind"])
+
+
+def model_name(options: argparse.Namespace, trained: Mapping[str, Any], folder: Path) -> str:
+    """The model asked for, or else the one that the agent in ``folder`` was trained with."""
+    name = options.model or trained.get("model")
+    if not name:
+        raise ValueError(f"{folder} does not say which model it was trained on; name it with --model")
+    return str(name)
+
+
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """Refuse options below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give 1 or more")
+
+
+def skipped_rows(dataset: KnowledgeDataset) -> list[str]:
+    """What of the data was left out and why, to be printed; empty if nothing was."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped.items())
+    return [f"(not used: {reasons})"] if reasons else []
+
+
+def dtype_name(lm: EditableLM) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+def progress_bar(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="fact")
+
+
+def say_loading(model: str) -> None:
+    to_stderr(f"loading {model} …")
+
+
+def to_stderr(*parts: object) -> None:
+    print(*parts, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

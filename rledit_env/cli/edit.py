@@ -1,0 +1,172 @@
+"""`rledit edit`: edit facts into a model and write it out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rledit_env.cli.command import (
+    FAILED,
+    OK,
+    Command,
+    agent_argument,
+    check_positive,
+    dtype_name,
+    model_name,
+    override_arguments,
+    progress_bar,
+    say_loading,
+    skipped_rows,
+    warn,
+)
+from rledit_env.cli.results import (
+    finite,
+    name_untaken,
+    not_taken,
+    print_metrics,
+    rounded,
+    score_facts,
+    warn_without_effect,
+    without_effect,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--facts", type=Path, required=True, metavar="FILE", help="JSON Lines, one fact a line")
+    parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
+                        help="how to read the file (default: told by its fields)")
+    agent_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited model")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
+    parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
+    override_arguments(parser, dtype="stored")
+
+
+def run(options: argparse.Namespace) -> int:
+    from agents import agent_settings, edit_facts, find_agent, load_agent
+    from rledit_env.env import LifelongEditEnv
+    from rledit_env.files import check_free, whole_folder
+    from rledit_env.knowledge.facts import load_facts
+    from rledit_env.lm.editable import EditableLM
+    from rledit_env.report import versions
+
+    check_free(options.out, options.overwrite)
+    facts = load_facts(options.facts, options.kind)
+    folder = find_agent(options.agent)
+    trained = agent_settings(folder)["environment"]
+    settings = {
+        "token": options.token or trained.get("token", "answer"),
+        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
+        "batch_size": min(options.batch_size or trained.get("batch_size", 20), len(facts.dataset)),
+    }
+    check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
+    model = model_name(options, trained, folder)
+    modules = options.edit_modules or trained.get("edit_modules")
+    say_loading(model)
+    lm = EditableLM.load(model, modules, options.dtype, options.device)
+    agent = load_agent(folder, LifelongEditEnv(
+        facts.dataset.kind, lm, data=facts.dataset, num_batches=1, batch_size=1, token=settings["token"], reward="none",
+        array_backend="torch",
+    ))
+    print(f"facts  {len(facts.dataset)} of {facts.dataset.source} (read as {facts.dataset.kind})",
+          *skipped_rows(facts.dataset))
+    print(f"model  {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules")
+    print(f"agent  {folder}")
+    notes = _notes(facts, settings["token"])
+    for note in notes:
+        print(f"note: {note}")
+    sys.stdout.flush()
+    with progress_bar(len(facts.dataset), "editing") as bar:
+        log = edit_facts(lm, agent, facts.dataset, progress=bar.update, **settings)
+    if log.diverged:
+        warn(f"the update of batch {len(log.batch_sizes)} broke the model; nothing was written. Train the agent on "
+             "longer streams, or give fewer facts")
+        return FAILED
+    records = list(facts.dataset)
+    metrics, answers = score_facts(lm, records, facts.dataset.kind)
+    scores = rounded(metrics.as_dict())
+    if facts.without_paraphrases:
+        scores |= {"generalization": None, "mean": None}
+    if facts.without_unrelated:
+        scores |= {"specificity": None, "specificity_answer": None, "mean": None}
+    report: dict[str, Any] = {
+        "facts_file": str(options.facts),
+        "data_source": facts.dataset.source,
+        "agent": str(folder),
+        "metrics": scores,
+        "seconds_per_fact": log.seconds_per_fact,
+        "drift": log.drift,
+        "settings": {**settings, "model": model, "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm),
+                     "device": str(lm.device), "kind": facts.dataset.kind},
+        "versions": versions(),
+        "notes": notes,
+        "taken": list(metrics.taken),
+        "not_taken": not_taken(records, metrics, answers),
+        "batches_without_effect": without_effect(log, metrics),
+        "answers": [
+            {"prompt": r.prompt, "target": r.target, "answer": answer}
+            for r, answer in zip(records, answers, strict=True)
+        ],
+    }
+    print(f"writing {options.out} …", file=sys.stderr)
+    with whole_folder(options.out, options.overwrite) as work:
+        lm.save_pretrained(work)
+        (work / "edit_report.json").write_text(
+            json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    print_metrics(scores, log, print)
+    name_untaken(report["not_taken"], len(records), print, str(options.out / "edit_report.json"))
+    warn_without_effect(report["batches_without_effect"], log)
+    print(f"written: {options.out}, for AutoModelForCausalLM.from_pretrained")
+    return OK
+
+
+def _notes(facts: Any, token: str) -> list[str]:
+    """What the user should know of how the facts were taken."""
+    dataset, notes = facts.dataset, []
+    if facts.without_paraphrases:
+        notes.append(f"{facts.without_paraphrases} facts have no paraphrases: their own prompt stands in, which "
+                     "changes nothing in editing; generalization is not scored")
+    if facts.without_unrelated:
+        notes.append(f"{facts.without_unrelated} facts name no unrelated fact to keep: specificity is not scored")
+    nameless = sum(record.subject is None for record in dataset)
+    if nameless and "subject" in token:
+        notes.append(f"{nameless} facts name no subject, at whose last token the agent edits: they are edited at their "
+                     "answers' tokens instead, which it may do less well; add \"subject\" to each")
+    if facts.conflicts:
+        prompt, count = next(iter(facts.conflicts.items()))
+        notes.append(f"{len(facts.conflicts)} prompts have several targets, such as {prompt!r} with {count}: at most "
+                     "one of them can hold")
+    return notes
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    return f"interrupted; {options.out} was not written"
+
+
+COMMAND = Command(
+    "edit",
+    "edit your own facts into a model and write it out",
+    "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision,\n"
+    "with edit_report.json. The facts whose answer did not change are named.",
+    """\
+the file of facts: JSON Lines, one object a line, either a published schema of ZsRE, CounterFact or FEVER, or
+  {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
+"subject" is optional but helps; so are "paraphrases": [...] and "unrelated": [{"prompt": ..., "answer": ...}], which
+are only used to score the result.
+
+examples:
+  rledit edit --facts facts.jsonl --agent default --out edited-model
+  rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
+
+  # then, in Python
+  AutoModelForCausalLM.from_pretrained("edited-model")
+""",
+    add_arguments,
+    run,
+    interrupted,
+)

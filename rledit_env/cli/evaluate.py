@@ -1,0 +1,132 @@
+"""`rledit evaluate`: score a trained agent on facts it never saw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from rledit_env.cli.command import (
+    FAILED,
+    OK,
+    Command,
+    agent_argument,
+    dtype_name,
+    environment_arguments,
+    model_name,
+    override_arguments,
+    progress_bar,
+    say_loading,
+    skipped_rows,
+    to_stderr,
+    warn,
+)
+from rledit_env.cli.results import (
+    finite,
+    name_untaken,
+    not_taken,
+    print_metrics,
+    rounded,
+    score_facts,
+    warn_without_effect,
+    without_effect,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    environment_arguments(parser, required=False)
+    agent_argument(parser)
+    parser.add_argument("--split", default="eval", help="'train' or 'eval'")
+    parser.add_argument("--num-batches", type=int, default=20, metavar="T", help="batches of the stream")
+    parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
+    override_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
+    parser.add_argument("--json", metavar="FILE", help="write the result there; '-' for the standard output")
+
+
+def run(options: argparse.Namespace) -> int:
+    from agents import agent_settings, edit_stream, find_agent, load_agent
+    from rledit_env.report import versions
+
+    folder = find_agent(options.agent)
+    trained = agent_settings(folder)["environment"]
+    env_id = options.env or trained.get("id")
+    if not env_id:
+        raise ValueError(f"{folder} does not say which environment it was trained in; name one with --env")
+    if options.json and Path(options.json).is_dir():
+        raise ValueError(f"--json {options.json} is a folder; name a file in it")
+    settings = {
+        "model": model_name(options, trained, folder),
+        "edit_modules": options.edit_modules or trained.get("edit_modules"),
+        "split": options.split,
+        "num_batches": options.num_batches,
+        "batch_size": options.batch_size,
+        "token": options.token or trained.get("token", "answer"),
+        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
+    }
+    say_loading(settings["model"])
+    env = gym.make(
+        env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
+        reward="none", array_backend="torch", disable_env_checker=True, **settings,
+    )
+    inner: Any = env.unwrapped
+    agent = load_agent(folder, env)
+    agent.reset()
+    say = to_stderr if options.json == "-" else print
+    say(f"data   {inner.dataset.source} ({inner.dataset.split}): {options.num_batches} × {options.batch_size} of "
+        f"{len(inner.dataset):,} facts", *skipped_rows(inner.dataset))
+    say(f"model  {inner.lm.name} ({dtype_name(inner.lm)}, {inner.lm.device}), {len(inner.lm.module_shapes)} modules")
+    say(f"agent  {folder}")
+    with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
+        log = edit_stream(env, agent, progress=bar.update, seed=options.seed)
+    records = inner.edited_records()
+    metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
+    result = {
+        "env": env_id,
+        "agent": str(folder),
+        "data_source": inner.dataset.source,
+        "metrics": rounded(metrics.as_dict()),
+        "seconds_per_fact": log.seconds_per_fact,
+        "drift": log.drift,
+        "diverged": log.diverged,
+        "settings": {**settings, "data": options.data, "seed": options.seed, "device": str(inner.lm.device),
+                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind},
+        "versions": versions(),
+        "taken": list(metrics.taken),
+        "not_taken": not_taken(records, metrics, answers),
+        "batches_without_effect": without_effect(log, metrics),
+    }
+    print_metrics(result["metrics"], log, say)
+    name_untaken(result["not_taken"], len(records), say, options.json if options.json != "-" else None)
+    warn_without_effect(result["batches_without_effect"], log)
+    if options.json == "-":
+        print(json.dumps(finite(result), indent=1, ensure_ascii=False))
+    elif options.json:
+        from rledit_env.files import write_text
+
+        write_text(options.json, json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
+        print(f"written: {options.json}")
+    if log.diverged:
+        warn("the agent broke the model: its losses are no longer finite, and the stream ended there")
+        return FAILED
+    return OK
+
+
+COMMAND = Command(
+    "evaluate",
+    "score a trained agent on facts it never saw",
+    "Let an agent edit one stream of facts and score the model on all of them at the end. The facts whose answer\n"
+    "did not change are named. The model, its modules and the agent's other settings come with the agent.",
+    """\
+examples:
+  rledit evaluate --env RLEdit-CounterFact-v0 --agent runs/first --json result.json
+  rledit evaluate --env RLEdit-ZsRE-v0 --agent runs/paper --data zsre_eval.jsonl --split eval \\
+      --num-batches 20 --batch-size 20 --seed 1 --json result.json
+""",
+    add_arguments,
+    run,
+    lambda options: "interrupted; no result was written",
+)

@@ -1,0 +1,92 @@
+"""How `evaluate` and `edit` score an edited model and say which facts did not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rledit_env.cli.command import progress_bar, warn
+
+if TYPE_CHECKING:
+    from agents import EditLog
+    from rledit_env.knowledge import EditRecord
+    from rledit_env.lm.editable import EditableLM
+    from rledit_env.metrics import Metrics
+
+LISTED = 20  # facts that did not take are named up to this many
+
+
+def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Metrics, list[str]]:
+    """The metrics on these records, and the LLM's answer to each one's prompt."""
+    from rledit_env.metrics import answer_of, evaluate
+
+    with progress_bar(len(records), "scoring") as bar:
+        metrics = evaluate(lm, records, kind, generate=False)
+        answers: list[str] = []
+        for start in range(0, len(records), 64):
+            chunk = records[start : start + 64]
+            texts = lm.generate([r.prompt for r in chunk], longest=[r.target for r in chunk])
+            answers += [answer_of(text) for text in texts]
+            bar.update(len(chunk))
+    exact = sum(answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True))
+    return replace(metrics, exact_match=100 * exact / len(records)), answers
+
+
+def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"prompt": r.prompt, "target": r.target, "answer": answer, "origin": r.origin}
+        for r, taken, answer in zip(records, metrics.taken, answers, strict=True)
+        if not taken
+    ]
+
+
+def without_effect(log: EditLog, metrics: Metrics) -> list[dict[str, Any]]:
+    """Batches (counted from 1) that changed nothing, or none of whose facts took."""
+    found = []
+    for number, (facts, norm) in enumerate(zip(log.batches(), log.update_norms, strict=True), start=1):
+        if norm == 0 or not any(metrics.taken[i] for i in facts):
+            found.append({"batch": number, "first_fact": facts.start + 1, "last_fact": facts.stop, "update_norm": norm})
+    return found
+
+
+def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> None:
+    for one in batches[:LISTED]:
+        what = "its update was zero" if one["update_norm"] == 0 else "none of its facts took"
+        warn(f"warning: batch {one['batch']} of {len(log.batch_sizes)} (facts {one['first_fact']} to "
+             f"{one['last_fact']}) had no effect: {what}")
+    if len(batches) > LISTED:
+        warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
+
+
+def name_untaken(untaken: Sequence[Mapping[str, str]], total: int, say: Callable[..., Any], rest: str | None) -> None:
+    if not untaken:
+        say(f"all {total} facts took")
+        return
+    say(f"{len(untaken)} of {total} facts did not take, the model still answers otherwise:")
+    for one in untaken[:LISTED]:
+        say(f"  {one['prompt']!r}: wanted {one['target']!r}, answers {one['answer']!r}")
+    if len(untaken) > LISTED:
+        say(f"  … and {len(untaken) - LISTED} more" + (f", all in {rest}" if rest else ""))
+
+
+def print_metrics(scores: Mapping[str, float | None], log: EditLog, say: Callable[..., Any]) -> None:
+    for name, score in scores.items():
+        say(f"{name.replace('_', ' '):<20}{'not scored' if score is None else f'{score:10.2f}'}")
+    say(f"{'drift':<20}{log.drift:10.4f}")
+    say(f"{'seconds a fact':<20}{log.seconds_per_fact:10.4f}")
+
+
+def rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: None if score is None else round(score, 4) for name, score in scores.items()}
+
+
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not float("-inf") < value < float("inf"):
+        return None
+    return value

@@ -1,0 +1,235 @@
+"""`rledit train`: train the RLEdit agent."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+from rledit_env.cli.command import (
+    OK,
+    Command,
+    check_positive,
+    dtype_name,
+    environment_arguments,
+    kind_of,
+    say_loading,
+    skipped_rows,
+)
+
+if TYPE_CHECKING:
+    from rledit_env.knowledge import KnowledgeDataset
+    from rledit_env.lm.editable import EditableLM
+
+HELD_OUT = 0.2  # share of the training split that checkpoints are selected on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from agents.hypernetwork import AGGREGATIONS, HypernetworkConfig
+    from agents.rledit import RECOMMENDED, RLEditConfig
+    from rledit_env.lm.forward import TOKEN_CHOICES
+
+    network, config = HypernetworkConfig(), RLEditConfig()
+    environment_arguments(parser, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN",
+                        help="the run's folder: best/, last/ and TensorBoard's logs")
+    parser.add_argument("--no-resume", dest="resume", action="store_false",
+                        help="start anew, even if RUN holds an interrupted run (which is otherwise continued)")
+
+    group = parser.add_argument_group("the stream")
+    group.add_argument("--num-batches", type=int, default=10, metavar="T", help="batches of a training stream")
+    group.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
+    group.add_argument("--token", choices=TOKEN_CHOICES, default=RECOMMENDED["token"],
+                       help="positions whose keys and value gradients the agent sees")
+    group.add_argument("--steps-per-batch", type=int, default=RECOMMENDED["steps_per_batch"],
+                       help="how often a batch is presented, its state recomputed each time")
+
+    group = parser.add_argument_group("the reward")
+    group.add_argument("--reward", choices=("efficacy", "paper"), default="efficacy",
+                       help="the paper's, or the paper's with a term for the edit prompt and one sampled earlier batch")
+    group.add_argument("--efficacy-weight", type=float, default=1.0,
+                       help="of the loss on the edit prompt (--reward efficacy)")
+    group.add_argument("--locality-weight", type=float,
+                       help="of the divergence on unrelated facts (default: 1.0, and 0.6 for --reward paper)")
+    group.add_argument("--every-step", action="store_true",
+                       help="score every step, not only a batch's last presentation (slower)")
+
+    group = parser.add_argument_group("the network")
+    group.add_argument("--aggregation", choices=AGGREGATIONS, default=network.aggregation,
+                       help="how rows become an update; least_squares is the paper's")
+    group.add_argument("--rank", type=int, default=network.rank, help="inner width of a residual block")
+    group.add_argument("--blocks", type=int, default=network.blocks, help="residual blocks; 0 leaves only step sizes")
+    group.add_argument("--step-size", type=float, default=network.step_size, help="initial step size of a module")
+    group.add_argument("--damping", type=float, default=network.damping, help="initial ridge of the least squares")
+    group.add_argument("--prior", type=float, default=network.prior,
+                       help="training facts' worth of keys that the recursion starts with")
+    group.add_argument("--normaliser", choices=("stream", "lifetime"), default=network.normaliser,
+                       help="whether the inputs' moments start anew with each stream")
+
+    group = parser.add_argument_group("learning")
+    group.add_argument("--trajectories", type=int, default=40, help="training streams in all")
+    group.add_argument("--credit", choices=("trajectory", "step"), default=config.credit,
+                       help="the gradient of the whole return, or of each step's own reward")
+    group.add_argument("--learning-rate", type=float, default=config.learning_rate, help="Adam's, of the blocks")
+    group.add_argument("--step-size-learning-rate", type=float, default=config.step_size_learning_rate,
+                       help="Adam's, of the step sizes' and dampings' logarithms")
+    group.add_argument("--max-gradient-norm", type=float, default=config.max_gradient_norm)
+    group.add_argument("--trajectories-per-update", type=int, default=config.trajectories_per_update)
+    group.add_argument("--discount", type=float, default=config.discount)
+    group.add_argument("--drift-limit", type=float, default=config.drift_limit,
+                       help="a training stream is cut at this mean relative change of the weights")
+    group.add_argument("--seed", type=int, default=0, help="of the initial network and the streams")
+
+    group = parser.add_argument_group("selection of the best checkpoint")
+    group.add_argument("--select-on", choices=("held-out", "eval"), default="held-out",
+                       help=f"the last {HELD_OUT:.0%} of the training split (then not trained on), or the eval split; "
+                       "never report a result on facts that selected the agent".replace("%", "%%"))
+    group.add_argument("--eval-num-batches", type=int, metavar="T",
+                       help="batches of the selection's stream (default: twice a training stream's, or what there is)")
+    group.add_argument("--eval-every", type=int, default=5, help="updates between two evaluations")
+    group.add_argument("--patience", type=int, default=4, help="evaluations without a better score before it stops")
+    group.add_argument("--calibrate-num-batches", type=int, metavar="T",
+                       help="afterwards scale the step sizes to what suits a stream of T batches best: give as many as "
+                       "you will edit (default: leave them as trained)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+    from rledit_env.lm.editable import EditableLM
+
+    training, selection = _training_data(options)
+    check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
+              "trajectories_per_update")
+    if options.calibrate_num_batches is not None:
+        check_positive(options, "calibrate_num_batches")
+    held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
+    # What can be wrong without the model is found before it is loaded.
+    network = HypernetworkConfig(
+        rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
+        damping=options.damping, prior=options.prior, normaliser=options.normaliser,
+    )
+    config = RLEditConfig(
+        network=network, credit=options.credit, learning_rate=options.learning_rate,
+        step_size_learning_rate=options.step_size_learning_rate, max_gradient_norm=options.max_gradient_norm,
+        trajectories_per_update=options.trajectories_per_update, discount=options.discount,
+        drift_limit=options.drift_limit,
+    )
+    say_loading(options.model)
+    lm = EditableLM.load(options.model, options.edit_modules, options.dtype, options.device)
+    common = {
+        "model": lm, "batch_size": options.batch_size, "token": options.token,
+        "steps_per_batch": options.steps_per_batch, "array_backend": "torch", "disable_env_checker": True,
+    }
+    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=_reward(options),
+                   reward_gradient=True, **common)
+    eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **common)
+    longer = options.calibrate_num_batches and gym.make(
+        options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **common
+    )
+    agent = RLEditAgent(env, config, seed=options.seed)
+
+    size = sum(p.numel() for p in agent.network.parameters())
+    print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
+    print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
+    print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
+    print(f"streams   {options.num_batches} × {options.batch_size} facts, {options.steps_per_batch} steps a batch, "
+          f"token {options.token}, reward {options.reward}")
+    print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
+    print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
+    horizon = options.num_batches * options.steps_per_batch
+    agent.learn(
+        options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
+        patience=options.patience, resume=options.resume,
+    )
+    if longer is not None:
+        scores = agent.calibrate(longer)
+        agent.save(options.out / "best")
+        tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
+        facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
+        print(f"step sizes scaled for {facts}; mean scores: {tried}")
+    score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
+    print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
+    print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "
+          "--split eval --json result.json")
+    return OK
+
+
+def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, KnowledgeDataset]:
+    """The facts to train on, and those that select the checkpoint; no fact is in both."""
+    from rledit_env.knowledge import load_knowledge
+
+    kind = kind_of(options.env)
+    whole = load_knowledge(kind, options.data, "train", options.on_error)
+    if options.select_on == "eval":
+        return whole, load_knowledge(kind, options.data, "eval", options.on_error)
+    cut = len(whole) - max(int(HELD_OUT * len(whole)), 1)
+    parts = whole.records[:cut], whole.records[cut:]
+    names = f"first {1 - HELD_OUT:.0%}", f"last {HELD_OUT:.0%}, held out"
+    training, selection = (
+        replace(whole, records=records, source=f"{whole.source}, {name}")
+        for records, name in zip(parts, names, strict=True)
+    )
+    return training, selection
+
+
+def _reward(options: argparse.Namespace) -> Any:
+    from rledit_env.reward import RewardConfig
+
+    locality = options.locality_weight
+    if options.reward == "paper":
+        config = RewardConfig.paper(0.6 if locality is None else locality)
+    else:
+        config = RewardConfig.with_efficacy(options.efficacy_weight, 1.0 if locality is None else locality)
+    return replace(config, every_step=options.every_step)
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    if not (options.out / "last" / "agent.json").exists():
+        return "interrupted before the first checkpoint; nothing was saved"
+    from agents import agent_settings
+
+    updates = agent_settings(options.out / "last")["updates"]
+    return (
+        f"interrupted; {options.out / 'last'} holds the state after update {updates}. "
+        f"Go on with the same command:\n  {options.command_line}"
+    )
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    values = asdict(config)
+    return {**values.pop("network"), **values}
+
+
+def _modules(lm: EditableLM) -> str:
+    names = list(lm.module_shapes)
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]}"
+
+
+COMMAND = Command(
+    "train",
+    "train an agent to edit, on a stream of facts",
+    "Train the RLEdit agent: whole streams of facts are edited into the model, and the gradient of the whole\n"
+    "stream's reward teaches the agent. An interrupted run is continued by the same command.",
+    """\
+examples:
+  # on the sample that ships with the package, a first agent
+  rledit train --env RLEdit-CounterFact-v0 --out runs/first --trajectories 10
+
+  # on your own data: a file, or a folder with counterfact_train.jsonl
+  rledit train --env RLEdit-CounterFact-v0 --data counterfact_train.jsonl --out runs/counterfact
+
+  # the paper's agent and reward
+  rledit train --env RLEdit-ZsRE-v0 --aggregation least_squares --reward paper --out runs/paper
+
+  # watch it
+  tensorboard --logdir runs
+""",
+    add_arguments,
+    run,
+    interrupted,
+)
