@@ -205,6 +205,8 @@ class LifelongEditEnv(gym.Env):
         super().reset(seed=seed)
         self.stream.reset(self.np_random, options.get("indices"))
         self._choices = self.np_random.random(len(self.stream.indices))
+        stride = self.reward_config.batch_stride if self.reward_config is not None else 1
+        self._first_scored = int(self.np_random.integers(stride)) if stride > 1 else 0
         if not options.get("keep_weights"):
             self.lm.restore()
         self._step, self._over = 0, False
@@ -265,9 +267,10 @@ class LifelongEditEnv(gym.Env):
             return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
         batch = self._step // self.steps_per_batch
         scored = []
-        if config.every_step or (self._step + 1) % self.steps_per_batch == 0:
-            earlier = backtracked(batch, config, self.np_random)
-            scored = [self._scored(batch, 1.0)] + [self._scored(batch - i, weight) for i, weight in earlier.items()]
+        last_presentation = (self._step + 1) % self.steps_per_batch == 0
+        if batch % config.batch_stride == self._first_scored and (config.every_step or last_presentation):
+            weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
+            scored = [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
         scores = score(self.lm, scored, config, gradient=self.reward_gradient)
         penalty, action_gradient = self._penalty(keys, values, config)
         basic = scores.basic[0] if scored else {}
@@ -276,7 +279,7 @@ class LifelongEditEnv(gym.Env):
         diverged = not (math.isfinite(reward) and all(torch.isfinite(g).all() for g in gradients))
         info: dict[str, Any] = {
             **basic,
-            "backtracking": float(sum(scores.weighted[1:])),
+            "backtracking": float(sum(scores.weighted[1:])) / config.batch_stride,
             "regularisation": penalty,
             "drift": drift,
             "diverged": diverged,

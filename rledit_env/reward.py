@@ -115,6 +115,9 @@ class RewardConfig:
             the expected reward is the full sum; None scores all.
         every_step: score every step; False scores only the last presentation of a batch (the other steps' reward is
             minus their regularisation), which costs less where ``steps_per_batch`` > 1.
+        batch_stride: score only one in this many batches, from one drawn at ``reset`` on, with this many times the
+            weight: the expected reward of every batch is what it would be with 1, and a long stream costs less. The
+            others' reward is minus their regularisation.
         regularisation: η, weight of ``penalty``.
         penalty: what the regularisation measures, from an action's factors (keys (N, d_in), values (N, d_out)) by
             module; must be differentiable.
@@ -126,6 +129,7 @@ class RewardConfig:
     backtracking_decay: float = 0.95
     backtracking_samples: int | None = None
     every_step: bool = True
+    batch_stride: int = 1
     regularisation: float = 1e-4
     penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] = frobenius_penalty
     floor: float = -1000.0
@@ -135,6 +139,8 @@ class RewardConfig:
             raise ValueError(f"backtracking_depth is {self.backtracking_depth}; give 0 (none) or more")
         if self.backtracking_samples is not None and self.backtracking_samples < 1:
             raise ValueError(f"backtracking_samples is {self.backtracking_samples}; give at least 1, or None for all")
+        if self.batch_stride < 1:
+            raise ValueError(f"batch_stride is {self.batch_stride}; give 1 (every batch is scored) or more")
         if not self.floor < 0:
             raise ValueError(f"floor is {self.floor}; give a negative reward")
 

@@ -346,6 +346,28 @@ def test_without_scoring_every_step_only_the_last_presentation_of_a_batch_is_sco
     assert [rewards[False][i] for i in (2, 5)] == pytest.approx([rewards[True][i] for i in (2, 5)], rel=1e-5)
 
 
+def test_with_a_stride_every_batch_is_scored_as_often_and_weighs_the_more_for_it(make_env, random_action):
+    stride, firsts = 3, set()
+    for seed in range(12):
+        results = {}
+        for batch_stride in (1, stride):
+            env = make_env(num_batches=4, reward=RewardConfig(batch_stride=batch_stride), reward_gradient=True)
+            env.reset(seed=seed)
+            results[batch_stride] = [env.step(random_action(env, seed=step)) for step in range(4)]
+        scored = [step for step, result in enumerate(results[stride]) if "generalization" in result[4]]
+        firsts.add(scored[0])
+        assert scored == list(range(scored[0], 4, stride))
+        for step, (one, every) in enumerate(zip(results[stride], results[1], strict=True)):
+            penalty = every[4]["regularisation"]
+            factor = stride if step in scored else 0
+            assert one[1] == pytest.approx(factor * (every[1] + penalty) - penalty, rel=1e-5)
+            if step in scored:
+                assert one[4]["backtracking"] == pytest.approx(every[4]["backtracking"], rel=1e-5)
+                for m, gradient in one[4]["reward_gradient"].items():
+                    np.testing.assert_allclose(gradient, stride * every[4]["reward_gradient"][m], rtol=1e-4, atol=1e-7)
+    assert firsts == set(range(stride))
+
+
 def test_the_names_of_rewards_are_known():
     assert set(resolve_reward(None).components) == {"generalization", "locality"}
     assert set(resolve_reward("paper").components) == {"generalization", "locality"}
@@ -369,6 +391,7 @@ def test_the_papers_values_are_the_defaults():
     [
         ({"backtracking_depth": -1}, "backtracking_depth is -1"),
         ({"backtracking_samples": 0}, "backtracking_samples is 0"),
+        ({"batch_stride": 0}, "batch_stride is 0"),
         ({"floor": 0.0}, "floor is 0.0; give a negative reward"),
     ],
 )

@@ -10,9 +10,13 @@ from pathlib import Path
 LEARNING = Path(__file__).parents[2] / "benchmarks" / "learning.py"
 SMALL = [
     "--data", "bundled", "--model", "tiny-llama", "--edit-modules", "model.layers.[1-2].mlp.up_proj", "--seeds", "1",
-    "--num-batches", "2", "--batch-size", "2", "--train-batches", "1", "--longer", "3",
+    "--num-batches", "2", "--batch-size", "2", "--longer", "3",
     "--steps-most", "2", "--rank", "4",
-    *(f"--{kind}.{name}=1" for kind in ("recursive", "paper") for name in ("steps", "trajectories", "select-batches")),
+    *(
+        f"--{kind}.{name}=1"
+        for kind in ("recursive", "paper")
+        for name in ("steps", "num-batches", "batch-stride", "trajectories", "select-batches")
+    ),
 ]  # fmt: skip
 
 
