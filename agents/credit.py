@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
-class CreditAccumulator:
-    """∂R/∂ũ_t and ∂R/∂ṽ_t of all steps so far, as rewards come in.
+@dataclass(frozen=True)
+class _Step:
+    """A step's factors, and the gradient of the return with respect to them that is known when it has been taken."""
 
-    Every reward gradient G_τ is projected at once on the factors of the steps it depends on (one product with the
-    stacked factors a module), so that no dense gradient outlives its step.
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    for_keys: dict[str, Tensor]
+    for_values: dict[str, Tensor]
+
+
+class CreditAccumulator:
+    """∂R/∂ũ_t and ∂R/∂ṽ_t of all steps, from the rewards as they come in.
+
+    With G_τ = γ^τ ∂r_τ/∂W_τ, step t's ṽ_t is credited with Σ_{τ≥t} G_τ ũ_tᵀ. That sum is the one over all τ less the
+    one over τ < t, and the latter is known when step t is taken: so one running sum of dense gradients serves all
+    steps, and neither the time nor the dense memory of a step grows with the trajectory.
 
     Args:
-        credit: "trajectory" (all steps t ≤ τ) or "step" (t = τ only).
+        credit: "trajectory" (all rewards from the step's own on) or "step" (its own only).
         key_gradients: whether ∂R/∂ũ is needed; the recursion's ũ does not depend on the parameters.
     """
 
     def __init__(self, credit: str, key_gradients: bool) -> None:
         self.credit, self.key_gradients = credit, key_gradients
-        self.keys: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        self.for_keys: dict[str, Tensor] = {}
-        self.for_values: dict[str, Tensor] = {}
-        self.rows: list[int] = []
+        self._steps: list[_Step] = []
+        self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps so far, (d_out, d_in) by module
 
     def add(
         self,
@@ -36,25 +44,30 @@ class CreditAccumulator:
         discount: float,
     ) -> None:
         """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ."""
-        start = sum(self.rows) if self.credit == "step" else 0
-        self.rows.append(len(next(iter(keys.values()))))
-        for m in keys:
-            gradient = reward_gradient[m] if reward_gradient is not None else None
-            self.keys[m] = _stacked(self.keys.get(m), keys[m])
-            self.for_values[m] = _stacked(self.for_values.get(m), discount * action_gradient["values"][m])
-            if gradient is not None:
-                self.for_values[m][start:].addmm_(self.keys[m][start:], gradient.T, alpha=discount)
+        for_values = {m: discount * g for m, g in action_gradient["values"].items()}
+        for_keys = {m: discount * g for m, g in action_gradient["keys"].items()} if self.key_gradients else {}
+        step = _Step(keys, values, for_keys, for_values)
+        if self.credit == "trajectory":
+            self._credit(step, self._sum, -1.0)
+            for m, gradient in (reward_gradient or {}).items():
+                self._sum[m] = self._sum[m].add_(gradient, alpha=discount) if m in self._sum else discount * gradient
+        else:
+            self._credit(step, reward_gradient or {}, discount)
+        self._steps.append(step)
+
+    def _credit(self, step: _Step, gradients: Mapping[str, Tensor], factor: float) -> None:
+        """Add to a step's credit what ``factor`` times these gradients (d_out, d_in) of ΔW mean for its factors."""
+        for m, gradient in gradients.items():
+            step.for_values[m].addmm_(step.keys[m], gradient.T, alpha=factor)
             if self.key_gradients:
-                self.values[m] = _stacked(self.values.get(m), values[m])
-                self.for_keys[m] = _stacked(self.for_keys.get(m), discount * action_gradient["keys"][m])
-                if gradient is not None:
-                    self.for_keys[m][start:].addmm_(self.values[m][start:], gradient, alpha=discount)
+                step.for_keys[m].addmm_(step.values[m], gradient, alpha=factor)
 
-    def of_step(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def of_step(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module; the first is empty if it is not needed."""
-        part = slice(sum(self.rows[:step]), sum(self.rows[: step + 1]))
-        return {m: g[part] for m, g in self.for_keys.items()}, {m: g[part] for m, g in self.for_values.items()}
-
-
-def _stacked(stack: Tensor | None, rows: Tensor) -> Tensor:
-    return rows.clone() if stack is None else torch.cat([stack, rows])
+        step = self._steps[index]
+        if self.credit == "step":
+            return step.for_keys, step.for_values
+        credited = _Step(step.keys, step.values, *({m: g.clone() for m, g in gs.items()}
+                                                   for gs in (step.for_keys, step.for_values)))  # fmt: skip
+        self._credit(credited, self._sum, 1.0)
+        return credited.for_keys, credited.for_values
