@@ -1,0 +1,103 @@
+"""The operations that a training step and an edit cannot do without, counted.
+
+Matrix products only, of real tokens only: the layers above the first edited one forward and backward, the layers below
+it for passages never seen before, the output head at answer positions, gradients of the edited weights where a reward
+asks for them, and the network's own products. Two operations a multiplication and addition.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from agents import Hypernetwork
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+
+
+class Floor:
+    """Counts for one model and its edited modules.
+
+    Args:
+        lm: the model.
+    """
+
+    def __init__(self, lm: EditableLM) -> None:
+        forward = lm.forward
+        self.first = forward.first_layer
+        self.layers = len(forward.layers)
+        self.layer = sum(w.numel() for w in forward.layers[0].parameters() if w.dim() == 2)
+        config = lm.model.config.get_text_config()
+        self.attention = 4 * config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )  # a query's products with one key and one value
+        self.head = config.vocab_size * config.hidden_size
+        self.edited = sum(d_in * d_out for d_in, d_out in lm.module_shapes.values())
+
+    def layers_forward(self, passages: Sequence[Passage], layers: int) -> float:
+        """The products of this many layers."""
+        tokens, pairs = sum(map(len, passages)), sum(len(p) * (len(p) + 1) / 2 for p in passages)
+        return layers * (2 * self.layer * tokens + self.attention * pairs)
+
+    def _answers(self, passages: Sequence[Passage]) -> int:
+        return sum(len(p.targets) for p in passages)
+
+    def prefix(self, passages: Sequence[Passage]) -> float:
+        """Of passages never seen before."""
+        return self.layers_forward(passages, self.first)
+
+    def suffix(self, passages: Sequence[Passage]) -> float:
+        """A forward pass to the answers' probabilities."""
+        return self.layers_forward(passages, self.layers - self.first) + 2 * self.head * self._answers(passages)
+
+    def backward(self, passages: Sequence[Passage], weights: bool) -> float:
+        """The gradient of the edited modules' outputs and, if asked for, of their weights."""
+        return self.suffix(passages) + (2 * self.edited * sum(map(len, passages)) if weights else 0)
+
+    def trace(self, passages: Sequence[Passage]) -> float:
+        """The state of a batch of new facts."""
+        return self.prefix(passages) + self.suffix(passages) + self.backward(passages, weights=False)
+
+    def reward(self, new: Sequence[Passage], unrelated: Sequence[Passage], scored: Sequence[Passage]) -> float:
+        """The losses of ``scored`` and their gradient.
+
+        Args:
+            new: passages of the current batch, not seen before.
+            unrelated: those of them whose divergence from θ₀ is scored.
+            scored: all passages of the current and of earlier batches.
+        """
+        reference = self.suffix(unrelated)
+        return self.prefix(new) + reference + self.suffix(scored) + self.backward(scored, weights=True)
+
+    def policy(self, network: Hypernetwork, rows: int, learn: bool) -> float:
+        """The network on this many rows a module, the least squares and the update; for learning with its gradient."""
+        config = network.config
+        blocks = sum(2 * 2 * (d_in + d_out) * config.rank * config.blocks for d_in, d_out in network.shapes.values())
+        solve = sum(4 * rows * d_in + rows**2 / 3 for d_in, _ in network.shapes.values())
+        update = 2 * self.edited
+        credit = 4 * self.edited if learn else 0
+        return rows * (blocks * (4 if learn else 1) + solve * (3 if learn else 1) + update + credit)
+
+
+def matmul_rate(dtype: torch.dtype, device: str, shape: tuple[int, int, int]) -> float:
+    """Operations a second of matrix products (m, k) × (k, n), the best of several tries."""
+    m, k, n = shape
+    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        count = max(1, int(2e10 / (2 * m * k * n)))
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.nn.functional.linear(a, b)
+        _wait(device)
+        best = max(best, count * 2 * m * k * n / (time.perf_counter() - start))
+    return best
+
+
+def _wait(device: Any) -> None:
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()

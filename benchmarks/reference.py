@@ -1,0 +1,155 @@
+"""A training step of RLEdit as one would first write it, to measure and to check the package against.
+
+Every loss runs the whole model in mini-batches of four and takes logits at all positions; the divergence from θ₀ runs
+the unedited model again; each component and each backtracked batch is a pass of its own; the update solves a system of
+d_in × d_in and is held as a dense matrix. Nothing is cached. The formulas are MALMEN's and RLEdit's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from agents import Hypernetwork
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+from rledit_env.reward import RewardConfig, ScoredBatch
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward consists of.
+
+    Attributes:
+        loss: Σ_batches weight · Σ_components weight · mean.
+        gradient: module → its gradient (d_out, d_in).
+    """
+
+    loss: float
+    gradient: dict[str, Tensor]
+
+
+class Reference:
+    """The plain path over the Hugging Face model inside an `EditableLM`, whose weights it reads and writes itself.
+
+    Args:
+        lm: where the model, its tokenizer's passages and the names of the edited modules come from.
+        mini_batch: passages in a forward pass.
+    """
+
+    def __init__(self, lm: EditableLM, mini_batch: int = 4) -> None:
+        self.lm, self.model, self.mini_batch = lm, lm.model, mini_batch
+        self.modules: dict[str, Any] = {name: lm.model.get_submodule(name) for name in lm.module_shapes}
+
+    def _logits(self, passages: Sequence[Passage]) -> tuple[Tensor, Tensor]:
+        """Logits at every position (b, L, |V|), and labels (b, L): the target, or −100 where nothing is scored."""
+        length = max(map(len, passages))
+        ids, mask = torch.zeros(2, len(passages), length, dtype=torch.long)
+        labels = torch.full((len(passages), length), -100)
+        for row, passage in enumerate(passages):
+            ids[row, : len(passage)] = torch.tensor(passage.input_ids)
+            mask[row, : len(passage)] = 1
+            labels[row, list(passage.positions)] = torch.tensor(passage.targets)
+        device = self.lm.device
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        return output.logits.float(), labels.to(device)
+
+    def _mini_batches(self, passages: Sequence[Passage]) -> Iterator[Sequence[Passage]]:
+        for start in range(0, len(passages), self.mini_batch):
+            yield passages[start : start + self.mini_batch]
+
+    def trace(self, passages: Sequence[Passage]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keys (N, d_in) and value gradients (N, d_out) by module at the answer positions."""
+        total = sum(len(p.targets) for p in passages)
+        keys: dict[str, list[Tensor]] = {m: [] for m in self.modules}
+        gradients: dict[str, list[Tensor]] = {m: [] for m in self.modules}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                output.retain_grad() if output.requires_grad else output.requires_grad_()
+                seen[name] = (inputs[0].detach(), output)
+
+            return hook
+
+        handles = [module.register_forward_hook(watch(name)) for name, module in self.modules.items()]
+        for members in self._mini_batches(passages):
+            logits, labels = self._logits(members)
+            (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total).backward()
+            for name, (inputs, output) in seen.items():
+                assert output.grad is not None
+                keys[name].append(inputs[labels != -100].float())
+                gradients[name].append(output.grad[labels != -100].float())
+        for handle in handles:
+            handle.remove()
+        return tuple({m: torch.cat(rows) for m, rows in part.items()} for part in (keys, gradients))  # type: ignore
+
+    def update(
+        self, network: Hypernetwork, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Dense ΔW (d_out, d_in) by module: least squares by its normal equations, differentiable in the network."""
+        updates = {}
+        record = network.observe(keys, gradients)
+        for module, u in keys.items():
+            group, member = network.place[module]
+            z = network.networks[group](record.inputs[module], member)
+            key_part, gradient_part = z.split(network.shapes[module], dim=1)
+            step_size, damping = (p[network.index[module]].exp() for p in (network.log_step_size, network.log_damping))
+            v = -step_size * (u * key_part).sum(1, keepdim=True) * gradient_part  # (N, d_out)
+            system = u.T @ u + damping * torch.eye(u.shape[1], device=u.device)  # (d_in, d_in)
+            updates[module] = torch.linalg.solve(system, u.T @ v).T
+        return updates
+
+    @torch.no_grad()
+    def apply(self, updates: Mapping[str, Tensor]) -> None:
+        """W ← W + ΔW."""
+        for name, module in self.modules.items():
+            update = updates[name].detach()
+            module.weight += (update.T if isinstance(module, Conv1D) else update).to(module.weight.dtype)
+
+    def score(self, batches: Sequence[ScoredBatch], config: RewardConfig) -> Scored:
+        """The losses of batches at the current weights, and the gradient of their sum."""
+        total = 0.0
+        for module in self.modules.values():
+            module.weight.requires_grad_()
+        for batch in batches:
+            for weight, component in config.components.values():
+                pairs = zip(batch.records, batch.choices, strict=True)
+                passages = [p for record, choice in pairs for p in component.passages(record, choice)]
+                tokens = sum(len(p.targets) for p in passages)
+                for members in self._mini_batches(passages):
+                    logits, labels = self._logits(members)
+                    if component.needs_reference:
+                        with torch.no_grad(), self.lm.original_weights():
+                            original = self._logits(members)[0].log_softmax(-1)
+                        divergence = F.kl_div(logits.log_softmax(-1), original, log_target=True, reduction="none")
+                        loss = divergence.sum(-1)[labels != -100].sum()
+                    else:
+                        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                    loss = loss * (batch.weight * weight / tokens)
+                    loss.backward()
+                    total += float(loss.detach())
+        gradient = {}
+        for name, module in self.modules.items():
+            assert module.weight.grad is not None
+            gradient[name] = module.weight.grad.T if isinstance(module, Conv1D) else module.weight.grad
+            module.weight.grad = None
+            module.weight.requires_grad_(False)
+        return Scored(total, gradient)
+
+    def training_step(
+        self, network: Hypernetwork, edits: Sequence[Passage], batches: Sequence[ScoredBatch], config: RewardConfig
+    ) -> tuple[dict[str, Tensor], Scored, list[Tensor]]:
+        """State, action, transition, reward, and the reward's gradient for the network: (ΔW, losses, gradient)."""
+        updates = self.update(network, *self.trace(edits))
+        self.apply(updates)
+        scored = self.score(batches, config)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        credit = [scored.gradient[m] for m in updates]
+        return updates, scored, list(torch.autograd.grad(list(updates.values()), parameters, credit))

@@ -1,0 +1,459 @@
+"""How fast is a training step, an edit and a solve, beside a straightforward implementation and the machine's limit?
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --sections step memory --threads 1
+
+`benchmarks/reference.py` is the straightforward implementation; both get the same batches and weights, and what they
+compute is compared. Everything that is compared runs in turn, `--repeats` times in one process, and medians count. The
+floor (`benchmarks/floor.py`) is the time that the operations which a step cannot do without would take at the measured
+speed of matrix products.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+import tyro
+from floor import Floor, matmul_rate
+from reference import Reference
+from torch import Tensor
+from tqdm import tqdm
+
+from agents import Hypernetwork, HypernetworkConfig
+from agents.credit import CreditAccumulator
+from rledit_env.files import write_text
+from rledit_env.lm.editable import EditableLM
+from rledit_env.report import text_table, versions
+from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
+
+Section = Literal["step", "edit", "solve", "memory", "growth"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Times the package beside a plain implementation."""
+
+    model: str = "smollm2-135m"
+    """Registry name, hub id or folder of the model."""
+    edit_modules: tuple[str, ...] = ("model.layers.[20-27].mlp.{gate,up}_proj",)
+    """Modules to edit."""
+    data: str = "bundled"
+    """CounterFact's facts, as the environment takes them."""
+    batch_size: int = 20
+    """n, facts in a batch of the training step."""
+    edit_batch_size: int = 100
+    """Facts in a batch of the editing phase."""
+    depth: int = 10
+    """k, earlier batches in the reward."""
+    samples: int = 2
+    """Earlier batches in the reward where they are sampled."""
+    rank: int = 1024
+    """Inner width of the network's blocks."""
+    blocks: int = 4
+    """Residual blocks of the network."""
+    repeats: int = 3
+    """Runs of everything that is timed; the median counts."""
+    solve_widths: tuple[int, ...] = (4096, 14336)
+    """d_in of the least squares that are solved alone."""
+    growth_edits: int = 5000
+    """Edits in the stream that shows whether a step slows down."""
+    threads: int = 2
+    """torch's threads."""
+    device: str = "auto"
+    """Where; "auto" takes an accelerator."""
+    sections: tuple[Section, ...] = ("step", "edit", "solve", "memory", "growth")
+    """What to measure."""
+    out: Path = Path("runs/speed")
+    """Folder of speed.json and growth.png."""
+    peak_of: Literal["", "reference", "package"] = ""
+    """Only print the peak memory of one path above the model, in bytes; used by the memory section."""
+
+
+class Stepper:
+    """The package's training step, one at a time: state, action, transition, reward, gradient for the network."""
+
+    def __init__(self, args: Args, lm: EditableLM, config: RewardConfig | str, batches: int, batch_size: int) -> None:
+        self.lm, self.batch_size = lm, batch_size
+        self.env = gym.make(
+            "RLEdit-CounterFact-v0", model=lm, data=args.data, num_batches=batches, batch_size=batch_size,
+            reward=config, reward_gradient=config != "none", array_backend="torch", disable_env_checker=True,
+        )  # fmt: skip
+        self.inner: Any = self.env.unwrapped
+        self.network = made_network(args, lm)
+        self.steps = 0
+        self.observation, _ = self.env.reset(seed=0)
+        self.info: dict[str, Any] = {}
+        self.loss = 0.0
+        self.factors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = ({}, {})
+
+    def edit(self) -> None:
+        """State → action → transition, and the next state."""
+        record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
+        with torch.no_grad():
+            keys, values = self.factors = self.network.factors(record)
+        self.record = record
+        self.observation, reward, *_, self.info = self.env.step({"keys": keys, "values": values})
+        self.loss = -float(reward)
+        self.steps += 1
+
+    def learn(self) -> list[Tensor]:
+        """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
+        self.edit()
+        keys, values = self.factors
+        credit = CreditAccumulator("trajectory", key_gradients=True)
+        credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
+        for_keys, for_values = credit.of_step(0)
+        keys, values = self.network.factors(self.record)
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        cotangents = [*for_keys.values(), *for_values.values()]
+        return list(torch.autograd.grad([*keys.values(), *values.values()], parameters, cotangents))
+
+    @property
+    def edits(self) -> Sequence[Any]:
+        """The current batch's edit passages."""
+        return [record.edit for record in self.inner._records(self.steps)]
+
+    def batches(self, config: RewardConfig) -> list[ScoredBatch]:
+        """What the exact reward of the current step scores."""
+        earlier = backtracked(self.steps, config, self.inner.np_random)
+        return [self.inner._scored(self.steps - i, w) for i, w in {0: 1.0, **earlier}.items()]
+
+
+def made_network(args: Args, lm: EditableLM) -> Hypernetwork:
+    """The paper's policy, its blocks no longer the identity."""
+    config = HypernetworkConfig(args.rank, args.blocks, "least_squares", step_size=1e-3)
+    network = Hypernetwork(lm.module_shapes, config).to(lm.device)
+    generator = torch.Generator(device=lm.device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.networks.parameters():
+            if not parameter.any():
+                parameter.normal_(std=1e-2, generator=generator)
+    network.reset()
+    return network
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, the device's queue empty at both ends; and the result."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - start, result
+
+
+class Benchmark:
+    """The sections; each returns numbers for speed.json."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.seconds: dict[str, list[float]] = {}
+
+    def load(self, dtype: torch.dtype) -> EditableLM:
+        """A model of its own, so that what is compared shares no cache."""
+        return EditableLM.load(self.args.model, self.args.edit_modules, dtype, self.args.device)
+
+    def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
+        """Run and time something under a name."""
+        seconds, result = timed(lm.device, work)
+        self.seconds.setdefault(name, []).append(seconds)
+        print(f"  {name}: {seconds:.3f} s", flush=True)
+        return result
+
+    def median(self, name: str) -> float:
+        """Of a name's runs."""
+        return statistics.median(self.seconds[name])
+
+    def step(self) -> dict[str, Any]:
+        """A training step with ``depth`` earlier batches, beside the reference and the floor."""
+        args = self.args
+        exact = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
+        sampled = replace(exact, backtracking_samples=args.samples)
+        batches = args.depth + args.repeats + 1
+        steppers = {
+            f"{name}, {reward}": Stepper(args, self.load(dtype), config, batches, args.batch_size)
+            for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+            for reward, config in (("exact", exact), (f"{args.samples} of {args.depth} sampled", sampled))
+        }
+        for stepper in tqdm(steppers.values(), desc="first batches"):
+            for _ in range(args.depth):
+                stepper.edit()
+        ours = steppers["float32, exact"]
+        reference = Reference(ours.lm)
+        deviations: dict[str, list[float]] = {}
+        floors: dict[str, list[float]] = {name: [] for name in steppers}
+        for _ in range(args.repeats):
+            for name, stepper in steppers.items():
+                floors[name].append(self._floor(stepper, exact, "sampled" in name))
+            scored, edits = ours.batches(exact), ours.edits
+            weights, moments = ours.lm.snapshot(), ours.network.memory_state()
+            updates, theirs, gradient = self.clock(
+                "reference", ours.lm, lambda s=scored, e=edits: reference.training_step(ours.network, e, s, exact)
+            )
+            ours.lm.restore(weights)
+            ours.network.load_memory_state(moments)
+            for name, stepper in steppers.items():
+                got = self.clock(name, stepper.lm, stepper.learn)
+                if stepper is ours:
+                    keys, values = ours.factors
+                    reward_gradient = {m: -g for m, g in ours.info["reward_gradient"].items()}
+                    for what, pairs in {
+                        "loss": [(torch.tensor(ours.loss), torch.tensor(theirs.loss))],
+                        "ΔW": [(values[m].T @ keys[m], updates[m].detach()) for m in keys],
+                        "gradient of the weights": [(reward_gradient[m], theirs.gradient[m]) for m in keys],
+                        "gradient of the network": [(a, -b) for a, b in zip(got, gradient, strict=True)],
+                    }.items():
+                        deviations.setdefault(what, []).append(max(_deviation(a, b) for a, b in pairs))
+        rates = self._rates(ours.lm)
+        rows = {}
+        for name in steppers:
+            rate = rates[name.split(",")[0]]
+            rows[name] = {
+                "seconds": self.median(name),
+                "times the reference's speed": self.median("reference") / self.median(name),
+                "floor": statistics.median(floors[name]) / rate,
+                "over the floor": self.median(name) * rate / statistics.median(floors[name]),
+            }
+        return {
+            "rows": {"reference": {"seconds": self.median("reference")}, **rows},
+            "greatest relative deviation": {what: max(values) for what, values in deviations.items()},
+            "operations a second": rates,
+        }
+
+    def _rates(self, lm: EditableLM) -> dict[str, float]:
+        d_in, d_out = next(iter(lm.module_shapes.values()))
+        return {
+            name: matmul_rate(dtype, str(lm.device), (1024, d_in, d_out))
+            for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        }
+
+    def _floor(self, stepper: Stepper, config: RewardConfig, sampled: bool) -> float:
+        """Operations of the step to come: its reward and the next batch's state."""
+        floor = Floor(stepper.lm)
+        batches = stepper.batches(config)
+        if sampled:
+            batches = batches[: self.args.samples + 1]
+        parts = [
+            [p for r, c in zip(b.records, b.choices, strict=True) for p in component.passages(r, c)]
+            for b in batches
+            for _, component in config.components.values()
+        ]
+        new = parts[: len(config.components)]
+        unrelated = [p for part, (_, c) in zip(new, config.components.values(), strict=True)
+                     if c.needs_reference for p in part]  # fmt: skip
+        rows = len(stepper.observation["mask"])
+        return (
+            floor.trace(stepper.edits)
+            + floor.reward([p for part in new for p in part], unrelated, [p for part in parts for p in part])
+            + floor.policy(stepper.network, rows, learn=True)
+        )
+
+    def edit(self) -> dict[str, Any]:
+        """The editing phase: batches of new facts, no reward."""
+        args = self.args
+        n, batches = args.edit_batch_size, args.repeats + 1
+        small = replace(args, rank=256, blocks=2)
+        steppers = {
+            "editing, float32": Stepper(args, self.load(torch.float32), "none", batches, n),
+            "editing, bfloat16": Stepper(args, self.load(torch.bfloat16), "none", batches, n),
+            "editing, bfloat16, rank 256, 2 blocks": Stepper(small, self.load(torch.bfloat16), "none", batches, n),
+        }
+        ours = steppers["editing, float32"]
+        reference = Reference(ours.lm)
+
+        def plain(edits: Sequence[Any]) -> None:
+            with torch.no_grad():
+                reference.apply(reference.update(ours.network, *_with_gradient(reference.trace, edits)))
+
+        for _ in range(args.repeats):
+            edits, weights, moments = ours.edits, ours.lm.snapshot(), ours.network.memory_state()
+            self.clock("editing, reference", ours.lm, lambda e=edits: plain(e))
+            ours.lm.restore(weights)
+            ours.network.load_memory_state(moments)
+            for name, stepper in steppers.items():
+                self.clock(name, stepper.lm, stepper.edit)
+        names = ["editing, reference", *steppers]
+        plain_seconds = self.median(names[0])
+        return {
+            name: {
+                "seconds": self.median(name),
+                "facts a second": n / self.median(name),
+                "times the reference's speed": plain_seconds / self.median(name),
+            }
+            for name in names
+        }
+
+    def solve(self) -> dict[str, Any]:
+        """The ridge least squares of one module by its dual and by its normal equations, random factors."""
+        results = {}
+        rows, d_out, damping = 300, 4096, 1.0
+        device = EditableLM.load("tiny-llama", device=self.args.device).device
+        for d_in in self.args.solve_widths:
+            generator = torch.Generator(device=device).manual_seed(0)
+            u = torch.randn(rows, d_in, device=device, generator=generator)
+            v = torch.randn(rows, d_out, device=device, generator=generator)
+
+            def dual(u: Tensor = u) -> Tensor:
+                gram = u @ u.T + damping * torch.eye(rows, device=u.device)
+                return torch.cholesky_solve(u, torch.linalg.cholesky(gram))
+
+            def primal(u: Tensor = u, v: Tensor = v, d_in: int = d_in) -> Tensor:
+                return torch.linalg.solve(u.T @ u + damping * torch.eye(d_in, device=u.device), u.T @ v).T
+
+            dual()
+            seconds = [timed(device, dual)[0] for _ in range(5)]
+            primal_seconds, update = timed(device, primal)
+            results[str(d_in)] = {
+                "dual": statistics.median(seconds),
+                "primal": primal_seconds,
+                "times the primal's speed": primal_seconds / statistics.median(seconds),
+                "relative deviation": _deviation(v.T @ dual(), update),
+            }
+            print(f"  solve, d_in {d_in}: {results[str(d_in)]}", flush=True)
+        return results
+
+    def memory(self) -> dict[str, Any]:
+        """Peak memory of a training step above the model itself, each path in a process of its own."""
+        result = {}
+        for path in ("reference", "package"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", path]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            result[path] = int(output.split()[-1])
+        return {**result, "package / reference": result["package"] / result["reference"]}
+
+    def peak(self, path: str) -> int:
+        """Bytes that one path's step needs above what was there before it."""
+        args = self.args
+        config = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
+        stepper = Stepper(args, self.load(torch.float32), config, args.depth + 1, args.batch_size)
+        device = stepper.lm.device
+        if path == "package":  # its caches are part of what it needs: they fill from here on
+            start = _reset_peak(device)
+            for _ in range(args.depth):
+                stepper.edit()
+            stepper.learn()
+        else:
+            stepper.steps = args.depth
+            start = _reset_peak(device)
+            Reference(stepper.lm).training_step(stepper.network, stepper.edits, stepper.batches(config), config)
+        return _peak(device) - start
+
+    def growth(self) -> dict[str, Any]:
+        """Seconds of a step by n, by k, and by the number of edits so far."""
+        args, result = self.args, {}
+        base = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
+        for what, sizes in (("n", (5, 10, 20, 40)), ("k", (0, 2, 5, 10))):
+            found = {}
+            for size in sizes:
+                n, k = (size, args.depth) if what == "n" else (args.batch_size, size)
+                config = replace(base, backtracking_depth=k)
+                stepper = Stepper(args, self.load(torch.bfloat16), config, k + args.repeats + 1, n)
+                for _ in range(k):
+                    stepper.edit()
+                for _ in range(args.repeats):
+                    self.clock(f"{what} = {size}", stepper.lm, stepper.learn)
+                found[str(size)] = self.median(f"{what} = {size}")
+            result[f"seconds by {what}"] = found
+        config = replace(base, backtracking_samples=args.samples)
+        steps = args.growth_edits // args.batch_size
+        stepper = Stepper(args, self.load(torch.bfloat16), config, steps, args.batch_size)
+        with torch.no_grad():
+            stepper.network.log_step_size -= 2.3  # so small that the model stays whole for thousands of edits
+        seconds = [timed(stepper.lm.device, stepper.learn)[0] for _ in tqdm(range(steps), desc="edits", unit="batch")]
+        result["seconds by edits so far"] = {str((i + 1) * args.batch_size): s for i, s in enumerate(seconds)}
+        tenth = max(1, steps // 10)
+        result["last tenth / second tenth"] = statistics.median(seconds[-tenth:]) / statistics.median(
+            seconds[tenth : 2 * tenth]
+        )
+        return result
+
+
+def _with_gradient(work: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.enable_grad():
+        return work(*arguments)
+
+
+def _deviation(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Begin to watch the peak of memory; bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def plot_growth(result: Mapping[str, Any], path: Path) -> None:
+    """Three curves of seconds a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), constrained_layout=True)
+    for axis, what in zip(axes, ("n", "k", "edits so far"), strict=True):
+        curve = result[f"seconds by {what}"]
+        axis.plot([int(x) for x in curve], list(curve.values()), "o-" if len(curve) < 20 else ".", markersize=3)
+        axis.set(xlabel=what, ylabel="seconds a training step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def shown(section: str, result: Mapping[str, Any]) -> str:
+    """A section's numbers as text."""
+    if section == "step":
+        columns = ["seconds", "times the reference's speed", "floor", "over the floor"]
+        rows = [[name, *(f"{row[c]:.3g}" if c in row else "" for c in columns)] for name, row in result["rows"].items()]
+        rest = {k: v for k, v in result.items() if k != "rows"}
+        return text_table(["training step", *columns], rows) + "\n" + json.dumps(rest, ensure_ascii=False)
+    if section == "edit":
+        columns = ["seconds", "facts a second", "times the reference's speed"]
+        return text_table(["", *columns], [[n, *(f"{r[c]:.3g}" for c in columns)] for n, r in result.items()])
+    short = {k: v for k, v in result.items() if k != "seconds by edits so far"}
+    return f"{section}: {json.dumps(short, ensure_ascii=False)}"
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    benchmark = Benchmark(args)
+    if args.peak_of:
+        print(benchmark.peak(args.peak_of))
+        return
+    results: dict[str, Any] = {}
+    for section in args.sections:
+        print(section, flush=True)
+        results[section] = getattr(benchmark, section)()
+        print(shown(section, results[section]), flush=True)
+        settings = json.loads(json.dumps(asdict(args), default=str))
+        whole = {"settings": settings, "versions": versions(), "results": results}
+        write_text(args.out / "speed.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    if "growth" in results:
+        plot_growth(results["growth"], args.out / "growth.png")
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
