@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.files import whole_folder
+from rledit_env.lm.attention import prefer_fast_attention
 from rledit_env.lm.forward import (
     Passage,
     PrefixCache,
@@ -157,6 +158,7 @@ class EditableLM:
                 "covers; convert it with the tokenizers library or choose another model"
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        prefer_fast_attention(model)
         self.max_tokens_per_pass = max_tokens_per_pass
         _, layers = decoder_layers(model)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
