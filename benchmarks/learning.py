@@ -85,9 +85,12 @@ class Args:
     """Updates between two selections of the checkpoint."""
     recursive: Training = Training(steps=5, num_batches=5, batch_stride=1, trajectories=20, select_batches=10)
     """The agent with recursive least squares."""
-    paper: Training = Training(steps=3, num_batches=20, batch_stride=5, trajectories=20, select_batches=20)
-    """The agent with the paper's aggregation, tested with as many presentations. It forgets the keys of earlier
-    batches, so that what suits a short stream ruins a long one: it is trained on streams as long as the test."""
+    paper: Training = Training(steps=1, num_batches=20, batch_stride=5, trajectories=20, select_batches=20)
+    """The agent with the paper's aggregation, one presentation a batch as in the paper, trained and tested. It forgets
+    the keys of earlier batches, so that what suits a short stream ruins a long one: it is trained on streams as long
+    as the test."""
+    paper_repeated: Training = Training(steps=3, num_batches=20, batch_stride=5, trajectories=20, select_batches=20)
+    """The same with more presentations."""
     steps_most: int = 12
     """Presentations of a batch at which the calibrated recursive agent is tested."""
     learning_rate: float = 2e-3
@@ -338,13 +341,12 @@ def untrained(aggregation: Aggregation | None, steps: int) -> Editor:
 
 def editors(args: Args) -> list[Editor]:
     """The rivals and the agents."""
-    paper, recursive, most = args.paper, args.recursive, args.steps_most
+    papers, recursive, most = (args.paper, args.paper_repeated), args.recursive, args.steps_most
     rivals = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
-    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, paper.steps})]
+    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, *(paper.steps for paper in papers)})]
     rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, recursive.steps, most})]
     agents = [
-        Editor(f"RLEdit, per-batch, {_steps(paper.steps)}", "least_squares", paper.steps, 0.0, paper),
-        Editor(f"RLEdit, per-batch, {_steps(paper.steps)}, calibrated", "least_squares", paper.steps, 0.0, paper, True),
+        *(Editor(f"RLEdit, per-batch, {_steps(p.steps)}", "least_squares", p.steps, 0.0, p) for p in papers),
         Editor(f"RLEdit, recursive, {_steps(recursive.steps)}", "recursive", recursive.steps, 0.0, recursive),
         Editor(f"RLEdit, recursive, {_steps(most)}, calibrated", "recursive", most, 0.0, recursive, True),
     ]

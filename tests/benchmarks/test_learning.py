@@ -14,9 +14,10 @@ SMALL = [
     "--steps-most", "2", "--rank", "4",
     *(
         f"--{kind}.{name}=1"
-        for kind in ("recursive", "paper")
+        for kind in ("recursive", "paper", "paper-repeated")
         for name in ("steps", "num-batches", "batch-stride", "trajectories", "select-batches")
     ),
+    "--paper-repeated.steps=2",
 ]  # fmt: skip
 
 
