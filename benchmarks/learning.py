@@ -297,13 +297,13 @@ class Benchmark:
         """An editor's scores on one stream of the evaluation split."""
 
         def compute() -> dict[str, Any]:
-            if editor.training:
-                policy: Any = self.trained(editor, seed)
-                if editor.calibrated:
-                    policy.scale_step_sizes(self.calibration(editor))
-            else:
+            if not editor.training:
                 policy = self.untrained(editor, self.best_step_size(editor, self.args.num_batches))
-            return self.score(editor, policy, self.test, batches, seed)
+                return self.score(editor, policy, self.test, batches, seed)
+            factor = self.calibration(editor) if editor.calibrated else 1.0
+            policy = self.trained(editor, seed)
+            policy.scale_step_sizes(factor)
+            return self.score(editor, policy, self.test, batches, seed) | {"factor": factor}
 
         return self.cells.get(f"{name}/{editor.name}/seed {seed}", compute)
 

@@ -1,0 +1,175 @@
+"""Tests of rledit_env.wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import NormalizeObservation, RecordEpisodeStatistics, TimeLimit, TransformReward
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import rledit_env  # noqa: F401 - registers the environments
+from rledit_env.wrappers import FlattenFactors, GradientFeatures, ScaledUpdate
+
+MODULES = "model.layers.[1-2].mlp.{up,down}_proj"
+
+
+def make(**arguments: Any) -> gym.Env[Any, Any]:
+    settings = {"model": "tiny-llama", "edit_modules": MODULES, "num_batches": 3, "batch_size": 2, **arguments}
+    return gym.make("RLEdit-ZsRE-v0", **settings)
+
+
+VIEWS = {
+    "features": lambda **a: GradientFeatures(make(**a)),
+    "scaled gradient": lambda **a: GradientFeatures(ScaledUpdate(make(**a), "gradient", rank=2)),
+    "scaled least squares": lambda **a: GradientFeatures(ScaledUpdate(make(**a))),
+    "flat": lambda **a: FlattenFactors(make(**a)),
+}
+
+
+@pytest.mark.parametrize("view", ["scaled gradient", "scaled least squares", "flat"])
+def test_every_view_passes_gymnasium_s_and_stable_baselines3_s_checks(view: str) -> None:
+    env = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj", num_batches=2)
+    check_env(env, skip_render_check=True)
+    sb3_check_env(env, warn=False)
+
+
+def test_an_observation_view_passes_gymnasium_s_check() -> None:
+    check_env(VIEWS["features"](edit_modules="model.layers.1.mlp.up_proj"), skip_render_check=True)
+
+
+@pytest.mark.parametrize("view", ["scaled gradient", "scaled least squares", "flat"])
+def test_gymnasium_s_own_wrappers_work_on_every_view(view: str) -> None:
+    env: Any = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj")
+    env = TransformReward(NormalizeObservation(RecordEpisodeStatistics(TimeLimit(env, 2))), lambda r: r / 10)
+    env.reset(seed=0)
+    zero = np.zeros(env.action_space.shape, np.float32)
+    _, first, _, truncated, _ = env.step(zero)
+    assert not truncated
+    _, second, terminated, truncated, info = env.step(zero)
+    assert truncated and not terminated
+    assert info["episode"]["l"] == 2
+    assert info["episode"]["r"] == pytest.approx(10 * (first + second), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_features_are_what_the_table_says(backend: str) -> None:
+    raw: Any = make(array_backend=backend)
+    env = GradientFeatures(ScaledUpdate(raw, "gradient", step_size=0.5))
+    seen, _ = env.reset(seed=0)
+    assert np.all(seen[[2, 3, 6, 7, 10, 11, 14, 15]] == 0) and seen[-1] == -1  # nothing edited, nothing done
+    seen, *_ = env.step(np.zeros(4, np.float32))
+    inner: Any = raw.unwrapped
+    observation = env.get_wrapper_attr("_observation")
+    rows = int(observation["mask"].sum())
+    for i, m in enumerate(inner.lm.module_shapes):
+        u, delta = (torch.as_tensor(observation[part][m])[:rows] for part in ("keys", "value_gradients"))
+        change = inner.lm.weight(m) - inner.lm.original_weight(m)
+        gradient = delta.T @ u
+        expected = [
+            torch.log10(u.norm() / rows**0.5) / 6,
+            torch.log10(delta.norm() / rows**0.5) / 6,
+            (gradient * change).sum() / gradient.norm() / change.norm(),
+            torch.tanh(change.norm() / inner.lm.original_weight(m).norm()),
+        ]
+        np.testing.assert_allclose(seen[4 * i : 4 * i + 4], torch.stack(expected), rtol=1e-3, atol=1e-5)
+    loss = float(observation["edit_loss"][0])
+    np.testing.assert_allclose(seen[-2:], [loss / (1 + loss), 2 / 3 - 1], rtol=1e-5)
+
+
+def test_features_stay_in_bounds_when_the_weights_explode() -> None:
+    env = GradientFeatures(ScaledUpdate(make(), "gradient", step_size=1e4))
+    seen, _ = env.reset(seed=0)
+    for _ in range(3):
+        seen, _, terminated, _, _ = env.step(np.ones(4, np.float32))
+        assert env.observation_space.contains(seen)
+        if terminated:
+            break
+
+
+def test_the_zero_action_is_the_base_rule() -> None:
+    for rule in ("gradient", "least_squares"):
+        env = ScaledUpdate(make(array_backend="torch"), rule, step_size=0.3, damping=0.7, rank=2)  # type: ignore
+        observation, _ = env.reset(seed=0)
+        factors = env.factors(observation, np.zeros(env.action_space.shape, np.float32))
+        for m, u in observation["keys"].items():
+            delta = observation["value_gradients"][m]
+            update = factors["values"][m].T @ factors["keys"][m]
+            if rule == "gradient":
+                expected = -0.3 * delta.T @ u
+            else:  # the normal equations of the ridge regression
+                targets = -0.3 * u.square().sum(1, keepdim=True) * delta
+                expected = torch.linalg.solve(u.T @ u + 0.7 * torch.eye(u.shape[1]), u.T @ targets).T
+            torch.testing.assert_close(update, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_an_action_scales_its_own_module_s_step_damping_and_basis_directions() -> None:
+    env = ScaledUpdate(make(array_backend="torch"), span=10.0, rank=1)
+    observation, _ = env.reset(seed=0)
+    modules = list(env.shapes)
+    zero = np.zeros(env.action_space.shape, np.float32)
+    base = env.factors(observation, zero)
+    for part, place in (("step", 0), ("damping", 1), ("basis", 2)):
+        action = zero.reshape(3, len(modules)).copy()
+        action[place, 1] = 1.0
+        changed = env.factors(observation, action.ravel())
+        for i, m in enumerate(modules):
+            same = torch.equal(changed["values"][m], base["values"][m])
+            same_keys = torch.equal(changed["keys"][m], base["keys"][m])
+            assert (same, same_keys) == ((part == "damping" or i != 1), (part != "damping" or i != 1))
+        v, new = base["values"][modules[1]], changed["values"][modules[1]]
+        if part == "step":
+            torch.testing.assert_close(new, 10 * v)
+        if part == "basis":
+            p = env.basis[modules[1]]
+            torch.testing.assert_close(new @ p, 2 * v @ p)
+            torch.testing.assert_close(new - new @ p @ p.T, v - v @ p @ p.T)
+
+
+def test_flat_factors_are_the_raw_ones_in_order() -> None:
+    raw, flat = make(edit_modules="model.layers.1.mlp.up_proj"), FlattenFactors(
+        make(edit_modules="model.layers.1.mlp.up_proj")
+    )
+    observation, _ = raw.reset(seed=0)
+    seen, _ = flat.reset(seed=0)
+    np.testing.assert_array_equal(seen, gym.spaces.flatten(raw.observation_space, observation))
+    action = raw.action_space.sample()
+    scaled = {part: {m: 0.01 * v for m, v in by.items()} for part, by in action.items()}
+    expected = raw.step(scaled)
+    got = flat.step(gym.spaces.flatten(raw.action_space, scaled))
+    assert got[1] == expected[1]
+    np.testing.assert_array_equal(got[0], gym.spaces.flatten(raw.observation_space, expected[0]))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda: ScaledUpdate(make(), "adam"), "rule is 'adam'; give 'gradient' or 'least_squares'"),  # type: ignore
+        (lambda: ScaledUpdate(make(), step_size=0), "step_size is 0; give a number above 0"),
+        (lambda: ScaledUpdate(make(), span=1), "span is 1; give a number above 1"),
+        (lambda: ScaledUpdate(make(), rank=10_000), "rank is 10000; give 0"),
+        (lambda: FlattenFactors(make(array_backend="torch")), "array_backend='numpy'"),
+        (lambda: FlattenFactors(make(), limit=10), "has .* numbers, more than 10"),
+        (lambda: GradientFeatures(gym.make("CartPole-v1")), "no environment of this package"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_a_clear_error(wrap: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrap()
+
+
+@pytest.mark.parametrize("view", ["scaled gradient", "flat"])
+@pytest.mark.parametrize("bad", ["shape", "nan"])
+def test_a_bad_action_changes_nothing(view: str, bad: str) -> None:
+    env: Any = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj")
+    env.reset(seed=0)
+    before = env.unwrapped.lm.snapshot()
+    action = np.zeros(env.action_space.shape[0] + (bad == "shape"), np.float32)
+    action[0] = np.nan if bad == "nan" else 0.0
+    with pytest.raises(ValueError, match="it must be" if bad == "shape" else "not finite"):
+        env.step(action)
+    assert all(torch.equal(before[m], w) for m, w in env.unwrapped.lm.snapshot().items())
