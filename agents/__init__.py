@@ -3,6 +3,7 @@
 from agents.base import Agent
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.ppo import StandardAgent, StandardConfig
 from agents.rledit import RLEditAgent, RLEditConfig
 from agents.saved import agent_settings, find_agent, load_agent
 
@@ -13,6 +14,8 @@ __all__ = [
     "HypernetworkConfig",
     "RLEditAgent",
     "RLEditConfig",
+    "StandardAgent",
+    "StandardConfig",
     "agent_settings",
     "edit_facts",
     "edit_stream",

@@ -9,10 +9,11 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
+from agents.ppo import StandardAgent
 from agents.rledit import RLEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent}
+CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent}
 
 
 def find_agent(name: str | Path) -> Path:

@@ -1,0 +1,252 @@
+"""PPO, and Stable-Baselines3's other algorithms for continuous actions, on the low-dimensional view."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from safetensors.torch import load_file
+from stable_baselines3 import A2C, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from tqdm.auto import tqdm
+
+from agents.base import Agent, run_stream
+from agents.settings import environment_settings
+from rledit_env.files import write_tensors, write_text
+from rledit_env.wrappers import GradientFeatures, Rule, ScaledUpdate
+
+ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
+# For streams of tens of steps, each of which takes a second: small rollouts, used well.
+HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
+    "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 10, "learning_rate": 1e-3, "gamma": 1.0, "gae_lambda": 0.95},
+    "a2c": {"n_steps": 8, "learning_rate": 1e-3, "gamma": 1.0},
+    "sac": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+    "td3": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+}
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+@dataclass(frozen=True)
+class StandardConfig:
+    """How a standard algorithm sees the environment, and its hyperparameters.
+
+    Attributes:
+        algorithm: of Stable-Baselines3.
+        rule: the base rule that the actions scale (see `rledit_env.wrappers.ScaledUpdate`).
+        step_size, damping, span, rank: as there.
+        reward_scale: rewards are multiplied by it for the algorithm, whose value function is best off near 1; returns
+            that are logged are the environment's own.
+        hyperparameters: of the algorithm, over :data:`HYPERPARAMETERS`.
+    """
+
+    algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
+    rule: Rule = "least_squares"
+    step_size: float = 0.01
+    damping: float = 1.0
+    span: float = 10.0
+    rank: int = 0
+    reward_scale: float = 0.05
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm is {self.algorithm!r}; give one of {', '.join(ALGORITHMS)}")
+
+
+class StandardAgent(Agent):
+    """A standard reinforcement-learning algorithm as an editor: it sees features and scales a base rule's update.
+
+    Args:
+        env: a `LifelongEditEnv`, best with ``array_backend="torch"``. It is needed to predict, too: the features speak
+            of the LLM's weights.
+        config: algorithm and view.
+        seed: of the policy's initial weights, its exploration, and the training streams.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+        self.env, self.config, self.seed = env, config or StandardConfig(), seed
+        c = self.config
+        self._look_at(env)
+        settings = {**HYPERPARAMETERS[c.algorithm], **c.hyperparameters}
+        scaled_rewards = gym.wrappers.TransformReward(self.view, lambda r: c.reward_scale * float(r))
+        algorithm: Any = ALGORITHMS[c.algorithm]
+        # On the CPU: the policy is tiny, and the LLM may fill the accelerator.
+        self.model = algorithm("MlpPolicy", scaled_rewards, seed=seed, device="cpu", **settings)
+        self.timesteps = 0
+        self.best_score = -math.inf
+
+    def _look_at(self, env: gym.Env[Any, Any]) -> None:
+        c = self.config
+        self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank)
+        self.view = GradientFeatures(self.scaled)
+
+    def on(self, env: gym.Env[Any, Any]) -> StandardAgent:
+        """The same policy, not a copy, looking at another environment of the same modules."""
+        other = copy.copy(self)
+        other._look_at(env)
+        return other
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for a raw observation in either array backend."""
+        action, _ = self.model.predict(self.view.observation(observation), deterministic=deterministic)
+        return self.scaled.factors(observation, action), None
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Callback | None = None,
+        progress_bar: bool = True,
+        log_dir: str | Path | None = None,
+        eval_env: gym.Env[Any, Any] | None = None,
+        eval_every: int = 10,
+        eval_seed: int = 12345,
+    ) -> StandardAgent:
+        """Train for this many environment steps, in addition to those taken.
+
+        Args:
+            total_timesteps: environment steps.
+            callback: called after every stream with its numbers; training stops when it returns False.
+            progress_bar: show one.
+            log_dir: TensorBoard's folder; the best policy is kept in its folder ``best``.
+            eval_env: a held-out stream; its metrics choose the policy that the agent holds at the end. It may share the
+                LLM with the training environment.
+            eval_every: streams between two evaluations.
+            eval_seed: the seed that ``eval_env`` is always reset with.
+        """
+        folder = Path(log_dir) if log_dir is not None else None
+        watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
+        self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=self.timesteps == 0)
+        watch.evaluate()
+        self.timesteps = self.model.num_timesteps
+        if watch.best is not None:
+            self.model.policy.load_state_dict(watch.best)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "agent.safetensors", self.model.policy.state_dict())
+        description = {
+            "agent": "standard",
+            "format": 1,
+            "seed": self.seed,
+            "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
+            "timesteps": self.timesteps,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "environment": environment_settings(self.env),
+        }
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> StandardAgent:
+        """The agent in a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: no environment was given, or it edits another number of modules.
+        """
+        folder = Path(path)
+        if not (folder / "agent.json").exists():
+            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        if env is None:
+            raise ValueError(f"the agent in {folder} sees features of the LLM's weights; give the environment: env=…")
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        agent = cls(env, StandardConfig(**description["config"]), description["seed"])
+        try:
+            agent.model.policy.load_state_dict(load_file(folder / "agent.safetensors"))
+        except RuntimeError as error:
+            trained = len((description["environment"] or {}).get("edit_modules", []))
+            raise ValueError(
+                f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
+                f"the environment with the settings in {folder / 'agent.json'}"
+            ) from error
+        agent.timesteps = agent.model.num_timesteps = description["timesteps"]
+        return agent
+
+
+class _Watch(BaseCallback):
+    """Logs our numbers after every stream, evaluates, and keeps the best policy."""
+
+    def __init__(
+        self,
+        agent: StandardAgent,
+        callback: Callback | None,
+        progress_bar: bool,
+        folder: Path | None,
+        eval_env: gym.Env[Any, Any] | None,
+        eval_every: int,
+        eval_seed: int,
+    ) -> None:
+        super().__init__()
+        self.agent, self.user_callback, self.folder = agent, callback, folder
+        self.show = progress_bar
+        self.eval_env, self.eval_every, self.eval_seed = eval_env, eval_every, eval_seed
+        self.best: dict[str, torch.Tensor] | None = None
+        self.streams, self._evaluated = 0, -1
+        self._numbers: dict[str, list[float]] = {}
+        self._writer: Any = None
+        self._bar: Any = None
+
+    def _on_training_start(self) -> None:
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder))
+        self._bar = tqdm(total=self.locals["total_timesteps"] - self.num_timesteps, unit="step", disable=not self.show)
+        self.evaluate()
+
+    def _on_step(self) -> bool:
+        self._bar.update(1)
+        info = self.locals["infos"][0]
+        for name, value in info.items():
+            if isinstance(value, float):
+                self._numbers.setdefault(name, []).append(value)
+        if not self.locals["dones"][0]:
+            return True
+        self.streams += 1
+        numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
+        # SB3's monitor sums the scaled rewards.
+        numbers |= {"return": float(info["episode"]["r"]) / self.agent.config.reward_scale, "drift": info["drift"]}
+        self._numbers = {}
+        self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
+        self._log("train", numbers)
+        if self.streams % self.eval_every == 0:
+            self.evaluate()
+        return self.user_callback is None or self.user_callback(numbers) is not False
+
+    def _on_training_end(self) -> None:
+        self._bar.close()
+
+    def evaluate(self) -> None:
+        """Score the policy on the held-out stream and keep it if it is the best so far."""
+        if self.eval_env is None or self._evaluated == self.num_timesteps:
+            return
+        self._evaluated = self.num_timesteps
+        inner: Any = self.eval_env.unwrapped
+        weights = inner.lm.snapshot()  # a training stream may be under way on the same LLM
+        total, info = run_stream(self.eval_env, self.agent.on(self.eval_env), seed=self.eval_seed)
+        metrics = inner.evaluate(generate=False)
+        inner.lm.restore(weights)
+        score = -math.inf if info["diverged"] else metrics.mean
+        numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
+        self._log("eval", numbers | {"return": total, "drift": info["drift"]})
+        tqdm.write(f"step {self.num_timesteps}: held-out mean {metrics.mean:.1f}, return {total:.1f}")
+        if score > self.agent.best_score or self.best is None:
+            self.agent.best_score = score
+            self.best = {k: v.clone() for k, v in self.agent.model.policy.state_dict().items()}
+            if self.folder is not None:
+                self.agent.save(self.folder / "best")
+
+    def _log(self, group: str, numbers: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"{group}/{name}", value, self.num_timesteps)

@@ -1,0 +1,113 @@
+"""Tests of agents.ppo: standard algorithms as editors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from agents import StandardAgent, StandardConfig, edit_stream, load_agent
+from rledit_env.lm.editable import EditableLM
+
+SMALL: dict[str, dict[str, Any]] = {
+    "ppo": {"n_steps": 4, "batch_size": 4, "n_epochs": 2},
+    "a2c": {"n_steps": 4},
+    "sac": {"learning_starts": 2, "batch_size": 2},
+    "td3": {"learning_starts": 2, "batch_size": 2},
+}
+
+
+def make(lm: Any = "tiny-llama", **arguments: Any) -> gym.Env[Any, Any]:
+    settings: dict[str, Any] = {"num_batches": 2, "batch_size": 2, "array_backend": "torch", **arguments}
+    if lm == "tiny-llama":
+        settings["edit_modules"] = "model.layers.[1-2].mlp.up_proj"
+    return gym.make("RLEdit-CounterFact-v0", model=lm, disable_env_checker=True, **settings)
+
+
+def agent_of(algorithm: str, env: gym.Env[Any, Any]) -> StandardAgent:
+    return StandardAgent(env, StandardConfig(algorithm, hyperparameters=SMALL[algorithm]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", SMALL)
+def test_every_algorithm_learns_edits_and_comes_back_from_its_folder(algorithm: str, tmp_path: Path) -> None:
+    env = make()
+    agent = agent_of(algorithm, env)
+    before = {k: v.clone() for k, v in agent.model.policy.state_dict().items()}
+    agent.learn(8, progress_bar=False)
+    after = agent.model.policy.state_dict()
+    assert any(not torch.equal(before[k], v) for k, v in after.items())
+    agent.save(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix not in (".json", ".safetensors")]
+    loaded = load_agent(tmp_path, env)
+    assert isinstance(loaded, StandardAgent) and loaded.config == agent.config and loaded.timesteps == 8
+    observation, _ = env.reset(seed=3)
+    mine, theirs = agent.predict(observation)[0], loaded.predict(observation)[0]
+    for part in ("keys", "values"):
+        assert all(torch.equal(f, theirs[part][m]) for m, f in mine[part].items())
+    log = edit_stream(env, loaded, seed=0)
+    assert log.facts == 4 and not log.diverged
+
+
+def test_the_policy_acts_in_the_numpy_backend_too() -> None:
+    agent = agent_of("ppo", make())
+    numpy_env = make(array_backend="numpy")
+    observation, _ = numpy_env.reset(seed=0)
+    action, _ = agent.on(numpy_env).predict(observation)
+    assert all(isinstance(f, np.ndarray) for by in action.values() for f in by.values())
+    numpy_env.step(action)
+
+
+def test_evaluation_on_a_shared_llm_leaves_the_training_stream_as_it_was(tmp_path: Path) -> None:
+    returns: list[list[float]] = []
+    for evaluated in (False, True):
+        lm = EditableLM.load("tiny-llama", "model.layers.[1-2].mlp.up_proj")
+        agent = agent_of("ppo", make(lm))
+        numbers: list[float] = []
+        eval_env = make(lm, split="eval", reward="efficacy") if evaluated else None
+        agent.learn(
+            8, callback=lambda n, to=numbers: to.append(n["return"]), progress_bar=False, eval_env=eval_env,
+            eval_every=1, log_dir=tmp_path,
+        )  # fmt: skip
+        returns.append(numbers)
+    assert len(returns[0]) == 4 and returns[0] == returns[1]
+    assert agent.best_score > 0
+    assert json.loads((tmp_path / "best" / "agent.json").read_text())["best_score"] == agent.best_score
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_the_logged_return_is_the_environment_s_own() -> None:
+    env = make()
+    agent = agent_of("ppo", env)
+    seen: list[float] = []
+    agent.learn(4, callback=lambda n: seen.append(n["return"]), progress_bar=False)
+    assert -1000 < seen[0] < -1  # nats, not scaled for the algorithm
+
+
+def test_a_callback_can_end_the_training() -> None:
+    agent = agent_of("ppo", make())
+    streams: list[Any] = []
+
+    def stop(numbers: dict[str, float]) -> bool:
+        streams.append(numbers)
+        return len(streams) < 2
+
+    agent.learn(100, callback=stop, progress_bar=False)
+    assert len(streams) == 2
+
+
+def test_what_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="algorithm is 'dqn'; give one of ppo, a2c, sac, td3"):
+        StandardConfig("dqn")  # type: ignore[arg-type]
+    agent_of("ppo", make()).save(tmp_path)
+    with pytest.raises(ValueError, match="give the environment"):
+        StandardAgent.load(tmp_path)
+    other = make(EditableLM.load("tiny-llama", "model.layers.1.mlp.up_proj"))
+    with pytest.raises(ValueError, match="trained for 2 modules, the environment edits 1"):
+        StandardAgent.load(tmp_path, other)
+    with pytest.raises(FileNotFoundError, match="holds no agent"):
+        StandardAgent.load(tmp_path / "nowhere", other)
