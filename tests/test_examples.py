@@ -24,14 +24,14 @@ def example(name: str, *arguments: str, folder: Path = ROOT) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "custom_policy", "edit_my_model"])
+@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "train_ppo", "custom_policy", "edit_my_model"])
 def test_help_explains_every_argument(name: str) -> None:
     shown = example(name, "--help")
     assert "--model" in shown
     assert "default" in shown
 
 
-@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "custom_policy", "edit_my_model"])
+@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "train_ppo", "custom_policy", "edit_my_model"])
 def test_an_example_is_one_file_of_under_150_lines(name: str) -> None:
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 150
 
@@ -49,6 +49,17 @@ def test_train_rledit_trains_saves_and_compares(tmp_path: Path) -> None:
     assert "untrained  8 facts of the evaluation split" in shown
     assert "trained    8 facts of the evaluation split" in shown
     assert (tmp_path / "run" / "best" / "agent.safetensors").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_train_ppo_tests_everybody_on_the_same_streams(tmp_path: Path, algorithm: str) -> None:
+    arguments = ["--steps", "16", "--rledit-steps", "2", "--test-streams", "2", "--out", str(tmp_path)]
+    shown = example("train_ppo", *SMALL, "--algorithm", algorithm, *arguments, folder=tmp_path)
+    returns = json.loads((tmp_path / "returns.json").read_text())
+    assert list(returns) == ["zero action", "random search", algorithm.upper(), "RLEdit"]
+    assert all(len(values) == 2 for values in returns.values())
+    assert shown.count("beside the zero action") == 4
+    assert (tmp_path / algorithm / "agent.safetensors").exists()
 
 
 def test_custom_policy_learns_its_step_sizes(tmp_path: Path) -> None:
