@@ -346,7 +346,11 @@ def editors(args: Args) -> list[Editor]:
     rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, *(paper.steps for paper in papers)})]
     rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, recursive.steps, most})]
     agents = [
-        *(Editor(f"RLEdit, per-batch, {_steps(p.steps)}", "least_squares", p.steps, 0.0, p) for p in papers),
+        *(
+            Editor(f"RLEdit, per-batch, {_steps(p.steps)}{name}", "least_squares", p.steps, 0.0, p, bool(name))
+            for p in papers
+            for name in ("", ", calibrated")
+        ),
         Editor(f"RLEdit, recursive, {_steps(recursive.steps)}", "recursive", recursive.steps, 0.0, recursive),
         Editor(f"RLEdit, recursive, {_steps(most)}, calibrated", "recursive", most, 0.0, recursive, True),
     ]
