@@ -102,7 +102,7 @@ class Args:
     rank: int = 256
     """Of the trained agents' networks."""
     held_out: int = 2000
-    """Facts at the end of the training split that choose step sizes and checkpoints; at most a quarter of it."""
+    """Facts at the end of the training split that choose step sizes and checkpoints; at most half of it."""
     threads: int = 1
     """torch's threads."""
     only: str = ""
@@ -191,7 +191,7 @@ class Benchmark:
         self.args = args
         self.lm = EditableLM.load(args.model, args.edit_modules)
         whole = self._facts("train")
-        held_out = min(args.held_out, len(whole) // 4)
+        held_out = min(args.held_out, len(whole) // 2)
         self.training = replace(whole, records=whole.records[:-held_out])
         self.selection = replace(whole, records=whole.records[-held_out:])
         self.test = self._facts("eval")
