@@ -308,11 +308,14 @@ class Benchmark:
                 return torch.cholesky_solve(u, torch.linalg.cholesky(gram))
 
             def primal(u: Tensor = u, v: Tensor = v, d_in: int = d_in) -> Tensor:
-                return torch.linalg.solve(u.T @ u + damping * torch.eye(d_in, device=u.device), u.T @ v).T
+                ridge = damping * torch.eye(d_in, device=u.device, dtype=u.dtype)
+                return torch.linalg.solve(u.T @ u + ridge, u.T @ v).T
 
             dual()
             seconds = [timed(device, dual)[0] for _ in range(5)]
             primal_seconds, update = timed(device, primal)
+            if d_in <= 4096:  # float32 normal equations round more than the dual: compare with exact ones if affordable
+                update = primal(u.double(), v.double()).float()
             results[str(d_in)] = {
                 "dual": statistics.median(seconds),
                 "primal": primal_seconds,
