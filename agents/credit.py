@@ -67,7 +67,8 @@ class CreditAccumulator:
         step = self._steps[index]
         if self.credit == "step":
             return step.for_keys, step.for_values
-        credited = _Step(step.keys, step.values, *({m: g.clone() for m, g in gs.items()}
-                                                   for gs in (step.for_keys, step.for_values)))  # fmt: skip
+        for_keys = {m: g.clone() for m, g in step.for_keys.items()}
+        for_values = {m: g.clone() for m, g in step.for_values.items()}
+        credited = _Step(step.keys, step.values, for_keys, for_values)
         self._credit(credited, self._sum, 1.0)
         return credited.for_keys, credited.for_values

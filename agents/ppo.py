@@ -125,6 +125,7 @@ class StandardAgent(Agent):
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
         self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=self.timesteps == 0)
         watch.evaluate()
+        watch.close()
         self.timesteps = self.model.num_timesteps
         if watch.best is not None:
             self.model.policy.load_state_dict(watch.best)
@@ -245,6 +246,11 @@ class _Watch(BaseCallback):
             self.best = {k: v.clone() for k, v in self.agent.model.policy.state_dict().items()}
             if self.folder is not None:
                 self.agent.save(self.folder / "best")
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds back."""
+        if self._writer is not None:
+            self._writer.close()
 
     def _log(self, group: str, numbers: Mapping[str, float]) -> None:
         if self._writer is not None:

@@ -88,7 +88,7 @@ class Reference:
                 gradients[name].append(output.grad[labels != -100].float())
         for handle in handles:
             handle.remove()
-        return tuple({m: torch.cat(rows) for m, rows in part.items()} for part in (keys, gradients))  # type: ignore
+        return {m: torch.cat(rows) for m, rows in keys.items()}, {m: torch.cat(rows) for m, rows in gradients.items()}
 
     def update(
         self, network: Hypernetwork, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]

@@ -121,7 +121,7 @@ class RewardConfig:
         regularisation: η, weight of ``penalty``.
         penalty: what the regularisation measures, from an action's factors (keys (N, d_in), values (N, d_out)) by
             module; must be differentiable.
-        floor: the least reward of a step; what a step that breaks the model gets.
+        floor: the least reward of a step, weights of ``batch_stride`` included; what a step that breaks the model gets.
     """
 
     components: Mapping[str, tuple[float, Component]] = field(default_factory=_paper_components)

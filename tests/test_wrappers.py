@@ -93,7 +93,7 @@ def test_features_stay_in_bounds_when_the_weights_explode() -> None:
 
 def test_the_zero_action_is_the_base_rule() -> None:
     for rule in ("gradient", "least_squares"):
-        env = ScaledUpdate(make(array_backend="torch"), rule, step_size=0.3, damping=0.7, rank=2)  # type: ignore
+        env = ScaledUpdate(make(array_backend="torch"), rule, step_size=0.3, damping=0.7, rank=2)  # type: ignore[arg-type]
         observation, _ = env.reset(seed=0)
         factors = env.factors(observation, np.zeros(env.action_space.shape, np.float32))
         for m, u in observation["keys"].items():
@@ -148,7 +148,7 @@ def test_flat_factors_are_the_raw_ones_in_order() -> None:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda: ScaledUpdate(make(), "adam"), "rule is 'adam'; give 'gradient' or 'least_squares'"),  # type: ignore
+        (lambda: ScaledUpdate(make(), "adam"), "rule is 'adam'; give 'gradient' or 'least_squares'"),  # type: ignore[arg-type]
         (lambda: ScaledUpdate(make(), step_size=0), "step_size is 0; give a number above 0"),
         (lambda: ScaledUpdate(make(), span=1), "span is 1; give a number above 1"),
         (lambda: ScaledUpdate(make(), rank=10_000), "rank is 10000; give 0"),
