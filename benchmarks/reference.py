@@ -97,8 +97,13 @@ class Reference:
         updates = {}
         record = network.observe(keys, gradients)
         for module, u in keys.items():
-            group, member = network.place[module]
-            z = network.networks[group](record.inputs[module], member)
+            group = next(g for g, members in network.groups.items() if module in members)
+            member, blocks = network.groups[group].index(module), network.networks[group]
+            z = record.inputs[group][member]
+            for down, up, bias, scale, shift in zip(
+                blocks.down, blocks.up, blocks.bias, blocks.scale, blocks.shift, strict=True
+            ):
+                z = z + scale[member] * (z @ down @ up + bias).clamp(min=0) + shift[member]
             key_part, gradient_part = z.split(network.shapes[module], dim=1)
             step_size, damping = (p[network.index[module]].exp() for p in (network.log_step_size, network.log_damping))
             v = -step_size * (u * key_part).sum(1, keepdim=True) * gradient_part  # (N, d_out)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.losses import negative_log_likelihood
 
 CHUNK = 256  # passages whose logits are held at once
 
@@ -141,8 +142,7 @@ def sequence_losses(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
     for start in range(0, len(passages), CHUNK):
         chunk = passages[start : start + CHUNK]
         states = lm.answer_states(chunk)
-        logits = lm.forward.logits(states.hidden)
-        nll = torch.nn.functional.cross_entropy(logits, states.targets, reduction="none")
+        nll = negative_log_likelihood(lm.forward, states.hidden, states.targets)
         sums = torch.zeros(len(chunk), device=nll.device).index_add_(0, states.owner, nll)
         losses.append(sums / torch.bincount(states.owner, minlength=len(chunk)))
     return torch.cat(losses)

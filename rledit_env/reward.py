@@ -13,12 +13,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
+from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
 
 
 class Component(Protocol):
@@ -39,18 +39,6 @@ class Component(Protocol):
         ...
 
 
-def negative_log_likelihood(lm: EditableLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """−log p_W(target) at each position, (P,)."""
-    return F.cross_entropy(lm.forward.logits(hidden), targets, reduction="none")
-
-
-def kl_from_reference(lm: EditableLM, hidden: Tensor, reference: Tensor) -> Tensor:
-    """KL(p_θ₀ ‖ p_W) at each position, (P,)."""
-    with torch.no_grad():
-        original = lm.log_probabilities(reference)
-    return F.kl_div(lm.log_probabilities(hidden), original, log_target=True, reduction="none").sum(-1)
-
-
 def pick(passages: Sequence[Passage], choice: float) -> list[Passage]:
     """One of several passages, by a number in [0, 1)."""
     return [passages[int(choice * len(passages))]]
@@ -65,7 +53,7 @@ class Efficacy:
         return [record.edit]
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        return negative_log_likelihood(lm, hidden, targets)
+        return negative_log_likelihood(lm.forward, hidden, targets)
 
 
 class Generalization:
@@ -77,7 +65,7 @@ class Generalization:
         return pick(record.paraphrases, choice)
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        return negative_log_likelihood(lm, hidden, targets)
+        return negative_log_likelihood(lm.forward, hidden, targets)
 
 
 class Locality:
@@ -90,7 +78,7 @@ class Locality:
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         assert reference is not None
-        return kl_from_reference(lm, hidden, reference)
+        return kl_divergence(lm.forward, hidden, reference)
 
 
 def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from rledit_env.lm.forward import (
     decoder_layers,
     length_sorted_chunks,
 )
+from rledit_env.lm.losses import BLOCK, negative_log_likelihood
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -306,13 +307,29 @@ class EditableLM:
     def answer_chunks(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], AnswerStates]]:
         """Chunks of passage indices with their final states at the answer positions, under the current weights.
 
-        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time.
+        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time. A chunk is as many
+        passes as give the output head some rows to work on (:data:`~rledit_env.lm.losses.BLOCK`), at most four.
         """
-        for chunk, hidden in self._suffix_chunks(passages):
-            members = [passages[i] for i in chunk]
-            rows, columns = _positions(members, "answer", self.device)
-            targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
-            yield chunk, AnswerStates(self.forward.norm(hidden[rows, columns]), targets, rows)
+        chunk: list[int] = []
+        pieces: list[Tensor] = []
+        rows = 0
+        for members, hidden in self._suffix_chunks(passages):
+            chunk += members
+            places = _positions([passages[i] for i in members], "answer", self.device)
+            pieces.append(self.forward.norm(hidden[places]))
+            rows += len(pieces[-1])
+            if rows >= BLOCK or len(pieces) == 4:
+                yield chunk, self._joined(pieces, [passages[i] for i in chunk])
+                chunk, pieces, rows = [], [], 0
+        if chunk:
+            yield chunk, self._joined(pieces, [passages[i] for i in chunk])
+
+    def _joined(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
+        return AnswerStates(
+            hidden=torch.cat(list(pieces)),
+            targets=torch.tensor([t for p in passages for t in p.targets], device=self.device),
+            owner=torch.tensor([i for i, p in enumerate(passages) for _ in p.targets], device=self.device),
+        )
 
     def answer_states(self, passages: Sequence[Passage]) -> AnswerStates:
         """Final states at the answer positions of all passages, in their order; no gradients."""
@@ -323,11 +340,7 @@ class EditableLM:
                     chunk, states.hidden.split([len(passages[i].targets) for i in chunk]), strict=True
                 ):
                     pieces[index] = piece
-        return AnswerStates(
-            hidden=torch.cat([p for p in pieces if p is not None]),
-            targets=torch.tensor([t for p in passages for t in p.targets], device=self.device),
-            owner=torch.tensor([i for i, p in enumerate(passages) for _ in p.targets], device=self.device),
-        )
+        return self._joined([p for p in pieces if p is not None], passages)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (P, |V|) float32 from normalised final states (P, d)."""
@@ -415,7 +428,7 @@ class EditableLM:
                     rows, columns = _positions(members, "answer", self.device)
                     states = self.forward.norm(hidden[rows, columns])
                     targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
-                    chunk_loss = F.cross_entropy(self.forward.logits(states), targets, reduction="sum") / total
+                    chunk_loss = negative_log_likelihood(self.forward, states, targets).sum() / total
                     grads = torch.autograd.grad(chunk_loss, [outputs[n] for n in self._modules])
                     loss += float(chunk_loss.detach())
                     rows, columns = _positions(members, token, self.device)

@@ -136,7 +136,7 @@ class SuffixForward:
         if norm_name is None:
             raise ValueError(f"{type(self.base).__name__} has no final norm under any of the names {FINAL_NORMS}")
         self.norm = getattr(self.base, norm_name)
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
 
@@ -187,8 +187,16 @@ class SuffixForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""
-        logits = at_least_float32(self.head(hidden))
+        return self.capped(self.head(hidden))
+
+    def capped(self, raw: Tensor) -> Tensor:
+        """Logits, at least in float32, from the output head's (P, |V|)."""
+        logits = at_least_float32(raw)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def softcap_slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of capped logits with respect to the head's output, by entry; None where nothing is capped."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square()
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

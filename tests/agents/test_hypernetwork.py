@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.hypernetwork import AGGREGATIONS, Hypernetwork, HypernetworkConfig, RunningNormaliser
+from agents.hypernetwork import AGGREGATIONS, Hypernetwork, HypernetworkConfig, RunningNormaliser, _ResidualBlock
 
 SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
 
@@ -98,13 +98,22 @@ def test_mend_takes_the_transformed_key_and_the_scaled_transformed_gradient():
 
 def test_a_residual_block_is_its_formula_with_scale_and_shift_by_module():
     net = moved(network(blocks=1))
-    z = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
-    group, member = net.place["c"]
-    block = net.networks[group]
-    expected = z + block.scale[0][member] * torch.relu(z @ block.down[0] @ block.up[0] + block.bias[0])
-    torch.testing.assert_close(block(z, member), expected + block.shift[0][member])
-    assert net.place["a"] == (group, 1 - member) and net.place["b"][0] != group
-    assert not torch.equal(block(z, member), block(z, 1 - member))
+    z = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
+    block = net.networks[next(group for group, members in net.groups.items() if members == ["a", "c"])]
+    result = block(z)
+    for member in range(2):
+        inner = torch.relu(z[member] @ block.down[0] @ block.up[0] + block.bias[0])
+        expected = z[member] + block.scale[0][member] * inner + block.shift[0][member]
+        torch.testing.assert_close(result[member], expected)
+    assert list(net.groups.values()) == [["a", "c"], ["b"]]
+    assert not torch.equal(block(z.flip(0)).flip(0), result)
+
+
+def test_a_residual_blocks_gradient_is_that_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 6), (6, 3), (3, 6), (6,), (2, 6), (2, 6)]
+    arguments = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(_ResidualBlock.apply, arguments)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

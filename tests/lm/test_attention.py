@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rledit_env.lm.attention import NAME
+from rledit_env.lm.attention import NAME, short_attention
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.registry import load_model
 
@@ -24,8 +24,34 @@ def test_a_half_precision_model_attends_in_float32_and_gives_its_logits(name: st
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
-def test_models_that_need_no_help_keep_their_attention() -> None:
-    assert EditableLM.load("tiny-llama", dtype="float32").model.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (6, 2, 12), (4, 1, 1), (4, 2, 80)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_is_causal_attention_and_so_are_its_gradients(heads: int, groups: int, length: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, cotangent = (
+        torch.randn(3, n, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (heads, groups, groups, heads)
+    )
+    mask = torch.rand(3, 1, length, length, generator=generator) < 0.5 if masked else None
+    if mask is not None:
+        mask |= torch.eye(length, dtype=torch.bool)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+    keys, values = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+    scores = (query @ keys.mT * 0.3).masked_fill(~allowed, -torch.inf)
+    expected = (scores.softmax(-1) @ values).transpose(1, 2)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups
+    output, _ = short_attention(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(output, expected)
+    gradients = [
+        torch.autograd.grad(x, (query, key, value), cotangent.transpose(1, 2), retain_graph=True)
+        for x in (output, expected)
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_models_with_other_attention_than_pytorchs_keep_it() -> None:
     assert EditableLM.load("tiny-gemma2", dtype="bfloat16").model.config._attn_implementation == "eager"
 
 

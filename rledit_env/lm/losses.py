@@ -1,0 +1,98 @@
+"""Losses at answer positions, computed together with their gradients.
+
+A position's loss depends on its own final state only. So its gradient can be computed at once with it, block by block
+of positions, and the logits (|V| numbers a position) of one block are all that is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rledit_env.lm.forward import SuffixForward, at_least_float32
+
+BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
+ROWS = 16  # of them, those worked on at once in float32: few enough to stay in a processor's cache
+
+# Log-probabilities (r, |V|) of a few positions and their place among all → losses (r,) and, if wanted, their gradient
+# for the logits (r, |V|), which may be written over the log-probabilities.
+RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def negative_log_likelihood(forward: SuffixForward, hidden: Tensor, targets: Tensor) -> Tensor:
+    """−log p(target) at each position, (P,) at least in float32, from normalised final states (P, d)."""
+
+    def blocks(wanted: bool) -> Iterator[tuple[slice, RowLoss]]:
+        def row_loss(log_p: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+            chosen = targets[place, None]
+            loss = -log_p.gather(1, chosen)[:, 0]
+            if wanted:
+                log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            return loss, log_p
+
+        for start in range(0, len(hidden), BLOCK):
+            yield slice(start, min(start + BLOCK, len(hidden))), row_loss
+
+    return _losses(forward, hidden, blocks)
+
+
+def kl_divergence(forward: SuffixForward, hidden: Tensor, reference: Tensor) -> Tensor:
+    """KL(p_reference ‖ p) at each position, (P,) at least in float32, from normalised final states (P, d) each; the
+    reference is a constant."""
+
+    def blocks(wanted: bool) -> Iterator[tuple[slice, RowLoss]]:
+        for start in range(0, len(hidden), BLOCK):
+            raw = forward.head(reference[start : start + BLOCK])  # (p, |V|)
+
+            def row_loss(log_p: Tensor, place: slice, raw: Tensor = raw, start: int = start) -> tuple[Tensor, Tensor]:
+                log_q = forward.capped(raw[place.start - start : place.stop - start]).log_softmax(-1)
+                difference = log_q - log_p
+                q = log_q.exp_()
+                loss = torch.linalg.vecdot(q, difference)
+                return loss, log_p.exp_().sub_(q) if wanted else log_p
+
+            yield slice(start, min(start + BLOCK, len(hidden))), row_loss
+
+    return _losses(forward, hidden, blocks)
+
+
+def _losses(
+    forward: SuffixForward, hidden: Tensor, blocks: Callable[[bool], Iterator[tuple[slice, RowLoss]]]
+) -> Tensor:
+    wanted = hidden.requires_grad and torch.is_grad_enabled()
+    return _Losses.apply(hidden, forward, blocks(wanted), wanted)
+
+
+class _Losses(torch.autograd.Function):
+    """Losses of rows that do not depend on each other, with ∂loss_p/∂hidden_p kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, forward: SuffixForward, blocks: Iterator[tuple[slice, RowLoss]], wanted: bool
+    ) -> Tensor:
+        losses = at_least_float32(hidden.new_zeros(len(hidden)))
+        slopes = torch.zeros_like(hidden if wanted else hidden[:0])
+        for block, row_loss in blocks:
+            raw = forward.head(hidden[block])  # (p, |V|) in the head's precision; the gradient is written over it
+            for start in range(0, len(raw), ROWS):
+                rows = raw[start : start + ROWS]
+                place = slice(block.start + start, block.start + start + len(rows))
+                logits = forward.capped(rows)
+                slope = forward.softcap_slope(logits) if wanted else None
+                losses[place], gradient = row_loss(logits.log_softmax(-1), place)
+                if wanted:
+                    rows.copy_(gradient if slope is None else gradient.mul_(slope))
+            if wanted:
+                slopes[block] = raw @ forward.head.weight  # (p, d)
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        (slopes,) = ctx.saved_tensors
+        return (cotangent[:, None] * slopes).to(slopes.dtype), None, None, None
