@@ -199,7 +199,7 @@ class LifelongEditEnv(gym.Env):
         self._scene: render.Scene | None = None
 
     def _sibling(self, lm: EditableLM) -> LifelongEditEnv:
-        """Another environment of the same settings and facts on another LM of the same modules; nothing is read again."""
+        """Another environment of the same settings and facts, on another LM of the same modules; nothing is read."""
         other = copy.copy(self)
         other.lm = lm
         other.stream = KnowledgeStream(self.dataset, self.stream.num_batches, self.stream.batch_size)

@@ -281,7 +281,7 @@ def score_streams(
     basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
     weighted = (means * weight.view_as(means)).sum(1).tolist()
     scores, first = [], 0
-    for theirs, pieces_of in zip(requests, gradients, strict=True):
-        mine = slice(first, first := first + len(theirs))
-        scores.append(Scores(basic[mine], weighted[mine], lm.oriented(pieces_of) if pieces_of else None))
+    for request, theirs_by_module in zip(requests, gradients, strict=True):
+        own = slice(first, first := first + len(request))
+        scores.append(Scores(basic[own], weighted[own], lm.oriented(theirs_by_module) if theirs_by_module else None))
     return scores

@@ -9,11 +9,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from rledit_env import spaces
 from rledit_env.env import LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
@@ -102,7 +101,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
     def reset(
         self,
         *,
-        seed: int | Sequence[int | None] | None = None,  # type: ignore[override]
+        seed: int | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
         """Begin new episodes, in all streams or in those that ``options["reset_mask"]`` names.
@@ -122,9 +121,9 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         else:
             seeds = list(seed)
         if len(seeds) != self.num_envs:
-            raise ValueError(f"there are {len(seeds)} seeds for {self.num_envs} streams; give one number or one a stream")
-        indices = options.get("indices")
-        by_stream = np.ndim(indices) == 2
+            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} streams; give one a stream")
+        indices: Any = options.get("indices")
+        by_stream = indices is not None and np.ndim(indices) == 2
         if by_stream and len(indices) != self.num_envs:
             raise ValueError(f"indices have {len(indices)} rows for {self.num_envs} streams; give one a stream")
         infos: dict[str, Any] = {}
@@ -145,7 +144,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
             raise ValueError("options['reset_mask'] names no stream; set at least one to True")
         unbegun = [i for i in np.flatnonzero(~mask) if not self._observations[i]]
         if unbegun:
-            raise ValueError(f"options['reset_mask'] leaves out stream {unbegun[0]}, which was never begun; reset all first")
+            raise ValueError(f"options['reset_mask'] leaves out stream {unbegun[0]}, never begun; reset all first")
         return [int(i) for i in np.flatnonzero(mask)]
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -176,6 +175,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
             nonlocal infos
             env = self.envs[i]
             observation, rewards[i], info = env._conclude(*outcomes[i], trace)
+            info = self._padded(info)
             ended[i] = env._over
             if ended[i] and mode is AutoresetMode.SAME_STEP:
                 infos = self._add_info(infos, {"final_obs": env._presented(observation), "final_info": info}, i)
@@ -258,6 +258,17 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         assert isinstance(lm, StreamLM)
         return lm
 
+    def _padded(self, info: dict[str, Any]) -> dict[str, Any]:
+        """An info whose NumPy arrays have the same shapes in all streams, which gathering them asks for."""
+        if self.array_backend == "torch" or "action_gradient" not in info:
+            return info
+
+        def padded(array: np.ndarray) -> np.ndarray:
+            return np.pad(array, ((0, self.max_tokens - len(array)), (0, 0)))
+
+        by_part = info["action_gradient"].items()
+        return {**info, "action_gradient": {part: {m: padded(g) for m, g in by.items()} for part, by in by_part}}
+
     def _batched(self) -> Any:
         """The latest observations of all streams as one, in the array backend asked for."""
         latest = self._observations
@@ -273,8 +284,9 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
             return batch if torch_wanted else batch.numpy()
 
         modules = self.envs[0].lm.module_shapes
+        factors = ("keys", "value_gradients")
         return {
-            **{part: {m: stacked([o[part][m] for o in latest]) for m in modules} for part in ("keys", "value_gradients")},
+            **{part: {m: stacked([o[part][m] for o in latest]) for m in modules} for part in factors},
             "mask": stacked([o["mask"] for o in latest]),
             "edit_loss": stacked([o["edit_loss"] for o in latest], padded=False),
             "progress": stacked([o["progress"] for o in latest], padded=False),
@@ -295,7 +307,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         """An attribute of every stream."""
         return self.call(name)
 
-    @property
+    @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """The streams' random generators."""
         return tuple(env.np_random for env in self.envs)
@@ -309,3 +321,91 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         """Restore every stream's weights and drop the caches."""
         for env in self.envs:
             env.close()
+
+
+# -- low-dimensional views -------------------------------------------------------------------------------------------
+
+
+def _streams(env: VectorEnv[Any, Any, Any]) -> list[LifelongEditEnv]:
+    """The streams inside the wrappers."""
+    inner: Any = env.unwrapped
+    if not isinstance(inner, LifelongEditVectorEnv):
+        raise ValueError(f"{inner} is no vectorised environment of this package; make it with gymnasium.make_vec")
+    return inner.envs
+
+
+def _of_stream(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Stream i's part of a dictionary of arrays, or of dictionaries of arrays, of all streams."""
+    return {k: _of_stream(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
+
+
+class VectorGradientFeatures(VectorObservationWrapper[Any, Any, Any, np.ndarray]):
+    """`rledit_env.wrappers.GradientFeatures` of every stream: Box(−1, 1, (num_envs, F)).
+
+    Args:
+        env: the vectorised environment, or `VectorScaledUpdate` around it. Not with ``AutoresetMode.SAME_STEP``: the
+            weights that a last observation's features speak of are then gone.
+        arguments: of `GradientFeatures`.
+
+    Raises:
+        ValueError: the environment resets in the same step, or is none of this package.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
+        streams = _streams(env)
+        super().__init__(env)
+        self.views = [GradientFeatures(stream, **arguments) for stream in streams]
+        self.single_observation_space = self.views[0].observation_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+
+    def observations(self, observations: Any) -> np.ndarray:
+        """The features (num_envs, F) of the raw observations."""
+        return np.stack([view.observation(_of_stream(observations, i)) for i, view in enumerate(self.views)])
+
+
+class VectorScaledUpdate(VectorWrapper[Any, Any, Any, Any, np.ndarray]):
+    """`rledit_env.wrappers.ScaledUpdate` of every stream: Box(−1, 1, (num_envs, A)).
+
+    Args:
+        env: the vectorised environment.
+        arguments: of `ScaledUpdate`.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
+        super().__init__(env)
+        self.scaled = ScaledUpdate(_streams(env)[0], **arguments)
+        self.single_action_space = self.scaled.action_space
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._observations: Any = None
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._observations, infos = self.env.reset(seed=seed, options=options)
+        return self._observations, infos
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """A step of every stream with the factors that its action means.
+
+        Raises:
+            ValueError: an action has a wrong shape or a number that is not finite; nothing has changed.
+        """
+        result = self.env.step(self.factors(self._observations, actions))
+        self._observations = result[0]
+        return result
+
+    def factors(self, observations: Any, actions: Any) -> dict[str, dict[str, Any]]:
+        """The raw environment's actions: update factors by module, padded as the observations are."""
+        actions = np.asarray(actions, dtype=np.float32)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"the actions have shape {actions.shape}; they must be {self.action_space.shape}")
+        batch: dict[str, dict[str, Any]] = {"keys": {}, "values": {}}
+        for part, like in (("keys", "keys"), ("values", "value_gradients")):
+            batch[part] = {m: 0 * v for m, v in observations[like].items()}
+        for i, action in enumerate(actions):
+            try:
+                own = self.scaled.factors(_of_stream(observations, i), action)
+            except ValueError as error:
+                raise ValueError(f"stream {i}: {error}") from error
+            for part, by_module in own.items():
+                for m, factor in by_module.items():
+                    batch[part][m][i, : len(factor)] = factor
+        return batch
