@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage, length_sorted_chunks
+from rledit_env.lm.forward import Passage
 
 
 class StreamLM(EditableLM):
@@ -137,7 +137,31 @@ def _grouped_linear(weights: Sequence[Tensor], bias: Tensor | None, counts: Sequ
     return torch.cat(pieces)
 
 
-def stream_chunks(lengths: Sequence[int], streams: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """`length_sorted_chunks` whose chunks have each stream's members side by side."""
-    for chunk in length_sorted_chunks(lengths, max_tokens):
-        yield sorted(chunk, key=streams.__getitem__)
+def stream_chunks(
+    lengths: Sequence[int], streams: Sequence[int], max_tokens: int, pass_tokens: int = 32
+) -> Iterator[list[int]]:
+    """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens, each stream's members side by side.
+
+    Of all ways to cut the passages, sorted by length, into chunks, the one whose passes cost least is taken. A pass
+    costs its padded tokens, and as much as ``pass_tokens`` more for being one (measured with 135M parameters on a CPU:
+    30 ms, and 1 ms a token). Passages of one length are sorted by stream, so that a chunk meets few streams' weights.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], streams[i]))
+    cost, first = [0], [0]  # of the first k passages: the least cost, and where the last chunk of that begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        begin = end - 1
+        best = cost[begin] + longest
+        chosen = begin
+        while begin > 0 and (end - begin + 1) * longest <= max_tokens:
+            begin -= 1
+            if (candidate := cost[begin] + (end - begin) * longest) < best:
+                best, chosen = candidate, begin
+        cost.append(best + pass_tokens)
+        first.append(chosen)
+    chunks: list[list[int]] = []
+    end = len(order)
+    while end:
+        chunks.append(sorted(order[first[end] : end], key=streams.__getitem__))
+        end = first[end]
+    yield from reversed(chunks)
