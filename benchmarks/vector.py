@@ -98,7 +98,7 @@ def timed(args: Args, streams: int, batch_size: int) -> dict[str, Any]:
             if repeat:
                 seconds[side].append(spent)
         first, second = rewards.values()
-        deviation = max(deviation, float(np.abs((first - second) / first).max(initial=0.0, where=first != 0)))
+        deviation = max(deviation, float((np.abs(first - second) / np.maximum(np.abs(first), 1e-9)).max()))
     for env in envs.values():
         env.close()
     rate = {side: streams * args.num_batches / statistics.median(times) for side, times in seconds.items()}

@@ -193,6 +193,22 @@ def test_a_stream_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_ane
     assert not terminations.any()
 
 
+def test_a_broken_stream_spoils_no_other_streams_gradient(both):
+    vector, makers = both(array_backend="torch", reward_gradient=True)
+    observations, _ = vector.reset(seed=0)
+    actions = fine_tuning(observations)
+    for values in actions["values"].values():
+        values[1] = 1e30
+    _, rewards, terminations, _, infos = vector.step(actions)
+    assert terminations.tolist() == [False, True, False] and rewards[1] == -1000
+    for i in (0, 2):
+        alone = makers[i]()
+        observation, _ = alone.reset(seed=i)
+        *_, info = alone.step(fine_tuning(observation))
+        assert_same(of_stream(infos["reward_gradient"], i), info["reward_gradient"])
+    assert not any(present[1] for key, present in infos["reward_gradient"].items() if key.startswith("_"))
+
+
 def test_with_autoreset_disabled_an_ended_stream_asks_for_a_reset(both):
     vector, _ = both(autoreset_mode=AutoresetMode.DISABLED, num_batches=1)
     with pytest.raises(gym.error.ResetNeeded):
