@@ -6,6 +6,7 @@ from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.ppo import StandardAgent, StandardConfig
 from agents.rledit import RLEditAgent, RLEditConfig
 from agents.saved import agent_settings, find_agent, load_agent
+from agents.vec_env import StreamsVecEnv
 
 __all__ = [
     "Agent",
@@ -16,6 +17,7 @@ __all__ = [
     "RLEditConfig",
     "StandardAgent",
     "StandardConfig",
+    "StreamsVecEnv",
     "agent_settings",
     "edit_facts",
     "edit_stream",

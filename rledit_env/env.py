@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -14,10 +15,18 @@ from torch import Tensor
 from rledit_env import render, spaces
 from rledit_env.encoding import EncodedDataset, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.lm.editable import EditableLM, Trace
+from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.metrics import Metrics, evaluate
-from rledit_env.reward import RewardConfig, ScoredBatch, backtracked, resolve_reward, score
+from rledit_env.reward import (
+    NO_SCORES,
+    RewardConfig,
+    ScoredBatch,
+    Scores,
+    backtracked,
+    resolve_reward,
+    score,
+)
 
 
 class LifelongEditEnv(gym.Env):
@@ -179,11 +188,24 @@ class LifelongEditEnv(gym.Env):
         self.render_mode = render_mode
         self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
         self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
+        self._before_any_episode()
+
+    def _before_any_episode(self) -> None:
         self.history: list[dict[str, float]] = []
         self._step = 0
         self._over = True  # an episode must be begun with reset
         self._rows = 0
+        self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
         self._scene: render.Scene | None = None
+
+    def _sibling(self, lm: EditableLM) -> LifelongEditEnv:
+        """Another environment of the same settings and facts, on another LM of the same modules; nothing is read."""
+        other = copy.copy(self)
+        other.lm = lm
+        other.stream = KnowledgeStream(self.dataset, self.stream.num_batches, self.stream.batch_size)
+        other._np_random = other._np_random_seed = None
+        other._before_any_episode()
+        return other
 
     @property
     def episode_steps(self) -> int:
@@ -198,6 +220,29 @@ class LifelongEditEnv(gym.Env):
         Raises:
             ValueError: an unknown option, or indices that are not T·n different records.
         """
+        info = self._begin(seed, options)
+        return self._presented(self._observe(self.lm.trace(self._edits(), self.token))), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Apply the action to the LLM, compute the reward and present the next batch.
+
+        Raises:
+            ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
+            gymnasium.error.ResetNeeded: the episode is over or was never begun.
+        """
+        keys, values = self._transition(*self._accept(action))
+        scored, config = self._scored_now(), self.reward_config
+        scores = NO_SCORES if config is None else score(self.lm, scored, config, gradient=self.reward_gradient)
+        reward, info = self._rewarded(keys, values, scores)
+        trace = None if self._over else self.lm.trace(self._edits(), self.token)
+        observation, reward, info = self._conclude(reward, info, trace)
+        return self._presented(observation), reward, self._over, False, info
+
+    # What `reset` and `step` consist of. `rledit_env.vector` runs the same pieces for many streams, with one
+    # `trace` and one `score` for all of them.
+
+    def _begin(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A new episode, up to its first observation; the info of `reset`."""
         options = dict(options or {})
         unknown = set(options) - {"indices", "keep_weights"}
         if unknown:
@@ -212,68 +257,94 @@ class LifelongEditEnv(gym.Env):
         self._step, self._over = 0, False
         self.history = []
         self._scene = None
-        info = {"indices": self.stream.indices.copy(), "source": self.dataset.source}
-        return self._observe(), info
+        return {"indices": self.stream.indices.copy(), "source": self.dataset.source}
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Apply the action to the LLM, compute the reward and present the next batch.
-
-        Raises:
-            ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
-            gymnasium.error.ResetNeeded: the episode is over or was never begun.
-        """
+    def _accept(self, action: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The action's factors, keys and values by module; raises, with nothing changed, for what `step` rejects."""
         if self._over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
-        keys, values = spaces.unpack_action(
+        return spaces.unpack_action(
             action, self.lm.module_shapes, self.max_tokens, self._rows, self.lm.device, self.lm.edit_dtype
         )
-        before = self._answers() if self.render_mode in ("ansi", "human") else None
+
+    def _transition(
+        self, keys: dict[str, Tensor], values: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Apply the factors; returns them with the noise that was added."""
+        self._before = self._answers() if self.render_mode in ("ansi", "human") else None
         keys, values = self._with_noise(keys), self._with_noise(values)
         self.lm.apply(keys, values)
-        reward, info = self._reward(keys, values)
-        info["batch"] = batch = self._step // self.steps_per_batch
-        diverged = info["diverged"]
+        return keys, values
+
+    def _edits(self) -> list[Passage]:
+        """The current batch's edits, whose gradient is observed."""
+        return [record.edit for record in self._records(self._step // self.steps_per_batch)]
+
+    def _scored_now(self) -> list[ScoredBatch]:
+        """The batches that the current step's reward looks at, the current one first; none where it looks at none."""
+        config = self.reward_config
+        if config is None:
+            return []
+        batch = self._step // self.steps_per_batch
+        last_presentation = (self._step + 1) % self.steps_per_batch == 0
+        if batch % config.batch_stride != self._first_scored or not (config.every_step or last_presentation):
+            return []
+        weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
+        return [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
+
+    def _rewarded(
+        self, keys: dict[str, Tensor], values: dict[str, Tensor], scores: Scores
+    ) -> tuple[float, dict[str, Any]]:
+        """The reward at the updated weights and the step's info; then the step is taken."""
+        reward, info = self._reward(keys, values, scores)
+        info["batch"] = self._step // self.steps_per_batch
         self._step += 1
-        self._over = diverged or self._step == self.episode_steps
-        observation = self._observe()
-        if not diverged and not spaces.is_finite(observation):
-            diverged, reward = True, self._floor
+        self._over = info["diverged"] or self._step == self.episode_steps
+        return reward, info
+
+    def _conclude(
+        self, reward: float, info: dict[str, Any], trace: Trace | None
+    ) -> tuple[dict[str, Any], float, dict[str, Any]]:
+        """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
+        observation = self._observe(trace)
+        if not info["diverged"] and not spaces.is_finite(observation):
+            info["diverged"], reward = True, self._floor
             self._over = True
-            observation = self._observe()
-        info["diverged"] = diverged
+            observation = self._observe(None)
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
-        if before is not None:
-            self._scene = render.Scene(batch, self.stream.batch(batch), before, self._answers(batch), info, reward)
+        if self._before is not None:
+            batch = info["batch"]
+            self._scene = render.Scene(
+                batch, self.stream.batch(batch), self._before, self._answers(batch), info, reward
+            )
             if self.render_mode == "human":
                 print(self.render())
-        return observation, reward, self._over, False, info
+        return observation, reward, info
 
-    def _observe(self) -> Any:
-        """The observation at the current step: the gradient of its batch on the LLM as it is."""
+    def _observe(self, trace: Trace | None) -> dict[str, Any]:
+        """The observation at the current step, as tensors: the gradient of its batch on the LLM as it is."""
         progress = self._step / self.episode_steps
-        if not self._over:
-            passages = [record.edit for record in self._records(self._step // self.steps_per_batch)]
-            observation = spaces.torch_observation(self.lm.trace(passages, self.token), progress)
+        if trace is not None:
+            observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
         self._rows = len(observation["mask"])
+        return observation
+
+    def _presented(self, observation: dict[str, Any]) -> Any:
+        """The observation in the array backend asked for."""
         return observation if self.array_backend == "torch" else spaces.numpy_observation(observation, self.max_tokens)
 
-    def _reward(self, keys: dict[str, Tensor], values: dict[str, Tensor]) -> tuple[float, dict[str, Any]]:
+    def _reward(
+        self, keys: dict[str, Tensor], values: dict[str, Tensor], scores: Scores
+    ) -> tuple[float, dict[str, Any]]:
         """The reward of the current batch at the updated weights, and its parts."""
         drift = float(np.mean(list(self.lm.drift().values())))
         config = self.reward_config
         if config is None:
             return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
-        batch = self._step // self.steps_per_batch
-        scored = []
-        last_presentation = (self._step + 1) % self.steps_per_batch == 0
-        if batch % config.batch_stride == self._first_scored and (config.every_step or last_presentation):
-            weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
-            scored = [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
-        scores = score(self.lm, scored, config, gradient=self.reward_gradient)
         penalty, action_gradient = self._penalty(keys, values, config)
-        basic = scores.basic[0] if scored else {}
+        basic = scores.basic[0] if scores.basic else {}
         reward = -(scores.total + penalty)
         gradients = list((scores.gradient or {}).values())
         diverged = not (math.isfinite(reward) and all(torch.isfinite(g).all() for g in gradients))

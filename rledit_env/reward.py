@@ -212,10 +212,25 @@ class Scores:
         return sum(self.weighted)
 
 
+NO_SCORES = Scores([], [], None)
+
+
 def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool) -> Scores:
     """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum."""
+    return score_streams(lm, [batches], config, gradient)[0]
+
+
+def score_streams(
+    lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool
+) -> list[Scores]:
+    """:func:`score` of several streams in one pass.
+
+    Request s meets the weights of stream s, where ``lm`` holds several (see `rledit_env.lm.streams`); each stream's
+    gradient is that of its own weighted sum.
+    """
+    batches = [batch for theirs in requests for batch in theirs]
     if not batches:
-        return Scores([], [], None)
+        return [NO_SCORES] * len(requests)
     names = list(config.components)
     passages: list[Passage] = []
     slot: list[int] = []  # batch · components + component of each passage
@@ -225,6 +240,8 @@ def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, 
                 found = config.components[name][1].passages(record, choice)
                 passages.extend(found)
                 slot.extend([b * len(names) + c] * len(found))
+    stream_of_batch = [s for s, theirs in enumerate(requests) for _ in theirs]
+    streams = [stream_of_batch[place // len(names)] for place in slot]
     slots = torch.tensor(slot, dtype=torch.long)
     lengths = torch.tensor([len(p.targets) for p in passages], dtype=torch.long)
     # At least 1, for a component that finds nothing to score in a batch: its mean is then 0.
@@ -235,9 +252,9 @@ def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, 
     reference = dict(zip(referenced, lm.reference_states([passages[i] for i in referenced]), strict=True))
 
     sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
-    gradients: dict[str, Tensor] | None = None
+    gradients: list[dict[str, Tensor]] = [{} for _ in requests]
     with lm.differentiable(gradient) as parameters:
-        for chunk, states in lm.answer_chunks(passages):
+        for chunk, states in lm.answer_chunks(passages, streams):
             position_slot = slots[chunk].to(lm.device)[states.owner]
             position_component = position_slot % len(names)
             chunk_loss = torch.zeros((), dtype=lm.edit_dtype, device=lm.device)
@@ -253,13 +270,18 @@ def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, 
                 sums.index_add_(0, position_slot[rows], losses.detach())
                 chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
             if gradient:
-                pieces = torch.autograd.grad(chunk_loss, list(parameters.values()))
-                if gradients is None:
-                    gradients = {m: at_least_float32(piece) for m, piece in zip(parameters, pieces, strict=True)}
-                else:
-                    for m, piece in zip(parameters, pieces, strict=True):
-                        gradients[m] += piece
+                places = [(s, m) for s in sorted({streams[i] for i in chunk}) for m in parameters[s]]
+                pieces = torch.autograd.grad(chunk_loss, [parameters[s][m] for s, m in places])
+                for (s, m), piece in zip(places, pieces, strict=True):
+                    if m in gradients[s]:
+                        gradients[s][m] += piece
+                    else:
+                        gradients[s][m] = at_least_float32(piece)
     means = (sums.cpu().double() / tokens).view(len(batches), len(names))
     basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
     weighted = (means * weight.view_as(means)).sum(1).tolist()
-    return Scores(basic, weighted, lm.oriented(gradients) if gradients is not None else None)
+    scores, first = [], 0
+    for request, theirs_by_module in zip(requests, gradients, strict=True):
+        own = slice(first, first := first + len(request))
+        scores.append(Scores(basic[own], weighted[own], lm.oriented(theirs_by_module) if theirs_by_module else None))
+    return scores

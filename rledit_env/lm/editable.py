@@ -297,14 +297,21 @@ class EditableLM:
             row[: len(passage)] = torch.tensor(passage.input_ids)
         return ids.to(self.device)
 
-    def _suffix_chunks(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], Tensor]]:
-        """Chunks of passage indices with the last layer's states (b, L, d) before the final norm."""
+    def _suffix_chunks(
+        self, passages: Sequence[Passage], streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Chunks of passage indices with the last layer's states (b, L, d) before the final norm.
+
+        ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`).
+        """
         states = self._prefix_states(passages)
         for chunk in length_sorted_chunks([len(p) for p in passages], self.max_tokens_per_pass):
             padded = nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True)
             yield chunk, self.forward.run(padded)
 
-    def answer_chunks(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], AnswerStates]]:
+    def answer_chunks(
+        self, passages: Sequence[Passage], streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], AnswerStates]]:
         """Chunks of passage indices with their final states at the answer positions, under the current weights.
 
         Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time. A chunk is as many
@@ -313,7 +320,7 @@ class EditableLM:
         chunk: list[int] = []
         pieces: list[Tensor] = []
         rows = 0
-        for members, hidden in self._suffix_chunks(passages):
+        for members, hidden in self._suffix_chunks(passages, streams):
             chunk += members
             places = _positions([passages[i] for i in members], "answer", self.device)
             pieces.append(self.forward.norm(hidden[places]))
@@ -404,7 +411,16 @@ class EditableLM:
                 (``"subject"``; the answer positions where a record names no subject), both
                 (``"subject+answer"``), or every token (``"all"``).
         """
-        total = sum(len(p.targets) for p in passages)
+        return self.trace_batches([passages], token)[0]
+
+    def trace_batches(self, batches: Sequence[Sequence[Passage]], token: str = "answer") -> list[Trace]:
+        """:meth:`trace` of several batches in one pass, each the gradient of the mean over its own answer tokens.
+
+        Batch b meets the weights of stream b, where there are several (see `rledit_env.lm.streams`).
+        """
+        passages = [p for batch in batches for p in batch]
+        batch_of = [b for b, batch in enumerate(batches) for _ in batch]
+        totals = [sum(len(p.targets) for p in batch) for batch in batches]
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
@@ -417,20 +433,24 @@ class EditableLM:
             return hook
 
         order: list[int] = []
-        loss = 0.0
+        loss = [0.0] * len(batches)
         handles = [module.register_forward_hook(record(name)) for name, module in self._modules.items()]
         keys: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         try:
             with torch.enable_grad():
-                for chunk, hidden in self._suffix_chunks(passages):
+                for chunk, hidden in self._suffix_chunks(passages, batch_of):
                     members = [passages[i] for i in chunk]
                     rows, columns = _positions(members, "answer", self.device)
                     states = self.forward.norm(hidden[rows, columns])
                     targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
-                    chunk_loss = negative_log_likelihood(self.forward, states, targets).sum() / total
-                    grads = torch.autograd.grad(chunk_loss, [outputs[n] for n in self._modules])
-                    loss += float(chunk_loss.detach())
+                    losses = negative_log_likelihood(self.forward, states, targets)
+                    whose = [batch_of[chunk[r]] for r in rows.tolist()]
+                    share = torch.tensor([1 / totals[b] for b in whose], dtype=losses.dtype, device=self.device)
+                    grads = torch.autograd.grad((share * losses).sum(), [outputs[n] for n in self._modules])
+                    theirs = torch.tensor(whose, device=self.device)
+                    for b in sorted(set(whose)):
+                        loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
                     rows, columns = _positions(members, token, self.device)
                     for n, g in zip(self._modules, grads, strict=True):
                         keys[n].append(at_least_float32(inputs[n][rows, columns]))
@@ -441,12 +461,23 @@ class EditableLM:
                 handle.remove()
         owner = torch.tensor(order, device=self.device)
         permutation = torch.argsort(owner, stable=True)
-        return Trace(
-            keys={n: torch.cat(v)[permutation] for n, v in keys.items()},
-            value_gradients={n: torch.cat(v)[permutation] for n, v in gradients.items()},
-            owner=owner[permutation],
-            loss=loss,
-        )
+        counts = [sum(len(p.chosen_positions(token)) for p in batch) for batch in batches]
+        first = [sum(map(len, batches[:b])) for b in range(len(batches))]
+
+        def by_batch(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor[permutation].split(counts)
+
+        split_keys = {n: by_batch(torch.cat(v)) for n, v in keys.items()}
+        split_gradients = {n: by_batch(torch.cat(v)) for n, v in gradients.items()}
+        return [
+            Trace(
+                keys={n: v[b] for n, v in split_keys.items()},
+                value_gradients={n: v[b] for n, v in split_gradients.items()},
+                owner=theirs - first[b],
+                loss=loss[b],
+            )
+            for b, theirs in enumerate(by_batch(owner))
+        ]
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -495,20 +526,27 @@ class EditableLM:
                 module.weight.data = current[name]
 
     @contextmanager
-    def differentiable(self, wanted: bool = True) -> Iterator[dict[str, nn.Parameter]]:
-        """Within it, the parameters that the model runs with, by module, take gradients (or nothing does)."""
-        parameters = {name: module.weight for name, module in self._modules.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(wanted)
+    def differentiable(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
+        """Within it, the tensors that the model runs with, by module, take gradients (or nothing does).
+
+        One dictionary a stream: here there is one.
+        """
+        parameters = self._run_weights()
+        every = [tensor for theirs in parameters for tensor in theirs.values()]
+        for tensor in every:
+            tensor.requires_grad_(wanted)
         try:
             with torch.set_grad_enabled(wanted):
                 yield parameters
         finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+            for tensor in every:
+                tensor.requires_grad_(False)
+
+    def _run_weights(self) -> list[dict[str, Tensor]]:
+        return [{name: module.weight for name, module in self._modules.items()}]
 
     def oriented(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the run parameters as (d_out, d_in)."""
+        """Gradients of what :meth:`differentiable` gives for a stream, as (d_out, d_in)."""
         return {n: g.t() if isinstance(self._modules[n], Conv1D) else g for n, g in gradients.items()}
 
     def drift(self) -> dict[str, float]:

@@ -1,0 +1,113 @@
+"""Stable-Baselines3's interface to the vectorised environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class StreamsVecEnv(VecEnv):
+    """A Gymnasium vector environment with flat spaces, as Stable-Baselines3 takes it.
+
+    ```python
+    >>> import gymnasium as gym
+    >>> from stable_baselines3 import PPO
+    >>> from stable_baselines3.common.vec_env import VecMonitor
+    >>> from rledit_env.vector import VectorGradientFeatures, VectorScaledUpdate
+    >>> envs = gym.make_vec("rledit_env:RLEdit-ZsRE-v0", num_envs=2, model="tiny-llama", num_batches=2, batch_size=2,
+    ...                     array_backend="torch", autoreset_mode="Disabled")
+    >>> vec_env = VecMonitor(StreamsVecEnv(VectorGradientFeatures(VectorScaledUpdate(envs))))
+    >>> PPO("MlpPolicy", vec_env, n_steps=4, batch_size=8, device="cpu").learn(8).num_timesteps
+    8
+
+    ```
+
+    An ended stream is reset in the same step, as Stable-Baselines3 expects; its last observation is in its info under
+    ``terminal_observation``.
+
+    Args:
+        env: with ``autoreset_mode=AutoresetMode.DISABLED``, since it is reset here, once the last observation has been
+            looked at.
+
+    Raises:
+        ValueError: the environment resets streams itself.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.DISABLED:
+            raise ValueError(f"the environment's autoreset_mode is {mode}; make it with autoreset_mode='Disabled'")
+        self.env = env
+        self._actions: Any = None
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> Any:
+        """First observations, with the seeds that `seed` was given."""
+        observations, infos = self.env.reset(seed=self._seeds)  # type: ignore[arg-type]
+        self.reset_infos = [_own(infos, i) for i in range(self.num_envs)]
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Observations, rewards, dones and one info a stream."""
+        observations, rewards, terminations, truncations, gathered = self.env.step(self._actions)
+        infos = [_own(gathered, i) for i in range(self.num_envs)]
+        dones = terminations | truncations
+        for i, info in enumerate(infos):
+            info["TimeLimit.truncated"] = bool(truncations[i] and not terminations[i])
+            if dones[i]:
+                info["terminal_observation"] = observations[i]
+        if dones.any():
+            observations, gathered = self.env.reset(options={"reset_mask": dones})
+            for k in np.flatnonzero(dones).tolist():
+                self.reset_infos[k] = _own(gathered, k)
+        return observations, rewards.astype(np.float32), dones, infos
+
+    def close(self) -> None:
+        self.env.close()
+
+    # -- the streams as environments -------------------------------------------------------------------------------
+
+    def _chosen(self, indices: None | int | Iterable[int]) -> list[Any]:
+        inner: Any = self.env.unwrapped
+        return [inner.envs[i] for i in self._get_indices(indices)]
+
+    def get_attr(self, attr_name: str, indices: None | int | Iterable[int] = None) -> list[Any]:
+        return [getattr(env, attr_name) for env in self._chosen(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: None | int | Iterable[int] = None) -> None:
+        for env in self._chosen(indices):
+            setattr(env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: None | int | Iterable[int] = None, **method_kwargs: Any
+    ) -> list[Any]:
+        return [getattr(env, method_name)(*method_args, **method_kwargs) for env in self._chosen(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices: None | int | Iterable[int] = None) -> list[bool]:
+        return [False for _ in self._chosen(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        frames: Any = self.env.render()
+        return [frame if isinstance(frame, np.ndarray) else None for frame in frames or [None] * self.num_envs]
+
+
+def _own(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Stream i's info out of Gymnasium's gathered one, its numbers as Python's."""
+    own: dict[str, Any] = {}
+    for key, value in infos.items():
+        if key.startswith("_") or not infos[f"_{key}"][i]:
+            continue
+        if isinstance(value, Mapping):
+            own[key] = _own(value, i)
+        else:
+            own[key] = value[i].item() if isinstance(value[i], np.generic) else value[i]
+    return own

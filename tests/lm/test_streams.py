@@ -1,0 +1,156 @@
+"""Tests of rledit_env.lm.streams: several streams' weights over one frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rledit_env.encoding import encode
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.lm.streams import StreamLM, stream_chunks, together
+from rledit_env.metrics import evaluate
+from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
+
+ARCHITECTURES = ["tiny-llama", "tiny-mistral", "tiny-gemma2", "tiny-gemma3", "tiny-qwen2", "tiny-qwen3", "tiny-gpt2"]
+
+
+def edited(lm: EditableLM, seed: int) -> EditableLM:
+    """The LM after a random update, different for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = {m: 0.1 * torch.randn(3, d_in, generator=generator) for m, (d_in, _) in lm.module_shapes.items()}
+    values = {m: 0.1 * torch.randn(3, d_out, generator=generator) for m, (_, d_out) in lm.module_shapes.items()}
+    lm.apply(keys, values)
+    return lm
+
+
+@pytest.fixture
+def streams(tiny_lm):
+    """Gives three edited streams of a tiny LM, and a function that runs something on the LM itself, edited alike."""
+
+    def get(name: str, **options):
+        lm = tiny_lm(name, **options)
+        three = [edited(StreamLM(lm), seed) for seed in range(3)]
+
+        def alone(seed: int, work):
+            lm.restore()
+            try:
+                return work(edited(lm, seed))
+            finally:
+                lm.restore()
+
+        return three, alone
+
+    return get
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("token", TOKEN_CHOICES)
+def test_a_pass_of_several_streams_traces_each_at_its_own_weights(streams, uneven_facts, name, token):
+    three, alone = streams(name)
+    passages = [encode(three[0], r).edit for r in uneven_facts]
+    batches = [passages[:3], passages[3:], passages[::-1]]
+    traces = together(three).trace_batches(batches, token)
+    for seed, (trace, batch) in enumerate(zip(traces, batches, strict=True)):
+        expected = alone(seed, lambda lm, batch=batch: lm.trace(batch, token))
+        assert trace.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert torch.equal(trace.owner, expected.owner)
+        torch.testing.assert_close(trace.keys, expected.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trace.value_gradients, expected.value_gradients, rtol=1e-3, atol=1e-6)
+    other = alone(1, lambda lm: lm.trace(batches[0], token))
+    assert traces[0].loss != pytest.approx(other.loss, rel=1e-4)  # the streams do differ
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("max_tokens", [40, 4096])
+def test_a_pass_of_several_streams_scores_each_at_its_own_weights(streams, uneven_facts, name, max_tokens, monkeypatch):
+    three, alone = streams(name)
+    for lm in three:
+        monkeypatch.setattr(lm, "max_tokens_per_pass", max_tokens)
+    records = [encode(three[0], r) for r in uneven_facts]
+    requests = [
+        [ScoredBatch(records[:2], [0.1, 0.9], 1.0), ScoredBatch(records[2:], [0.0, 0.5], 0.5)],
+        [],
+        [ScoredBatch(records, [0.3] * 4, 2.0)],
+    ]
+    config = RewardConfig.with_efficacy()
+    found = score_streams(together(three), requests, config, True)
+    for seed, (scores, request) in enumerate(zip(found, requests, strict=True)):
+        expected = alone(seed, lambda lm, request=request: score(lm, request, config, True))
+        assert scores.weighted == pytest.approx(expected.weighted, rel=1e-5)
+        assert [list(b) for b in scores.basic] == [list(b) for b in expected.basic]
+        assert (scores.gradient is None) == (expected.gradient is None) == (not request)
+        if expected.gradient is not None:
+            torch.testing.assert_close(scores.gradient, expected.gradient, rtol=1e-3, atol=1e-5)
+    without = score_streams(together(three), requests, config, False)
+    assert [s.weighted for s in without] == [pytest.approx(s.weighted) for s in found]
+    assert not any(w.requires_grad for lm in three for w in lm._run.values())
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_a_stream_is_an_lm_like_any_other(streams, uneven_facts, tmp_path: Path, name):
+    three, alone = streams(name)
+    stream, prompts = three[2], ["Rome is in", "2 + 2 ="]
+    assert stream.generate(prompts) == alone(2, lambda lm: lm.generate(prompts))
+    assert stream.drift() == alone(2, lambda lm: lm.drift())
+    scores = alone(2, lambda lm: evaluate(lm, uneven_facts.records, "zsre"))
+    assert evaluate(stream, uneven_facts.records, "zsre") == scores
+    stream.save_pretrained(tmp_path / "saved")
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").named_modules())
+    for m, module in stream._modules.items():
+        torch.testing.assert_close(stream._oriented(saved[m]), stream.weight(m), rtol=0, atol=0)
+        assert torch.equal(stream._oriented(module), stream.original_weight(m))
+    stream.restore()
+    assert all(torch.equal(stream.weight(m), stream.original_weight(m)) for m in stream.module_shapes)
+
+
+def test_streams_leave_the_shared_lms_weights_and_the_other_streams_alone(tiny_lm, uneven_facts):
+    lm = edited(tiny_lm(), seed=9)
+    before = lm.snapshot()
+    first, second = StreamLM(lm), StreamLM(lm)
+    assert all(torch.equal(first.weight(m), lm.original_weight(m)) for m in before)  # not from the edited weights
+    edited(first, seed=1)
+    first.trace([encode(lm, r).edit for r in uneven_facts])
+    first.generate(["Rome is in"])
+    with first.original_weights():
+        first.generate(["Rome is in"])
+    assert all(torch.equal(w, lm.weight(m)) for m, w in before.items())
+    assert all(torch.equal(second.weight(m), lm.original_weight(m)) for m in before)
+    assert not any("forward" in vars(module) for module in lm._modules.values())
+
+
+def test_the_reference_is_the_original_model_whatever_the_stream(tiny_lm, uneven_facts):
+    lm = tiny_lm()
+    passages = [encode(lm, r).edit for r in uneven_facts]
+    expected = [state.clone() for state in lm.reference_states(passages)]
+    lm.reference_cache.clear()
+    found = together([edited(StreamLM(lm), 0), edited(StreamLM(lm), 1)]).reference_states(passages)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_a_number"), [(torch.float32, 4), (torch.bfloat16, 4 + 2)])
+def test_a_stream_adds_its_master_weights_and_the_copy_it_runs_with(tiny_lm, dtype, bytes_a_number):
+    lm = tiny_lm(dtype=dtype)
+    numbers = sum(d_in * d_out for d_in, d_out in lm.module_shapes.values())
+    assert StreamLM(lm).nbytes == bytes_a_number * numbers
+
+
+def test_streams_of_different_models_cannot_run_together(tiny_lm):
+    with pytest.raises(ValueError, match="the 2 streams share no frozen model; make them from one EditableLM"):
+        together([StreamLM(tiny_lm("tiny-llama")), StreamLM(tiny_lm("tiny-qwen2"))])
+
+
+def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the_limit():
+    generator = torch.Generator().manual_seed(0)
+    for count, most_streams, max_tokens in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
+        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
+        chunks = list(stream_chunks(lengths, streams, max_tokens))
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
+        for chunk in chunks:
+            assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
+            order = [streams[i] for i in chunk]
+            assert order == sorted(order)
