@@ -15,7 +15,7 @@ import torch
 
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage
+from rledit_env.lm.forward import ATTENTIONS, Passage
 
 
 class Floor:
@@ -26,10 +26,16 @@ class Floor:
     """
 
     def __init__(self, lm: EditableLM) -> None:
-        forward = lm.forward
+        forward = self.forward = lm.forward
         self.first = forward.first_layer
         self.layers = len(forward.layers)
-        self.layer = sum(w.numel() for w in forward.layers[0].parameters() if w.dim() == 2)
+        self.layer = _weights(forward.layers[0])
+        attention = next(a for name in ATTENTIONS if (a := getattr(forward.layers[0], name, None)) is not None)
+        self.outside_attention = self.layer - _weights(attention)
+        self.attention_is_edited = any(
+            n.startswith(f"{first}.{name}.") for name in ATTENTIONS for n in lm.module_shapes
+            for first, module in lm.model.named_modules() if module is forward.layers[self.first]
+        )  # fmt: skip
         config = lm.model.config.get_text_config()
         self.attention = 4 * config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -42,35 +48,43 @@ class Floor:
         tokens, pairs = sum(map(len, passages)), sum(len(p) * (len(p) + 1) / 2 for p in passages)
         return layers * (2 * self.layer * tokens + self.attention * pairs)
 
-    def _answers(self, passages: Sequence[Passage]) -> int:
-        return sum(len(p.targets) for p in passages)
-
     def prefix(self, passages: Sequence[Passage]) -> float:
         """Of passages never seen before."""
         return self.layers_forward(passages, self.first)
 
     def suffix(self, passages: Sequence[Passage]) -> float:
-        """A forward pass to the answers' probabilities."""
-        return self.layers_forward(passages, self.layers - self.first) + 2 * self.head * self._answers(passages)
+        """A forward pass to the answers' probabilities; after the last attention, the answers' positions alone."""
+        answers = sum(len(p.targets) for p in passages)
+        whole = self.layers_forward(passages, self.layers - self.first) + 2 * self.head * answers
+        if self.forward.narrows:
+            whole -= 2 * self.outside_attention * (sum(map(len, passages)) - answers)
+        return whole
 
     def backward(self, passages: Sequence[Passage], weights: bool) -> float:
         """The gradient of the edited modules' outputs and, if asked for, of their weights."""
-        return self.suffix(passages) + (2 * self.edited * sum(map(len, passages)) if weights else 0)
+        inputs = self.suffix(passages)
+        if not self.attention_is_edited:  # nothing below the first edited module is needed
+            inputs -= self.layers_forward(passages, 1) - 2 * self.outside_attention * sum(map(len, passages))
+        return inputs + (2 * self.edited * sum(map(len, passages)) if weights else 0)
 
-    def trace(self, passages: Sequence[Passage]) -> float:
-        """The state of a batch of new facts."""
-        return self.prefix(passages) + self.suffix(passages) + self.backward(passages, weights=False)
-
-    def reward(self, new: Sequence[Passage], unrelated: Sequence[Passage], scored: Sequence[Passage]) -> float:
-        """The losses of ``scored`` and their gradient.
+    def step(
+        self, edits: Sequence[Passage], new: Sequence[Passage], unrelated: Sequence[Passage], scored: Sequence[Passage]
+    ) -> dict[str, float]:
+        """What the LLM must do in a training step, by part.
 
         Args:
-            new: passages of the current batch, not seen before.
+            edits: the next batch, whose state is computed.
+            new: passages of the current batch's reward, not seen before.
             unrelated: those of them whose divergence from θ₀ is scored.
-            scored: all passages of the current and of earlier batches.
+            scored: all passages of the reward, of the current and of earlier batches.
         """
-        reference = self.suffix(unrelated)
-        return self.prefix(new) + reference + self.suffix(scored) + self.backward(scored, weights=True)
+        return {
+            "layers below the first edited one, for passages not seen before": self.prefix([*edits, *new]),
+            "state": self.suffix(edits) + self.backward(edits, weights=False),
+            "θ₀'s states": self.suffix(unrelated),
+            "reward": self.suffix(scored),
+            "reward's gradient": self.backward(scored, weights=True),
+        }
 
     def policy(self, network: Hypernetwork, rows: int, learn: bool) -> float:
         """The network on this many rows a module, the least squares and the update; for learning with its gradient."""
@@ -80,6 +94,10 @@ class Floor:
         update = 2 * self.edited
         credit = 4 * self.edited if learn else 0
         return rows * (blocks * (4 if learn else 1) + solve * (3 if learn else 1) + update + credit)
+
+
+def _weights(module: Any) -> int:
+    return sum(w.numel() for w in module.parameters() if w.dim() == 2)
 
 
 def matmul_rate(dtype: torch.dtype, device: str, shape: tuple[int, int, int]) -> float:

@@ -198,7 +198,7 @@ class Benchmark:
         ours = steppers["float32, exact"]
         reference = Reference(ours.lm)
         deviations: dict[str, list[float]] = {}
-        floors: dict[str, list[float]] = {name: [] for name in steppers}
+        floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}
         for _ in range(args.repeats):
             for name, stepper in steppers.items():
                 floors[name].append(self._floor(stepper, exact, "sampled" in name))
@@ -224,17 +224,22 @@ class Benchmark:
         rates = self._rates(ours.lm)
         rows = {}
         for name in steppers:
-            rate = rates[name.split(",")[0]]
+            # The network runs in float32 whatever the LLM runs in.
+            seconds = [
+                sum(count / rates["float32" if part == "network" else name.split(",")[0]] for part, count in f.items())
+                for f in floors[name]
+            ]
             rows[name] = {
                 "seconds": self.median(name),
                 "times the reference's speed": self.median("reference") / self.median(name),
-                "floor": statistics.median(floors[name]) / rate,
-                "over the floor": self.median(name) * rate / statistics.median(floors[name]),
+                "floor": statistics.median(seconds),
+                "over the floor": self.median(name) / statistics.median(seconds),
             }
         return {
             "rows": {"reference": {"seconds": self.median("reference")}, **rows},
             "greatest relative deviation": {what: max(values) for what, values in deviations.items()},
             "operations a second": rates,
+            "operations": {name: floors[name][-1] for name in list(steppers)[:2]},
         }
 
     def _rates(self, lm: EditableLM) -> dict[str, float]:
@@ -244,8 +249,8 @@ class Benchmark:
             for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
         }
 
-    def _floor(self, stepper: Stepper, config: RewardConfig, sampled: bool) -> float:
-        """Operations of the step to come: its reward and the next batch's state."""
+    def _floor(self, stepper: Stepper, config: RewardConfig, sampled: bool) -> dict[str, float]:
+        """Operations of the step to come, by part: its reward and the next batch's state."""
         floor = Floor(stepper.lm)
         batches = stepper.batches(config)
         if sampled:
@@ -258,12 +263,11 @@ class Benchmark:
         new = parts[: len(config.components)]
         unrelated = [p for part, (_, c) in zip(new, config.components.values(), strict=True)
                      if c.needs_reference for p in part]  # fmt: skip
-        rows = len(stepper.observation["mask"])
-        return (
-            floor.trace(stepper.edits)
-            + floor.reward([p for part in new for p in part], unrelated, [p for part in parts for p in part])
-            + floor.policy(stepper.network, rows, learn=True)
-        )
+        scored = [p for part in parts for p in part]
+        return {
+            **floor.step(stepper.edits, [p for part in new for p in part], unrelated, scored),
+            "network": floor.policy(stepper.network, len(stepper.observation["mask"]), learn=True),
+        }
 
     def edit(self) -> dict[str, Any]:
         """The editing phase: batches of new facts, no reward."""
@@ -436,8 +440,16 @@ def shown(section: str, result: Mapping[str, Any]) -> str:
     if section == "step":
         columns = ["seconds", "times the reference's speed", "floor", "over the floor"]
         rows = [[name, *(f"{row[c]:.3g}" if c in row else "" for c in columns)] for name, row in result["rows"].items()]
-        rest = {k: v for k, v in result.items() if k != "rows"}
-        return text_table(["training step", *columns], rows) + "\n" + json.dumps(rest, ensure_ascii=False)
+        parts = [[part, *(f"{counts[part] / 1e9:.0f}" for counts in result["operations"].values())]
+                 for part in next(iter(result["operations"].values()))]  # fmt: skip
+        rest = {k: v for k, v in result.items() if k not in ("rows", "operations")}
+        return "\n".join(
+            [
+                text_table(["training step", *columns], rows),
+                text_table(["10⁹ operations that it must do", *result["operations"]], parts),
+                json.dumps(rest, ensure_ascii=False),
+            ]
+        )
     if section == "edit":
         columns = ["seconds", "facts a second", "times the reference's speed"]
         return text_table(["", *columns], [[n, *(f"{r[c]:.3g}" for c in columns)] for n, r in result.items()])

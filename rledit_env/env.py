@@ -346,8 +346,8 @@ class LifelongEditEnv(gym.Env):
         penalty, action_gradient = self._penalty(keys, values, config)
         basic = scores.basic[0] if scores.basic else {}
         reward = -(scores.total + penalty)
-        gradients = list((scores.gradient or {}).values())
-        diverged = not (math.isfinite(reward) and all(torch.isfinite(g).all() for g in gradients))
+        largest = [torch.linalg.vector_norm(g, math.inf) for g in (scores.gradient or {}).values()]
+        diverged = not (math.isfinite(reward) and all(map(math.isfinite, largest)))
         info: dict[str, Any] = {
             **basic,
             "backtracking": float(sum(scores.weighted[1:])) / config.batch_stride,
@@ -357,7 +357,7 @@ class LifelongEditEnv(gym.Env):
         }
         if self.reward_gradient and not diverged:
             if scores.gradient is not None:
-                info["reward_gradient"] = self._arrays({m: -g for m, g in scores.gradient.items()})
+                info["reward_gradient"] = self._arrays({m: g.neg_() for m, g in scores.gradient.items()})
             info["action_gradient"] = {part: self._arrays(g) for part, g in action_gradient.items()}
         return (self._floor if diverged else max(reward, self._floor)), info
 

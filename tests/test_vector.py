@@ -409,8 +409,8 @@ def test_an_lm_that_is_handed_over_keeps_its_own_edits(tiny_lm, facts):
 def test_one_pass_serves_all_streams(both, monkeypatch):
     vector, _ = both(num_envs=3)
     forward = vector.envs[0].lm.forward
-    run, passes = forward.run, []
-    monkeypatch.setattr(forward, "run", lambda hidden: passes.append(len(hidden)) or run(hidden))
+    run_to, passes = forward.run_to, []
+    monkeypatch.setattr(forward, "run_to", lambda hidden, *to: passes.append(len(hidden)) or run_to(hidden, *to))
     for env in vector.envs:
         monkeypatch.setattr(env.lm, "max_tokens_per_pass", 4096)
     observations, _ = vector.reset(seed=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,10 @@ class EditableLM:
             self.module_shapes[n] = (weight.shape[1], weight.shape[0])
             self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
         self._original = {n: w.clone() for n, w in self._master.items()}
+        self._norms = {n: float(w.norm()) for n, w in self._original.items()}
         self._original_run = {n: m.weight.detach().clone() for n, m in self._modules.items()}
-        self.forward = SuffixForward(model, min(layer_of[n] for n in names))
+        edited = [layer_of[n] for n in names]
+        self.forward = SuffixForward(model, min(edited), max(edited))
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
 
@@ -299,15 +301,28 @@ class EditableLM:
 
     def _suffix_chunks(
         self, passages: Sequence[Passage], streams: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Chunks of passage indices with the last layer's states (b, L, d) before the final norm.
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Chunks of passage indices with their normalised final states at the answer positions (P, d), and which
+        passage of the chunk each position is of, (P,).
 
         ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`).
         """
         states = self._prefix_states(passages)
-        for chunk in length_sorted_chunks([len(p) for p in passages], self.max_tokens_per_pass):
+        streams = [0] * len(passages) if streams is None else streams
+        for chunk in self._cut([len(p) for p in passages], streams):
             padded = nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True)
-            yield chunk, self.forward.run(padded)
+            rows, columns = _positions([passages[i] for i in chunk], "answer", self.device)
+            with self._routed([streams[i] for i in chunk]):
+                final = self.forward.run_to(padded, rows, columns)
+            yield chunk, rows, self.forward.norm(final)
+
+    def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of passages of these lengths in chunks for one pass each."""
+        return length_sorted_chunks(lengths, self.max_tokens_per_pass)
+
+    def _routed(self, streams: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it, rows of a batch whose streams are these meet their stream's weights: here, the model's own."""
+        return nullcontext()
 
     def answer_chunks(
         self, passages: Sequence[Passage], streams: Sequence[int] | None = None
@@ -320,10 +335,9 @@ class EditableLM:
         chunk: list[int] = []
         pieces: list[Tensor] = []
         rows = 0
-        for members, hidden in self._suffix_chunks(passages, streams):
+        for members, _, states in self._suffix_chunks(passages, streams):
             chunk += members
-            places = _positions([passages[i] for i in members], "answer", self.device)
-            pieces.append(self.forward.norm(hidden[places]))
+            pieces.append(states)
             rows += len(pieces[-1])
             if rows >= BLOCK or len(pieces) == 4:
                 yield chunk, self._joined(pieces, [passages[i] for i in chunk])
@@ -439,10 +453,8 @@ class EditableLM:
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         try:
             with torch.enable_grad():
-                for chunk, hidden in self._suffix_chunks(passages, batch_of):
+                for chunk, rows, states in self._suffix_chunks(passages, batch_of):
                     members = [passages[i] for i in chunk]
-                    rows, columns = _positions(members, "answer", self.device)
-                    states = self.forward.norm(hidden[rows, columns])
                     targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
                     losses = negative_log_likelihood(self.forward, states, targets)
                     whose = [batch_of[chunk[r]] for r in rows.tolist()]
@@ -551,9 +563,7 @@ class EditableLM:
 
     def drift(self) -> dict[str, float]:
         """‖W_t − W₀‖ / ‖W₀‖ by module (Frobenius)."""
-        return {
-            n: float((self._master[n] - self._original[n]).norm() / self._original[n].norm()) for n in self._modules
-        }
+        return {n: float((self._master[n] - self._original[n]).norm()) / self._norms[n] for n in self._modules}
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model with its current weights, and its tokenizer, for ``from_pretrained`` to load anywhere.

@@ -8,8 +8,10 @@ applied at the positions that predict an answer token only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +119,24 @@ class _Stub:
         return hidden_states
 
 
+class _Reached(Exception):
+    """A layer's attention was called."""
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, calling the module calls this instead of its ``forward``."""
+    earlier = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if earlier is None:
+            del module.forward
+        else:
+            module.forward = earlier
+
+
 class SuffixForward:
     """Splits a Hugging Face causal LM at a decoder layer.
 
@@ -126,12 +147,14 @@ class SuffixForward:
     Args:
         model: a causal LM in evaluation mode.
         first_layer: index of the first layer of the suffix.
+        last_edited: index of the last layer that holds an edited module.
     """
 
-    def __init__(self, model: PreTrainedModel, first_layer: int) -> None:
+    def __init__(self, model: PreTrainedModel, first_layer: int, last_edited: int) -> None:
         self.model = model
         self.base, self.layers = decoder_layers(model)
-        self.first_layer = first_layer
+        self.first_layer, self.last_edited = first_layer, last_edited
+        self._attention = ""  # the name of a layer's attention, once needed
         norm_name = next((name for name in FINAL_NORMS if hasattr(self.base, name)), None)
         if norm_name is None:
             raise ValueError(f"{type(self.base).__name__} has no final norm under any of the names {FINAL_NORMS}")
@@ -143,15 +166,10 @@ class SuffixForward:
     def _run_stubbed(self, input_ids: Tensor, first_stub: int) -> list[_Stub]:
         """The model's forward with layers ``first_stub`` and above replaced by stubs, which are returned."""
         stubs = [_Stub() for _ in self.layers[first_stub:]]
-        replaced = self.layers[first_stub:]
-        for layer, stub in zip(replaced, stubs, strict=True):
-            layer.forward = stub
-        try:
-            with torch.no_grad():
-                self.base(input_ids=input_ids, use_cache=False)
-        finally:
-            for layer in replaced:
-                del layer.forward
+        with ExitStack() as stack, torch.no_grad():
+            for layer, stub in zip(self.layers[first_stub:], stubs, strict=True):
+                stack.enter_context(replaced_forward(layer, stub))
+            self.base(input_ids=input_ids, use_cache=False)
         return stubs
 
     def prefix(self, input_ids: Tensor) -> Tensor:
@@ -178,12 +196,68 @@ class SuffixForward:
 
     def run(self, hidden: Tensor) -> Tensor:
         """Final states before the last norm, from states (B, L, d) that enter the first suffix layer."""
-        for layer, stub in zip(
-            self.layers[self.first_layer :], self._layer_arguments(hidden.shape[0], hidden.shape[1]), strict=True
-        ):
+        arguments = self._layer_arguments(hidden.shape[0], hidden.shape[1])
+        return self._through(self.layers[self.first_layer :], arguments, hidden)
+
+    def run_to(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """:meth:`run` at some positions only, (P, d): in the last layer, whatever follows the attention is computed
+        for them alone."""
+        if not self.narrows:
+            return self.run(hidden)[rows, columns]
+        arguments = self._layer_arguments(hidden.shape[0], hidden.shape[1])
+        hidden = self._through(self.layers[self.first_layer : -1], arguments, hidden)
+        return self._last_at(hidden, arguments[-1], rows, columns)
+
+    @staticmethod
+    def _through(layers: Iterable[Any], arguments: Iterable[_Stub], hidden: Tensor) -> Tensor:
+        for layer, stub in zip(layers, arguments, strict=False):
             output = layer(hidden, *stub.args, **stub.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def _last_at(self, hidden: Tensor, stub: _Stub, rows: Tensor, columns: Tensor) -> Tensor:
+        """The last layer's states (P, d) at some positions, from those (B, L, d) that enter it.
+
+        The layer runs twice: for all positions as far as its attention, which alone looks at other positions, and for
+        the chosen ones (as one sequence) with the attention's output given.
+        """
+        layer: Any = self.layers[-1]
+        attention: Any = getattr(layer, self._attention)
+        called: list[Any] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            called.extend((args, kwargs))
+            raise _Reached
+
+        with replaced_forward(attention, stop), suppress(_Reached):
+            layer(hidden, *stub.args, **stub.kwargs)
+        output = attention(*called[0], **called[1])
+        chosen = (output[0] if isinstance(output, tuple) else output)[rows, columns][None]
+        given = (chosen, *output[1:]) if isinstance(output, tuple) else chosen
+        with replaced_forward(attention, lambda *_args, **_kwargs: given):
+            return self._through([layer], [stub], hidden[rows, columns][None])[0]
+
+    @cached_property
+    def narrows(self) -> bool:
+        """Whether the last layer can be computed at some positions only: no edited module is in it, and doing so gives
+        what the whole layer gives (tried once, on this very model)."""
+        found = [name for name in ATTENTIONS if hasattr(self.layers[-1], name)]
+        if self.last_edited >= len(self.layers) - 1 or not found:
+            return False
+        self._attention = found[0]
+        weight = self.norm.weight
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, 3, len(weight), generator=generator).to(weight)
+        rows, columns = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
+        stub = self._layer_arguments(2, 3)[-1]
+        with torch.no_grad():
+            whole = self._through(self.layers[-1:], [stub], hidden)[rows, columns]
+            try:
+                mine = self._last_at(hidden, stub, rows, columns)
+            except (IndexError, RuntimeError, TypeError, ValueError):  # a layer of another make
+                return False
+        tolerance = 0.05 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return mine.shape == whole.shape and float((mine - whole).abs().max()) <= tolerance * float(whole.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage
+from rledit_env.lm.forward import replaced_forward
 
 
 class StreamLM(EditableLM):
@@ -52,32 +52,21 @@ class StreamLM(EditableLM):
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
-    def _suffix_chunks(
-        self, passages: Sequence[Passage], streams: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        states = self._prefix_states(passages)
-        lengths = [len(p) for p in passages]
-        if streams is None or self._at_original or len(self._members) == 1:
-            streams = [0] * len(passages)
-        for chunk in stream_chunks(lengths, streams, self.max_tokens_per_pass):
-            padded = nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True)
-            with self._routed([streams[i] for i in chunk]):
-                hidden = self.forward.run(padded)
-            yield chunk, hidden
+    def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
+        if self._at_original or len(self._members) == 1:
+            streams = [0] * len(lengths)
+        return stream_chunks(lengths, streams, self.max_tokens_per_pass)
 
     @contextmanager
     def _routed(self, streams: Sequence[int]) -> Iterator[None]:
-        """Within it, rows of a batch whose streams are these, in order, meet their stream's weights."""
-        groups = list(dict.fromkeys(streams))
-        counts = [streams.count(s) for s in groups]
+        groups = [0] if self._at_original or len(self._members) == 1 else list(dict.fromkeys(streams))
+        counts = [len(streams)] if len(groups) == 1 else [streams.count(s) for s in groups]
         weights = [self._original_oriented if self._at_original else self._members[s]._run for s in groups]
-        for name, module in self._modules.items():
-            module.forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, counts)
-        try:
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, counts)
+                stack.enter_context(replaced_forward(module, forward))
             yield
-        finally:
-            for module in self._modules.values():
-                del module.forward
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
         with self._routed([0]):

@@ -122,6 +122,38 @@ def test_a_cache_too_small_for_a_batch_changes_no_result(tiny_lm, monkeypatch):
         torch.testing.assert_close(lm.answer_states(passages_of(lm)).hidden, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_the_last_layer_at_answer_positions_alone_changes_no_logit_and_no_gradient(name, tiny_lm, full_logits):
+    lm = tiny_lm(name, "{model.layers,transformer.h}.[1-2].mlp.*")
+    passages = passages_of(lm)
+    assert lm.forward.narrows
+    whole = torch.cat([full_logits(lm, p) for p in passages]).detach()
+    torch.testing.assert_close(lm.forward.logits(lm.answer_states(passages).hidden), whole, atol=2e-5, rtol=1e-4)
+    traces = []
+    for narrows in (True, False):
+        lm.forward.narrows = narrows
+        traces.append(lm.trace(passages))
+    del lm.forward.narrows  # what it finds out for itself counts again
+    for m in lm.module_shapes:
+        mine, plain = (t.value_gradients[m] for t in traces)
+        assert plain.abs().max() > 1e-5
+        torch.testing.assert_close(mine, plain, atol=1e-7, rtol=1e-4)
+
+
+def test_an_edited_last_layer_is_computed_whole_and_so_is_one_of_an_unknown_make(tiny_lm, monkeypatch):
+    assert not tiny_lm().forward.narrows
+    lm = tiny_lm("tiny-llama", "model.layers.[1-2].mlp.*")
+    expected = lm.answer_states(passages_of(lm)).hidden
+    layer = lm.forward.layers[-1]
+    forward = layer.forward  # a layer that looks at other positions not in its attention only
+    monkeypatch.setattr(layer, "forward", lambda hidden, *a, **k: forward(hidden, *a, **k) + hidden.sum(1, True))
+    del lm.forward.narrows
+    assert not lm.forward.narrows
+    monkeypatch.undo()
+    del lm.forward.narrows
+    torch.testing.assert_close(lm.answer_states(passages_of(lm)).hidden, expected)
+
+
 def test_positions_are_named_by_what_they_predict():
     passage = Passage(input_ids=(10, 11, 12, 13, 14), targets=(14, 15), subject_position=1)
     assert list(passage.chosen_positions("answer")) == [3, 4]
