@@ -144,11 +144,13 @@ class StepRecord:
         keys: module → u (N, d_in).
         inputs: group of modules of one shape → normalised [u; δ] of its M members, (M, N, d_in + d_out).
         update_keys: module → ũ where it does not depend on the parameters, else absent.
+        factors: what :meth:`Hypernetwork.factors` made of it, with the graph to differentiate, where that was kept.
     """
 
     keys: dict[str, Tensor]
     inputs: dict[str, Tensor]
     update_keys: dict[str, Tensor]
+    factors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
 
 class Hypernetwork(nn.Module):
@@ -314,6 +316,16 @@ class Hypernetwork(nn.Module):
                 gram = u @ u.mT + damping * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)  # (M, N, N)
                 update_keys |= zip(members, torch.cholesky_solve(u, torch.linalg.cholesky(gram)), strict=True)
         return {m: update_keys[m] for m in record.keys}, {m: values[m] for m in record.keys}
+
+    def graph_bytes(self, rows: int) -> int:
+        """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""
+        c = self.config
+        # A block keeps its input, its inner activations with the mask, and the narrow ones; the aggregation some more.
+        return sum(
+            len(members) * rows * ((9 * width + 4 * c.rank) * c.blocks + 12 * width)
+            for members in self.groups.values()
+            for width in [sum(self.shapes[members[0]])]
+        )
 
     def memory_state(self) -> dict[str, Tensor]:
         """Normalisers and recursion memory as named tensors."""

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class RLEditConfig:
             (see `HypernetworkConfig.prior`).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
             gradients through a broken LLM spoil the policy.
+        graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
+            the steps beyond them the network runs a second time. It changes nothing but the time.
     """
 
     network: HypernetworkConfig = field(default_factory=HypernetworkConfig)
@@ -58,6 +60,7 @@ class RLEditConfig:
     discount: float = 1.0
     prior_batches: int = 40
     drift_limit: float = 0.6
+    graph_bytes: int = 2**28
 
     def __post_init__(self) -> None:
         if self.credit not in ("trajectory", "step"):
@@ -313,11 +316,16 @@ class RLEditAgent(Agent):
         credit = CreditAccumulator(self.config.credit, self.config.network.aggregation != "recursive")
         records: list[StepRecord] = []
         infos: list[dict[str, Any]] = []
-        total, done = 0.0, False
+        total, done, kept = 0.0, False, 0
         while not done:
             record = self._observe(observation, adapt=True)
-            with torch.no_grad():
-                keys, values = self.network.factors(record)
+            needed = self.network.graph_bytes(len(next(iter(record.keys.values()))))
+            kept += needed
+            with torch.set_grad_enabled(kept <= self.config.graph_bytes):
+                factors = self.network.factors(record)
+            if kept <= self.config.graph_bytes:
+                record = replace(record, factors=factors)
+            keys, values = ({m: f.detach() for m, f in part.items()} for part in factors)
             observation, reward, terminated, truncated, info = env.step({"keys": keys, "values": values})
             done = terminated or truncated
             if info["diverged"]:
@@ -344,12 +352,13 @@ class RLEditAgent(Agent):
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def _policy_gradient(self, records: list[StepRecord], credit: CreditAccumulator) -> list[Tensor]:
-        """−∂R/∂φ per step of the stream: the network runs a second time, step by step, with the cotangents."""
+        """−∂R/∂φ per step of the stream: the network's graph, kept or made a second time, step by step, with the
+        cotangents."""
         parameters = self._parameters()
         gradient = [torch.zeros_like(p) for p in parameters]
         for step, record in enumerate(records):
             for_keys, for_values = credit.of_step(step)
-            keys, values = self.network.factors(record)
+            keys, values = record.factors or self.network.factors(record)
             outputs = list(values.values()) + [keys[m] for m in for_keys]
             cotangents = list(for_values.values()) + list(for_keys.values())
             pieces = torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)

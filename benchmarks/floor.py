@@ -93,7 +93,7 @@ class Floor:
         solve = sum(4 * rows * d_in + rows**2 / 3 for d_in, _ in network.shapes.values())
         update = 2 * self.edited
         credit = 4 * self.edited if learn else 0
-        return rows * (blocks * (4 if learn else 1) + solve * (3 if learn else 1) + update + credit)
+        return rows * (blocks * (3 if learn else 1) + solve * (3 if learn else 1) + update + credit)
 
 
 def _weights(module: Any) -> int:

@@ -96,12 +96,13 @@ class Stepper:
         self.loss = 0.0
         self.factors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = ({}, {})
 
-    def edit(self) -> None:
-        """State → action → transition, and the next state."""
+    def edit(self, learn: bool = False) -> None:
+        """State → action → transition, and the next state; ``learn``: the network's graph is kept."""
         record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
-        with torch.no_grad():
-            keys, values = self.factors = self.network.factors(record)
-        self.record = record
+        with torch.set_grad_enabled(learn):
+            self.made = self.network.factors(record)
+        keys, values = [{m: f.detach() for m, f in part.items()} for part in self.made]
+        self.factors = keys, values
         self.observation, reward, *_, self.info = self.env.step({"keys": keys, "values": values})
         self.loss = -float(reward)
         self.steps += 1
@@ -116,12 +117,12 @@ class Stepper:
 
     def learn(self) -> list[Tensor]:
         """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
-        self.edit()
+        self.edit(learn=True)
         keys, values = self.factors
         credit = CreditAccumulator("trajectory", key_gradients=True)
         credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
         for_keys, for_values = credit.of_step(0)
-        keys, values = self.network.factors(self.record)
+        keys, values = self.made
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         cotangents = [*for_keys.values(), *for_values.values()]
         return list(torch.autograd.grad([*keys.values(), *values.values()], parameters, cotangents))

@@ -157,6 +157,21 @@ def test_learning_is_the_same_for_the_same_seed_and_another_for_another(training
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_gradient_does_not_depend_on_how_many_graphs_are_kept(training_env, monkeypatch, aggregation):
+    results, passes = [], []
+    for steps_kept in (3, 1, 0):
+        agent = moved(RLEditAgent(training_env(token="all"), config(aggregation, step_size=1e-4)))
+        one = agent.network.graph_bytes(agent.env.max_tokens)
+        agent.config = dataclasses.replace(agent.config, graph_bytes=steps_kept * one)
+        ran, factors = [], agent.network.factors
+        monkeypatch.setattr(agent.network, "factors", lambda r, f=factors, ran=ran: ran.append(r) or f(r))
+        results.append(torch.cat([g.flatten() for g in agent._trajectory(agent.env, seed=0)[0]]))
+        passes.append(len(ran))
+    assert passes[0] == 3 and passes[0] < passes[1] < passes[2] == 6
+    assert results[0].abs().max() > 0 and all(torch.equal(results[0], r) for r in results[1:])
+
+
 def test_learning_counts_steps_over_calls_and_reports_each_update(training_env):
     seen = []
     agent = RLEditAgent(training_env(), config(trajectories_per_update=2))
