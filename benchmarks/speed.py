@@ -139,8 +139,9 @@ class Stepper:
 
 
 def made_network(args: Args, lm: EditableLM) -> Hypernetwork:
-    """The paper's policy, its blocks no longer the identity."""
-    config = HypernetworkConfig(args.rank, args.blocks, "least_squares", step_size=1e-3)
+    """The paper's policy, its blocks no longer the identity; its products in bfloat16 where the LLM's are."""
+    precision: Any = "bfloat16" if lm.dtype == torch.bfloat16 else "float32"
+    config = HypernetworkConfig(args.rank, args.blocks, "least_squares", step_size=1e-3, precision=precision)
     network = Hypernetwork(lm.module_shapes, config).to(lm.device)
     generator = torch.Generator(device=lm.device).manual_seed(0)
     with torch.no_grad():
@@ -225,11 +226,8 @@ class Benchmark:
         rates = self._rates(ours.lm)
         rows = {}
         for name in steppers:
-            # The network runs in float32 whatever the LLM runs in.
-            seconds = [
-                sum(count / rates["float32" if part == "network" else name.split(",")[0]] for part, count in f.items())
-                for f in floors[name]
-            ]
+            rate = rates[name.split(",")[0]]
+            seconds = [sum(counts.values()) / rate for counts in floors[name]]
             rows[name] = {
                 "seconds": self.median(name),
                 "times the reference's speed": self.median("reference") / self.median(name),

@@ -113,7 +113,21 @@ def test_a_residual_blocks_gradient_is_that_of_its_formula():
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 6), (6, 3), (3, 6), (6,), (2, 6), (2, 6)]
     arguments = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(_ResidualBlock.apply, arguments)
+    assert torch.autograd.gradcheck(lambda *a: _ResidualBlock.apply(*a, False), arguments)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_products_in_bfloat16_give_nearly_the_same_factors_and_gradients(aggregation):
+    results = []
+    for precision in ("float32", "bfloat16"):
+        net = moved(network(aggregation=aggregation, precision=precision))
+        factors = net.factors(net.observe(*batch(5)))
+        learned = list(net.networks.parameters())
+        gradients = torch.autograd.grad(sum(f[m].square().sum() for f in factors for m in SHAPES), learned)
+        results.append([*[f[m].detach() for f in factors for m in SHAPES], *gradients])
+        assert {r.dtype for r in results[-1]} == {torch.float32}
+    differences = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
+    assert 1e-5 < max(differences) < 0.03
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -230,6 +244,7 @@ def test_memory_put_into_another_network_continues_the_stream(kind):
         ({"step_size": 0.0}, "step_size is 0.0; give a positive number"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"rank": 0}, "rank is 0"),
+        ({"precision": "half"}, "precision is 'half'; give 'float32' or 'bfloat16'"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, message):
