@@ -106,6 +106,7 @@ class ResidualBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.in_half = precision == "bfloat16"
+        self._halves: dict[str, tuple[int, Tensor]] = {}  # parameters in bfloat16, with the version they are of
         self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / math.sqrt(width)) for _ in range(blocks)])
         self.up = nn.ParameterList([nn.Parameter(torch.zeros(rank, width)) for _ in range(blocks)])
         self.bias = nn.ParameterList([nn.Parameter(torch.zeros(width)) for _ in range(blocks)])
@@ -114,43 +115,52 @@ class ResidualBlocks(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Transformed rows (M, N, width) of all modules of the shape at once: a product a block, not one a module."""
-        for down, up, bias, scale, shift in zip(self.down, self.up, self.bias, self.scale, self.shift, strict=True):
-            z = _ResidualBlock.apply(z, down, up, bias, scale, shift, self.in_half)
+        for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
+            run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
+            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i], self.shift[i], *run)
         return z
+
+    def _halved(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter in bfloat16, made again when it has changed."""
+        version, halved = self._halves.get(name, (-1, parameter))
+        if version != parameter._version or halved.device != parameter.device:
+            self._halves[name] = version, halved = parameter._version, parameter.detach().bfloat16()
+        return halved
 
 
 class _ResidualBlock(torch.autograd.Function):
     """z + scale ⊙ clamp(z A B + b) + shift with its gradient written out: half the memory and passes over it of the
-    same in single operations. z is (M, N, width), scale and shift (M, width), one row a module; ``half``: products in
-    bfloat16."""
+    same in single operations.
+
+    z is (M, N, width), scale and shift (M, width), one row a module. The products are in the precision of ``run_down``
+    and ``run_up``, which are A and B, or what they are in bfloat16.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, down: Tensor, up: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, half: bool
-    ) -> Tensor:
-        narrow = _product(z.flatten(0, 1), down, half)  # (M · N, rank)
-        inner = _product(narrow, up, half).add_(bias).view(z.shape)
+        ctx: Any, z: Tensor, down: Tensor, up: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, run_down: Tensor,
+        run_up: Tensor,
+    ) -> Tensor:  # fmt: skip
+        rows = z.flatten(0, 1).to(run_down.dtype)  # (M · N, width)
+        narrow = rows @ run_down  # (M · N, rank)
+        inner = (narrow @ run_up).to(z.dtype).add_(bias).view(z.shape)
         passes = inner >= 0
         inner.clamp_(min=0)
-        ctx.save_for_backward(z, down, up, scale, narrow, inner, passes)
-        ctx.half = half
+        ctx.save_for_backward(rows, run_down, run_up, scale, narrow, inner, passes)
         return torch.addcmul(z, scale[:, None], inner).add_(shift[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        z, down, up, scale, narrow, inner, passes = ctx.saved_tensors
-        for_scale = torch.einsum("mnw,mnw->mw", cotangent, inner)
+        rows, run_down, run_up, scale, narrow, inner, passes = ctx.saved_tensors
+        for_scale = torch.stack([(c * i).sum(0) for c, i in zip(cotangent, inner, strict=True)])
         for_inner = (cotangent * scale[:, None]).mul_(passes).flatten(0, 1)
-        for_narrow = _product(for_inner, up.T, ctx.half)
-        for_z = _product(for_narrow, down.T, ctx.half).view(z.shape).add_(cotangent)
-        for_down = _product(z.flatten(0, 1).T, for_narrow, ctx.half)
-        for_up = _product(narrow.T, for_inner, ctx.half)
-        return for_z, for_down, for_up, for_inner.sum(0), for_scale, cotangent.sum(1), None
-
-
-def _product(a: Tensor, b: Tensor, half: bool) -> Tensor:
-    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if half else a @ b
+        for_bias = for_inner.sum(0)
+        for_inner = for_inner.to(rows.dtype)
+        for_narrow = for_inner @ run_up.T
+        for_z = (for_narrow @ run_down.T).to(cotangent.dtype).view(cotangent.shape).add_(cotangent)
+        for_down, for_up = ((a.T @ b).to(cotangent.dtype) for a, b in ((rows, for_narrow), (narrow, for_inner)))
+        return for_z, for_down, for_up, for_bias, for_scale, cotangent.sum(1), None, None
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_a_residual_blocks_gradient_is_that_of_its_formula():
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 6), (6, 3), (3, 6), (6,), (2, 6), (2, 6)]
     arguments = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda *a: _ResidualBlock.apply(*a, False), arguments)
+    assert torch.autograd.gradcheck(lambda *a: _ResidualBlock.apply(*a, a[1].detach(), a[2].detach()), arguments)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -128,6 +128,17 @@ def test_products_in_bfloat16_give_nearly_the_same_factors_and_gradients(aggrega
         assert {r.dtype for r in results[-1]} == {torch.float32}
     differences = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
     assert 1e-5 < max(differences) < 0.03
+
+
+def test_products_in_bfloat16_follow_the_parameters():
+    net = moved(network(precision="bfloat16"))
+    record = net.observe(*batch(5))
+    before = net.factors(record)[1]["a"]
+    moved(net)
+    other = network(precision="bfloat16")
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net.factors(record)[1]["a"], other.factors(record)[1]["a"])
+    assert not torch.equal(net.factors(record)[1]["a"], before)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
