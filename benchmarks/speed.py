@@ -94,15 +94,16 @@ class Stepper:
         self.observation, _ = self.env.reset(seed=0)
         self.info: dict[str, Any] = {}
         self.loss = 0.0
-        self.factors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = ({}, {})
+        self.factors: tuple[Mapping[str, Tensor], ...] = ({}, {})
+        self.keeps = lm.dtype == torch.bfloat16  # in float32 the network runs a second time, which saves its graph
 
-    def edit(self, learn: bool = False) -> None:
-        """State → action → transition, and the next state; ``learn``: the network's graph is kept."""
-        record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
-        with torch.set_grad_enabled(learn):
-            self.made = self.network.factors(record)
-        keys, values = [{m: f.detach() for m, f in part.items()} for part in self.made]
-        self.factors = keys, values
+    def edit(self, keep: bool = False) -> None:
+        """State → action → transition, and the next state; ``keep``: the network's graph."""
+        self.record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
+        with torch.set_grad_enabled(keep):
+            made = self.network.factors(self.record)
+        self.made = made if keep else None
+        keys, values = self.factors = tuple({m: f.detach() for m, f in part.items()} for part in made)
         self.observation, reward, *_, self.info = self.env.step({"keys": keys, "values": values})
         self.loss = -float(reward)
         self.steps += 1
@@ -117,12 +118,12 @@ class Stepper:
 
     def learn(self) -> list[Tensor]:
         """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
-        self.edit(learn=True)
+        self.edit(self.keeps)
         keys, values = self.factors
         credit = CreditAccumulator("trajectory", key_gradients=True)
         credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
         for_keys, for_values = credit.of_step(0)
-        keys, values = self.made
+        keys, values = self.made or self.network.factors(self.record)
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         cotangents = [*for_keys.values(), *for_values.values()]
         return list(torch.autograd.grad([*keys.values(), *values.values()], parameters, cotangents))
@@ -323,9 +324,12 @@ class Benchmark:
 
             dual()
             seconds = [timed(device, dual)[0] for _ in range(5)]
-            primal_seconds, update = timed(device, primal)
-            if d_in <= 4096:  # float32 normal equations round more than the dual: compare with exact ones if affordable
-                update = primal(u.double(), v.double()).float()
+            primal_seconds, _ = timed(device, primal)
+            # Normal equations in float32 round more than the dual does: it is compared with exact ones.
+            u64 = u.double()
+            factor = torch.linalg.cholesky(u64.T @ u64 + damping * torch.eye(d_in, device=device, dtype=u64.dtype))
+            update = torch.cholesky_solve(u64.T @ v.double(), factor).T.float()
+            del factor
             results[str(d_in)] = {
                 "dual": statistics.median(seconds),
                 "primal": primal_seconds,
@@ -352,8 +356,7 @@ class Benchmark:
         device = stepper.lm.device
         if path == "package":  # its caches are part of what it needs: they fill from here on
             start = _reset_peak(device)
-            for _ in range(args.depth):
-                stepper.edit()
+            stepper.edit_quickly(args.depth)
             stepper.learn()
         else:
             stepper.steps = args.depth

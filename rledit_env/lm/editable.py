@@ -26,7 +26,7 @@ from rledit_env.lm.forward import (
     decoder_layers,
     length_sorted_chunks,
 )
-from rledit_env.lm.losses import BLOCK, negative_log_likelihood
+from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -141,8 +141,9 @@ class EditableLM:
         edit_modules: names or globs of the linear modules to edit (``nn.Linear`` or GPT-2's ``Conv1D``).
         name: what to call the model in logs.
         cache_bytes: bound on the cached prefix states.
-        max_tokens_per_pass: bound on the padded tokens of one forward pass; None means what suits the device: 512 on a
-            CPU, whose matrix products gain little by more and whose caches lose, and 4096 elsewhere.
+        max_tokens_per_pass: bound on the padded tokens of one forward pass; None means what suits the device: on a CPU
+            256 in float32 and 512 in half precision (matrix products gain little by more, caches lose, and memory grows
+            with it), and 4096 elsewhere.
     """
 
     def __init__(
@@ -161,7 +162,8 @@ class EditableLM:
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prefer_fast_attention(model)
-        self.max_tokens_per_pass = max_tokens_per_pass or (512 if model.device.type == "cpu" else 4096)
+        on_cpu = 512 if model.dtype in (torch.bfloat16, torch.float16) else 256
+        self.max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
         _, layers = decoder_layers(model)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}
@@ -329,21 +331,10 @@ class EditableLM:
     ) -> Iterator[tuple[list[int], AnswerStates]]:
         """Chunks of passage indices with their final states at the answer positions, under the current weights.
 
-        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time. A chunk is as many
-        passes as give the output head some rows to work on (:data:`~rledit_env.lm.losses.BLOCK`), at most four.
+        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time.
         """
-        chunk: list[int] = []
-        pieces: list[Tensor] = []
-        rows = 0
-        for members, _, states in self._suffix_chunks(passages, streams):
-            chunk += members
-            pieces.append(states)
-            rows += len(pieces[-1])
-            if rows >= BLOCK or len(pieces) == 4:
-                yield chunk, self._joined(pieces, [passages[i] for i in chunk])
-                chunk, pieces, rows = [], [], 0
-        if chunk:
-            yield chunk, self._joined(pieces, [passages[i] for i in chunk])
+        for chunk, _, states in self._suffix_chunks(passages, streams):
+            yield chunk, self._joined([states], [passages[i] for i in chunk])
 
     def _joined(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
         return AnswerStates(
