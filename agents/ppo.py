@@ -26,13 +26,20 @@ from rledit_env.files import write_tensors, write_text
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
-# For streams of tens of steps, each of which takes a second: small rollouts, used well.
+SMALL_NETWORK: Mapping[str, Any] = {"net_arch": [32]}
+# For some hundred steps, each of which takes a fraction of a second: small networks and rollouts, used well.
 HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
-    "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 10, "learning_rate": 1e-3, "gamma": 1.0, "gae_lambda": 0.95},
-    "a2c": {"n_steps": 8, "learning_rate": 1e-3, "gamma": 1.0},
-    "sac": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
-    "td3": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
-}
+    "ppo": {
+        "n_steps": 80, "batch_size": 40, "n_epochs": 10, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "a2c": {
+        "n_steps": 20, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95, "normalize_advantage": True,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "sac": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+    "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+}  # fmt: skip
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -54,7 +61,7 @@ class StandardConfig:
 
     algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
     rule: Rule = "least_squares"
-    step_size: float = 0.01
+    step_size: float = 1.0
     damping: float = 1.0
     span: float = 10.0
     rank: int = 0
@@ -141,7 +148,7 @@ class StandardAgent(Agent):
         """Train for this many environment steps, in addition to those taken.
 
         Args:
-            total_timesteps: environment steps.
+            total_timesteps: environment steps, those that measure the zero action among them.
             callback: called after every stream with its numbers; training stops when it returns False.
             progress_bar: show one.
             log_dir: TensorBoard's folder; the best policy is kept in its folder ``best``.
@@ -149,10 +156,13 @@ class StandardAgent(Agent):
                 LLM with the training environment.
             eval_every: streams between two evaluations.
             eval_seed: the seed that ``eval_env`` is always reset with.
+
+        Raises:
+            ValueError: there are not more steps than measuring the zero action takes.
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
-        total_timesteps -= self._prepare()
+        total_timesteps -= self._prepare(total_timesteps)
         self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=False)
         watch.evaluate()
         watch.close()
@@ -160,7 +170,7 @@ class StandardAgent(Agent):
             self.model.policy.load_state_dict(watch.best)
         return self
 
-    def _prepare(self) -> int:
+    def _prepare(self, total_timesteps: int) -> int:
         """Measure the zero action on the training streams and fit the features' scale, before the first step of all.
 
         Returns:
@@ -168,6 +178,13 @@ class StandardAgent(Agent):
         """
         if self.relative is None or self.relative.baseline_steps:
             return 0
+        inner: Any = self.env.unwrapped
+        needed = self.relative.streams * inner.episode_steps
+        if total_timesteps <= needed:
+            raise ValueError(
+                f"total_timesteps is {total_timesteps}, but measuring the zero action takes {needed} steps "
+                f"(baseline_streams={self.relative.streams}); give more steps or fewer streams"
+            )
         self.relative.reset(seed=self.seed)
         observations = self.relative.measure()
         if self.timesteps == 0:  # a loaded policy keeps the scale it was trained with

@@ -370,6 +370,7 @@ def returns_report(
     returns: Mapping[str, Sequence[float]],
     steps: Mapping[str, int],
     curves: Mapping[str, Curve],
+    levels: Mapping[str, float],
     settings: Mapping[str, Any],
     source: str,
 ) -> Report:
@@ -378,7 +379,7 @@ def returns_report(
     Args:
         lead: a sentence on what was done.
         returns, steps: as in :func:`return_table`.
-        curves: as in :func:`return_curves`; agents of ``returns`` without a curve are levels.
+        curves, levels: as in :func:`return_curves`.
         settings: what the run was made with.
         source: where the facts came from, in words.
     """
@@ -391,11 +392,10 @@ def returns_report(
         "first row stream by stream."
     )
     page.heading("Learning")
-    levels = {name: float(np.mean(values)) for name, values in returns.items() if name not in curves}
     page.picture(
         return_curves(curves, levels),
-        "Mean return on held-out streams (others than the table's) over the environment steps learned from. Dashed: the "
-        "table's means of what does not learn step by step.",
+        "Mean return on held-out streams, others than the table's, over the environment steps learned from. Dashed: "
+        "what does not learn step by step, on the same streams.",
     )
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")

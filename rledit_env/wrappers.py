@@ -175,7 +175,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     Args:
         env: the environment, in either array backend ("torch" saves copies).
         rule: the base rule.
-        step_size: η of the zero action.
+        step_size: η of the zero action; 1 suits single facts and the default model.
         damping: λ of the zero action.
         span: how far an action of ±1 goes, as a factor.
         rank: vectors of the basis; 0 for none.
@@ -187,7 +187,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self,
         env: gym.Env[Any, Any],
         rule: Rule = "least_squares",
-        step_size: float = 0.01,
+        step_size: float = 1.0,
         damping: float = 1.0,
         span: float = 10.0,
         rank: int = 0,
