@@ -203,7 +203,8 @@ class StandardAgent(Agent):
         """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "agent.safetensors", self.model.policy.state_dict())
+        # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
+        write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         description = {
             "agent": "standard",
             "format": 1,
