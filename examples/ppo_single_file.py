@@ -36,7 +36,7 @@ class Args:
     """Facts in a batch, which is a step."""
     streams: int = 32
     """Training streams; rewards are relative to what the zero action gets on them."""
-    total_timesteps: int = 1000
+    total_timesteps: int = 960
     """Environment steps."""
     num_steps: int = 80
     """Environment steps between two updates of the policy."""

@@ -52,15 +52,15 @@ class Args:
     """Facts in a batch."""
     token: str = "subject"
     """Positions whose keys and value gradients everybody sees."""
-    steps: int = 1000
+    steps: int = 960
     """Environment steps to learn from, for the algorithm and for the random search."""
     rledit_steps: int = 200
     """Environment steps for the RLEdit agent; 0 leaves it out."""
     baseline_streams: int = 32
     """Training streams of the algorithm, whose rewards are relative to the zero action's."""
-    test_streams: int = 40
+    test_streams: int = 30
     """Held-out streams that everybody is tested on."""
-    curve_streams: int = 8
+    curve_streams: int = 6
     """Other held-out streams that the learning curves are measured on."""
     out: Path = Path("runs/train_ppo")
     """Folder of report.html, TensorBoard's logs, the agents and returns.json."""
@@ -110,7 +110,7 @@ def main(args: Args) -> None:
     zero = RandomSearchAgent(env, config, args.seed).on(held_out)
     found = RandomSearchAgent(env, config, args.seed).learn(args.steps).on(held_out)
     agent, name = StandardAgent(env, config, args.seed), args.algorithm.upper()
-    every = max(1, args.steps // args.num_batches // 8)
+    every = max(1, args.steps // args.num_batches // 6)
     watch = measured(name, agent.on(held_out), lambda: agent.timesteps, every)
     agent.learn(args.steps, watch, log_dir=args.out / args.algorithm)
     agent.save(args.out / args.algorithm)
@@ -118,7 +118,7 @@ def main(args: Args) -> None:
     learned_from = {"zero action": 0, "random search": found.timesteps, name: agent.timesteps}
     if args.rledit_steps:
         rledit = RLEditAgent(stream("train", reward_gradient=True), seed=args.seed)
-        every = max(1, args.rledit_steps // args.num_batches // 8)
+        every = max(1, args.rledit_steps // args.num_batches // 6)
         watch = measured("RLEdit", rledit, lambda: rledit.timesteps, every)
         rledit.learn(args.rledit_steps, watch, log_dir=args.out / "rledit", resume=False)
         everybody["RLEdit"], learned_from["RLEdit"] = rledit, rledit.timesteps

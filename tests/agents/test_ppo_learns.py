@@ -12,7 +12,7 @@ from agents.base import run_stream
 from rledit_env.lm.editable import EditableLM
 from rledit_env.report import bootstrap_interval
 
-STEPS = 3000
+STEPS = 3040  # 320 to measure the zero action, 34 rollouts of 80
 HELD_OUT = range(1000, 1060)
 
 
@@ -31,7 +31,7 @@ def test_ppo_beats_the_zero_action_and_random_search_on_held_out_streams() -> No
     zero = RandomSearchAgent(held_out, config)
     found = RandomSearchAgent(env, config, seed=0).learn(STEPS, progress_bar=False)
     agent = StandardAgent(env, config, seed=0).learn(STEPS, progress_bar=False)
-    assert agent.timesteps >= STEPS > 0.9 * agent.timesteps and found.timesteps > 0.9 * STEPS
+    assert agent.timesteps == STEPS and found.timesteps >= 0.95 * STEPS
 
     def returns(one: Agent) -> np.ndarray:
         return np.array([run_stream(held_out, one, seed=seed)[0] for seed in HELD_OUT])
