@@ -109,6 +109,7 @@ def main(args: Args) -> None:
     )
     zero = RandomSearchAgent(env, config, args.seed).on(held_out)
     found = RandomSearchAgent(env, config, args.seed).learn(args.steps).on(held_out)
+    found.save(args.out / "random_search")
     agent, name = StandardAgent(env, config, args.seed), args.algorithm.upper()
     every = max(1, args.steps // args.num_batches // 6)
     watch = measured(name, agent.on(held_out), lambda: agent.timesteps, every)
