@@ -4,6 +4,7 @@ from agents.base import Agent
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.ppo import StandardAgent, StandardConfig
+from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent, RLEditConfig
 from agents.saved import agent_settings, find_agent, load_agent
 from agents.vec_env import StreamsVecEnv
@@ -15,6 +16,7 @@ __all__ = [
     "HypernetworkConfig",
     "RLEditAgent",
     "RLEditConfig",
+    "RandomSearchAgent",
     "StandardAgent",
     "StandardConfig",
     "StreamsVecEnv",

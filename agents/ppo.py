@@ -11,26 +11,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
-from rledit_env.wrappers import GradientFeatures, Rule, ScaledUpdate
+from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
-# For streams of tens of steps, each of which takes a second: small rollouts, used well.
+SMALL_NETWORK: Mapping[str, Any] = {"net_arch": [32]}
+# For some hundred steps, each of which takes a fraction of a second: small networks and rollouts, used well.
 HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
-    "ppo": {"n_steps": 64, "batch_size": 32, "n_epochs": 10, "learning_rate": 1e-3, "gamma": 1.0, "gae_lambda": 0.95},
-    "a2c": {"n_steps": 8, "learning_rate": 1e-3, "gamma": 1.0},
-    "sac": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
-    "td3": {"learning_starts": 32, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
-}
+    "ppo": {
+        "n_steps": 80, "batch_size": 40, "n_epochs": 10, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "a2c": {
+        "n_steps": 20, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95, "normalize_advantage": True,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "sac": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+    "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+}  # fmt: skip
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -41,7 +50,10 @@ class StandardConfig:
     Attributes:
         algorithm: of Stable-Baselines3.
         rule: the base rule that the actions scale (see `rledit_env.wrappers.ScaledUpdate`).
-        step_size, damping, span, rank: as there.
+        step_size, damping, span, rank, share: as there; the features share as the actions do.
+        baseline_streams: training goes through this many streams again and again, each step's reward less the zero
+            action's (see `rledit_env.wrappers.RelativeReward`); features are standardised by what the zero action meets
+            there. 0: new streams, their own rewards, and features as they come.
         reward_scale: rewards are multiplied by it for the algorithm, whose value function is best off near 1; returns
             that are logged are the environment's own.
         hyperparameters: of the algorithm, over :data:`HYPERPARAMETERS`.
@@ -49,16 +61,38 @@ class StandardConfig:
 
     algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
     rule: Rule = "least_squares"
-    step_size: float = 0.01
+    step_size: float = 1.0
     damping: float = 1.0
     span: float = 10.0
     rank: int = 0
-    reward_scale: float = 0.05
+    share: Share = "all"
+    baseline_streams: int = 32
+    reward_scale: float = 1.0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm is {self.algorithm!r}; give one of {', '.join(ALGORITHMS)}")
+
+
+class Standardised(BaseFeaturesExtractor):
+    """Features less their mean, over their standard deviation, within ±5; part of the policy, and saved with it."""
+
+    def __init__(self, observation_space: gym.spaces.Box) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.zeros(self.features_dim))
+        self.register_buffer("std", torch.ones(self.features_dim))
+
+    def fit(self, observations: np.ndarray) -> None:
+        """Take mean and deviation (F,) from observations (n, F); features that never change stay 0."""
+        seen = torch.as_tensor(observations, dtype=torch.float32)
+        self.mean.copy_(seen.mean(0))
+        self.std.copy_(seen.std(0, correction=0).clamp(min=1e-3))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return ((observations - self.mean) / self.std).clamp(-5.0, 5.0)
 
 
 class StandardAgent(Agent):
@@ -76,17 +110,19 @@ class StandardAgent(Agent):
         c = self.config
         self._look_at(env)
         settings = {**HYPERPARAMETERS[c.algorithm], **c.hyperparameters}
-        scaled_rewards = gym.wrappers.TransformReward(self.view, lambda r: c.reward_scale * float(r))
+        policy = {"features_extractor_class": Standardised, **settings.pop("policy_kwargs", {})}
+        self.relative = RelativeReward(self.view, c.baseline_streams) if c.baseline_streams else None
+        training = self.relative or self.view
+        scaled_rewards = gym.wrappers.TransformReward(training, lambda r: c.reward_scale * float(r))
         algorithm: Any = ALGORITHMS[c.algorithm]
         # On the CPU: the policy is tiny, and the LLM may fill the accelerator.
-        self.model = algorithm("MlpPolicy", scaled_rewards, seed=seed, device="cpu", **settings)
-        self.timesteps = 0
+        self.model = algorithm("MlpPolicy", scaled_rewards, seed=seed, device="cpu", policy_kwargs=policy, **settings)
         self.best_score = -math.inf
 
     def _look_at(self, env: gym.Env[Any, Any]) -> None:
         c = self.config
-        self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank)
-        self.view = GradientFeatures(self.scaled)
+        self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
+        self.view = GradientFeatures(self.scaled, c.share)
 
     def on(self, env: gym.Env[Any, Any]) -> StandardAgent:
         """The same policy, not a copy, looking at another environment of the same modules."""
@@ -112,7 +148,7 @@ class StandardAgent(Agent):
         """Train for this many environment steps, in addition to those taken.
 
         Args:
-            total_timesteps: environment steps.
+            total_timesteps: environment steps, those that measure the zero action among them.
             callback: called after every stream with its numbers; training stops when it returns False.
             progress_bar: show one.
             log_dir: TensorBoard's folder; the best policy is kept in its folder ``best``.
@@ -120,22 +156,55 @@ class StandardAgent(Agent):
                 LLM with the training environment.
             eval_every: streams between two evaluations.
             eval_seed: the seed that ``eval_env`` is always reset with.
+
+        Raises:
+            ValueError: there are not more steps than measuring the zero action takes.
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
-        self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=self.timesteps == 0)
+        total_timesteps -= self._prepare(total_timesteps)
+        self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=False)
         watch.evaluate()
         watch.close()
-        self.timesteps = self.model.num_timesteps
         if watch.best is not None:
             self.model.policy.load_state_dict(watch.best)
         return self
+
+    def _prepare(self, total_timesteps: int) -> int:
+        """Measure the zero action on the training streams and fit the features' scale, before the first step of all.
+
+        Returns:
+            The environment steps it took.
+        """
+        if self.relative is None or self.relative.baseline_steps:
+            return 0
+        inner: Any = self.env.unwrapped
+        needed = self.relative.streams * inner.episode_steps
+        if total_timesteps <= needed:
+            raise ValueError(
+                f"total_timesteps is {total_timesteps}, but measuring the zero action takes {needed} steps "
+                f"(baseline_streams={self.relative.streams}); give more steps or fewer streams"
+            )
+        self.relative.reset(seed=self.seed)
+        observations = self.relative.measure()
+        if self.timesteps == 0:  # a loaded policy keeps the scale it was trained with
+            for module in self.model.policy.modules():
+                if isinstance(module, Standardised):
+                    module.fit(observations)
+        self.model.num_timesteps += self.relative.baseline_steps
+        return self.relative.baseline_steps
+
+    @property
+    def timesteps(self) -> int:
+        """Environment steps taken in training so far."""
+        return int(self.model.num_timesteps)
 
     def save(self, path: str | Path) -> None:
         """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "agent.safetensors", self.model.policy.state_dict())
+        # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
+        write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         description = {
             "agent": "standard",
             "format": 1,
@@ -170,7 +239,7 @@ class StandardAgent(Agent):
                 f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
                 f"the environment with the settings in {folder / 'agent.json'}"
             ) from error
-        agent.timesteps = agent.model.num_timesteps = description["timesteps"]
+        agent.model.num_timesteps = description["timesteps"]
         return agent
 
 
@@ -194,6 +263,7 @@ class _Watch(BaseCallback):
         self.best: dict[str, torch.Tensor] | None = None
         self.streams, self._evaluated = 0, -1
         self._numbers: dict[str, list[float]] = {}
+        self._return = 0.0  # of the stream so far, the environment's own
         self._writer: Any = None
         self._bar: Any = None
 
@@ -208,6 +278,7 @@ class _Watch(BaseCallback):
     def _on_step(self) -> bool:
         self._bar.update(1)
         info = self.locals["infos"][0]
+        self._return += info.get("reward", float(self.locals["rewards"][0]) / self.agent.config.reward_scale)
         for name, value in info.items():
             if isinstance(value, float):
                 self._numbers.setdefault(name, []).append(value)
@@ -215,9 +286,8 @@ class _Watch(BaseCallback):
             return True
         self.streams += 1
         numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
-        # SB3's monitor sums the scaled rewards.
-        numbers |= {"return": float(info["episode"]["r"]) / self.agent.config.reward_scale, "drift": info["drift"]}
-        self._numbers = {}
+        numbers |= {"return": self._return, "drift": info["drift"]}
+        self._numbers, self._return = {}, 0.0
         self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
         self._log("train", numbers)
         if self.streams % self.eval_every == 0:

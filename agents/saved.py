@@ -10,10 +10,11 @@ import gymnasium as gym
 
 from agents.base import Agent
 from agents.ppo import StandardAgent
+from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent}
+CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent, "random search": RandomSearchAgent}
 
 
 def find_agent(name: str | Path) -> Path:

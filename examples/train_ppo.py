@@ -1,16 +1,20 @@
 """Plug in a standard RL algorithm: PPO on the low-dimensional view, beside what it has to beat.
 
     python examples/train_ppo.py
-    python examples/train_ppo.py --algorithm sac --model tiny-llama --steps 16 --test-streams 2
+    python examples/train_ppo.py --algorithm sac --data path/to/counterfact
 
-Everybody is tested on the same held-out streams: the zero action (the base rule as it is), the best of random constant
-actions found with as many environment steps, the algorithm, and the RLEdit agent, which sees ∂r/∂W as well.
+Everybody is tested on the same held-out streams: the zero action (the base rule as it is), the best constant action
+that a random search finds in as many environment steps, the algorithm, and the RLEdit agent, which sees ∂r/∂W as well.
+Writes report.html with the learning curves, TensorBoard's logs and the agents.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +23,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from agents import RLEditAgent, StandardAgent, StandardConfig
+from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from agents.base import run_stream
+from rledit_env import report
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 
@@ -37,64 +42,40 @@ class Args:
     """A file, a folder, a hub id, or "bundled", the sample that ships with the package."""
     algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
     """Of Stable-Baselines3."""
-    rule: Literal["gradient", "least_squares"] = "least_squares"
-    """The base rule whose step size and damping the actions scale."""
-    step_size: float = 0.01
-    """Of the base rule."""
+    step_size: float = 1.0
+    """Of the base rule, ridge least squares, which the zero action is."""
+    share: Literal["all", "kind", "module"] = "all"
+    """Modules that share a step size and a damping: all, those of one kind, or none."""
     num_batches: int = 5
     """Batches in a stream."""
-    batch_size: int = 4
+    batch_size: int = 1
     """Facts in a batch."""
     token: str = "subject"
     """Positions whose keys and value gradients everybody sees."""
-    steps: int = 512
+    steps: int = 960
     """Environment steps to learn from, for the algorithm and for the random search."""
-    rledit_steps: int = 100
+    rledit_steps: int = 200
     """Environment steps for the RLEdit agent; 0 leaves it out."""
-    test_streams: int = 20
+    baseline_streams: int = 32
+    """Training streams of the algorithm, whose rewards are relative to the zero action's."""
+    test_streams: int = 30
     """Held-out streams that everybody is tested on."""
+    curve_streams: int = 6
+    """Other held-out streams that the learning curves are measured on."""
     out: Path = Path("runs/train_ppo")
-    """Folder of TensorBoard's logs, the agents and returns.json."""
+    """Folder of report.html, TensorBoard's logs, the agents and returns.json."""
     seed: int = 0
     """Of the agents and of all streams."""
 
 
-def returns(env: gym.Env[Any, Any], policy: Any, seeds: range) -> list[float]:
+def returns(env: gym.Env[Any, Any], agent: Agent, seeds: range) -> list[float]:
     """One return a seed."""
-    return [run_stream(env, policy, seed=seed)[0] for seed in tqdm(seeds, leave=False, desc="streams")]
-
-
-class Constant:
-    """The same action at every step: the base rule with one step size and damping a module."""
-
-    def __init__(self, agent: StandardAgent, action: np.ndarray) -> None:
-        self.agent, self.action = agent, action
-
-    def reset(self) -> None:
-        """Nothing is remembered."""
-
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
-        return self.agent.scaled.factors(observation, self.action), None
-
-
-def random_search(env: gym.Env[Any, Any], agent: StandardAgent, args: Args) -> np.ndarray:
-    """The best of as many random constant actions as the steps allow, tried on four streams each."""
-    rng = np.random.default_rng(args.seed)
-    streams = min(4, max(1, args.steps // args.num_batches))
-    actions = [rng.uniform(-1, 1, agent.scaled.action_space.shape).astype(np.float32)
-               for _ in range(max(1, args.steps // args.num_batches // streams))]  # fmt: skip
-    tried = [np.mean(returns(env, Constant(agent, a), range(streams))) for a in tqdm(actions, desc="random search")]
-    return actions[int(np.argmax(tried))]
-
-
-def bootstrap(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences."""
-    drawn = np.random.default_rng(0).choice(differences, (draws, len(differences))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+    return [run_stream(env, agent, seed=seed)[0] for seed in tqdm(seeds, leave=False, desc="streams", disable=None)]
 
 
 def main(args: Args) -> None:
+    warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+    started = time.monotonic()
     lm = EditableLM.load(args.model)
     kind = gym.spec(args.env).kwargs["kind"]
 
@@ -106,31 +87,53 @@ def main(args: Args) -> None:
         )  # fmt: skip
 
     env, held_out = stream("train"), stream("eval")
-    config = StandardConfig(args.algorithm, args.rule, args.step_size)
-    if args.steps < 128:  # a trial run
-        few = {"n_steps": 8, "batch_size": 8} if args.algorithm == "ppo" else {}
-        config = replace(config, hyperparameters=few)
-    agent = StandardAgent(env, config, args.seed)
-    on_test, zero = agent.on(held_out), np.zeros(agent.scaled.action_space.shape, np.float32)
-    found = random_search(env, agent, args)
-    agent.learn(args.steps, log_dir=args.out)
+    on_curve = range(500, 500 + args.curve_streams)
+    curves: dict[str, list[tuple[float, float]]] = {}
+
+    def measured(name: str, on_held_out: Agent, steps: Callable[[], int], every: int) -> Callable[[Any], None]:
+        """A callback that puts a point on the learning curve after ``every`` streams."""
+        points, streams = curves.setdefault(name, []), [0]
+
+        def callback(numbers: dict[str, float]) -> None:
+            if streams[0] % every == 0 and args.curve_streams:
+                weights = lm.snapshot()  # the next training stream may be under way on the same LLM
+                points.append((steps(), float(np.mean(returns(held_out, on_held_out, on_curve)))))
+                lm.restore(weights)
+            streams[0] += 1
+
+        callback({})
+        return callback
+
+    config = StandardConfig(
+        args.algorithm, step_size=args.step_size, share=args.share, baseline_streams=args.baseline_streams
+    )
+    zero = RandomSearchAgent(env, config, args.seed).on(held_out)
+    found = RandomSearchAgent(env, config, args.seed).learn(args.steps).on(held_out)
+    found.save(args.out / "random_search")
+    agent, name = StandardAgent(env, config, args.seed), args.algorithm.upper()
+    every = max(1, args.steps // args.num_batches // 6)
+    watch = measured(name, agent.on(held_out), lambda: agent.timesteps, every)
+    agent.learn(args.steps, watch, log_dir=args.out / args.algorithm)
     agent.save(args.out / args.algorithm)
-    everybody: dict[str, Any] = {
-        "zero action": Constant(on_test, zero),
-        "random search": Constant(on_test, found),
-        args.algorithm.upper(): on_test,
-    }
+    everybody: dict[str, Agent] = {"zero action": zero, "random search": found, name: agent.on(held_out)}
+    learned_from = {"zero action": 0, "random search": found.timesteps, name: agent.timesteps}
     if args.rledit_steps:
         rledit = RLEditAgent(stream("train", reward_gradient=True), seed=args.seed)
-        rledit.learn(args.rledit_steps, log_dir=args.out / "rledit")
-        everybody["RLEdit"] = rledit
-    tested = {name: returns(held_out, one, range(1000, 1000 + args.test_streams)) for name, one in everybody.items()}
-    for name, values in tested.items():
-        above = np.subtract(values, tested["zero action"])
-        low, high = bootstrap(above)
-        print(f"{name:<14} mean return {np.mean(values):8.2f}, {above.mean():+7.2f} beside the zero action "
-              f"(95 % interval {low:+.2f} to {high:+.2f})")
+        every = max(1, args.rledit_steps // args.num_batches // 6)
+        watch = measured("RLEdit", rledit, lambda: rledit.timesteps, every)
+        rledit.learn(args.rledit_steps, watch, log_dir=args.out / "rledit", resume=False)
+        everybody["RLEdit"], learned_from["RLEdit"] = rledit, rledit.timesteps
+    tested = {who: returns(held_out, one, range(1000, 1000 + args.test_streams)) for who, one in everybody.items()}
+    levels = {who: float(np.mean(returns(held_out, everybody[who], on_curve))) for who in list(tested)[:2]}
+    source = held_out.unwrapped.dataset.source
+    print(f"Returns on {args.test_streams} held-out streams; {source}")
+    print(report.text_table(*report.return_table(tested, learned_from)))
     (args.out / "returns.json").write_text(json.dumps(tested, indent=1) + "\n")
+    lead = (f"{name}, which sees {len(agent.model.observation_space.low)} features and scales a base rule, beside what "
+            f"it has to beat and beside RLEdit, which differentiates the reward: {lm.name}, {args.num_batches} "
+            f"batches of {args.batch_size} facts a stream.")
+    page = report.returns_report(lead, tested, learned_from, curves, levels, asdict(args), source)
+    print(f"report: {page.write(args.out / 'report.html')}\n{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rledit_env.knowledge import EditRecord
 from rledit_env.metrics import answer_of
 
@@ -131,6 +133,24 @@ def drift_curves(drifts: Mapping[str, Curve]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     _legend(axes)
+    return _png(figure)
+
+
+def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float]) -> bytes:
+    """Held-out returns while agents learned, a PNG.
+
+    Args:
+        curves: agent's name → (environment steps so far, mean return) pairs.
+        levels: what did not learn step by step, as dashed lines: name → mean return.
+    """
+    figure = _figure(9.2, 3.6)
+    axes = _axes(figure, (1, 1, 1), "environment steps", "mean return, held-out streams")
+    for colour, (name, value) in zip((COLOURS[0], COLOURS[4], COLOURS[5]), levels.items(), strict=False):
+        axes.axhline(value, color=colour, linewidth=1.6, linestyle="--", label=name)
+    for colour, (name, curve) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), curves.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)
+    axes.set_xlim(left=0)
+    _legend(axes, columns=len(curves) + len(levels), above=True)
     return _png(figure)
 
 
@@ -314,6 +334,69 @@ def editing_report(
         page.picture(picture, "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
     page.heading("Drift")
     page.picture(drift_curves(drifts), "How far the edited weights moved from the original ones along the stream.")
+    page.heading("Data, settings and versions")
+    page.paragraph(f"Data: {source}.")
+    page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])
+    page.table(["Package", "Version"], list(versions().items()))
+    return page
+
+
+def return_table(returns: Mapping[str, Sequence[float]], steps: Mapping[str, int]) -> Table:
+    """Header and rows of agents' returns on the same streams, compared stream by stream with the first agent's.
+
+    Args:
+        returns: agent's name → its return on every stream.
+        steps: agent's name → environment steps it learned from.
+    """
+    header = ["", "Environment steps", "Mean return", "Above the first", "95 % from", "to"]
+    first = next(iter(returns.values()))
+    rows: list[list[Any]] = []
+    for name, values in returns.items():
+        above = np.subtract(values, first)
+        low, high = bootstrap_interval(above)
+        rows.append([name, steps.get(name, 0), float(np.mean(values)), float(above.mean()), low, high])
+    return header, rows
+
+
+def bootstrap_interval(values: Sequence[float] | np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of a mean: quantiles of the means of samples drawn with replacement, the same at every call."""
+    drawn = np.random.default_rng(0).choice(np.asarray(values, float), (draws, len(values))).mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def returns_report(
+    lead: str,
+    returns: Mapping[str, Sequence[float]],
+    steps: Mapping[str, int],
+    curves: Mapping[str, Curve],
+    levels: Mapping[str, float],
+    settings: Mapping[str, Any],
+    source: str,
+) -> Report:
+    """The page about algorithms that learned to edit, compared by their returns on the same held-out streams.
+
+    Args:
+        lead: a sentence on what was done.
+        returns, steps: as in :func:`return_table`.
+        curves, levels: as in :func:`return_curves`.
+        settings: what the run was made with.
+        source: where the facts came from, in words.
+    """
+    page = Report("Standard algorithms as editors", lead)
+    page.table(*return_table(returns, steps))
+    count = len(next(iter(returns.values())))
+    page.paragraph(
+        f"Mean returns over {count} held-out streams, the same for all; a return is minus the losses that the reward "
+        "weighs, so that more is better. The interval is a bootstrap's over the streams, of the difference from the "
+        "first row stream by stream."
+    )
+    page.heading("Learning")
+    page.picture(
+        return_curves(curves, levels),
+        "Mean return on held-out streams, others than the table's, over the environment steps learned from. Dashed: "
+        "what does not learn step by step, on the same streams.",
+    )
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")
     page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])

@@ -9,7 +9,8 @@ module and chooses how strongly a base rule edits it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -20,6 +21,80 @@ from gymnasium.utils import RecordConstructorArgs
 from torch import Tensor
 
 Rule = Literal["gradient", "least_squares"]
+Share = Literal["module", "kind", "all"]
+DECADES = 6.0  # of the norms' logarithms that count
+
+
+# ------------------------------------------------------------------------- the mathematics, which needs no environment
+
+
+def module_groups(modules: Iterable[str], share: Share) -> list[int]:
+    """The group of each module: those of a group share a view's numbers.
+
+    Args:
+        modules: dotted names.
+        share: "module", every module is its own group; "kind", those of the same last name (all ``gate_proj``, …) are
+            one; "all", all are one.
+
+    Raises:
+        ValueError: another ``share``.
+    """
+    names = list(modules)
+    if share not in ("module", "kind", "all"):
+        raise ValueError(f"share is {share!r}; give 'module', 'kind' or 'all'")
+    labels = {"module": names, "kind": [m.rsplit(".", 1)[-1] for m in names], "all": [""] * len(names)}[share]
+    places = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return [places[label] for label in labels]
+
+
+def module_features(u: Tensor, delta: Tensor, change: Tensor, original_norm: float) -> list[float]:
+    """The four features of one module that :class:`GradientFeatures` lists.
+
+    Args:
+        u: keys (N, d_in).
+        delta: value gradients (N, d_out).
+        change: W_t − W₀, (d_out, d_in).
+        original_norm: ‖W₀‖.
+    """
+    drift = change.norm()
+    return [_decades(u), _decades(delta), _alignment(u, delta, change, drift), math.tanh(float(drift) / original_norm)]
+
+
+def state_features(by_module: Sequence[Sequence[float]], groups: Sequence[int], loss: float, progress: float) -> Any:
+    """The features (4 G + 2,) of a state.
+
+    Args:
+        by_module: of each module, what :func:`module_features` gives.
+        groups: of each module, its group of G; the features are the means over the groups' modules.
+        loss: the edit loss.
+        progress: share of the stream, 0 to 1.
+    """
+    values, place = np.asarray(by_module), np.asarray(groups)
+    means = np.stack([values[place == g].mean(0) for g in range(max(groups) + 1)])  # (G, 4)
+    features = [*means.ravel(), loss / (1 + loss), 2 * progress - 1]
+    return np.clip(np.asarray(features, dtype=np.float32), -1.0, 1.0)
+
+
+def ridge_keys(u: Tensor, damping: float) -> Tensor:
+    """ũ = (u uᵀ + λI)⁻¹ u for keys u (N, d_in): with values v, ΔW = vᵀũ is the ridge regression of v on u."""
+    gram = u @ u.T + damping * torch.eye(len(u), device=u.device)  # (N, N)
+    return torch.cholesky_solve(u, torch.linalg.cholesky(gram))
+
+
+def _decades(rows: Tensor) -> float:
+    """log₁₀ of the root mean square of the rows' norms, over the decades that count."""
+    mean = float(rows.square().sum(1).mean()) if len(rows) else 0.0
+    return math.log10(max(mean, 1e-30)) / 2 / DECADES
+
+
+def _alignment(u: Tensor, delta: Tensor, change: Tensor, change_norm: Tensor) -> float:
+    """cos(δᵀu, ΔW), from the factors."""
+    product = ((delta @ change) * u).sum()
+    norm = ((u @ u.T) * (delta @ delta.T)).sum().clamp(min=0).sqrt() * change_norm
+    return float(product / norm) if norm > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------------------------- the views
 
 
 def _inner(env: gym.Env[Any, Any]) -> Any:
@@ -41,69 +116,57 @@ def _used(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[st
 
 
 class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
-    """Features of the fine-tuning gradient instead of the gradient: Box(−1, 1, (4 M + 2,)) for M edited modules.
+    """Features of the fine-tuning gradient instead of the gradient: Box(−1, 1, (4 G + 2,)) for G groups of modules.
 
     | place | feature | scaled by |
     |---|---|---|
-    | 4 l | root mean square norm of module l's keys | log₁₀, six decades to 1 |
-    | 4 l + 1 | root mean square norm of its value gradients | log₁₀, six decades to 1 |
-    | 4 l + 2 | cosine of its new gradient δᵀu and its accumulated update W_t − W₀; 0 before the first | itself |
-    | 4 l + 3 | ‖W_t − W₀‖ / ‖W₀‖ | tanh |
-    | 4 M | the edit loss | x / (1 + x) |
-    | 4 M + 1 | progress in the stream | 2 x − 1 |
+    | 4 g | root mean square norm of a module's keys | log₁₀, six decades to 1 |
+    | 4 g + 1 | root mean square norm of its value gradients | log₁₀, six decades to 1 |
+    | 4 g + 2 | cosine of its new gradient δᵀu and its accumulated update W_t − W₀; 0 before the first | itself |
+    | 4 g + 3 | ‖W_t − W₀‖ / ‖W₀‖ | tanh |
+    | 4 G | the edit loss | x / (1 + x) |
+    | 4 G + 1 | progress in the stream | 2 x − 1 |
 
-    Everything is clipped to [−1, 1]. All features come from the state alone: none is a running statistic, so that
+    A group's features are the means over its modules; by default every module is a group. Everything is clipped to
+    [−1, 1]. All features come from the state alone: none is a running statistic, so that
     `gymnasium.wrappers.NormalizeObservation` can be put around it where one is wanted.
 
     Args:
         env: the environment, or `ScaledUpdate` around it (which needs the raw observations).
+        share: which modules are a group (see :func:`module_groups`). Few features are learned from in fewer steps.
     """
 
-    DECADES = 6.0
-
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        RecordConstructorArgs.__init__(self)
+    def __init__(self, env: gym.Env[Any, Any], share: Share = "module") -> None:
+        RecordConstructorArgs.__init__(self, share=share)
         gym.ObservationWrapper.__init__(self, env)
         self.lm = _inner(env).lm
-        self.observation_space = spaces.Box(-1.0, 1.0, (4 * len(self.lm.module_shapes) + 2,), np.float32)
+        self.groups = module_groups(self.lm.module_shapes, share)
+        self._original_norms = {m: float(self.lm.original_weight(m).norm()) for m in self.lm.module_shapes}
+        self.observation_space = spaces.Box(-1.0, 1.0, (4 * (max(self.groups) + 1) + 2,), np.float32)
 
     @torch.no_grad()
     def observation(self, observation: Any) -> np.ndarray:
-        """The features (4 M + 2,) of a raw observation."""
+        """The features (4 G + 2,) of a raw observation."""
         keys, gradients = _used(observation, self.lm.device)
-        features: list[float] = []
-        for module in self.lm.module_shapes:
-            u, delta = keys[module], gradients[module]
-            change = self.lm.weight(module) - self.lm.original_weight(module)
-            features += [self._decades(u), self._decades(delta), _alignment(u, delta, change),
-                         float(torch.tanh(change.norm() / self.lm.original_weight(module).norm()))]
-        loss = float(observation["edit_loss"][0])
-        features += [loss / (1 + loss), 2 * float(observation["progress"][0]) - 1]
-        return np.clip(np.asarray(features, dtype=np.float32), -1.0, 1.0)
-
-    def _decades(self, rows: Tensor) -> float:
-        """log₁₀ of the root mean square of the rows' norms, over the decades that count."""
-        mean = float(rows.square().sum(1).mean()) if len(rows) else 0.0
-        return float(np.log10(max(mean, 1e-30)) / 2 / self.DECADES)
-
-
-def _alignment(u: Tensor, delta: Tensor, change: Tensor) -> float:
-    """cos(δᵀu, ΔW), from the factors."""
-    product = ((delta @ change) * u).sum()
-    norm = ((u @ u.T) * (delta @ delta.T)).sum().clamp(min=0).sqrt() * change.norm()
-    return float(product / norm) if norm > 0 else 0.0
+        by_module = [
+            module_features(u, gradients[m], self.lm.weight(m) - self.lm.original_weight(m), self._original_norms[m])
+            for m, u in keys.items()
+        ]
+        loss, progress = float(observation["edit_loss"][0]), float(observation["progress"][0])
+        features: np.ndarray = state_features(by_module, self.groups, loss, progress)
+        return features
 
 
 class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """The agent scales a base rule's update: Box(−1, 1, (M,)), (2 M,) or more for M edited modules.
+    """The agent scales a base rule's update: Box(−1, 1, (G,)), (2 G,) or more for G groups of modules.
 
-    The zero action is the base rule itself. For module l
+    The zero action is the base rule itself. For the modules of group g
 
     | numbers | meaning |
     |---|---|
-    | M | a_l: its step size is ``step_size`` · ``span``^a_l |
-    | M ("least_squares" only) | b_l: its damping is ``damping`` · ``span``^b_l |
-    | M · ``rank`` | c_lj: the part of the values along the basis vector p_j is multiplied by 1 + c_lj |
+    | G | a_g: their step size is ``step_size`` · ``span``^a_g |
+    | G ("least_squares" only) | b_g: their damping is ``damping`` · ``span``^b_g |
+    | G · ``rank`` | c_gj: the part of the values along a module's basis vector p_j is multiplied by 1 + c_gj |
 
     Rules, with keys u (N, d_in) and value gradients δ (N, d_out): "gradient" is plain fine-tuning, ΔW = −η δᵀu;
     "least_squares" asks every key's output to move as a gradient step on that row alone would move it,
@@ -112,25 +175,27 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     Args:
         env: the environment, in either array backend ("torch" saves copies).
         rule: the base rule.
-        step_size: η of the zero action.
+        step_size: η of the zero action; 1 suits single facts and the default model.
         damping: λ of the zero action.
         span: how far an action of ±1 goes, as a factor.
         rank: vectors of the basis; 0 for none.
         seed: of the basis: the orthonormal part of a random matrix (d_out, rank) for each module.
+        share: which modules are a group (see :func:`module_groups`); by default every module is one.
     """
 
     def __init__(
         self,
         env: gym.Env[Any, Any],
         rule: Rule = "least_squares",
-        step_size: float = 0.01,
+        step_size: float = 1.0,
         damping: float = 1.0,
         span: float = 10.0,
         rank: int = 0,
         seed: int = 0,
+        share: Share = "module",
     ) -> None:
         RecordConstructorArgs.__init__(
-            self, rule=rule, step_size=step_size, damping=damping, span=span, rank=rank, seed=seed
+            self, rule=rule, step_size=step_size, damping=damping, span=span, rank=rank, seed=seed, share=share
         )
         gym.Wrapper.__init__(self, env)
         if rule not in ("gradient", "least_squares"):
@@ -140,6 +205,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
                 raise ValueError(f"{name} is {value}; give a number above {least}")
         lm = _inner(env).lm
         self.device, self.shapes = lm.device, dict(lm.module_shapes)
+        self.groups = module_groups(self.shapes, share)
         narrowest = min(d_out for _, d_out in self.shapes.values())
         if not 0 <= rank <= narrowest:
             raise ValueError(f"rank is {rank}; give 0 (no basis) to {narrowest}, the narrowest module's output")
@@ -149,7 +215,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             m: torch.linalg.qr(torch.randn(d_out, rank, generator=generator))[0].to(self.device)
             for m, (_, d_out) in self.shapes.items()
         }  # (d_out, rank)
-        width = len(self.shapes) * (1 + (rule == "least_squares") + rank)
+        width = (max(self.groups) + 1) * (1 + (rule == "least_squares") + rank)
         self.action_space = spaces.Box(-1.0, 1.0, (width,), np.float32)
         self._observation: Any = None
 
@@ -176,17 +242,15 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             place = int(np.flatnonzero(~np.isfinite(action))[0])
             raise ValueError(f"the action's number {place} is not finite; nothing was applied")
         keys, gradients = _used(observation, self.device)
-        parts = torch.from_numpy(np.clip(action, -1.0, 1.0)).view(-1, len(self.shapes))
-        scale = self.span ** parts
+        parts = torch.from_numpy(np.clip(action, -1.0, 1.0)).view(-1, max(self.groups) + 1)[:, self.groups]
+        scale = self.span ** parts  # (numbers of a group, M)
         update_keys, values = {}, {}
         for i, m in enumerate(self.shapes):
             u, step_size = keys[m], self.step_size * float(scale[0, i])
             if self.rule == "gradient":
                 update_keys[m], v = u, -step_size * gradients[m]
             else:
-                damping = self.damping * float(scale[1, i])
-                gram = u @ u.T + damping * torch.eye(len(u), device=u.device)  # (N, N)
-                update_keys[m] = torch.cholesky_solve(u, torch.linalg.cholesky(gram))
+                update_keys[m] = ridge_keys(u, self.damping * float(scale[1, i]))
                 v = -step_size * u.square().sum(1, keepdim=True) * gradients[m]
             if self.rank:
                 coefficients = parts[-self.rank :, i].to(v.device)
@@ -196,6 +260,90 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         if isinstance(observation["mask"], np.ndarray):
             return {part: {m: t.cpu().numpy() for m, t in by.items()} for part, by in factors.items()}
         return factors
+
+
+class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """The reward less what the zero action gets at the same step of the same stream; for training.
+
+    Returns of short streams differ mostly because their facts differ, which tells an algorithm nothing about its
+    actions. Facts do not depend on actions, and so neither does the zero action's reward: subtracting it leaves the
+    order of all policies as it is and removes that noise (an input-dependent baseline, Mao et al., ICLR 2019). To be
+    affordable, it needs streams that come again: `reset` goes through a fixed set of them, in a new order every time,
+    and measures each with the zero action once, when it first comes.
+
+    `info["reward"]` is the environment's own reward; ``baseline_steps`` counts the steps that were taken to measure
+    (they are environment steps like others and belong in every comparison of algorithms).
+
+    Args:
+        env: one whose actions are a Box, such as `GradientFeatures(ScaledUpdate(env))`.
+        streams: of the set.
+
+    Raises:
+        ValueError: the environment has no Box of actions, or ``streams`` is not positive.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], streams: int = 32) -> None:
+        RecordConstructorArgs.__init__(self, streams=streams)
+        gym.Wrapper.__init__(self, env)
+        if not isinstance(env.action_space, spaces.Box):
+            kind = type(env.action_space).__name__
+            raise ValueError(f"the actions are a {kind}, which has no zero; wrap GradientFeatures(ScaledUpdate(env))")
+        if streams < 1:
+            raise ValueError(f"streams is {streams}; give 1 or more")
+        self.streams, self.baseline_steps = streams, 0
+        self._zero = np.zeros(env.action_space.shape, np.float32)
+        self._baselines: dict[int, list[float]] = {}  # seed of a stream → the zero action's rewards
+        self._begin(0)
+
+    def _begin(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._seeds = [int(s) for s in self._rng.choice(2**31, self.streams, replace=False)]
+        self._queue: list[int] = []
+
+    def measure(self) -> np.ndarray:
+        """Run the zero action on all streams of the set; returns the observations it met, one a row."""
+        return np.concatenate([self._measure(seed) for seed in self._seeds])
+
+    def _measure(self, seed: int) -> np.ndarray:
+        observation, _ = self.env.reset(seed=seed)
+        observations, rewards, done = [], [], False
+        while not done:
+            observations.append(np.asarray(observation))
+            observation, reward, terminated, truncated, _ = self.env.step(self._zero)
+            rewards.append(float(reward))
+            done = terminated or truncated
+        self._baselines[seed] = rewards
+        self.baseline_steps += len(rewards)
+        return np.stack(observations)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The next stream of the set.
+
+        Args:
+            seed: draws another set (the same for the same seed) and begins with it.
+            options: none: the streams are the set's.
+
+        Raises:
+            ValueError: options were given.
+        """
+        if options:
+            raise ValueError(f"reset options {sorted(options)} cannot be given: the streams are those of a fixed set")
+        if seed is not None:
+            self._begin(seed)
+        if not self._queue:
+            self._queue = [self._seeds[i] for i in self._rng.permutation(self.streams)]
+        stream = self._queue.pop()
+        if stream not in self._baselines:
+            self._measure(stream)
+        self._baseline, self._step = self._baselines[stream], 0
+        return self.env.reset(seed=stream)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        # Where the zero action broke the model, its stream was shorter, and nothing is known of it from there on.
+        baseline = self._baseline[self._step] if self._step < len(self._baseline) else 0.0
+        self._step += 1
+        return observation, float(reward) - baseline, terminated, truncated, {**info, "reward": float(reward)}
 
 
 class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ["quickstart", "train_rledit", "train_ppo", "ppo_single_file", "custom_policy", "edit_my_model"]
 SMALL = ["--model", "tiny-llama", "--num-batches", "2", "--batch-size", "2"]
 
 
@@ -24,14 +25,14 @@ def example(name: str, *arguments: str, folder: Path = ROOT) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "train_ppo", "custom_policy", "edit_my_model"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_help_explains_every_argument(name: str) -> None:
     shown = example(name, "--help")
     assert "--model" in shown
     assert "default" in shown
 
 
-@pytest.mark.parametrize("name", ["quickstart", "train_rledit", "train_ppo", "custom_policy", "edit_my_model"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_one_file_of_under_150_lines(name: str) -> None:
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 150
 
@@ -53,13 +54,27 @@ def test_train_rledit_trains_saves_and_compares(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_train_ppo_tests_everybody_on_the_same_streams(tmp_path: Path, algorithm: str) -> None:
-    arguments = ["--steps", "16", "--rledit-steps", "2", "--test-streams", "2", "--out", str(tmp_path)]
+    arguments = ["--steps", "16", "--baseline-streams", "2", "--rledit-steps", "2", "--test-streams", "2",
+                 "--curve-streams", "1", "--out", str(tmp_path)]  # fmt: skip
     shown = example("train_ppo", *SMALL, "--algorithm", algorithm, *arguments, folder=tmp_path)
     returns = json.loads((tmp_path / "returns.json").read_text())
     assert list(returns) == ["zero action", "random search", algorithm.upper(), "RLEdit"]
     assert all(len(values) == 2 for values in returns.values())
-    assert shown.count("beside the zero action") == 4
+    assert "Returns on 2 held-out streams" in shown and "not the published CounterFact" in shown
+    rows = [line.split() for line in shown.splitlines() if line.startswith(tuple(returns))]
+    assert len(rows) == 4 and all(len(row[-4:]) == 4 for row in rows)
     assert (tmp_path / algorithm / "agent.safetensors").exists()
+    assert list((tmp_path / algorithm).glob("events.out.tfevents.*"))
+    assert "data:image/png;base64" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_single_file_ppo_learns_and_logs(tmp_path: Path) -> None:
+    arguments = ["--streams", "2", "--total-timesteps", "20", "--num-steps", "8", "--minibatch-size", "4",
+                 "--update-epochs", "1", "--log-dir", str(tmp_path / "run")]  # fmt: skip
+    shown = example("ppo_single_file", *SMALL, *arguments, folder=tmp_path)
+    assert [line.split(":")[0] for line in shown.splitlines()] == ["step 12", "step 20"]
+    assert "beside the zero action" in shown
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
 def test_custom_policy_learns_its_step_sizes(tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ SHORT_PYTHON = {
     r'model="smollm2-135m"': 'model="tiny-llama"',
     r"num_batches=\d+": "num_batches=2",
     r"batch_size=\d+": "batch_size=2",
-    r"total_timesteps=\d+": "total_timesteps=4",
+    r"total_timesteps=\d+": "total_timesteps=8",
+    r'"model": "smollm2-135m", "num_batches": \d+': '"model": "tiny-llama", "num_batches": 2',
+    r"streams=32": "streams=2",
+    r"n_steps=\d+, batch_size=2": "n_steps=4, batch_size=4",
+    r"range\(20\)": "range(2)",
 }
 SHORT_RLEDIT = {
     "fetch": "",

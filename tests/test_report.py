@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
@@ -91,3 +92,21 @@ def test_answers_say_whether_a_fact_took_and_leave_no_cell_empty() -> None:
     _, rows = report.answer_table([fact, fact], ["Italy", ""], ["Peru", ""])
     assert rows[0] == ["Rome is in", "Peru", "Italy", "Peru", True]
     assert rows[1] == ["Rome is in", "Peru", "(nothing)", "(nothing)", False]
+
+
+def test_returns_are_compared_stream_by_stream() -> None:
+    returns = {"zero action": [-10.0, -30.0, -20.0], "PPO": [-9.0, -29.0, -19.0]}
+    header, rows = report.return_table(returns, {"PPO": 100})
+    assert rows[0] == ["zero action", 0, -20.0, 0.0, 0.0, 0.0]
+    assert rows[1] == ["PPO", 100, -19.0, 1.0, 1.0, 1.0]
+    curves = {"PPO": [(0.0, -20.0), (50.0, -19.5), (100.0, -19.0)]}
+    page = report.returns_report("Lead.", returns, {"PPO": 100}, curves, {"zero action": -20.0}, {"seed": 0}, "a table")
+    assert all(name in page.html() for name in header) and page.html().count("data:image/png;base64") == 1
+
+
+def test_a_bootstrap_interval_covers_the_mean_and_narrows_with_the_number_of_values() -> None:
+    values = np.random.default_rng(0).normal(1.0, 1.0, 400)
+    low, high = report.bootstrap_interval(values)
+    assert low < 1.0 < high and high - low == pytest.approx(4 / 20, rel=0.2)
+    assert report.bootstrap_interval(values) == (low, high)
+    assert high - low < np.subtract(*report.bootstrap_interval(values[:50])[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -9,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from gymnasium.wrappers import NormalizeObservation, RecordEpisodeStatistics, TimeLimit, TransformReward
+from gymnasium.wrappers import (
+    NormalizeObservation,
+    RecordEpisodeStatistics,
+    RecordVideo,
+    TimeLimit,
+    TransformReward,
+)
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import rledit_env  # noqa: F401 - registers the environments
-from rledit_env.wrappers import FlattenFactors, GradientFeatures, ScaledUpdate
+from rledit_env.wrappers import FlattenFactors, GradientFeatures, RelativeReward, ScaledUpdate, module_groups
 
 MODULES = "model.layers.[1-2].mlp.{up,down}_proj"
 
@@ -27,11 +34,14 @@ VIEWS = {
     "features": lambda **a: GradientFeatures(make(**a)),
     "scaled gradient": lambda **a: GradientFeatures(ScaledUpdate(make(**a), "gradient", rank=2)),
     "scaled least squares": lambda **a: GradientFeatures(ScaledUpdate(make(**a))),
+    "shared": lambda **a: GradientFeatures(ScaledUpdate(make(**a), rank=1, share="kind"), "all"),
+    "relative": lambda **a: RelativeReward(GradientFeatures(ScaledUpdate(make(**a))), streams=2),
     "flat": lambda **a: FlattenFactors(make(**a)),
 }
+VIEWS_OF_BOXES = ["scaled gradient", "scaled least squares", "shared", "relative", "flat"]
 
 
-@pytest.mark.parametrize("view", ["scaled gradient", "scaled least squares", "flat"])
+@pytest.mark.parametrize("view", VIEWS_OF_BOXES)
 def test_every_view_passes_gymnasium_s_and_stable_baselines3_s_checks(view: str) -> None:
     env = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj", num_batches=2)
     check_env(env, skip_render_check=True)
@@ -42,7 +52,7 @@ def test_an_observation_view_passes_gymnasium_s_check() -> None:
     check_env(VIEWS["features"](edit_modules="model.layers.1.mlp.up_proj"), skip_render_check=True)
 
 
-@pytest.mark.parametrize("view", ["scaled gradient", "scaled least squares", "flat"])
+@pytest.mark.parametrize("view", VIEWS_OF_BOXES)
 def test_gymnasium_s_own_wrappers_work_on_every_view(view: str) -> None:
     env: Any = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj")
     env = TransformReward(NormalizeObservation(RecordEpisodeStatistics(TimeLimit(env, 2))), lambda r: r / 10)
@@ -53,7 +63,41 @@ def test_gymnasium_s_own_wrappers_work_on_every_view(view: str) -> None:
     _, second, terminated, truncated, info = env.step(zero)
     assert truncated and not terminated
     assert info["episode"]["l"] == 2
-    assert info["episode"]["r"] == pytest.approx(10 * (first + second), rel=1e-4)
+    assert info["episode"]["r"] == pytest.approx(10 * (first + second), rel=1e-4, abs=1e-6)
+
+
+def test_gymnasium_s_own_wrappers_work_on_the_raw_environment() -> None:
+    """All but NormalizeObservation, which Gymnasium does not define for observations that are dictionaries."""
+    env: Any = make()
+    env = TransformReward(RecordEpisodeStatistics(TimeLimit(env, 2)), lambda r: r / 10)
+    observation, _ = env.reset(seed=0)
+    rewards = []
+    for _ in range(2):
+        values = {m: -0.1 * g for m, g in observation["value_gradients"].items()}
+        observation, reward, _, truncated, info = env.step({"keys": observation["keys"], "values": values})
+        assert env.observation_space.contains(observation)
+        rewards.append(reward)
+    assert truncated and info["episode"]["l"] == 2
+    assert info["episode"]["r"] == pytest.approx(10 * sum(rewards), rel=1e-4)
+
+
+@pytest.mark.parametrize("view", ["raw", *VIEWS_OF_BOXES])
+@pytest.mark.filterwarnings("ignore:.*Overwriting existing videos:UserWarning")
+def test_a_video_is_recorded_of_every_view(view: str, tmp_path: Path) -> None:
+    pytest.importorskip("moviepy")
+    pytest.importorskip("matplotlib")
+    arguments = {"edit_modules": "model.layers.1.mlp.up_proj", "num_batches": 2, "render_mode": "rgb_array"}
+    env: Any = RecordVideo(VIEWS[view](**arguments) if view in VIEWS else make(**arguments), str(tmp_path))
+    observation, _ = env.reset(seed=0)
+    done = False
+    while not done:
+        if view == "raw":
+            action: Any = {"keys": observation["keys"], "values": observation["value_gradients"]}
+        else:
+            action = np.zeros(env.action_space.shape, np.float32)
+        observation, _, done, _, _ = env.step(action)
+    env.close()
+    assert [path.stat().st_size > 0 for path in tmp_path.glob("*.mp4")] == [True]
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
@@ -145,6 +189,77 @@ def test_flat_factors_are_the_raw_ones_in_order() -> None:
     np.testing.assert_array_equal(got[0], gym.spaces.flatten(raw.observation_space, expected[0]))
 
 
+def test_modules_of_a_group_share_their_numbers() -> None:
+    modules = ["layers.1.up_proj", "layers.1.down_proj", "layers.2.up_proj", "layers.2.down_proj"]
+    assert [module_groups(modules, share) for share in ("module", "kind", "all")] == [  # type: ignore[arg-type]
+        [0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 0, 0]
+    ]  # fmt: skip
+    apart = ScaledUpdate(make(array_backend="torch"), rank=1)
+    observation, _ = apart.reset(seed=0)
+    kinds = [m.rsplit(".", 1)[-1] for m in apart.shapes]
+    together = ScaledUpdate(make(array_backend="torch"), rank=1, share="kind")
+    assert together.action_space.shape == (6,)
+    action = np.linspace(-1, 1, 6, dtype=np.float32)
+    of_each = action.reshape(3, 2)[:, [list(dict.fromkeys(kinds)).index(kind) for kind in kinds]]
+    one, other = together.factors(observation, action), apart.factors(observation, of_each.ravel())
+    for part, by_module in one.items():
+        assert all(torch.equal(f, other[part][m]) for m, f in by_module.items())
+
+
+def test_a_group_s_features_are_the_means_of_its_modules() -> None:
+    views = {share: GradientFeatures(make(), share) for share in ("module", "kind", "all")}  # type: ignore[arg-type]
+    seen = {share: view.reset(seed=0)[0] for share, view in views.items()}
+    by_module = seen["module"][:-2].reshape(-1, 4)
+    groups = views["kind"].groups
+    np.testing.assert_allclose(seen["all"][:-2], by_module.mean(0), rtol=1e-5)
+    expected = np.stack([by_module[np.asarray(groups) == g].mean(0) for g in (0, 1)])
+    np.testing.assert_allclose(seen["kind"][:-2], expected.ravel(), rtol=1e-5)
+    assert all(np.array_equal(one[-2:], seen["module"][-2:]) for one in seen.values())
+
+
+def relative(streams: int = 3) -> RelativeReward:
+    return RelativeReward(GradientFeatures(ScaledUpdate(make(array_backend="torch"), step_size=1.0)), streams)
+
+
+def test_the_zero_action_has_no_relative_reward() -> None:
+    env = relative()
+    env.reset(seed=0)
+    for _ in range(2):
+        done = False
+        while not done:
+            _, reward, done, _, info = env.step(np.zeros(env.action_space.shape, np.float32))
+            assert reward == 0 and info["reward"] < 0
+        env.reset()
+
+
+def test_a_relative_reward_is_the_environment_s_own_less_the_zero_action_s() -> None:
+    env = relative()
+    zero, action = (np.full(env.action_space.shape, a, np.float32) for a in (0.0, 0.7))
+    env.reset(seed=0)
+    seed = env.unwrapped.np_random_seed
+    got = [env.step(action) for _ in range(3)]
+    env.env.reset(seed=seed)
+    baseline = [float(env.env.step(zero)[1]) for _ in range(3)]
+    env.env.reset(seed=seed)
+    own = [float(env.env.step(action)[1]) for _ in range(3)]
+    assert [info["reward"] for *_, info in got] == own
+    assert [reward for _, reward, *_ in got] == [mine - theirs for mine, theirs in zip(own, baseline, strict=True)]
+
+
+def test_relative_rewards_measure_every_stream_of_the_set_once_and_come_back_to_all() -> None:
+    env = relative(streams=3)
+    env.reset(seed=4)
+    seeds = [env.unwrapped.np_random_seed]
+    for _ in range(5):
+        env.reset()
+        seeds.append(env.unwrapped.np_random_seed)
+    assert len(set(seeds[:3])) == 3 and set(seeds[:3]) == set(seeds[3:])
+    assert env.baseline_steps == 9
+    assert env.measure().shape == (9, env.observation_space.shape[0])  # type: ignore[index]
+    env.reset(seed=5)
+    assert env.unwrapped.np_random_seed not in seeds
+
+
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
@@ -154,6 +269,10 @@ def test_flat_factors_are_the_raw_ones_in_order() -> None:
         (lambda: ScaledUpdate(make(), rank=10_000), "rank is 10000; give 0"),
         (lambda: FlattenFactors(make(array_backend="torch")), "array_backend='numpy'"),
         (lambda: FlattenFactors(make(), limit=10), "has .* numbers, more than 10"),
+        (lambda: ScaledUpdate(make(), share="layer"), "share is 'layer'; give 'module', 'kind' or 'all'"),  # type: ignore[arg-type]
+        (lambda: RelativeReward(make()), "the actions are a Dict, which has no zero"),
+        (lambda: relative(streams=0), "streams is 0; give 1 or more"),
+        (lambda: relative().reset(options={"keep_weights": True}), "cannot be given: the streams are those of a fixed"),
         (lambda: GradientFeatures(gym.make("CartPole-v1")), "no environment of this package"),
     ],
 )

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from agents import StandardAgent, StandardConfig, edit_stream, load_agent
+from agents import RandomSearchAgent, StandardAgent, StandardConfig, edit_stream, load_agent
+from agents.ppo import Standardised
 from rledit_env.lm.editable import EditableLM
+from rledit_env.reward import RewardConfig
 
 SMALL: dict[str, dict[str, Any]] = {
     "ppo": {"n_steps": 4, "batch_size": 4, "n_epochs": 2},
@@ -30,7 +32,8 @@ def make(lm: Any = "tiny-llama", **arguments: Any) -> gym.Env[Any, Any]:
 
 
 def agent_of(algorithm: str, env: gym.Env[Any, Any]) -> StandardAgent:
-    return StandardAgent(env, StandardConfig(algorithm, hyperparameters=SMALL[algorithm]))  # type: ignore[arg-type]
+    config = StandardConfig(algorithm, baseline_streams=0, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
+    return StandardAgent(env, config)
 
 
 @pytest.mark.parametrize("algorithm", SMALL)
@@ -51,6 +54,55 @@ def test_every_algorithm_learns_edits_and_comes_back_from_its_folder(algorithm: 
         assert all(torch.equal(f, theirs[part][m]) for m, f in mine[part].items())
     log = edit_stream(env, loaded, seed=0)
     assert log.facts == 4 and not log.diverged
+
+
+def scales_of(agent: StandardAgent) -> list[Standardised]:
+    return [m for m in agent.model.policy.modules() if isinstance(m, Standardised)]
+
+
+@pytest.mark.parametrize("algorithm", SMALL)
+def test_every_algorithm_learns_from_rewards_relative_to_the_zero_action_s(algorithm: str, tmp_path: Path) -> None:
+    env = make()
+    config = StandardConfig(algorithm, baseline_streams=3, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
+    agent = StandardAgent(env, config)
+    seen: list[float] = []
+    agent.learn(6 + 8, callback=lambda n: seen.append(n["return"]), progress_bar=False)
+    assert agent.timesteps == 6 + 8 and len(seen) == 4 and max(seen) < -1  # the environment's own returns
+    scales = scales_of(agent)
+    assert scales and all(m.mean.any() and not torch.equal(m.std, torch.ones_like(m.std)) for m in scales)
+    agent.learn(4, progress_bar=False)  # measured once
+    assert agent.timesteps == 6 + 8 + 4
+    agent.save(tmp_path)
+    loaded = StandardAgent.load(tmp_path, env).learn(6 + 4, progress_bar=False)
+    assert loaded.timesteps == 2 * 14
+    assert all(torch.equal(a.mean, b.mean) for a, b in zip(scales, scales_of(loaded), strict=True))
+
+
+def test_random_search_keeps_the_best_constant_action_and_its_steps(tmp_path: Path) -> None:
+    env = make()
+    agent = RandomSearchAgent(env, StandardConfig(step_size=0.5))
+    assert not agent.action.any()
+    rounds: list[dict[str, float]] = []
+    agent.learn(60, callback=rounds.append, progress_bar=False)  # 30 streams: 10, 5 and 2 actions on 1, 2 and 4 each
+    assert [r["candidates"] for r in rounds] == [10, 5, 2]
+    assert agent.timesteps == 2 * (10 + 5 * 2 + 2 * 4) and agent.action.shape == (2,)
+    agent.save(tmp_path)
+    loaded = load_agent(tmp_path, env)
+    assert isinstance(loaded, RandomSearchAgent) and loaded.timesteps == agent.timesteps
+    np.testing.assert_array_equal(loaded.action, agent.action)
+    with pytest.raises(ValueError, match="total_timesteps is 3; give 4 or more"):
+        agent.learn(3)
+    with pytest.raises(ValueError, match="give the environment"):
+        RandomSearchAgent.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no agent"):
+        RandomSearchAgent.load(tmp_path / "nowhere", env)
+
+
+def test_random_search_finds_the_action_that_a_reward_prefers() -> None:
+    """The reward prefers small updates to large ones: of random step sizes a small one wins."""
+    env = make(reward=RewardConfig(components={}, regularisation=1.0))
+    agent = RandomSearchAgent(env, StandardConfig(step_size=0.5)).learn(120, progress_bar=False)
+    assert agent.action[0] < -0.5
 
 
 def test_the_policy_acts_in_the_numpy_backend_too() -> None:
@@ -103,6 +155,8 @@ def test_a_callback_can_end_the_training() -> None:
 def test_what_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="algorithm is 'dqn'; give one of ppo, a2c, sac, td3"):
         StandardConfig("dqn")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="measuring the zero action takes 64 steps"):
+        StandardAgent(make(), StandardConfig(baseline_streams=32)).learn(64, progress_bar=False)
     agent_of("ppo", make()).save(tmp_path)
     with pytest.raises(ValueError, match="give the environment"):
         StandardAgent.load(tmp_path)

@@ -1,0 +1,132 @@
+"""Random search over constant actions on the low-dimensional view: what a standard algorithm has to beat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm.auto import tqdm
+
+from agents.base import Agent, run_stream
+from agents.ppo import StandardConfig
+from agents.settings import environment_settings
+from rledit_env.files import write_text
+from rledit_env.wrappers import ScaledUpdate
+
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+class RandomSearchAgent(Agent):
+    """The same action at every step: before `learn` the zero action, which is the base rule, then the best one found.
+
+    Args:
+        env: a `LifelongEditEnv`.
+        config: the view; what it says of algorithms is left aside.
+        seed: of the actions tried and of the streams that they are tried on.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+        self.env, self.config, self.seed = env, config or StandardConfig(), seed
+        c = self.config
+        self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
+        self.action: np.ndarray = np.zeros(self.scaled.action_space.shape or (), np.float32)
+        self.timesteps = 0
+
+    def on(self, env: gym.Env[Any, Any]) -> RandomSearchAgent:
+        """The same action in another environment of the same modules."""
+        other = RandomSearchAgent(env, self.config, self.seed)
+        other.action, other.timesteps = self.action, self.timesteps
+        return other
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for a raw observation in either array backend."""
+        return self.scaled.factors(observation, self.action), None
+
+    def learn(
+        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True, rounds: int = 4
+    ) -> RandomSearchAgent:
+        """Search by successive halving: in every round the better half of the actions goes on to twice the streams.
+
+        The action so far is one of the first round's, the others are uniform on the space. Within a round all are tried
+        on the same streams, so that their returns differ by what they do and not by their facts.
+
+        Args:
+            total_timesteps: environment steps to take at most; a first round of two actions on one stream is the least.
+            callback: called after every round with its numbers; the search stops when it returns False.
+            progress_bar: show one.
+            rounds: how often to halve.
+
+        Raises:
+            ValueError: too few steps for two actions.
+        """
+        inner: Any = self.env.unwrapped
+        streams = total_timesteps // inner.episode_steps
+        if streams < 2:
+            raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
+                             "for each of two actions")
+        while rounds > 1 and streams // rounds < 2**rounds:  # so that the last round, too, has two actions to compare
+            rounds -= 1
+        rng = np.random.default_rng(self.seed)
+        shape = self.action.shape
+        count = streams // rounds
+        candidates = [self.action, *rng.uniform(-1, 1, (count - 1, *shape)).astype(np.float32)]
+        each = 1
+        with tqdm(total=streams, unit="stream", desc="random search", disable=not progress_bar) as bar:
+            for turn in range(rounds):
+                seeds = rng.integers(2**31, size=each).tolist()
+                means = []
+                for action in candidates:
+                    self.action = action
+                    means.append(float(np.mean([run_stream(self.scaled.env, self, seed=s)[0] for s in seeds])))
+                    self.timesteps += each * inner.episode_steps
+                    bar.update(each)
+                order = np.argsort(means)[::-1]
+                self.action = candidates[int(order[0])]
+                numbers = {"round": float(turn), "candidates": float(len(candidates)), "return": max(means)}
+                if callback is not None and callback(numbers) is False:
+                    break
+                candidates = [candidates[int(i)] for i in order[: len(candidates) // 2]]
+                each *= 2
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the action and the view as JSON."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "agent": "random search",
+            "format": 1,
+            "seed": self.seed,
+            "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
+            "action": self.action.tolist(),
+            "timesteps": self.timesteps,
+            "environment": environment_settings(self.env),
+        }
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> RandomSearchAgent:
+        """The agent in a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: no environment was given, or it edits another number of modules.
+        """
+        folder = Path(path)
+        if not (folder / "agent.json").exists():
+            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        if env is None:
+            raise ValueError(f"the agent in {folder} acts on a view of the environment; give the environment: env=…")
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        agent = cls(env, StandardConfig(**description["config"]), description["seed"])
+        action = np.asarray(description["action"], np.float32)
+        if action.shape != agent.action.shape:
+            raise ValueError(f"the action in {folder} has {len(action)} numbers, the environment's view takes "
+                             f"{len(agent.action)}; make the environment with the settings in {folder / 'agent.json'}")
+        agent.action, agent.timesteps = action, description["timesteps"]
+        return agent
