@@ -185,8 +185,7 @@ class StandardAgent(Agent):
                 f"total_timesteps is {total_timesteps}, but measuring the zero action takes {needed} steps "
                 f"(baseline_streams={self.relative.streams}); give more steps or fewer streams"
             )
-        self.relative.reset(seed=self.seed)
-        observations = self.relative.measure()
+        observations = self.relative.measure(self.seed)
         if self.timesteps == 0:  # a loaded policy keeps the scale it was trained with
             for module in self.model.policy.modules():
                 if isinstance(module, Standardised):
@@ -231,14 +230,13 @@ class StandardAgent(Agent):
             raise ValueError(f"the agent in {folder} sees features of the LLM's weights; give the environment: env=…")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         agent = cls(env, StandardConfig(**description["config"]), description["seed"])
-        try:
-            agent.model.policy.load_state_dict(load_file(folder / "agent.safetensors"))
-        except RuntimeError as error:
-            trained = len((description["environment"] or {}).get("edit_modules", []))
+        trained = len((description["environment"] or {}).get("edit_modules", []))
+        if trained != len(agent.scaled.shapes):
             raise ValueError(
                 f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
                 f"the environment with the settings in {folder / 'agent.json'}"
-            ) from error
+            )
+        agent.model.policy.load_state_dict(load_file(folder / "agent.safetensors"))
         agent.model.num_timesteps = description["timesteps"]
         return agent
 

@@ -124,9 +124,12 @@ class RandomSearchAgent(Agent):
             raise ValueError(f"the agent in {folder} acts on a view of the environment; give the environment: env=…")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         agent = cls(env, StandardConfig(**description["config"]), description["seed"])
+        trained = len((description["environment"] or {}).get("edit_modules", []))
+        if trained != len(agent.scaled.shapes):
+            raise ValueError(
+                f"{folder} was found for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make the "
+                f"environment with the settings in {folder / 'agent.json'}"
+            )
         action = np.asarray(description["action"], np.float32)
-        if action.shape != agent.action.shape:
-            raise ValueError(f"the action in {folder} has {len(action)} numbers, the environment's view takes "
-                             f"{len(agent.action)}; make the environment with the settings in {folder / 'agent.json'}")
         agent.action, agent.timesteps = action, description["timesteps"]
         return agent

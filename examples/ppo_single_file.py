@@ -94,8 +94,7 @@ def main(args: Args) -> None:
     view = GradientFeatures(ScaledUpdate(raw, step_size=args.step_size, share="all"), share="all")
     env = RelativeReward(view, args.streams)
     writer, started = SummaryWriter(args.log_dir), time.time()
-    env.reset(seed=args.seed)
-    policy = Policy(env.measure(), env.action_space.shape[0], args.log_std_init)  # features are standardised
+    policy = Policy(env.measure(args.seed), env.action_space.shape[0], args.log_std_init)  # standardises its features
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, eps=1e-5)
     updates = (args.total_timesteps - env.baseline_steps) // args.num_steps
     low, high = env.action_space.low, env.action_space.high

@@ -300,8 +300,14 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._seeds = [int(s) for s in self._rng.choice(2**31, self.streams, replace=False)]
         self._queue: list[int] = []
 
-    def measure(self) -> np.ndarray:
-        """Run the zero action on all streams of the set; returns the observations it met, one a row."""
+    def measure(self, seed: int | None = None) -> np.ndarray:
+        """Run the zero action on all streams of the set; returns the observations it met, one a row.
+
+        Args:
+            seed: draws another set first, the one that `reset` draws for it.
+        """
+        if seed is not None:
+            self._begin(seed)
         return np.concatenate([self._measure(seed) for seed in self._seeds])
 
     def _measure(self, seed: int) -> np.ndarray:

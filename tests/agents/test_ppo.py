@@ -96,6 +96,8 @@ def test_random_search_keeps_the_best_constant_action_and_its_steps(tmp_path: Pa
         RandomSearchAgent.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no agent"):
         RandomSearchAgent.load(tmp_path / "nowhere", env)
+    with pytest.raises(ValueError, match="found for 2 modules, the environment edits 1"):
+        RandomSearchAgent.load(tmp_path, make(EditableLM.load("tiny-llama", "model.layers.1.mlp.up_proj")))
 
 
 def test_random_search_finds_the_action_that_a_reward_prefers() -> None:

@@ -12,7 +12,7 @@ from agents.base import run_stream
 from rledit_env.lm.editable import EditableLM
 from rledit_env.report import bootstrap_interval
 
-STEPS = 3040  # 320 to measure the zero action, 34 rollouts of 80
+STEPS = 4000  # 160 to measure the zero action, 30 rollouts of 128
 HELD_OUT = range(1000, 1060)
 
 
@@ -27,7 +27,7 @@ def test_ppo_beats_the_zero_action_and_random_search_on_held_out_streams() -> No
     lm = EditableLM.load("tiny-llama")
     env, held_out = make(lm, "train"), make(lm, "eval")
     # 1 is the tiny model's best fixed step size among 0.1, 1, 3, 10, …, so that the zero action is no straw man.
-    config = StandardConfig("ppo", step_size=1.0, baseline_streams=64)
+    config = StandardConfig("ppo", step_size=1.0, hyperparameters={"n_steps": 128, "batch_size": 64})
     zero = RandomSearchAgent(held_out, config)
     found = RandomSearchAgent(env, config, seed=0).learn(STEPS, progress_bar=False)
     agent = StandardAgent(env, config, seed=0).learn(STEPS, progress_bar=False)
