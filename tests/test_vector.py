@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rledit_env.vector
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.streams import StreamLM
 from rledit_env.reward import RewardConfig
 from rledit_env.vector import LifelongEditVectorEnv, VectorGradientFeatures, VectorScaledUpdate
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
@@ -406,16 +407,19 @@ def test_an_lm_that_is_handed_over_keeps_its_own_edits(tiny_lm, facts):
     assert all(torch.equal(w, lm.weight(m)) for m, w in before.items())
 
 
-def test_one_pass_serves_all_streams(both, monkeypatch):
-    vector, _ = both(num_envs=3)
-    forward = vector.envs[0].lm.forward
-    run_to, passes = forward.run_to, []
-    monkeypatch.setattr(forward, "run_to", lambda hidden, *to: passes.append(len(hidden)) or run_to(hidden, *to))
-    for env in vector.envs:
-        monkeypatch.setattr(env.lm, "max_tokens_per_pass", 4096)
-    observations, _ = vector.reset(seed=0)
-    vector.step(fine_tuning(observations))
-    assert 6 in passes and len(passes) <= 6  # traces of 3 × 2 passages; scores, and θ₀'s states the first time
+def test_passes_serve_several_streams_and_are_fewer_than_those_of_streams_alone(both, monkeypatch):
+    served: list[set[int]] = []
+    routed = StreamLM._routed
+    monkeypatch.setattr(StreamLM, "_routed", lambda lm, streams: served.append(set(streams)) or routed(lm, streams))
+    passes = {}
+    for num_envs in (1, 3):
+        vector, _ = both(num_envs=num_envs)
+        served.clear()
+        observations, _ = vector.reset(seed=0)
+        vector.step(fine_tuning(observations))
+        passes[num_envs] = len(served)
+    assert {0, 1, 2} in served
+    assert passes[3] < 3 * passes[1]
 
 
 # -- views
