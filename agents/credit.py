@@ -43,10 +43,7 @@ class CreditAccumulator:
         action_gradient: Mapping[str, Mapping[str, Tensor]],
         discount: float,
     ) -> None:
-        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ.
-
-        The first step's ``reward_gradient`` becomes the running sum: it is the accumulator's from then on.
-        """
+        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ."""
         for_values = {m: discount * g for m, g in action_gradient["values"].items()}
         for_keys = {m: discount * g for m, g in action_gradient["keys"].items()} if self.key_gradients else {}
         step = _Step(keys, values, for_keys, for_values)
@@ -56,7 +53,7 @@ class CreditAccumulator:
                 if m in self._sum:
                     self._sum[m].add_(gradient, alpha=discount)
                 else:
-                    self._sum[m] = gradient if discount == 1 else discount * gradient
+                    self._sum[m] = discount * gradient
         else:
             self._credit(step, reward_gradient or {}, discount)
         self._steps.append(step)
