@@ -317,4 +317,6 @@ def collected(parameters: Sequence[Mapping[str, Tensor]]) -> Iterator[list[dict[
             for module, leaf in theirs.items():
                 handle = leaf.register_post_accumulate_grad_hook(partial(take, place, module))
                 stack.callback(handle.remove)
+                # A pass that was interrupted may leave one, which the next would add to.
+                stack.callback(setattr, leaf, "grad", None)
         yield sums

@@ -387,7 +387,10 @@ class VectorScaledUpdate(VectorWrapper[Any, Any, Any, Any, np.ndarray]):
 
         Raises:
             ValueError: an action has a wrong shape or a number that is not finite; nothing has changed.
+            gymnasium.error.ResetNeeded: no episode was begun.
         """
+        if self._observations is None:
+            raise gym.error.ResetNeeded("no episode was begun: call reset() before step()")
         result = self.env.step(self.factors(self._observations, actions))
         self._observations = result[0]
         return result

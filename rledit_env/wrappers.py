@@ -228,7 +228,10 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
         Raises:
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
+            gymnasium.error.ResetNeeded: no episode was begun.
         """
+        if self._observation is None:
+            raise gym.error.ResetNeeded("no episode was begun: call reset() before step()")
         self._observation, reward, terminated, truncated, info = self.env.step(self.factors(self._observation, action))
         return self._observation, reward, terminated, truncated, info
 

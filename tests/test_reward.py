@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rledit_env import reward
 from rledit_env.encoding import encode
+from rledit_env.lm.forward import at_least_float32
 from rledit_env.reward import (
     Efficacy,
     RewardConfig,
@@ -398,3 +400,27 @@ def test_the_papers_values_are_the_defaults():
 def test_a_setting_that_makes_no_sense_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         RewardConfig(**arguments)
+
+
+def test_an_interrupted_gradient_leaves_nothing_behind_for_the_next(tiny_lm, facts, monkeypatch):
+    lm = tiny_lm(modules="model.layers.[1-2].mlp.*")
+    records = [encode(lm, record) for record in facts("counterfact", 4).records]
+    batches = [ScoredBatch(records, [0.0] * len(records), 1.0)]
+    expected = score(lm, batches, RewardConfig(), gradient=True).gradient
+    taken = []
+
+    def interrupted(tensor):
+        if tensor.ndim == 2:  # a weight's gradient, which the backward pass has just finished
+            taken.append(tensor)
+            if len(taken) == 2:
+                raise KeyboardInterrupt
+        return at_least_float32(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "at_least_float32", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(lm, batches, RewardConfig(), gradient=True)
+    assert len(taken) == 2
+    assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
+    again = score(lm, batches, RewardConfig(), gradient=True).gradient
+    assert all(torch.equal(g, expected[m]) for m, g in again.items())

@@ -468,6 +468,37 @@ def test_views_reject_what_they_cannot_look_at(both):
     assert all(torch.equal(w, vector.envs[0].lm.weight(m)) for m, w in before.items())
 
 
+@pytest.mark.parametrize("share", ["module", "kind", "all"])
+def test_vector_views_share_numbers_as_the_views_do(both, share):
+    vector, makers = both()
+    views = VectorGradientFeatures(VectorScaledUpdate(vector, share=share), share=share)
+    one = GradientFeatures(ScaledUpdate(makers[0](), share=share), share=share)
+    assert views.single_action_space == one.action_space
+    assert views.single_observation_space == one.observation_space
+    observations, _ = views.reset(seed=2)
+    expected, _ = one.reset(seed=2)
+    actions = np.linspace(-0.5, 0.5, views.action_space.shape[1], dtype=np.float32)
+    np.testing.assert_allclose(observations[0], expected, rtol=1e-3, atol=1e-4)
+    rewards = views.step(np.tile(actions, (vector.num_envs, 1)))[1]
+    np.testing.assert_allclose(rewards[0], one.step(actions)[1], rtol=1e-3)
+
+
+def test_a_step_of_the_views_before_the_first_reset_asks_for_one(both):
+    vector, _ = both()
+    views = VectorGradientFeatures(VectorScaledUpdate(vector))
+    with pytest.raises(gym.error.ResetNeeded):
+        views.step(np.zeros(views.action_space.shape, np.float32))
+
+
+def test_attributes_and_methods_of_all_streams_are_had_by_name(both):
+    vector, _ = both(num_envs=2)
+    vector.reset(seed=3)
+    assert vector.call("steps_per_batch") == vector.get_attr("steps_per_batch") == (1, 1)
+    assert vector.call("edited_records") == ([], [])
+    assert vector.np_random_seed == (3, 4)
+    assert [r.bit_generator.state for r in vector.np_random] == [e.np_random.bit_generator.state for e in vector.envs]
+
+
 def test_the_examples_of_the_docstrings_run():
     results = doctest.testmod(rledit_env.vector)
     assert results.attempted >= 5 and results.failed == 0

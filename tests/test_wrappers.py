@@ -135,6 +135,88 @@ def test_features_stay_in_bounds_when_the_weights_explode() -> None:
             break
 
 
+# The norms in the model keep its losses finite for a while, however large its weights are.
+@pytest.mark.parametrize(("step_size", "breaks"), [(1e12, False), (1e20, True), (1e30, True)])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_features_are_numbers_in_bounds_even_of_a_model_that_broke(
+    step_size: float, breaks: bool, backend: str
+) -> None:
+    env = GradientFeatures(ScaledUpdate(make(array_backend=backend), "gradient", step_size=step_size))
+    env.reset(seed=0)
+    seen, reward, terminated, _, info = env.step(np.ones(env.action_space.shape, np.float32))
+    assert np.isfinite(seen).all() and env.observation_space.contains(seen) and np.isfinite(reward)
+    assert (terminated, info["diverged"]) == (breaks, breaks)
+
+
+def test_features_of_what_follows_the_last_batch_speak_of_the_weights_alone() -> None:
+    env: Any = GradientFeatures(ScaledUpdate(make(num_batches=1), "gradient", step_size=0.5))
+    env.reset(seed=0)
+    seen, _, terminated, _, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+    by_module = seen[:-2].reshape(-1, 4)
+    assert terminated and env.observation_space.contains(seen)
+    assert (by_module[:, :2] == -1).all() and (by_module[:, 2] == 0).all()  # no rows: the least norms, no direction
+    assert (by_module[:, 3] > 0).all() and seen[-2:].tolist() == [0, 1]
+
+
+def test_features_of_modules_that_hold_their_weights_transposed_are_the_same_formula() -> None:
+    raw: Any = make(model="tiny-gpt2", edit_modules="transformer.h.[1-2].mlp.c_fc", array_backend="torch")
+    env = GradientFeatures(ScaledUpdate(raw, "gradient", step_size=0.5))
+    env.reset(seed=0)
+    seen, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
+    observation, lm = env.get_wrapper_attr("_observation"), raw.unwrapped.lm
+    for i, m in enumerate(lm.module_shapes):
+        gradient = observation["value_gradients"][m].T @ observation["keys"][m]
+        change = lm.weight(m) - lm.original_weight(m)
+        assert gradient.shape == change.shape and change.norm() > 0
+        cosine = float((gradient * change).sum() / gradient.norm() / change.norm())
+        assert seen[4 * i + 2] == pytest.approx(cosine, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "least_squares"])
+def test_actions_beyond_their_bounds_are_taken_as_the_bounds(rule: Any) -> None:
+    env = ScaledUpdate(make(array_backend="torch"), rule, rank=1)
+    observation, _ = env.reset(seed=0)
+    pattern = np.resize(np.array([1, -1], np.float32), env.action_space.shape)
+    beyond, bound = env.factors(observation, 5 * pattern), env.factors(observation, pattern)
+    assert all(torch.equal(f, bound[part][m]) for part, by in beyond.items() for m, f in by.items())
+
+
+@pytest.mark.parametrize("view", VIEWS_OF_BOXES)
+def test_a_step_before_the_first_reset_and_one_after_the_end_ask_for_a_reset(view: str) -> None:
+    env: Any = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj", num_batches=1)
+    zero = np.zeros(env.action_space.shape, np.float32)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(zero)
+    env.reset(seed=0)
+    assert env.step(zero)[2]
+    before = env.unwrapped.lm.snapshot()
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(zero)
+    assert all(torch.equal(before[m], w) for m, w in env.unwrapped.lm.snapshot().items())
+
+
+@pytest.mark.parametrize("view", VIEWS_OF_BOXES)
+def test_a_view_made_again_from_its_spec_is_the_same_view(view: str) -> None:
+    env: Any = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj", num_batches=1)
+    again: Any = gym.make(env.spec)
+    assert type(again) is type(env)
+    assert (again.action_space, again.observation_space) == (env.action_space, env.observation_space)
+    action = np.full(env.action_space.shape, 0.01, np.float32)
+    results = []
+    for one in (env, again):
+        first, _ = one.reset(seed=0)
+        results.append((first, one.step(action)[:2]))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert results[0][1][1] == results[1][1][1]
+
+
+def test_the_basis_is_orthonormal_and_is_the_seed_s() -> None:
+    one, same, other = (ScaledUpdate(make(), rank=3, seed=seed) for seed in (1, 1, 2))
+    for m, basis in one.basis.items():
+        torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
+        assert torch.equal(basis, same.basis[m]) and not torch.equal(basis, other.basis[m])
+
+
 def test_the_zero_action_is_the_base_rule() -> None:
     for rule in ("gradient", "least_squares"):
         env = ScaledUpdate(make(array_backend="torch"), rule, step_size=0.3, damping=0.7, rank=2)  # type: ignore[arg-type]
@@ -258,6 +340,55 @@ def test_relative_rewards_measure_every_stream_of_the_set_once_and_come_back_to_
     assert env.measure().shape == (9, env.observation_space.shape[0])  # type: ignore[index]
     env.reset(seed=5)
     assert env.unwrapped.np_random_seed not in seeds
+
+
+def test_the_set_of_streams_is_the_seed_s() -> None:
+    orders = []
+    for seed in (4, 4, 5):
+        env = relative(streams=3)
+        env.reset(seed=seed)
+        order = [env.unwrapped.np_random_seed]
+        for _ in range(2):
+            env.reset()
+            order.append(env.unwrapped.np_random_seed)
+        orders.append(order)
+    assert orders[0] == orders[1] and not set(orders[0]) & set(orders[2])
+
+
+def test_measuring_a_set_first_gives_the_rewards_that_training_would_have_measured() -> None:
+    first, second = relative(streams=2), relative(streams=2)
+    first.measure(seed=9)
+    action = np.full(first.action_space.shape, 0.5, np.float32)
+    rewards = []
+    for env in (first, second):
+        env.reset(seed=9)
+        rewards.append([env.step(action)[1] for _ in range(3)])
+    assert rewards[0] == rewards[1] and any(rewards[0])
+    assert (first.baseline_steps, second.baseline_steps) == (6, 3)  # the second has met one stream
+
+
+def test_relative_rewards_leave_the_order_of_two_policies_on_a_stream_as_it_is() -> None:
+    env = relative(streams=1)
+    returns = []
+    for a in (-0.5, 0.0, 0.4):
+        env.reset(seed=3)
+        steps = [env.step(np.full(env.action_space.shape, a, np.float32)) for _ in range(3)]
+        returns.append((sum(reward for _, reward, *_ in steps), sum(info["reward"] for *_, info in steps)))
+    relatives, own = zip(*returns, strict=True)
+    np.testing.assert_allclose(np.subtract(relatives, relatives[1]), np.subtract(own, own[1]), rtol=1e-4, atol=1e-6)
+    assert len(set(relatives)) == 3 and relatives[1] == 0
+
+
+def test_where_the_zero_action_broke_the_model_rewards_are_the_environment_s_own() -> None:
+    env = relative(streams=1)
+    env.reset(seed=0)
+    (stream,) = env._baselines
+    env._baselines[stream] = env._baselines[stream][:1]  # as if it had ended after one step
+    env.reset()
+    zero = np.zeros(env.action_space.shape, np.float32)
+    got = [env.step(zero) for _ in range(3)]
+    assert got[0][1] == 0
+    assert [reward for _, reward, *_ in got[1:]] == [info["reward"] for *_, info in got[1:]]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,16 @@ def test_streams_are_reached_as_stable_baselines3_reaches_them() -> None:
     env.close()
 
 
+def test_pictures_are_those_of_the_streams_and_none_without_a_render_mode() -> None:
+    pytest.importorskip("matplotlib")
+    env = StreamsVecEnv(view(render_mode="rgb_array"))
+    env.reset()
+    env.step(np.zeros((3, *env.action_space.shape), np.float32))  # type: ignore[misc]
+    images = env.get_images()
+    assert len(images) == 3 and all(image.ndim == 3 and image.dtype == np.uint8 for image in images)  # type: ignore[union-attr]
+    assert list(StreamsVecEnv(view()).get_images()) == [None] * 3
+
+
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_an_environment_that_resets_itself_is_refused(mode: str) -> None:
     with pytest.raises(ValueError, match="make it with autoreset_mode='Disabled'"):
