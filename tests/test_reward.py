@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rledit_env import reward
+from rledit_env import reward as reward_module
 from rledit_env.encoding import encode
 from rledit_env.lm.forward import at_least_float32
 from rledit_env.reward import (
@@ -417,7 +417,7 @@ def test_an_interrupted_gradient_leaves_nothing_behind_for_the_next(tiny_lm, fac
         return at_least_float32(tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reward, "at_least_float32", interrupted)
+        patch.setattr(reward_module, "at_least_float32", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(lm, batches, RewardConfig(), gradient=True)
     assert len(taken) == 2
