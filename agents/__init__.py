@@ -1,6 +1,7 @@
 """Editors as agents of the environment."""
 
-from agents.base import Agent
+from agents.base import Agent, NotApplicable
+from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.ppo import StandardAgent, StandardConfig
@@ -12,8 +13,12 @@ from agents.vec_env import StreamsVecEnv
 __all__ = [
     "Agent",
     "EditLog",
+    "FineTuningAgent",
+    "FineTuningConfig",
     "Hypernetwork",
     "HypernetworkConfig",
+    "NoEditAgent",
+    "NotApplicable",
     "RLEditAgent",
     "RLEditConfig",
     "RandomSearchAgent",

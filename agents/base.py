@@ -9,6 +9,10 @@ from typing import Any
 import gymnasium as gym
 
 
+class NotApplicable(ValueError):
+    """An editor cannot edit these facts, such as facts that name no subject, or this model; the message says why."""
+
+
 class Agent(ABC):
     """Whatever proposes updates. It meets the environment through Gymnasium's interface only.
 

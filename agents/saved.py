@@ -9,12 +9,19 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
+from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.ppo import StandardAgent
 from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent, "random search": RandomSearchAgent}
+CLASSES: dict[str, type[Agent]] = {
+    "rledit": RLEditAgent,
+    "standard": StandardAgent,
+    "random search": RandomSearchAgent,
+    "none": NoEditAgent,
+    "fine-tuning": FineTuningAgent,
+}
 
 
 def find_agent(name: str | Path) -> Path:
