@@ -9,12 +9,24 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
+from agents.ft_l import FTLAgent
+from agents.malmen import MALMENAgent
+from agents.mend import MENDAgent
 from agents.ppo import StandardAgent
 from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent
+from agents.ultraedit import UltraEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent, "random search": RandomSearchAgent}
+CLASSES: dict[str, type[Agent]] = {
+    "rledit": RLEditAgent,
+    "standard": StandardAgent,
+    "random search": RandomSearchAgent,
+    "ft-l": FTLAgent,
+    "malmen": MALMENAgent,
+    "mend": MENDAgent,
+    "ultraedit": UltraEditAgent,
+}
 
 
 def find_agent(name: str | Path) -> Path:
