@@ -3,20 +3,30 @@
 from agents.base import Agent, NotApplicable
 from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
 from agents.editing import EditLog, edit_facts, edit_stream
+from agents.ft_l import FTLAgent, FTLConfig
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
+from agents.mend import MENDAgent, MENDConfig, mend_network, mend_rledit
 from agents.ppo import StandardAgent, StandardConfig
 from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent, RLEditConfig
 from agents.saved import agent_settings, find_agent, load_agent
+from agents.ultraedit import UltraEditAgent, UltraEditConfig
 from agents.vec_env import StreamsVecEnv
 
 __all__ = [
     "Agent",
     "EditLog",
+    "FTLAgent",
+    "FTLConfig",
     "FineTuningAgent",
     "FineTuningConfig",
     "Hypernetwork",
     "HypernetworkConfig",
+    "MALMENAgent",
+    "MALMENConfig",
+    "MENDAgent",
+    "MENDConfig",
     "NoEditAgent",
     "NotApplicable",
     "RLEditAgent",
@@ -25,9 +35,15 @@ __all__ = [
     "StandardAgent",
     "StandardConfig",
     "StreamsVecEnv",
+    "UltraEditAgent",
+    "UltraEditConfig",
     "agent_settings",
     "edit_facts",
     "edit_stream",
     "find_agent",
     "load_agent",
+    "malmen_network",
+    "malmen_rledit",
+    "mend_network",
+    "mend_rledit",
 ]

@@ -111,25 +111,88 @@ class Editor:
         return json.loads(json.dumps({**described, "trainer": trainer}))
 
 
-def _rledit(name: str, title: str, **more: Any) -> Editor:
-    more = {"agent": "agents.rledit:RLEditAgent", "config": "agents.rledit:RLEditConfig", **more}
-    return Editor(name, title, "trajectory", **more)
+def _trajectory(name: str, title: str, config: str = "agents.rledit:RLEditConfig", **more: Any) -> Editor:
+    """A hypernetwork that is trained by the gradient of whole trajectories."""
+    return Editor(name, title, "trajectory", "agents.rledit:RLEditAgent", config, **more)
 
 
-EFFICACY = {"components": {"efficacy": 1.0, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1}
+def _starred(editor: Editor) -> Editor:
+    """The same network, trained again on the current weights after every third batch (RLEdit, Appendix A.2)."""
+    return replace(
+        editor, name=f"{editor.name}*", title=f"{editor.title}*", settings={"retrain_every": 3}, training=None,
+        trained_as=editor.name,
+    )  # fmt: skip
+
+
+def _recursive(editor: Editor, **settings: Any) -> Editor:
+    """The same with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
+    return replace(
+        editor, name=f"{editor.name}+recursion", title=f"{editor.title}+recursion",
+        settings=settings or {"recursion": True},
+    )  # fmt: skip
+
+
+ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
+LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
+MEND = Editor(
+    "mend", "MEND", "hypernetwork", "agents.mend:MENDAgent", "agents.mend:MENDConfig",
+    env={"token": "all", "steps_per_batch": 1},
+    training=Training(
+        num_batches=1, batch_size=1, trajectories=2000,
+        reward={
+            "components": {"generalization": 0.1, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
+        },
+    ),
+)  # fmt: skip
+MALMEN = Editor(
+    "malmen", "MALMEN", "hypernetwork", "agents.malmen:MALMENAgent", "agents.malmen:MALMENConfig", env=ANSWER,
+    training=Training(
+        num_batches=1, trajectories=200,
+        reward={
+            "components": {"generalization": 1.0, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
+        },
+    ),
+)  # fmt: skip
+ULTRAEDIT = Editor(
+    "ultraedit", "UltraEdit", "training-free", "agents.ultraedit:UltraEditAgent", "agents.ultraedit:UltraEditConfig",
+    env=ANSWER,
+)  # fmt: skip
 
 # In the order of a table.
 EDITORS: dict[str, Editor] = {
     editor.name: editor
     for editor in (
         Editor("none", "no edit", "reference", "agents.baselines:NoEditAgent"),
-        Editor("fine-tuning", "gradient", "reference", "agents.baselines:FineTuningAgent",
-               "agents.baselines:FineTuningConfig", {"token": "answer", "steps_per_batch": 1}),
-        _rledit("rledit-paper", "RLEdit (paper)", env={"token": "answer", "steps_per_batch": 1},
-                settings={"network": {"aggregation": "least_squares"}},
-                training=Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)),
-        _rledit("rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
-                training=Training(reward={**EFFICACY, "every_step": False}, select_batches=10)),
+        Editor(
+            "fine-tuning", "gradient", "reference", "agents.baselines:FineTuningAgent",
+            "agents.baselines:FineTuningConfig", env=ANSWER,
+        ),
+        Editor("ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER),
+        MEND,
+        _starred(MEND),
+        MALMEN,
+        _starred(MALMEN),
+        ULTRAEDIT,
+        _recursive(ULTRAEDIT),
+        _trajectory(
+            "mend+rledit", "MEND+RLEdit", "agents.mend:mend_rledit", env={"token": "all", "steps_per_batch": 1},
+            training=LONG,
+        ),
+        _trajectory("malmen+rledit", "MALMEN+RLEdit", "agents.malmen:malmen_rledit", env=ANSWER, training=LONG),
+        _trajectory(
+            "rledit-paper", "RLEdit (paper)", env=ANSWER, settings={"network": {"aggregation": "least_squares"}},
+            training=LONG,
+        ),
+        _trajectory(
+            "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
+            training=Training(
+                reward={
+                    "components": {"efficacy": 1.0, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+                    "every_step": False,
+                },
+                select_batches=10,
+            ),
+        ),
     )
 }  # fmt: skip
 

@@ -10,9 +10,13 @@ import gymnasium as gym
 
 from agents.base import Agent
 from agents.baselines import FineTuningAgent, NoEditAgent
+from agents.ft_l import FTLAgent
+from agents.malmen import MALMENAgent
+from agents.mend import MENDAgent
 from agents.ppo import StandardAgent
 from agents.random_search import RandomSearchAgent
 from agents.rledit import RLEditAgent
+from agents.ultraedit import UltraEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 CLASSES: dict[str, type[Agent]] = {
@@ -21,6 +25,10 @@ CLASSES: dict[str, type[Agent]] = {
     "random search": RandomSearchAgent,
     "none": NoEditAgent,
     "fine-tuning": FineTuningAgent,
+    "ft-l": FTLAgent,
+    "malmen": MALMENAgent,
+    "mend": MENDAgent,
+    "ultraedit": UltraEditAgent,
 }
 
 
