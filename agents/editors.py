@@ -236,7 +236,7 @@ def load_configs(path: str | Path | None, kind: str) -> dict[str, dict[str, Any]
         return {}
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["editors"]
-        found = {name: _merged(entry, entry.get("kinds", {}).get(kind, {})) for name, entry in entries.items()}
+        found = {name: merged(entry, entry.get("kinds", {}).get(kind, {})) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is no file of hyperparameters ({error!r}); it is {{"editors": {{NAME: {{"env": …, '
                          '"config": …, "train": …}}}}') from error
@@ -257,13 +257,13 @@ def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Edit
     if editor.trained_as is not None:
         trainer = configured(EDITORS[editor.trained_as], entries)
         training = trainer.training
-        env, settings = env | dict(trainer.env), _merged(trainer.settings, settings)
+        env, settings = env | dict(trainer.env), merged(trainer.settings, settings)
     env |= entry.get("env", {})
     _known(env, ENVIRONMENT, f"{place}, env")
     if "train" in entry:
         training = changed(training or Training(), entry["train"], f"{place}, train")
     made = replace(
-        editor, env=env, settings=_merged(settings, entry.get("config", {})), training=training, trainer=trainer,
+        editor, env=env, settings=merged(settings, entry.get("config", {})), training=training, trainer=trainer,
         saved=entry.get("saved", editor.saved),
     )  # fmt: skip
     made.configuration()
@@ -296,13 +296,13 @@ def _known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], p
         raise ValueError(f"{place}: {unknown[0]!r} is unknown; known are {', '.join(known) or 'none'}")
 
 
-def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """The base with the other's values, nested dictionaries merged likewise."""
-    merged = dict(base)
+    result = dict(base)
     for name, value in other.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if both else value
+    return result
 
 
 def _named(place: str) -> Any:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agents.editors import Editor
     from rledit_env.tables import Row
 
+SETTINGS = "comparison.json"
 TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
 
 
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents.comparison import Comparison, Setting, Views, check_disjoint
     from agents.editors import chosen_editors, configured, find_configs, load_configs
+    from rledit_env.files import write_text
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
+    from rledit_env.report import versions
 
     check_positive(options, "batches", "batch_size", "seeds")
     kind = kind_of(options.env)
@@ -85,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         say_loading(options.model)
         views.get(modules)
+        described = {**_described(options, test.source), "versions": versions()}
+        write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
     failed: list[str] = []
     for number, editor in enumerate(missing, start=1):
         warn(f"[{number}/{len(missing)}] {editor.title}")
@@ -137,28 +142,24 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
         write_text(options.out / name, text)
 
 
+def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """What the folder's cells have in common, beside the editors' own settings."""
+    names = ("env", "model", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate")
+    return {name: getattr(options, name) for name in names} | {"source": source}
+
+
 def _check_folder(options: argparse.Namespace, source: str) -> None:
-    """Make sure that the folder's cells are of this comparison, and note whose they are.
+    """Make sure that the cells in the folder are of this comparison.
 
     Raises:
         ValueError: they are of another one.
     """
-    from rledit_env.files import write_text
-    from rledit_env.report import versions
-
-    names = ("env", "model", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate")
-    mine = {name: getattr(options, name) for name in names} | {"source": source}
-    path = options.out / "comparison.json"
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{options.out} holds a comparison with {name} {theirs.get(name)!r}, not {value!r}; give another "
-                    "--out, or the same settings"
-                )
-        return
-    write_text(path, json.dumps({**mine, "versions": versions()}, indent=1) + "\n")
+    path = options.out / SETTINGS
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in _described(options, source).items():
+        if name in theirs and theirs[name] != value:
+            raise ValueError(f"{options.out} holds a comparison with {name} {theirs[name]!r}, not {value!r}; give "
+                             "another --out, or the same settings")
 
 
 def interrupted(options: argparse.Namespace) -> str:
