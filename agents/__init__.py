@@ -1,6 +1,7 @@
 """Editors as agents of the environment."""
 
 from agents.base import Agent
+from agents.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.ft_l import FTLAgent, FTLConfig
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -15,6 +16,9 @@ from agents.vec_env import StreamsVecEnv
 
 __all__ = [
     "Agent",
+    "DAFNetAgent",
+    "DAFNetConfig",
+    "DAFNetNetworkConfig",
     "EditLog",
     "FTLAgent",
     "FTLConfig",

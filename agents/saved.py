@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
+from agents.dafnet import DAFNetAgent
 from agents.ft_l import FTLAgent
 from agents.malmen import MALMENAgent
 from agents.mend import MENDAgent
@@ -22,6 +23,7 @@ CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
     "standard": StandardAgent,
     "random search": RandomSearchAgent,
+    "dafnet": DAFNetAgent,
     "ft-l": FTLAgent,
     "malmen": MALMENAgent,
     "mend": MENDAgent,
