@@ -1,6 +1,7 @@
 """Editors as agents of the environment."""
 
-from agents.base import Agent
+from agents.base import Agent, NotApplicable
+from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
 from agents.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.ft_l import FTLAgent, FTLConfig
@@ -22,15 +23,19 @@ __all__ = [
     "EditLog",
     "FTLAgent",
     "FTLConfig",
+    "FineTuningAgent",
+    "FineTuningConfig",
     "Hypernetwork",
     "HypernetworkConfig",
     "MALMENAgent",
     "MALMENConfig",
     "MENDAgent",
     "MENDConfig",
-    "RandomSearchAgent",
+    "NoEditAgent",
+    "NotApplicable",
     "RLEditAgent",
     "RLEditConfig",
+    "RandomSearchAgent",
     "StandardAgent",
     "StandardConfig",
     "StreamsVecEnv",

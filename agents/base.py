@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 
+class NotApplicable(ValueError):
+    """An editor cannot edit these facts, such as facts that name no subject, or this model; the message says why."""
+
+
 class Agent(ABC):
     """Whatever proposes updates. It meets the environment through Gymnasium's interface only.
 
@@ -22,6 +26,10 @@ class Agent(ABC):
 
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
+
+    def on(self, env: gym.Env[Any, Any]) -> Agent:
+        """The agent for editing in this environment, of the same modules; itself, where it makes no difference."""
+        return self
 
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:

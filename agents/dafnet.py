@@ -264,7 +264,7 @@ class DAFNetAgent(RLEditAgent):
         super().__init__(*args, **options)
         self._presenting: gym.Env | None = self.env
 
-    def on(self, env: gym.Env) -> DAFNetAgent:
+    def on(self, env: gym.Env[Any, Any]) -> DAFNetAgent:
         """Edit in this environment from now on; returns itself."""
         self._presenting = env
         return self

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
+from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.dafnet import DAFNetAgent
 from agents.ft_l import FTLAgent
 from agents.malmen import MALMENAgent
@@ -23,6 +24,8 @@ CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
     "standard": StandardAgent,
     "random search": RandomSearchAgent,
+    "none": NoEditAgent,
+    "fine-tuning": FineTuningAgent,
     "dafnet": DAFNetAgent,
     "ft-l": FTLAgent,
     "malmen": MALMENAgent,

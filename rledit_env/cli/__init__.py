@@ -1,4 +1,4 @@
-"""The `rledit` command: fetch a model, train an agent, edit facts, evaluate.
+"""The `rledit` command: fetch a model, train an agent, edit facts, evaluate, compare editors.
 
 The environment knows nothing of any learning algorithm, and importing it imports none: the commands that need agents
 import them when they run.
@@ -17,10 +17,10 @@ from typing import Any
 
 import gymnasium as gym
 
-from rledit_env.cli import edit, evaluate, fetch, train
+from rledit_env.cli import compare, edit, evaluate, fetch, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 
-COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND)
+COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, compare.COMMAND)
 
 DESCRIPTION = """\
 Lifelong knowledge editing of language models.
@@ -29,6 +29,7 @@ Lifelong knowledge editing of language models.
   rledit train     train an agent to edit, on a stream of facts
   rledit evaluate  score a trained agent on facts it never saw
   rledit edit      edit your own facts into a model and write it out
+  rledit compare   compare editors on the same streams of facts
 """
 EXIT_CODES = """\
 exit codes:
