@@ -2,6 +2,7 @@
 
 from agents.base import Agent, NotApplicable
 from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
+from agents.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.ft_l import FTLAgent, FTLConfig
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
@@ -16,6 +17,9 @@ from agents.vec_env import StreamsVecEnv
 
 __all__ = [
     "Agent",
+    "DAFNetAgent",
+    "DAFNetConfig",
+    "DAFNetNetworkConfig",
     "EditLog",
     "FTLAgent",
     "FTLConfig",

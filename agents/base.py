@@ -27,6 +27,10 @@ class Agent(ABC):
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
 
+    def on(self, env: gym.Env[Any, Any]) -> Agent:
+        """The agent for editing in this environment, of the same modules; itself, where it makes no difference."""
+        return self
+
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """The action for an observation, and None (Stable-Baselines3's place for a recurrent state)."""

@@ -153,6 +153,17 @@ MALMEN = Editor(
         },
     ),
 )  # fmt: skip
+DAFNET = Editor(
+    "dafnet", "DAFNet", "hypernetwork", "agents.dafnet:DAFNetAgent", "agents.dafnet:DAFNetConfig",
+    env={"token": "all", "steps_per_batch": 1},
+    training=Training(
+        num_batches=10, trajectories=40,
+        reward={
+            "components": {"efficacy": 0.5, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+            "regularisation": 0.0,
+        },
+    ),
+)  # fmt: skip
 ULTRAEDIT = Editor(
     "ultraedit", "UltraEdit", "training-free", "agents.ultraedit:UltraEditAgent", "agents.ultraedit:UltraEditConfig",
     env=ANSWER,
@@ -172,6 +183,8 @@ EDITORS: dict[str, Editor] = {
         _starred(MEND),
         MALMEN,
         _starred(MALMEN),
+        _recursive(MALMEN),
+        DAFNET,
         ULTRAEDIT,
         _recursive(ULTRAEDIT),
         _trajectory(

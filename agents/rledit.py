@@ -80,6 +80,7 @@ class RLEditAgent(Agent):
 
     name: ClassVar[str] = "rledit"  # what agent.json calls the class
     config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
+    network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class RLEditAgent(Agent):
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
             shapes = module_shapes(env)
-        self.network = Hypernetwork(shapes, self.config.network, seed)
+        self.network = self.network_type(shapes, self.config.network, seed)
         if env is not None:  # beside the LLM, so that no factor travels through the host
             self.network.to(_inner(env).lm.device)
             self.network.normalisers = {
@@ -433,9 +434,8 @@ class RLEditAgent(Agent):
         if not (folder / "agent.json").exists():
             raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        config = cls.config_type(**description["config"] | {
-            "network": HypernetworkConfig(**description["config"]["network"])
-        })
+        network = type(cls.config_type().network)(**description["config"]["network"])
+        config = cls.config_type(**description["config"] | {"network": network})
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
         agent = cls(env, config, shapes, description["seed"])
         if env is not None:

@@ -10,6 +10,7 @@ import gymnasium as gym
 
 from agents.base import Agent
 from agents.baselines import FineTuningAgent, NoEditAgent
+from agents.dafnet import DAFNetAgent
 from agents.ft_l import FTLAgent
 from agents.malmen import MALMENAgent
 from agents.mend import MENDAgent
@@ -25,6 +26,7 @@ CLASSES: dict[str, type[Agent]] = {
     "random search": RandomSearchAgent,
     "none": NoEditAgent,
     "fine-tuning": FineTuningAgent,
+    "dafnet": DAFNetAgent,
     "ft-l": FTLAgent,
     "malmen": MALMENAgent,
     "mend": MENDAgent,
