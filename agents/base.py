@@ -9,6 +9,10 @@ from typing import Any
 import gymnasium as gym
 
 
+class NotApplicable(ValueError):
+    """An editor cannot edit these facts: they lack what it needs, such as a subject. Comparisons leave its row empty."""
+
+
 class Agent(ABC):
     """Whatever proposes updates. It meets the environment through Gymnasium's interface only.
 

@@ -8,13 +8,23 @@ from typing import Any
 
 import gymnasium as gym
 
+from agents.alphaedit import AlphaEditAgent
 from agents.base import Agent
+from agents.memit import MEMITAgent
 from agents.ppo import StandardAgent
+from agents.prune import PRUNEAgent
 from agents.random_search import RandomSearchAgent
+from agents.rect import RECTAgent
 from agents.rledit import RLEditAgent
+from agents.rome import ROMEAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-CLASSES: dict[str, type[Agent]] = {"rledit": RLEditAgent, "standard": StandardAgent, "random search": RandomSearchAgent}
+CLASSES: dict[str, type[Agent]] = {
+    "rledit": RLEditAgent,
+    "standard": StandardAgent,
+    "random search": RandomSearchAgent,
+    **{agent.name: agent for agent in (ROMEAgent, MEMITAgent, PRUNEAgent, RECTAgent, AlphaEditAgent)},
+}
 
 
 def find_agent(name: str | Path) -> Path:
