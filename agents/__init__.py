@@ -4,7 +4,7 @@ from agents.alphaedit import AlphaEditAgent, AlphaEditConfig
 from agents.base import Agent, NotApplicable
 from agents.editing import EditLog, edit_facts, edit_stream
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
-from agents.key_statistics import KeyStatistics, key_statistics
+from agents.key_statistics import KeyStatistics
 from agents.memit import MEMITAgent, MEMITConfig
 from agents.ppo import StandardAgent, StandardConfig
 from agents.prune import PRUNEAgent, PRUNEConfig
@@ -44,6 +44,5 @@ __all__ = [
     "edit_facts",
     "edit_stream",
     "find_agent",
-    "key_statistics",
     "load_agent",
 ]

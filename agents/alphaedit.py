@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from agents.locate import LocateConfig, least_squares_keys
-from agents.memit import MEMITAgent
 from agents.memit import RECOMMENDED as MEMIT_RECOMMENDED
+from agents.memit import MEMITAgent
 from agents.value_optimisation import ValueConfig
 
 # The environment's settings that the agent is best used with.

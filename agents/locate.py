@@ -202,8 +202,8 @@ def output_projections(lm: EditableLM) -> list[str]:
     wrong = next((m for m in modules if lm.module_shapes[m][1] != width), None)
     if wrong is not None or len({layer_of(m) for m in modules}) < len(modules):
         raise ValueError(
-            f"edit_modules has {wrong or ', '.join(modules)}; locate-then-edit takes the last projection of MLPs, one a "
-            "layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"
+            f"edit_modules has {wrong or ', '.join(modules)}; locate-then-edit takes the last projection of MLPs, one "
+            "a layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"
         )
     return modules
 

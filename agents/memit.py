@@ -43,8 +43,8 @@ class MEMITAgent(LocateAgent):
     squares: the sequence of updates is then the solution for all facts so far of
     min Σ‖W k − v‖² + anchor ‖W − W₀‖² + λ tr((W − W₀) C (W − W₀)ᵀ), instead of a new problem at each batch.
 
-    In models that normalise an MLP's output before adding it (Gemma 2 and 3), the layers' shares are in the units of the
-    residual stream, though the weight's output is not.
+    In models that normalise an MLP's output before adding it (Gemma 2 and 3), the layers' shares are in the units of
+    the residual stream, though the weight's output is not.
 
     Args:
         env, config, seed: see `LocateAgent`.

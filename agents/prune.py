@@ -34,8 +34,8 @@ class PRUNEAgent(MEMITAgent):
     of W₀, are restrained to log_α(σ) − log_α(σ_max) + σ_max (Eq. 8), so that the edited weight's condition number is.
 
     The paper restrains once, at the end of a sequence. Here the sequence has no end known to the editor, so the sum is
-    restrained after every batch. The logarithm grows faster than σ itself while σ < 1 / ln α (5.5): singular values that
-    it would enlarge are left as they are.
+    restrained after every batch. The logarithm grows faster than σ itself while σ < 1 / ln α (5.5): singular values
+    that it would enlarge are left as they are.
 
     Args:
         env, config, seed: see `LocateAgent`.

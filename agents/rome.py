@@ -69,8 +69,8 @@ def sequential_rank_one(
 ) -> tuple[Tensor, Tensor]:
     """Factors ũ (N, d_in) and ṽ (N, d_out) of N rank-one edits, each made after those before it.
 
-    With ũⱼ = C⁻¹kⱼ / (kⱼᵀC⁻¹kⱼ), edit i adds rᵢũᵢᵀ with rᵢ = vᵢ − W kᵢ − Σ_{j<i} rⱼ (ũⱼᵀkᵢ): a triangular system for all
-    residuals.
+    With ũⱼ = C⁻¹kⱼ / (kⱼᵀC⁻¹kⱼ), edit i adds rᵢũᵢᵀ with rᵢ = vᵢ − W kᵢ − Σ_{j<i} rⱼ (ũⱼᵀkᵢ): a triangular system for
+    all residuals.
 
     Args:
         weight: W before the first edit, (d_out, d_in).
