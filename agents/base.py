@@ -10,7 +10,7 @@ import gymnasium as gym
 
 
 class NotApplicable(ValueError):
-    """An editor cannot edit these facts, which lack what it needs, such as a subject. A comparison leaves its row empty."""
+    """An editor cannot edit these facts: they lack something, such as a subject. Comparisons leave its row blank."""
 
 
 class Agent(ABC):
