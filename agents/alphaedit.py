@@ -28,7 +28,9 @@ class AlphaEditConfig(LocateConfig):
         remember: keep earlier batches' keys in the system.
     """
 
-    value: ValueConfig = field(default_factory=lambda: ValueConfig(steps=25, clamp=0.75, learning_rate=0.1))
+    value: ValueConfig = field(
+        default_factory=lambda: ValueConfig(steps=25, learning_rate=0.1, clamp=0.75, relative_to="state")
+    )
     threshold: float = 2e-2
     ridge: float = 10.0
     remember: bool = True

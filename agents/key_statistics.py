@@ -180,9 +180,11 @@ def generated_corpus(lm: EditableLM, tokens: int, seed: int = 0, progress: bool 
 
 
 @torch.no_grad()
-def sample_continuations(lm: EditableLM, starts: Tensor, length: int, generator: torch.Generator) -> Tensor:
+def sample_continuations(
+    lm: EditableLM, starts: Tensor, length: int, generator: torch.Generator, top_k: int | None = None
+) -> Tensor:
     """Texts (R, L + length), on the host, from their first tokens (R, L): each next token is drawn from the LLM's
-    distribution, its special tokens left out."""
+    distribution, its special tokens and all but the ``top_k`` likeliest left out."""
     special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=lm.device)
     name = lm.cache_argument
     cache = DynamicCache()
@@ -192,6 +194,8 @@ def sample_continuations(lm: EditableLM, starts: Tensor, length: int, generator:
         hidden = lm.forward.base(input_ids=ids, use_cache=True, **{name: cache}).last_hidden_state[:, -1]
         logits = lm.forward.logits(hidden.contiguous())  # (R, |V|)
         logits[:, special] = -torch.inf
+        if top_k is not None:
+            logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
         # By the inverse of the cumulative distribution: one random number a text, not one a token of the vocabulary.
         cumulative = logits.softmax(-1).cumsum(-1)
         drawn = torch.rand(len(ids), 1, generator=generator).to(cumulative) * cumulative[:, -1:]

@@ -224,7 +224,8 @@ def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[s
     starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(count)])
     generator = torch.Generator().manual_seed(seed)
     with lm.original_weights():
-        ids = sample_continuations(lm, starts, max(length - shortest, 0), generator)
+        # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
+        ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
     texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 

@@ -28,7 +28,7 @@ class MEMITConfig(LocateConfig):
         anchor: with ``recursion``, the weight of ‖W − W₀‖² in it.
     """
 
-    value: ValueConfig = field(default_factory=lambda: ValueConfig(steps=25, clamp=0.75))
+    value: ValueConfig = field(default_factory=lambda: ValueConfig(steps=25, clamp=0.75, relative_to="state"))
     covariance_weight: float = 15_000.0
     recursion: bool = False
     anchor: float = 1.0

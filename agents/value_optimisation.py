@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,12 @@ class ValueConfig:
     Attributes:
         steps: of Adam, at most; a fact whose loss falls below ``loss_threshold`` ends earlier.
         learning_rate: Adam's.
-        weight_decay: weight of ‖δ‖ / ‖m‖² in the loss.
+        weight_decay: weight of ‖δ‖ / ‖r‖² in the loss.
         kl_weight: weight of the KL divergence from the LLM before, after "{subject} is a".
-        clamp: ‖δ‖ is at most this many times ‖m‖.
+        clamp: ‖δ‖ is at most this many times ‖r‖.
         loss_threshold: see ``steps``.
+        relative_to: what r is at the prompt's subject: "output", m itself, as in ROME, or "state", the state that
+            leaves the layer, as in MEMIT and AlphaEdit.
     """
 
     steps: int = 20
@@ -41,6 +43,11 @@ class ValueConfig:
     kl_weight: float = 0.0625
     clamp: float = 4.0
     loss_threshold: float = 0.05
+    relative_to: Literal["output", "state"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.relative_to not in ("output", "state"):
+            raise ValueError(f"relative_to is {self.relative_to!r}; give 'output' or 'state'")
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
     count, width = len(requests), lm.module_shapes[module][1]
     delta = torch.zeros(count, width, device=lm.device, dtype=lm.edit_dtype)
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
-    initial, reference = torch.zeros_like(delta), None
+    initial, reference, size = torch.zeros_like(delta), None, delta[:, :1]
     loss = delta.new_zeros(count)
     steps = torch.zeros(count, dtype=torch.long, device=lm.device)
     active = torch.arange(count, device=lm.device)
@@ -163,12 +170,13 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
     while len(active):
         running = _Pass(lm, module, [requests[i] for i in active.tolist()])
         if reference is None:
-            initial, reference = running.at_rest()
+            initial, state, reference = running.at_rest()
+            size = (state if config.relative_to == "state" else initial).norm(dim=1, keepdim=True)  # ‖r‖, (F, 1)
         resting = torch.zeros(len(active), dtype=torch.bool, device=lm.device)
         while True:
             losses, gradient = running.losses(delta[active], reference[active], config.kl_weight)
             now, norm = delta[active], delta[active].norm(dim=1, keepdim=True)
-            scale = config.weight_decay / initial[active].norm(dim=1, keepdim=True).square()
+            scale = config.weight_decay / size[active].square()
             losses = losses + (scale * norm)[:, 0]
             gradient = gradient + scale * now / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             loss[active] = torch.where(resting, loss[active], losses)
@@ -182,7 +190,7 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
             second[moving] = 0.999 * second[moving] + 0.001 * gradient.square()
             scaled = (second[moving] / (1 - 0.999**step)).sqrt() + 1e-8
             moved = delta[moving] - config.learning_rate * first[moving] / (1 - 0.9**step) / scaled
-            limit = config.clamp * initial[moving].norm(dim=1, keepdim=True)
+            limit = config.clamp * size[moving]
             delta[moving] = moved * (limit / moved.norm(dim=1, keepdim=True)).clamp(max=1)
             steps[moving] = step
             if 2 * len(moving) <= len(active):
@@ -229,11 +237,22 @@ class _Pass:
         return states, seen[0]
 
     @torch.no_grad()
-    def at_rest(self) -> tuple[Tensor, Tensor]:
-        """The module's outputs at the subjects (F, d_out), and the essences' final states (F, d), with nothing added.
-        """
-        states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
-        return initial, states[len(self.targets) :]
+    def at_rest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """With nothing added: the module's outputs at the subjects (F, d_out), the states that leave its layer there
+        (F, d), and the essences' final states (F, d)."""
+        left: list[Tensor] = []
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            left.append(at_least_float32(states[self.plain, 0]))
+
+        # The first run of the layer is of all positions; where it is the last layer, others may follow.
+        handle = self.forward.layers[self.forward.first_layer].register_forward_hook(leave)
+        try:
+            states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
+        finally:
+            handle.remove()
+        return initial, left[0], states[len(self.targets) :]
 
     def losses(self, delta: Tensor, reference: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
         """Loss of each fact without the weight decay (F,), and its gradient for δ (F, d_out)."""

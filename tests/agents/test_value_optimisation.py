@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agents.base import NotApplicable
 from agents.value_optimisation import Request, ValueConfig, _Pass, encode_request, optimise_values
 from rledit_env.knowledge import EditRecord, UnrelatedFact
+from rledit_env.lm.continued import subject_states
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.tiny import TINY_NAMES
@@ -60,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_whole_model(name: str, tiny_lm: Call
     lm = tiny_lm(name, module, torch.float64)
     every = requests(lm)
     running = _Pass(lm, module, every)
-    _, reference = running.at_rest()
+    *_, reference = running.at_rest()
     width = lm.module_shapes[module][1]
     delta = torch.randn(len(every), width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     losses, gradient = running.losses(delta, reference, 0.3)
@@ -110,6 +111,17 @@ def test_no_value_moves_further_than_the_clamp(tiny_lm: Callable[..., EditableLM
     values = optimise_values(lm, module, requests(lm), ValueConfig(steps=5, clamp=0.5))
     ratio = values.delta.norm(dim=1) / values.initial.norm(dim=1)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))  # at this learning rate all reach it
+
+
+def test_the_clamp_may_be_relative_to_the_layers_state(tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module)
+    every = requests(lm)
+    values = optimise_values(lm, module, every, ValueConfig(steps=5, clamp=0.1, relative_to="state"))
+    states = subject_states(lm, [module], [request.rewrites[0] for request in every]).hidden
+    torch.testing.assert_close(values.delta.norm(dim=1), 0.1 * states.norm(dim=1))
+    with pytest.raises(ValueError, match="'output' or 'state'"):
+        ValueConfig(relative_to="both")  # type: ignore[arg-type]
 
 
 def test_optimisation_lowers_the_loss_and_leaves_the_model_alone(tiny_lm: Callable[..., EditableLM]) -> None:
