@@ -62,6 +62,7 @@ class Editor:
             then ``learn(0)``'s work.
         trained_as: it goes on from what this editor's training gave, and has its settings beside its own.
         trainer: that editor, as it is configured.
+        variant_of: what a file says of this editor's settings holds for it too, beside what it says of its own.
         saved: a trained agent to take instead, as `agents.find_agent` knows it.
     """
 
@@ -75,6 +76,7 @@ class Editor:
     training: Training | None = None
     trained_as: str | None = None
     trainer: Editor | None = None
+    variant_of: str | None = None
     saved: str | None = None
 
     def agent_class(self) -> Any:
@@ -124,16 +126,36 @@ def _starred(editor: Editor) -> Editor:
     )  # fmt: skip
 
 
-def _recursive(editor: Editor, **settings: Any) -> Editor:
+def _recursive(editor: Editor) -> Editor:
     """The same with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
+    return _variant(editor, "recursion", recursion=True)
+
+
+def _anchored(editor: Editor) -> Editor:
+    """The same with every value rescaled to the norm that values have in the original model (NAS, arXiv 2602.02543)."""
+    return _variant(editor, "nas", norm_anchor=True)
+
+
+def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
+    title = plugin.upper() if plugin == "nas" else plugin
     return replace(
-        editor, name=f"{editor.name}+recursion", title=f"{editor.title}+recursion",
-        settings=settings or {"recursion": True},
+        editor, name=f"{editor.name}+{plugin}", title=f"{editor.title}+{title}", settings=settings,
+        variant_of=editor.name,
+    )  # fmt: skip
+
+
+def _located(name: str, title: str) -> Editor:
+    """An editor that finds each fact's value at its subject and solves for the weights."""
+    layers = "8" if name == "rome" else "[4-8]"
+    return Editor(
+        name, title, "locate", f"agents.{name}:{title}Agent", f"agents.{name}:{title}Config",
+        env={"edit_modules": f"model.layers.{layers}.mlp.down_proj", "token": "subject", "steps_per_batch": 1},
     )  # fmt: skip
 
 
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
+ROME, MEMIT, ALPHAEDIT = _located("rome", "ROME"), _located("memit", "MEMIT"), _located("alphaedit", "AlphaEdit")
 MEND = Editor(
     "mend", "MEND", "hypernetwork", "agents.mend:MENDAgent", "agents.mend:MENDConfig",
     env={"token": "all", "steps_per_batch": 1},
@@ -179,6 +201,15 @@ EDITORS: dict[str, Editor] = {
             "agents.baselines:FineTuningConfig", env=ANSWER,
         ),
         Editor("ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER),
+        ROME,
+        _anchored(ROME),
+        MEMIT,
+        _recursive(MEMIT),
+        _anchored(MEMIT),
+        _located("prune", "PRUNE"),
+        _located("rect", "RECT"),
+        ALPHAEDIT,
+        _anchored(ALPHAEDIT),
         MEND,
         _starred(MEND),
         MALMEN,
@@ -266,6 +297,8 @@ def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Edit
         ValueError: a setting is unknown or out of its range.
     """
     place, entry = f"editor {editor.name!r}", entries.get(editor.name, {})
+    if editor.variant_of is not None:
+        entry = merged(entries.get(editor.variant_of, {}), entry)
     env, settings, training, trainer = dict(editor.env), dict(editor.settings), editor.training, None
     if editor.trained_as is not None:
         trainer = configured(EDITORS[editor.trained_as], entries)

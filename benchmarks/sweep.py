@@ -87,6 +87,19 @@ def entry_of(point: Mapping[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def compact(value: Any, width: int = 118, indent: int = 0) -> str:
+    """JSON with as much on a line as fits; what does not is spread, one member a line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= width or not isinstance(value, dict | list):
+        return line
+    named = {f"{json.dumps(k)}: ": v for k, v in value.items()} if isinstance(value, dict) else None
+    pairs = named.items() if named is not None else (("", v) for v in value)
+    members = [name + compact(v, width - 1 - len(name), indent + 1) for name, v in pairs]
+    opened, closed = "[]" if named is None else "{}"
+    inner = "".join(f"\n{' ' * (indent + 1)}{member}," for member in members)
+    return f"{opened}{inner[:-1]}\n{' ' * indent}{closed}"
+
+
 def score_of(cell: Mapping[str, Any]) -> float:
     """What a point is judged by; a model that broke is the worst there is."""
     return -math.inf if cell.get("diverged") or "mean" not in cell else float(cell["mean"])
@@ -157,7 +170,7 @@ def record(args: Args, sweep: Sweep, found: list[tuple[dict[str, Any], dict[str,
             for p, c in found
         ],
     }
-    write_text(args.results, json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(args.results, compact(dict(sorted(results.items()))) + "\n")
     if args.write is None:
         return
     file = {"models": [args.model], "editors": {}}
@@ -166,7 +179,7 @@ def record(args: Args, sweep: Sweep, found: list[tuple[dict[str, Any], dict[str,
     note = (f"{args.kind}: best of {len(found)} points on {args.batches}×{args.batch_size} held-out training facts, "
             f"mean {best['mean']:.1f} (benchmarks/results/sweeps.json)")
     file["editors"][sweep.name] = merged(file["editors"].get(sweep.name, {}), {**entry_of(point), "note": note})
-    write_text(args.write, json.dumps(file, indent=1, ensure_ascii=False) + "\n")
+    write_text(args.write, compact(file) + "\n")
 
 
 def main(args: Args) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import traceback
 from pathlib import Path
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     test = load_knowledge(kind, options.data, "eval", options.on_error)
     KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
 
+    @functools.cache
     def training() -> Any:
         facts = load_knowledge(kind, options.train_data or options.data, "train", options.on_error)
         check_disjoint(facts, test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -224,6 +225,12 @@ class EditableLM:
         return next(iter(self._master.values())).dtype
 
     @property
+    def cache_argument(self) -> str:
+        """What this release of transformers calls the decoder's argument for cached keys and values."""
+        names = inspect.signature(self.forward.base.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
+    @property
     def context_length(self) -> int:
         return self.model.config.get_text_config().max_position_embeddings
 
@@ -286,17 +293,18 @@ class EditableLM:
         fresh: dict[tuple[int, ...], Tensor] = {}
         for chunk in length_sorted_chunks([len(passages[i]) for i in missing], self.max_tokens_per_pass):
             members = [passages[missing[i]] for i in chunk]
-            hidden = self.forward.prefix(self._pad_ids(members))
+            hidden = self.forward.prefix(self.pad_ids([p.input_ids for p in members]))
             for row, passage in zip(hidden, members, strict=True):
                 fresh[passage.input_ids] = row[: len(passage)].clone()
         for key, value in fresh.items():
             self.prefix_cache.put(key, value)
         return [fresh[p.input_ids] if state is None else state for p, state in zip(passages, found, strict=True)]
 
-    def _pad_ids(self, passages: Sequence[Passage]) -> Tensor:
-        ids = torch.zeros(len(passages), max(map(len, passages)), dtype=torch.long)
-        for row, passage in zip(ids, passages, strict=True):
-            row[: len(passage)] = torch.tensor(passage.input_ids)
+    def pad_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids (B, L), padded on the right."""
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = torch.tensor(row)
         return ids.to(self.device)
 
     def _suffix_chunks(

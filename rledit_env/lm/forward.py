@@ -163,13 +163,14 @@ class SuffixForward:
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
 
-    def _run_stubbed(self, input_ids: Tensor, first_stub: int) -> list[_Stub]:
-        """The model's forward with layers ``first_stub`` and above replaced by stubs, which are returned."""
+    def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: Any) -> list[_Stub]:
+        """The model's forward (given ``options`` too) with layers ``first_stub`` and above replaced by stubs, which
+        are returned."""
         stubs = [_Stub() for _ in self.layers[first_stub:]]
         with ExitStack() as stack, torch.no_grad():
             for layer, stub in zip(self.layers[first_stub:], stubs, strict=True):
                 stack.enter_context(replaced_forward(layer, stub))
-            self.base(input_ids=input_ids, use_cache=False)
+            self.base(input_ids=input_ids, **{"use_cache": False, **options})
         return stubs
 
     def prefix(self, input_ids: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import agents.comparison
 from agents.base import NotApplicable
 from agents.comparison import Comparison, Setting, Views, check_disjoint
-from agents.editors import EDITORS, Training, configured
+from agents.editors import EDITORS, Training, configured, find_configs, load_configs
 from rledit_env.knowledge import held_out, load_knowledge
 
 ENV = "RLEdit-CounterFact-v0"
@@ -210,6 +211,18 @@ def test_a_starred_editor_goes_on_from_its_trainer_s_training_and_trains_on_whil
     comparison.run(plain, [0])
     one, two = comparison.cell(plain, 0), comparison.cell(starred, 0)
     assert one["one_off_seconds"] == two["one_off_seconds"] > 0
+
+
+def test_statistics_kept_from_an_earlier_run_cost_what_they_did_then(compare, tmp_path, monkeypatch):
+    monkeypatch.setattr("agents.key_statistics.cache_dir", lambda: tmp_path / "cache")
+    editor = configured(EDITORS["memit"], load_configs(find_configs("tiny-llama"), "counterfact"))
+    costs = []
+    for name in ("first", "second"):
+        comparison = compare(tmp_path / name)
+        comparison.run(editor, [0])
+        costs.append(comparison.cell(editor, 0)["one_off_seconds"])
+    kept = [load_file(path)["seconds"] for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert len(kept) == 3 and min(costs) > float(sum(kept)) > 0
 
 
 def test_what_is_trained_on_is_neither_selected_on_nor_scored():

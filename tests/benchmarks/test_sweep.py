@@ -95,3 +95,11 @@ def test_points_are_scored_on_the_last_fifth_of_the_training_split_and_train_on_
     whole = load_knowledge("counterfact", split="train").records
     cut = len(whole) - int(0.2 * len(whole))
     assert one.setting.test.records == whole[cut:] and one.setting.training().records == whole[:cut]
+
+
+def test_json_is_spread_over_lines_only_where_it_does_not_fit():
+    value = {"a": [1, {"b": "x" * 40}], "c": {"d": 1.5, "e": {"f": ["y" * 30, "z" * 30]}}, "g": {}}
+    text = sweep.compact(value, width=50)
+    assert json.loads(text) == value
+    assert '"c": {' in text and '"a": [' in text and max(map(len, text.splitlines())) <= 50
+    assert sweep.compact({"a": [1, 2]}) == '{"a": [1, 2]}'

@@ -1,0 +1,273 @@
+"""Second moments of modules' inputs on ordinary text: what locate-then-edit methods preserve.
+
+C = E[k kᵀ] over the tokens of a corpus, k a module's input (Meng et al., NeurIPS 2022, section 3.1). The published code
+reads Wikipedia. The default here is text that the LLM itself writes, sampled from many short beginnings with a seed, so
+that nothing has to be fetched; a text file serves as well. `KeyStatistics.source` says which it was.
+
+Both the text and the moments are kept in the package's cache folder, under a hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from rledit_env.files import write_tensors
+from rledit_env.lm.continued import layer_of
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.registry import cache_dir
+
+GENERATED = "generated"
+ROW = 64  # tokens of one text of the corpus
+_OPENINGS = (
+    "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
+    "The city of", "According to the report,", "He is best known for", "The company was founded by",
+    "Scientists have discovered that", "Question: What is", "The first step in", "During the war,",
+    "Located in the north of", "My favourite thing about", "The main difference between", "For example,",
+    "In the novel,", "The government of", "Many languages of",
+)  # fmt: skip
+_TOPICS = (
+    "music", "France", "physics", "football", "the law", "food", "art", "animals", "a river", "India", "trade",
+    "medicine", "the Roman Empire", "film", "space", "a king", "software", "religion", "a school", "the ocean",
+    "poetry", "railways", "Africa", "mathematics", "farming", "a painter", "politics", "the weather", "chess",
+    "a novelist", "Japan", "energy", "birds", "an island", "the economy", "psychology", "a battle", "language",
+    "television", "gardens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Second moments of some modules' inputs.
+
+    Attributes:
+        second_moments: module → C = E[k kᵀ], (d_in, d_in) float32.
+        tokens: how many they are means over.
+        source: the text they are from, in words.
+        seconds: what they took, the text included, when they were computed, be it in an earlier run.
+    """
+
+    second_moments: dict[str, Tensor]
+    tokens: int
+    source: str
+    seconds: float = 0.0
+
+
+def key_statistics(
+    lm: EditableLM,
+    modules: Sequence[str],
+    corpus: str | Path = GENERATED,
+    tokens: int = 65_536,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> KeyStatistics:
+    """C of some modules under the pre-trained weights, from the cache where it has been computed before.
+
+    Args:
+        lm: the LLM, edited or not; it is not changed.
+        modules: names of linear modules.
+        corpus: ``"generated"``, or a UTF-8 text file.
+        tokens: of it, at most; a multiple of 64 is used. C has full rank only with more tokens than d_in.
+        seed: of the generated text.
+        cache: folder, instead of the package's own.
+        progress: show a bar where something has to be computed.
+
+    Raises:
+        FileNotFoundError: there is no such text file.
+        ValueError: it has fewer than 64 tokens.
+    """
+    cache = cache_dir() if cache is None else cache
+    started = time.perf_counter()
+    with lm.original_weights():
+        model = fingerprint(lm)
+        if str(corpus) == GENERATED:
+            key = _digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
+            path = cache / "corpora" / f"{key}.safetensors"
+            text = _cached(path)
+            if "ids" not in text:
+                text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
+                _keep(path, text)
+            ids, seconds = text["ids"], _seconds(text)
+            source = f"text that the LLM wrote itself (seed {seed})"
+        else:
+            ids, seconds = text_corpus(lm, corpus, tokens), 0.0
+            key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            source = f"the text file {Path(corpus).name}"
+        paths = {m: cache / "key_statistics" / f"{_digest(model, key, m)}.safetensors" for m in modules}
+        found = {m: _cached(path) for m, path in paths.items()}
+        missing = [m for m, kept in found.items() if "second_moment" not in kept]
+        if missing:
+            started = time.perf_counter()
+            for m, c in second_moments(lm, missing, ids, progress).items():
+                found[m] = _timed(started, {"second_moment": c}, len(missing))
+                _keep(paths[m], found[m])
+    moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
+    seconds += sum(map(_seconds, found.values()))
+    return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
+
+
+def _timed(started: float, tensors: dict[str, Tensor], share: int = 1) -> dict[str, Tensor]:
+    """The tensors with the seconds since ``started``, of which they have taken one in ``share``."""
+    return {**tensors, "seconds": torch.tensor((time.perf_counter() - started) / share)}
+
+
+def _seconds(kept: dict[str, Tensor]) -> float:
+    return float(kept.get("seconds", 0.0))
+
+
+@torch.no_grad()
+def second_moments(
+    lm: EditableLM, modules: Sequence[str], ids: Tensor, progress: bool = False
+) -> dict[str, Tensor]:
+    """C of each module over all tokens of texts (R, L), under the current weights: (d_in, d_in) at least float32.
+
+    A stream: the memory is that of one pass and one matrix a module.
+    """
+    sums = {m: torch.zeros(lm.module_shapes[m][0], lm.module_shapes[m][0], device=lm.device, dtype=lm.edit_dtype)
+            for m in modules}  # fmt: skip
+
+    def take(name: str) -> object:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            keys = args[0].flatten(0, 1).to(lm.edit_dtype)
+            sums[name].addmm_(keys.T, keys)
+
+        return hook
+
+    handles = [lm.model.get_submodule(m).register_forward_pre_hook(take(m)) for m in modules]
+    above = 1 + max(layer_of(m) for m in modules)
+    rows = ids.split(max(1, lm.max_tokens_per_pass // ids.shape[1]))
+    try:
+        for part in tqdm(rows, "key statistics", disable=not progress, leave=False):
+            lm.forward._run_stubbed(part.to(lm.device), above)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {m: total / ids.numel() for m, total in sums.items()}
+
+
+@torch.no_grad()
+def generated_corpus(lm: EditableLM, tokens: int, seed: int = 0, progress: bool = False) -> Tensor:
+    """Texts that the LLM writes under its current weights, (R, 64) int64 on the host.
+
+    Each goes on from the first tokens of a short beginning, every token drawn from the LLM's own distribution without
+    its special tokens. The same seed gives the same texts.
+    """
+    beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
+    given = 4  # tokens of the beginning: of one number, so that no text needs padding
+    starts = torch.tensor([row[:given] for row in lm.tokenizer(beginnings)["input_ids"] if len(row) >= given])
+    count = max(1, tokens // ROW)
+    starts = starts.repeat(-(-count // len(starts)), 1)[:count]
+    generator = torch.Generator().manual_seed(seed)
+    starts = starts[torch.randperm(count, generator=generator)]
+    at_once = 64 if lm.device.type == "cpu" else 512
+    parts = [
+        sample_continuations(lm, part, ROW - given, generator)
+        for part in tqdm(starts.split(at_once), "writing a corpus", disable=not progress, leave=False)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def sample_continuations(
+    lm: EditableLM, starts: Tensor, length: int, generator: torch.Generator, top_k: int | None = None
+) -> Tensor:
+    """Texts (R, L + length), on the host, from their first tokens (R, L): each next token is drawn from the LLM's
+    distribution, its special tokens and all but the ``top_k`` likeliest left out."""
+    special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=lm.device)
+    name = lm.cache_argument
+    cache = DynamicCache()
+    ids = starts.to(lm.device)
+    text = [ids]
+    for _ in range(length):
+        hidden = lm.forward.base(input_ids=ids, use_cache=True, **{name: cache}).last_hidden_state[:, -1]
+        logits = lm.forward.logits(hidden.contiguous())  # (R, |V|)
+        logits[:, special] = -torch.inf
+        if top_k is not None:
+            logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+        # By the inverse of the cumulative distribution: one random number a text, not one a token of the vocabulary.
+        cumulative = logits.softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(ids), 1, generator=generator).to(cumulative) * cumulative[:, -1:]
+        ids = torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[1] - 1)
+        text.append(ids)
+    return torch.cat(text, dim=1).cpu()
+
+
+def text_corpus(lm: EditableLM, path: str | Path, tokens: int) -> Tensor:
+    """The first tokens of a text file, cut in rows: (R, 64) int64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has fewer than 64 tokens.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no text file {path}; name one, or 'generated' for text of the LLM's own")
+    ids: list[int] = []
+    with path.open(encoding="utf-8") as file:
+        for line in _pieces(file):
+            ids += lm.tokenizer(line, add_special_tokens=False)["input_ids"]
+            if len(ids) >= tokens:
+                break
+    rows = min(len(ids), max(tokens, ROW)) // ROW
+    if rows == 0:
+        raise ValueError(f"{path} has {len(ids)} tokens; give a text of {ROW} or more, better of {tokens:,}")
+    return torch.tensor(ids[: rows * ROW]).view(rows, ROW)
+
+
+def _pieces(file: Iterator[str]) -> Iterator[str]:
+    """The text in pieces of some thousand characters."""
+    piece = ""
+    for line in file:
+        piece += line
+        if len(piece) > 4000:
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
+
+
+def fingerprint(lm: EditableLM) -> str:
+    """A hash of the model as it is: its configuration, precision, vocabulary and 256 entries of every weight."""
+    config = lm.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(f"{lm.dtype} {len(lm.tokenizer)}".encode())
+    for name, weight in lm.model.named_parameters():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _cached(path: Path) -> dict[str, Tensor]:
+    """What the cache holds there: nothing where there is no file, or a damaged one."""
+    try:
+        return load_file(path) if path.exists() else {}
+    except Exception as error:  # safetensors raises its own and the system's errors
+        warnings.warn(f"{path} is damaged ({error}) and will be written anew", stacklevel=2)
+        return {}
+
+
+def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error}); the next run computes it again", stacklevel=2)

@@ -1,0 +1,267 @@
+"""ROME's value optimisation (Meng et al., NeurIPS 2022, Eq. 4), for all facts of a batch at once.
+
+For each fact, a vector δ is added to the output m of an MLP's last projection at the subject's last token, such that
+the LLM answers with the new target; v* = m + δ is the value that the weight is then made to give. Only the tokens from
+the subject's last one on are run, and only the layers from the edited one up (`rledit_env.lm.continued`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from agents.base import NotApplicable
+from rledit_env.knowledge import EditRecord
+from rledit_env.lm.continued import ContinuedForward, layer_of
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage, at_least_float32
+from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """How v* is found. Defaults are those published for GPT-J with ROME.
+
+    Attributes:
+        steps: of Adam, at most; a fact whose loss falls below ``loss_threshold`` ends earlier.
+        learning_rate: Adam's.
+        weight_decay: weight of ‖δ‖ / ‖r‖² in the loss.
+        kl_weight: weight of the KL divergence from the LLM before, after "{subject} is a".
+        clamp: ‖δ‖ is at most this many times ‖r‖.
+        loss_threshold: see ``steps``.
+        relative_to: what r is at the prompt's subject: "output", m itself, as in ROME, or "state", the state that
+            leaves the layer, as in MEMIT and AlphaEdit.
+    """
+
+    steps: int = 20
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    kl_weight: float = 0.0625
+    clamp: float = 4.0
+    loss_threshold: float = 0.05
+    relative_to: Literal["output", "state"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.relative_to not in ("output", "state"):
+            raise ValueError(f"relative_to is {self.relative_to!r}; give 'output' or 'state'")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fact to edit, as passages.
+
+    Attributes:
+        rewrites: the prompt with its new target, alone and after each context.
+        essence: "{subject} is a", whose next token should stay.
+    """
+
+    rewrites: tuple[Passage, ...]
+    essence: Passage
+
+
+@dataclass(frozen=True)
+class Values:
+    """What was found for F facts.
+
+    Attributes:
+        initial: m, the module's output at the prompt's subject, (F, d_out), at least float32.
+        delta: δ, (F, d_out).
+        loss: the last loss seen, (F,).
+        steps: Adam steps taken, (F,) int64.
+    """
+
+    initial: Tensor
+    delta: Tensor
+    loss: Tensor
+    steps: Tensor
+
+    @property
+    def solved(self) -> Tensor:
+        """v* = m + δ, (F, d_out)."""
+        return self.initial + self.delta
+
+
+def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] = ()) -> Request:
+    """The passages of a fact; contexts that mention the subject are left out, since the subject is sought in the text.
+
+    Raises:
+        NotApplicable: the fact has no subject, or its prompt does not contain it.
+    """
+    subject = record.subject
+    if not subject or subject not in record.prompt:
+        raise NotApplicable(
+            f"{record.origin or 'a fact'}: locate-then-edit needs a subject that occurs in the prompt, but the subject "
+            f"is {subject!r} and the prompt {record.prompt!r}; take facts with subjects (ZsRE, CounterFact)"
+        )
+    prompts = [record.prompt, *(f"{c}. {record.prompt}" for c in contexts if subject not in c)]
+    rewrites = lm.tokenize_all(
+        prompts, [record.target] * len(prompts), [subject] * len(prompts), [record.origin] * len(prompts)
+    )
+    essence = lm.tokenize(f"{subject} is a", "thing", subject, record.origin)
+    end = essence.positions[0] + 1
+    return Request(tuple(rewrites), Passage(essence.input_ids[:end], essence.targets[:1], essence.subject_position))
+
+
+def optimise_values(
+    lm: EditableLM,
+    module: str,
+    requests: Sequence[Request],
+    config: ValueConfig,
+    progress: Callable[[int], Any] | None = None,
+) -> Values:
+    """v* of F facts at one module, under the LLM's current weights; facts do not depend on each other.
+
+    Memory is that of one pass (`EditableLM.max_tokens_per_pass`), whatever F is.
+
+    Args:
+        lm: the LLM, which is not changed.
+        module: a linear module whose output is added to the residual stream, such as an MLP's last.
+        requests: the facts.
+        config: how.
+        progress: called with the number of facts done since the last call.
+    """
+    width = lm.module_shapes[module][1]
+    empty = torch.zeros(len(requests), width, device=lm.device, dtype=lm.edit_dtype)
+    values = Values(
+        empty, empty.clone(), empty.new_zeros(len(requests)), torch.zeros(len(requests), dtype=torch.long)
+    )
+    for chunk in _chunks(requests, lm.max_tokens_per_pass):
+        solved = _optimise(lm, module, [requests[i] for i in chunk], config)
+        for whole, part in ((values.initial, solved.initial), (values.delta, solved.delta),
+                            (values.loss, solved.loss), (values.steps, solved.steps)):  # fmt: skip
+            whole[chunk] = part
+        if progress is not None:
+            progress(len(chunk))
+    return values
+
+
+def _chunks(requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of facts with tails of similar length, at most ``max_tokens`` padded tokens together."""
+    longest = [
+        max(len(p) - (p.subject_position or 0) for p in (*request.rewrites, request.essence)) for request in requests
+    ]
+    chunk: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(requests)), key=longest.__getitem__):
+        passages = len(requests[index].rewrites) + 1
+        tokens += passages
+        if chunk and tokens * longest[index] > max_tokens:
+            yield chunk
+            chunk, tokens = [], passages
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
+def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: ValueConfig) -> Values:
+    """One Adam for all these facts; those that are done rest, and are dropped from the passes once they are half."""
+    count, width = len(requests), lm.module_shapes[module][1]
+    delta = torch.zeros(count, width, device=lm.device, dtype=lm.edit_dtype)
+    first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
+    initial, reference, size = torch.zeros_like(delta), None, delta[:, :1]
+    loss = delta.new_zeros(count)
+    steps = torch.zeros(count, dtype=torch.long, device=lm.device)
+    active = torch.arange(count, device=lm.device)
+    step = 0
+    while len(active):
+        running = _Pass(lm, module, [requests[i] for i in active.tolist()])
+        if reference is None:
+            initial, state, reference = running.at_rest()
+            size = (state if config.relative_to == "state" else initial).norm(dim=1, keepdim=True)  # ‖r‖, (F, 1)
+        resting = torch.zeros(len(active), dtype=torch.bool, device=lm.device)
+        while True:
+            losses, gradient = running.losses(delta[active], reference[active], config.kl_weight)
+            now, norm = delta[active], delta[active].norm(dim=1, keepdim=True)
+            scale = config.weight_decay / size[active].square()
+            losses = losses + (scale * norm)[:, 0]
+            gradient = gradient + scale * now / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            loss[active] = torch.where(resting, loss[active], losses)
+            resting = resting | (losses < config.loss_threshold)
+            if step == config.steps:
+                return Values(initial, delta, loss, steps.cpu())
+            step += 1
+            moving = active[~resting]
+            gradient = gradient[~resting]
+            first[moving] = 0.9 * first[moving] + 0.1 * gradient
+            second[moving] = 0.999 * second[moving] + 0.001 * gradient.square()
+            scaled = (second[moving] / (1 - 0.999**step)).sqrt() + 1e-8
+            moved = delta[moving] - config.learning_rate * first[moving] / (1 - 0.9**step) / scaled
+            limit = config.clamp * size[moving]
+            delta[moving] = moved * (limit / moved.norm(dim=1, keepdim=True)).clamp(max=1)
+            steps[moving] = step
+            if 2 * len(moving) <= len(active):
+                active = moving
+                break
+    return Values(initial, delta, loss, steps.cpu())
+
+
+class _Pass:
+    """Passages of some facts, ready to be run with vectors added at their subjects."""
+
+    def __init__(self, lm: EditableLM, module: str, requests: Sequence[Request]) -> None:
+        self.site, self.width = lm.model.get_submodule(module), lm.module_shapes[module][1]
+        rewrites = [p for request in requests for p in request.rewrites]
+        self.passages = [*rewrites, *(request.essence for request in requests)]
+        self.forward = ContinuedForward(lm, self.passages, layer_of(module))
+        self.rows, self.columns = self.forward.positions(self.passages)
+        counts = [len(request.rewrites) for request in requests]
+        owner = [i for i, n in enumerate(counts) for _ in range(n)]
+        device = lm.device
+        self.owner = torch.tensor([*owner, *range(len(requests))], device=device)  # fact of each passage
+        self.plain = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=device)
+        answers = [(i, 1 / (len(p.targets) * counts[i])) for i, p in zip(owner, rewrites, strict=True)
+                   for _ in p.targets]  # fmt: skip
+        self.fact = torch.tensor([i for i, _ in answers], device=device)  # fact of each answer position
+        self.share = torch.tensor([s for _, s in answers], device=device, dtype=lm.edit_dtype)
+        self.targets = torch.tensor([t for p in rewrites for t in p.targets], device=device)
+
+    def _states(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Final states (P, d) at the answer positions, the essences' last, with δ (F, d_out) added; and the module's
+        outputs at the plain prompts' subjects before that, (F, d_out)."""
+        seen: list[Tensor] = []
+
+        def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            seen.append(at_least_float32(output[self.plain, 0]))
+            moved = at_least_float32(output[:, :1]) + delta[self.owner][:, None]
+            return torch.cat([moved.to(output.dtype), output[:, 1:]], dim=1)
+
+        handle = self.site.register_forward_hook(add)
+        try:
+            states = self.forward.norm(self.forward.run_to(self.forward.hidden, self.rows, self.columns))
+        finally:
+            handle.remove()
+        return states, seen[0]
+
+    @torch.no_grad()
+    def at_rest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """With nothing added: the module's outputs at the subjects (F, d_out), the states that leave its layer there
+        (F, d), and the essences' final states (F, d)."""
+        left: list[Tensor] = []
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            left.append(at_least_float32(states[self.plain, 0]))
+
+        # The first run of the layer is of all positions; where it is the last layer, others may follow.
+        handle = self.forward.layers[self.forward.first_layer].register_forward_hook(leave)
+        try:
+            states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
+        finally:
+            handle.remove()
+        return initial, left[0], states[len(self.targets) :]
+
+    def losses(self, delta: Tensor, reference: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """Loss of each fact without the weight decay (F,), and its gradient for δ (F, d_out)."""
+        with torch.enable_grad():
+            leaf = delta.detach().requires_grad_()
+            states, _ = self._states(leaf)
+            nll = negative_log_likelihood(self.forward, states[: len(self.targets)], self.targets)
+            kl = kl_divergence(self.forward, states[len(self.targets) :], reference)
+            losses = torch.zeros_like(kl).index_add(0, self.fact, nll * self.share.to(nll.dtype)) + kl_weight * kl
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), gradient
+

@@ -1,0 +1,153 @@
+"""v*: the loss is the paper's, its gradient autograd's, and the facts of a batch do not touch each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.base import NotApplicable
+from agents.value_optimisation import Request, ValueConfig, _Pass, encode_request, optimise_values
+from rledit_env.knowledge import EditRecord, UnrelatedFact
+from rledit_env.lm.continued import subject_states
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+from rledit_env.lm.tiny import TINY_NAMES
+
+
+def output_projection(name: str) -> str:
+    return "transformer.h.1.mlp.c_proj" if "gpt2" in name else "model.layers.1.mlp.down_proj"
+
+
+def fact(prompt: str, target: str, subject: str | None) -> EditRecord:
+    return EditRecord(prompt, target, ("x",), (UnrelatedFact("Bananas are", "yellow"),), None, subject, "list, item 1")
+
+
+FACTS = (
+    fact("The home of Ann is", "Peru", "Ann"), fact("Bob, an old man, lives in", "Oslo town", "Bob"),
+    fact("X is in", "Rome", "X"),
+)  # fmt: skip
+CONTEXTS = ("I went there", "You know")
+
+
+def requests(lm: EditableLM) -> list[Request]:
+    return [encode_request(lm, record, CONTEXTS) for record in FACTS]
+
+
+def direct_loss(lm: EditableLM, module: str, request: Request, delta: Tensor, kl_weight: float) -> Tensor:
+    """The loss without weight decay, from the whole model run on each passage alone."""
+
+    def log_p(passage: Passage, vector: Tensor | None) -> Tensor:
+        def add(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            place = torch.zeros(output.shape[1], 1, dtype=output.dtype)
+            place[passage.subject_position] = 1
+            return output if vector is None else output + place * vector
+
+        handle = lm.model.get_submodule(module).register_forward_hook(add)
+        logits = lm.model(input_ids=torch.tensor([passage.input_ids])).logits[0, list(passage.positions)]
+        handle.remove()
+        return logits.double().log_softmax(-1)
+
+    nll = [-log_p(p, delta).gather(1, torch.tensor(p.targets)[:, None]).mean() for p in request.rewrites]
+    before, now = log_p(request.essence, None).detach(), log_p(request.essence, delta)
+    return torch.stack(nll).mean() + kl_weight * (before.exp() * (before - now)).sum()
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_loss_and_gradient_are_those_of_the_whole_model(name: str, tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection(name)
+    lm = tiny_lm(name, module, torch.float64)
+    every = requests(lm)
+    running = _Pass(lm, module, every)
+    *_, reference = running.at_rest()
+    width = lm.module_shapes[module][1]
+    delta = torch.randn(len(every), width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses, gradient = running.losses(delta, reference, 0.3)
+    for i, request in enumerate(every):
+        leaf = delta[i].clone().requires_grad_()
+        expected = direct_loss(lm, module, request, leaf, 0.3)
+        (slope,) = torch.autograd.grad(expected, leaf)
+        torch.testing.assert_close(losses[i], expected.detach(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(gradient[i], slope, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 7.02])
+def test_a_batch_is_optimised_as_each_of_its_facts_alone(
+    threshold: float, tiny_lm: Callable[..., EditableLM]
+) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module, torch.float64)
+    every = requests(lm)
+    config = ValueConfig(steps=12, loss_threshold=threshold, clamp=40)
+    together = optimise_values(lm, module, every, config)
+    for i, request in enumerate(every):
+        alone = optimise_values(lm, module, [request], config)
+        torch.testing.assert_close(together.delta[i], alone.delta[0], atol=1e-5, rtol=1e-5)
+        assert together.steps[i] == alone.steps[0]
+    assert threshold == 0.0 or len(set(together.steps.tolist())) > 1  # some facts did end earlier than others
+
+
+def test_one_fact_is_optimised_by_torchs_adam(tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module, torch.float64)
+    (request, *_) = requests(lm)
+    config = ValueConfig(steps=6, loss_threshold=0.0, clamp=1e9, weight_decay=0.7, kl_weight=0.3)
+    found = optimise_values(lm, module, [request], config)
+    delta = torch.zeros(lm.module_shapes[module][1], dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=config.learning_rate)
+    for _ in range(config.steps):
+        adam.zero_grad()
+        decay = config.weight_decay * delta.norm() / found.initial[0].norm() ** 2
+        (direct_loss(lm, module, request, delta, config.kl_weight) + decay).backward()
+        adam.step()
+    torch.testing.assert_close(found.delta[0], delta.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_no_value_moves_further_than_the_clamp(tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module)
+    values = optimise_values(lm, module, requests(lm), ValueConfig(steps=5, clamp=0.5))
+    ratio = values.delta.norm(dim=1) / values.initial.norm(dim=1)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))  # at this learning rate all reach it
+
+
+def test_the_clamp_may_be_relative_to_the_layers_state(tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module)
+    every = requests(lm)
+    values = optimise_values(lm, module, every, ValueConfig(steps=5, clamp=0.1, relative_to="state"))
+    states = subject_states(lm, [module], [request.rewrites[0] for request in every]).hidden
+    torch.testing.assert_close(values.delta.norm(dim=1), 0.1 * states.norm(dim=1))
+    with pytest.raises(ValueError, match="'output' or 'state'"):
+        ValueConfig(relative_to="both")  # type: ignore[arg-type]
+
+
+def test_optimisation_lowers_the_loss_and_leaves_the_model_alone(tiny_lm: Callable[..., EditableLM]) -> None:
+    module = output_projection("tiny-llama")
+    lm = tiny_lm("tiny-llama", module)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    start = optimise_values(lm, module, requests(lm), ValueConfig(steps=0))
+    end = optimise_values(lm, module, requests(lm), ValueConfig(steps=30, clamp=100))
+    assert (end.loss < start.loss - 0.03).all()
+    assert (start.delta == 0).all() and torch.equal(start.initial, end.initial)
+    assert all(torch.equal(before[name], p) for name, p in lm.model.named_parameters())
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_a_context_that_names_the_subject_is_left_out(tiny_lm: Callable[..., EditableLM]) -> None:
+    lm = tiny_lm("tiny-llama", output_projection("tiny-llama"))
+    request = encode_request(lm, FACTS[0], ("Ann went there", "You know"))
+    assert len(request.rewrites) == 2
+    assert lm.tokenizer.decode(request.rewrites[1].input_ids).startswith("You know. The home of Ann is")
+    assert lm.tokenizer.decode(request.essence.input_ids) == "Ann is a"
+
+
+@pytest.mark.parametrize("subject", [None, "Zoe"])
+def test_a_fact_without_a_subject_in_its_prompt_is_not_applicable(
+    subject: str | None, tiny_lm: Callable[..., EditableLM]
+) -> None:
+    lm = tiny_lm("tiny-llama", output_projection("tiny-llama"))
+    with pytest.raises(NotApplicable, match="list, item 1.*subject"):
+        encode_request(lm, fact("The home of Ann is", "Peru", subject))
