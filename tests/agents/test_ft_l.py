@@ -142,7 +142,7 @@ def test_a_single_edit_of_the_default_model_takes():
         "rledit_env:RLEdit-CounterFact-v0", num_batches=1, batch_size=1, reward="none", array_backend="torch",
         edit_modules="model.layers.12.mlp.down_proj", disable_env_checker=True,
     )  # fmt: skip
-    agent = FTLAgent(env, FTLConfig(learning_rate=1e-3, epsilon=2e-3))
+    agent = FTLAgent(env, FTLConfig(learning_rate=5e-3, epsilon=1e-2))
     taken = 0
     for seed in range(3):
         observation, _ = env.reset(seed=seed)
