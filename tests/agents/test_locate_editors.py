@@ -14,6 +14,7 @@ from torch import Tensor
 from agents import (
     AlphaEditAgent,
     AlphaEditConfig,
+    KeyStatistics,
     MEMITAgent,
     MEMITConfig,
     NotApplicable,
@@ -208,12 +209,11 @@ def test_the_null_space_is_orthonormal_and_orthogonal_to_the_preserved_keys() ->
 def test_alphaedit_is_its_papers_formula_and_leaves_preserved_keys_outputs(make: Callable[..., Any]) -> None:
     env = make(AlphaEditAgent)
     agent = AlphaEditAgent(env, AlphaEditConfig(threshold=1e-9, ridge=0.4, **QUICK))
+    d_in = env.lm.module_shapes[agent.modules[0]][0]
+    kept = preserved(d_in, d_in // 2)
+    agent.statistics = KeyStatistics(dict.fromkeys(agent.modules, kept.T @ kept / 50), 50, "a test")
     agent.learn(progress_bar=False)
     module = agent.modules[0]
-    d_in = env.lm.module_shapes[module][0]
-    kept = preserved(d_in, d_in // 2)
-    assert agent.statistics is not None
-    agent.statistics.second_moments[module] = (kept.T @ kept / 50).double()
     projection = agent.basis(module) @ agent.basis(module).T
     earlier, keys, residuals = random(3, d_in, seed=5), random(2, d_in, seed=6), random(2, 7, seed=7)
     agent.update_keys(module, earlier)
