@@ -331,22 +331,6 @@ def test_an_editor_changes_the_model_only_through_its_actions(
 
 
 @pytest.mark.parametrize(("editor", "config"), EDITORS)
-def test_an_edit_makes_its_target_likelier(
-    editor: type[LocateAgent], config: Any, make: Callable[..., Any]
-) -> None:
-    env = make(editor, num_batches=1)
-    value = ValueConfig(steps=40, clamp=50.0)
-    config = type(config)(**{**vars(config), "value": value})
-    config = type(config)(**{**vars(config), "threshold": 1e9}) if editor is AlphaEditAgent else config
-    agent = editor(env, config)
-    observation, _ = env.reset(seed=0)
-    edits = [record.edit for record in env.current_batch()]
-    before = env.lm.trace(edits).loss
-    env.step(agent.predict(observation)[0])
-    assert env.lm.trace(edits).loss < before - 0.001
-
-
-@pytest.mark.parametrize(("editor", "config"), EDITORS)
 def test_both_array_backends_and_any_traced_tokens_give_the_same_edits(
     editor: type[LocateAgent], config: Any, make: Callable[..., Any]
 ) -> None:
