@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from agents.value_optimisation import ValueConfig
 
 # The environment's settings that the agent is best used with.
 RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
+Self = TypeVar("Self", bound="AlphaEditAgent")
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,18 @@ class AlphaEditAgent(MEMITAgent):
     """
 
     name = "alphaedit"
-    config_class: type[Any] = AlphaEditConfig
+    config_class = AlphaEditConfig
 
     def __init__(self, env: Any, config: AlphaEditConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._bases: dict[str, Tensor] = {}
+
+    def learn(self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> Self:
+        """Compute what is needed once, the null spaces included."""
+        super().learn(total_timesteps, callback, progress_bar)
+        for module in self.modules:
+            self.basis(module)
+        return self
 
     def basis(self, module: str) -> Tensor:
         """U, (d_in, m) float64.

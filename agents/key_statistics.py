@@ -150,7 +150,7 @@ def second_moments(
     rows = ids.split(max(1, lm.max_tokens_per_pass // ids.shape[1]))
     try:
         for part in tqdm(rows, "key statistics", disable=not progress, leave=False):
-            lm.forward._run_stubbed(part.to(lm.device), above)
+            lm.forward.run_below(part.to(lm.device), above)
     finally:
         for handle in handles:
             handle.remove()

@@ -74,13 +74,14 @@ class LocateAgent(Agent):
     config_class: ClassVar[type[LocateConfig]]
 
     def __init__(self, env: gym.Env[Any, Any], config: Any = None, seed: int = 0) -> None:
-        self.env, self.config, self.seed = env, self.config_class() if config is None else config, seed
-        self.inner: Any = env.unwrapped
-        self.lm: EditableLM = self.inner.lm
+        inner: Any = env.unwrapped
+        self.config: Any = self.config_class() if config is None else config
+        self.env, self.inner, self.seed = env, inner, seed
+        self.lm: EditableLM = inner.lm
         self.modules = output_projections(self.lm)
-        if not any(r.subject and r.subject in r.prompt for r in self.inner.dataset.records):
+        if not any(r.subject and r.subject in r.prompt for r in inner.dataset.records):
             raise NotApplicable(
-                f"no fact of {self.inner.dataset.source} has a subject that occurs in its prompt, which {self.name} "
+                f"no fact of {inner.dataset.source} has a subject that occurs in its prompt, which {self.name} "
                 "edits at; take facts with subjects (ZsRE, CounterFact)"
             )
         self.contexts: list[str] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class MEMITAgent(LocateAgent):
     """
 
     name = "memit"
-    config_class = MEMITConfig
+    config_class: ClassVar[type[LocateConfig]] = MEMITConfig
 
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         dtype = self.lm.edit_dtype

@@ -246,7 +246,6 @@ class _Pass:
             states = output[0] if isinstance(output, tuple) else output
             left.append(at_least_float32(states[self.plain, 0]))
 
-        # The first run of the layer is of all positions; where it is the last layer, others may follow.
         handle = self.forward.layers[self.forward.first_layer].register_forward_hook(leave)
         try:
             states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))

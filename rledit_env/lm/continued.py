@@ -163,7 +163,7 @@ def subject_states(
             for chunk in lm._cut([len(p) for p in heads], [0] * len(heads)):
                 members = [heads[i] for i in chunk]
                 place.append(torch.tensor([len(p) - 1 for p in members], device=lm.device))
-                lm.forward._run_stubbed(lm.pad_ids([p.input_ids for p in members]), last + 1)
+                lm.forward.run_below(lm.pad_ids([p.input_ids for p in members]), last + 1)
                 order += chunk
     finally:
         for handle in handles:

@@ -173,6 +173,10 @@ class SuffixForward:
             self.base(input_ids=input_ids, **{"use_cache": False, **options})
         return stubs
 
+    def run_below(self, input_ids: Tensor, layer: int) -> None:
+        """Run the layers below one, and no others, on token ids (B, L): for what hooks on their modules see."""
+        self._run_stubbed(input_ids, layer)
+
     def prefix(self, input_ids: Tensor) -> Tensor:
         """States that enter the first suffix layer, for token ids (B, L): (B, L, d)."""
         stubs = self._run_stubbed(input_ids, self.first_layer)

@@ -14,6 +14,7 @@ from torch import Tensor
 from agents import (
     AlphaEditAgent,
     AlphaEditConfig,
+    KeyStatistics,
     MEMITAgent,
     MEMITConfig,
     NotApplicable,
@@ -208,12 +209,11 @@ def test_the_null_space_is_orthonormal_and_orthogonal_to_the_preserved_keys() ->
 def test_alphaedit_is_its_papers_formula_and_leaves_preserved_keys_outputs(make: Callable[..., Any]) -> None:
     env = make(AlphaEditAgent)
     agent = AlphaEditAgent(env, AlphaEditConfig(threshold=1e-9, ridge=0.4, **QUICK))
+    d_in = env.lm.module_shapes[agent.modules[0]][0]
+    kept = preserved(d_in, d_in // 2)
+    agent.statistics = KeyStatistics(dict.fromkeys(agent.modules, kept.T @ kept / 50), 50, "a test")
     agent.learn(progress_bar=False)
     module = agent.modules[0]
-    d_in = env.lm.module_shapes[module][0]
-    kept = preserved(d_in, d_in // 2)
-    assert agent.statistics is not None
-    agent.statistics.second_moments[module] = (kept.T @ kept / 50).double()
     projection = agent.basis(module) @ agent.basis(module).T
     earlier, keys, residuals = random(3, d_in, seed=5), random(2, d_in, seed=6), random(2, 7, seed=7)
     agent.update_keys(module, earlier)
@@ -328,22 +328,6 @@ def test_an_editor_changes_the_model_only_through_its_actions(
     observation, *_ = env.step(action)
     assert all(drift > 0 for drift in env.lm.drift().values())
     env.step(agent.predict(observation)[0])
-
-
-@pytest.mark.parametrize(("editor", "config"), EDITORS)
-def test_an_edit_makes_its_target_likelier(
-    editor: type[LocateAgent], config: Any, make: Callable[..., Any]
-) -> None:
-    env = make(editor, num_batches=1)
-    value = ValueConfig(steps=40, clamp=50.0)
-    config = type(config)(**{**vars(config), "value": value})
-    config = type(config)(**{**vars(config), "threshold": 1e9}) if editor is AlphaEditAgent else config
-    agent = editor(env, config)
-    observation, _ = env.reset(seed=0)
-    edits = [record.edit for record in env.current_batch()]
-    before = env.lm.trace(edits).loss
-    env.step(agent.predict(observation)[0])
-    assert env.lm.trace(edits).loss < before - 0.001
 
 
 @pytest.mark.parametrize(("editor", "config"), EDITORS)
