@@ -61,7 +61,7 @@ def short_attention(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(s · q kᵀ + mask) v with its gradient written out; q (b, r · L, d) holds r queries a key, k and v (b, L, d).
+    """softmax(s · q kᵀ + mask) v with its gradient written out; q is (b, r · L, d), r queries a key; k, v (b, L, d).
 
     PyTorch's softmax takes ten times as long over rows of a dozen numbers as over rows that fill the processor's
     vectors, hence single operations here.

@@ -7,7 +7,7 @@ meet that stream's own weight. Cached prefixes and θ₀'s states do not depend 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
