@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,8 +125,13 @@ class ResidualBlocks(nn.Module):
         self.scale = nn.ParameterList([nn.Parameter(torch.ones(modules, width)) for _ in range(blocks)])
         self.shift = nn.ParameterList([nn.Parameter(torch.zeros(modules, width)) for _ in range(blocks)])
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Transformed rows (M, N, width) of all modules of the shape at once: a product a block, not one a module."""
+    def forward(self, z: Tensor, members: Sequence[int]) -> Tensor:
+        """Transformed rows (M, N, width) of modules of the shape at once: a product a block, not one a module.
+
+        Args:
+            z: the modules' rows.
+            members: which of the shape's modules they are, M in number.
+        """
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             if self.inside:
                 kind = torch.bfloat16 if self.in_half else z.dtype
@@ -134,7 +139,7 @@ class ResidualBlocks(nn.Module):
                 z = z + (self.scale[i][:, None] * inner + self.shift[i][:, None]).clamp(min=0)
                 continue
             run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
-            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i], self.shift[i], *run)
+            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i][members], self.shift[i][members], *run)
         return z
 
     def _halved(self, name: str, parameter: Tensor) -> Tensor:
@@ -338,14 +343,22 @@ class Hypernetwork(nn.Module):
             self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_step_size.dtype)
         return self._starts[module]
 
-    def factors(self, record: StepRecord) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module; differentiable in the parameters."""
+    def factors(
+        self, record: StepRecord, modules: Collection[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, of all or only these; differentiable in the
+        parameters."""
         update_keys: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        for group, members in self.groups.items():
+        for group, all_members in self.groups.items():
+            places = [i for i, m in enumerate(all_members) if modules is None or m in modules]
+            if not places:
+                continue
+            members = [all_members[i] for i in places]
             u = torch.stack([record.keys[m] for m in members])  # (M, N, d_in)
             index = [self.index[m] for m in members]
-            z = self.networks[group](record.inputs[group])
+            rows = record.inputs[group]
+            z = self.networks[group](rows if modules is None else rows[places], places)
             key_part, gradient_part = z.split(self.shapes[members[0]], dim=2)  # û (M, N, d_in), δ̂ (M, N, d_out)
             step_size = self.log_step_size[index].exp()[:, None, None]
             if self.config.aggregation == "mend":
@@ -362,7 +375,33 @@ class Hypernetwork(nn.Module):
                 damping = self.log_damping[index].exp()[:, None, None]
                 gram = u @ u.mT + damping * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)  # (M, N, N)
                 update_keys |= zip(members, torch.cholesky_solve(u, torch.linalg.cholesky(gram)), strict=True)
-        return {m: update_keys[m] for m in record.keys}, {m: values[m] for m in record.keys}
+        order = [m for m in record.keys if m in values]
+        return {m: update_keys[m] for m in order}, {m: values[m] for m in order}
+
+    def accumulate(
+        self, record: StepRecord, for_keys: Mapping[str, Tensor], for_values: Mapping[str, Tensor], max_bytes: int
+    ) -> None:
+        """Add to the parameters' ``grad`` what gradients of the factors (N, d_in), (N, d_out) by module mean for them.
+
+        Args:
+            record: the step; where it has no graph, the factors are made again, as many modules at a time as
+                ``max_bytes`` of graph allows.
+            for_keys: gradients for ũ; empty if it does not depend on the parameters.
+            for_values: gradients for ṽ.
+            max_bytes: see ``record``.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        modules = list(for_values)
+        size = len(modules)
+        if record.factors is None:
+            whole = self.graph_bytes(len(next(iter(record.keys.values()))))
+            size = max(1, min(size, size * max_bytes // max(whole, 1)))
+        for start in range(0, len(modules), size):
+            part = modules[start : start + size]
+            keys, values = record.factors or self.factors(record, part)
+            outputs = [values[m] for m in part] + [keys[m] for m in part if m in for_keys]
+            cotangents = [for_values[m] for m in part] + [for_keys[m] for m in part if m in for_keys]
+            torch.autograd.backward(outputs, cotangents, inputs=parameters)
 
     def graph_bytes(self, rows: int) -> int:
         """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""

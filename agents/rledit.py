@@ -347,16 +347,14 @@ class RLEditAgent(Agent):
         """−∂R/∂φ per step of the stream: the network's graph, kept or made a second time, step by step, with the
         cotangents."""
         parameters = self._parameters()
-        gradient = [torch.zeros_like(p) for p in parameters]
+        self.optimizer.zero_grad()
         for step, record in enumerate(records):
-            for_keys, for_values = credit.of_step(step)
-            keys, values = record.factors or self.network.factors(record)
-            outputs = list(values.values()) + [keys[m] for m in for_keys]
-            cotangents = list(for_values.values()) + list(for_keys.values())
-            pieces = torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
-            for total, piece in zip(gradient, pieces, strict=True):
-                if piece is not None:
-                    total.sub_(piece, alpha=1 / len(records))
+            for_keys, for_values = (
+                {m: g * (-1 / len(records)) for m, g in part.items()} for part in credit.of_step(step)
+            )
+            self.network.accumulate(record, for_keys, for_values, self.config.graph_bytes)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.optimizer.zero_grad()
         return gradient
 
     def _update(self, gradients: list[list[Tensor]]) -> dict[str, float]:

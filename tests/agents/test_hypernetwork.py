@@ -102,13 +102,15 @@ def test_a_residual_block_is_its_formula_with_scale_and_shift_by_module():
     net = moved(network(blocks=1))
     z = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
     block = net.networks[next(group for group, members in net.groups.items() if members == ["a", "c"])]
-    result = block(z)
+    result = block(z, [0, 1])
     for member in range(2):
         inner = torch.relu(z[member] @ block.down[0] @ block.up[0] + block.bias[0])
         expected = z[member] + block.scale[0][member] * inner + block.shift[0][member]
         torch.testing.assert_close(result[member], expected)
     assert list(net.groups.values()) == [["a", "c"], ["b"]]
-    assert not torch.equal(block(z.flip(0)).flip(0), result)
+    torch.testing.assert_close(block(z[1:], [1]), result[1:])
+    torch.testing.assert_close(block(z.flip(0), [1, 0]).flip(0), result)
+    assert not torch.equal(block(z.flip(0), [0, 1]).flip(0), result)
 
 
 def test_a_residual_blocks_gradient_is_that_of_its_formula():
