@@ -373,3 +373,26 @@ def test_the_installed_command_is_this_one() -> None:
     command = [sys.executable, "-c", "import sys; from rledit_env.cli import main; sys.exit(main(['--version']))"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert shown.stdout.startswith("rledit-env ")
+
+
+def test_edit_saves_only_the_change_when_asked(
+    run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rledit_env.lm.delta import load_delta
+    from rledit_env.lm.registry import load_model
+
+    out = tmp_path / "edited"
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--save", "lora", "model", "delta"]
+    assert cli.main([*arguments, "--lora-rank", "1", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"model", "delta", "lora", "edit_report.json"}
+    shown = capsys.readouterr().out
+    assert "rank 1, truncated, relative error of the change 0." in shown
+    saved = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))["saved"]
+    assert 0 < saved["lora"]["relative_error"] < 1
+    whole = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    changed = load_delta(load_model("tiny-llama")[0], out / "delta").state_dict()
+    for key, value in whole.items():
+        torch.testing.assert_close(changed[key], value, atol=1e-6, rtol=1e-6)
+    assert cli.main([*arguments[:-3], "delta", "--out", str(tmp_path / "one")]) == 0
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"delta.safetensors", "edit_report.json"}
+    assert cli.main([*arguments, "--lora-rank", "0", "--out", str(tmp_path / "two")]) == 2
