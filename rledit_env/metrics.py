@@ -84,22 +84,41 @@ def _percent(hits: Tensor) -> float:
     return 100 * float(hits.float().mean())
 
 
-def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
+def efficacy_counts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Tensor, Tensor]:
+    """What Efficacy is made of, by record: (hits, of how many), (records,) each, so that it is their sums' ratio.
+
+    CounterFact: one comparison of P(y*) with P(y_old) a record; else its answer tokens.
+    """
+    if kind == "counterfact":
+        _require_originals(records)
+        hits = _preferred(lm, [(r.prompt, r.target, str(r.original), r.origin) for r in records])
+        return hits, torch.ones_like(hits)
+    matches = _token_matches(lm, [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records])
+    counts = [len(tokens) for tokens in matches]
+    return torch.stack([tokens.sum() for tokens in matches]), torch.tensor(counts, device=matches[0].device)
+
+
+def _require_originals(records: Sequence[EditRecord]) -> None:
     missing = next((r for r in records if r.original is None), None)
     if missing is not None:
         raise ValueError(f"{missing.origin}: CounterFact's metrics compare with the answer before the edit, and it "
                          "has none; give the field of its schema that holds it")
 
-    def preferred(rows: Sequence[tuple[str, str, str, str]]) -> float:
-        """Percent of (prompt, first answer, second answer, origin) where the first is the more probable."""
-        first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
-        second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
-        return _percent(first < second)
 
-    efficacy = preferred([(r.prompt, r.target, str(r.original), r.origin) for r in records])
-    general = preferred([(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases])
-    specific = preferred([(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated])
-    return efficacy, general, specific, specific
+def _preferred(lm: EditableLM, rows: Sequence[tuple[str, str, str, str]]) -> Tensor:
+    """For each (prompt, first answer, second answer, origin): is the first the more probable."""
+    first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
+    second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
+    return first < second
+
+
+def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
+    _require_originals(records)
+    efficacy = [(r.prompt, r.target, str(r.original), r.origin) for r in records]
+    general = [(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases]
+    specific = [(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated]
+    scores = [_percent(_preferred(lm, rows)) for rows in (efficacy, general, specific)]
+    return scores[0], scores[1], scores[2], scores[2]
 
 
 def _token_metrics(

@@ -34,7 +34,6 @@ from rledit_env.cli.results import (
     without_effect,
 )
 
-
 if TYPE_CHECKING:
     from rledit_env.lm.editable import EditableLM
 
@@ -48,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     agent_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
-                        help="what to write: 'model', the whole edited model; 'delta', only the change, as safetensors; "
-                        "'lora', the change as an adapter for peft; several go to folders of these names in DIR")
+                        help="what to write: 'model', the whole edited model; 'delta', only the change, as "
+                        "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
+                        "in DIR")
     parser.add_argument("--lora-rank", type=int, metavar="R",
                         help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
     print_metrics(scores, log, print)
     name_untaken(report["not_taken"], len(records), print, str(options.out / "edit_report.json"))
     warn_without_effect(report["batches_without_effect"], log)
-    for form, saved in report["saved"].items():
+    for saved in report["saved"].values():
         print(f"written: {options.out / saved['folder']}, {saved['what']}")
     return OK
 
