@@ -1,4 +1,4 @@
-"""Retention: what becomes of each batch while later ones are edited."""
+"""What becomes of each batch, and of each edited weight, while later batches are edited."""
 
 from __future__ import annotations
 
@@ -98,6 +98,11 @@ class RetentionProbe:
             self._exact.append(100 * float(np.mean(first)) if first else np.nan)
 
     @property
+    def measured(self) -> bool:
+        """Whether there is a result."""
+        return bool(self._rows)
+
+    @property
     def result(self) -> Retention:
         """What was measured.
 
@@ -107,6 +112,27 @@ class RetentionProbe:
         if not self._rows:
             raise ValueError("no batch has been edited yet; hand this object to edit_stream's callbacks first")
         return Retention(tuple(self._edited), np.stack(self._rows), np.array(self._exact))
+
+
+class DriftProbe:
+    """Notes how far each edited weight has moved while a stream is edited: a callback of `agents.edit_stream`.
+
+    Attributes:
+        by_module: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        self.env: Any = env.unwrapped
+        self.by_module: dict[str, list[float]] = {}
+
+    def __call__(self, edited: int) -> None:
+        """Note the drift after ``edited`` batches."""
+        drift = self.env.lm.drift()
+        if edited == 0:  # a stream begins
+            self.by_module = {module: [] for module in drift}
+        else:
+            for module, value in drift.items():
+                self.by_module[module].append(round(value, 6))
 
 
 def batch_efficacy(lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str) -> np.ndarray:

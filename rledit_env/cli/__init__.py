@@ -17,10 +17,10 @@ from typing import Any
 
 import gymnasium as gym
 
-from rledit_env.cli import edit, evaluate, fetch, train
+from rledit_env.cli import edit, evaluate, fetch, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 
-COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND)
+COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, report.COMMAND)
 
 DESCRIPTION = """\
 Lifelong knowledge editing of language models.
@@ -29,6 +29,7 @@ Lifelong knowledge editing of language models.
   rledit train     train an agent to edit, on a stream of facts
   rledit evaluate  score a trained agent on facts it never saw
   rledit edit      edit your own facts into a model and write it out
+  rledit report    show a run as one page, with pictures
 """
 EXIT_CODES = """\
 exit codes:
