@@ -224,6 +224,29 @@ def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
     return _drawn(figure, form)
 
 
+def module_map(
+    kinds: Sequence[str], layers: Sequence[int], maps: Mapping[str, np.ndarray], form: Form = "png"
+) -> bytes:
+    """Scores of editing each module alone, a picture: one heat map a score.
+
+    Args:
+        kinds: kinds of module, the rows.
+        layers: the columns.
+        maps: score → (kinds, layers) in percent; NaN stays empty. Those of ``SCORES`` are drawn.
+    """
+    drawn = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
+    figure = _figure(9.2, 0.7 + len(drawn) * (0.8 + 0.22 * len(kinds)))
+    for i, (name, values) in enumerate(drawn.items()):
+        axes = _axes(figure, (len(drawn), 1, i + 1), "layer" if i == len(drawn) - 1 else "", "")
+        axes.grid(visible=False)
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+        _ticks(axes, "x", [str(layer) for layer in layers], most=32)
+        _ticks(axes, "y", kinds)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+    _colour_bar(figure, image, "percent")
+    return _drawn(figure, form)
+
+
 def module_layer(name: str) -> int:
     """The layer a module is in: the first number of its dotted name."""
     return next(int(part) for part in name.split(".") if part.isdigit())

@@ -17,15 +17,16 @@ from typing import Any
 
 import gymnasium as gym
 
-from rledit_env.cli import edit, evaluate, fetch, report, train
+from rledit_env.cli import edit, evaluate, fetch, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 
-COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, report.COMMAND)
+COMMANDS = (fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, report.COMMAND)
 
 DESCRIPTION = """\
 Lifelong knowledge editing of language models.
 
   rledit fetch     get a model's weights ready
+  rledit probe     find out which weights to edit
   rledit train     train an agent to edit, on a stream of facts
   rledit evaluate  score a trained agent on facts it never saw
   rledit edit      edit your own facts into a model and write it out
