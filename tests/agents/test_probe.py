@@ -111,7 +111,11 @@ def test_the_best_is_recommended_at_its_best_step_size_and_the_smaller_of_equals
 
 @pytest.mark.parametrize(
     "wrong, message",
-    [({"step_sizes": (0.0,)}, "step_sizes"), ({"batch_size": 0}, "batch_size is 0"), ({"run_lengths": (1,)}, "lengths")],
+    [
+        ({"step_sizes": (0.0,)}, "step_sizes"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"run_lengths": (1,)}, "run_lengths"),
+    ],
 )
 def test_unusable_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
