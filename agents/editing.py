@@ -14,7 +14,7 @@ from agents.base import Agent
 from rledit_env.env import LifelongEditEnv
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
-from rledit_env.reward import frobenius_penalty
+from rledit_env.reward import action_penalty, frobenius_penalty
 
 
 @dataclass
@@ -78,12 +78,13 @@ def edit_stream(
     done, step = False, 0
     while not done:
         action, _ = agent.predict(observation)
+        made = _change_of(action, inner.lm)
         observation, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
         if step % inner.steps_per_batch == 0:
             log.batch_sizes.append(inner.stream.batch_size)
             log.update_norms.append(0.0)
-        squared = max(float(frobenius_penalty(action["keys"], action["values"])), 0.0)
+        squared = max(float(action_penalty(frobenius_penalty, made)), 0.0)
         log.update_norms[-1] = math.hypot(log.update_norms[-1], math.sqrt(squared))
         step += 1
         if progress is not None and step % inner.steps_per_batch == 0:
@@ -101,6 +102,15 @@ def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
     for callback in callbacks:
         callback(edited)
     return time.perf_counter() - started
+
+
+def _change_of(action: Any, lm: EditableLM) -> Any:
+    """The change that an action is about to make: itself, but for a replacement, whose change depends on the weights
+    as they are."""
+    if set(action) != {"accumulated"}:
+        return action
+    accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
+    return {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
 
 
 def edit_facts(

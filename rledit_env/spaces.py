@@ -108,7 +108,10 @@ def unpack_action(
     unpacked: dict[str, dict[str, Tensor]] = {}
     if not isinstance(action, Mapping) or set(action) != {"keys", "values"}:
         shown = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
-        raise ValueError(f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module")
+        raise ValueError(
+            f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module, or with 'updates' or "
+            "'accumulated' alone"
+        )
     for part, side in (("keys", 0), ("values", 1)):
         if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
             found = set(action[part]) if isinstance(action[part], Mapping) else set()
