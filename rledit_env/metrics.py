@@ -32,6 +32,8 @@ class Metrics:
             None if it was not asked for.
         top1: share of edit prompts' answer tokens whose top-1 token is the target's (teacher-forced).
         taken: one entry a record: does the greedy continuation begin with the target.
+        portability: share of answer tokens of what the edits imply whose top-1 token is the answer's (KnowEdit); None
+            where the data implies nothing.
     """
 
     efficacy: float
@@ -41,6 +43,7 @@ class Metrics:
     exact_match: float | None
     top1: float
     taken: tuple[bool, ...]
+    portability: float | None = None
 
     @property
     def mean(self) -> float:
@@ -48,9 +51,11 @@ class Metrics:
         return (self.efficacy + self.generalization + self.specificity) / 3
 
     def as_dict(self) -> dict[str, float | None]:
-        """The scores by name, without the per-record list."""
+        """The scores by name, without the per-record list; portability only where the data has it."""
         scores = asdict(self)
         del scores["taken"]
+        if self.portability is None:
+            del scores["portability"]
         return {**scores, "mean": self.mean}
 
 
@@ -77,7 +82,9 @@ def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate:
         scores = _comparison_metrics(lm, records)
     else:
         scores = _token_metrics(lm, records, edits)
-    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken)
+    implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
+    portability = _percent(torch.cat(_token_matches(lm, implied))) if implied else None
+    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken, portability=portability)
 
 
 def _percent(hits: Tensor) -> float:

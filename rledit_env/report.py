@@ -35,6 +35,7 @@ SCORES = {
     "specificity": "Specificity",
     "exact_match": "Exact match",
 }
+PORTABILITY = "portability"  # tables show it where the data has it
 PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
 
 
@@ -415,8 +416,9 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     Args:
         scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
     """
-    rows = [[name, *(s.get(key) for key in SCORES), s.get("seconds")] for name, s in scores.items()]
-    return ["", *SCORES.values(), "Seconds a fact"], rows
+    columns = SCORES | ({PORTABILITY: "Portability"} if any(PORTABILITY in s for s in scores.values()) else {})
+    rows = [[name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()]
+    return ["", *columns.values(), "Seconds a fact"], rows
 
 
 def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> Table:

@@ -51,6 +51,8 @@ class RunReport:
         self._picture(page, "scores", lambda form: report.score_bars(scores, form),
                       "Scores on the edited facts after the last of them.")
         page.paragraph(_legend(str(next(iter(results.values()))["settings"].get("kind", ""))))
+        if any(report.PORTABILITY in row for row in scores.values()):
+            page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
         for name, result in results.items():
             of = f" ({name})" if len(results) > 1 else ""
             tag = f"-{name}" if len(results) > 1 else ""
