@@ -179,12 +179,16 @@ def answer_of(continuation: str) -> str:
     return re.split(r"[\n.,;:!?]", continuation.strip(), maxsplit=1)[0].strip()
 
 
+def free_answers(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
+    """The LLM's answers to the edit prompts, decoding freely and greedily."""
+    texts = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
+    return [answer_of(text) for text in texts]
+
+
 def exact_matches(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[bool]:
     """Whether the answer in each edit prompt's greedy continuation is exactly the target, decoding freely.
 
     Unlike the teacher-forced scores, the answer must also end where the target ends.
     """
-    continuations = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
-    return [
-        answer_of(text) == answer_of(r.target) for text, r in zip(continuations, records, strict=True)
-    ]
+    answers = free_answers(lm, records, batch_size)
+    return [answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True)]

@@ -431,6 +431,9 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
     ]
 
 
+RETENTION_CAPTION = "Efficacy of every batch (left to right) as the stream goes on (top to bottom)."
+MEMORY_CAPTION = "What is left of the first batch as later ones are edited."
+LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and each module's along the stream."
 GENERAL = {  # scores of a task that tables show: key → name
     "perplexity": "perplexity", "kl": "KL from the unedited model, nats", "f1": "F1", "f1_calibrated": "F1, calibrated",
 }  # fmt: skip
@@ -467,6 +470,9 @@ def editing_report(
     drifts: Mapping[str, Curve],
     settings: Mapping[str, Any],
     source: str,
+    retention: Retention | None = None,
+    module_drift: Mapping[str, Sequence[float]] | None = None,
+    general: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> Report:
     """The page about one agent that learned to edit and then edited a stream; the last editor's row is set in bold.
 
@@ -478,6 +484,9 @@ def editing_report(
         drifts: as in :func:`drift_curves`.
         settings: what the run was made with.
         source: where the facts came from, in words.
+        retention: of the last editor's batches, if measured.
+        module_drift: as in :func:`layer_drift`, of the last editor.
+        general: as in :func:`general_table`, of the last editor.
     """
     page = Report("Lifelong editing of a language model", lead)
     page.table(*score_table(scores), strong=[len(scores) - 1])
@@ -493,8 +502,18 @@ def editing_report(
     if picture := learning_curves(curves):
         page.heading("Learning")
         page.picture(picture, "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
+    if retention is not None:
+        page.heading("Retention")
+        page.picture(retention_map(retention), RETENTION_CAPTION)
+        page.picture(memory_curve(retention), MEMORY_CAPTION)
     page.heading("Drift")
     page.picture(drift_curves(drifts), "How far the edited weights moved from the original ones along the stream.")
+    if module_drift and all(module_drift.values()):
+        page.picture(layer_drift(module_drift), LAYERS_CAPTION)
+    if general:
+        page.heading("General ability")
+        page.paragraph("Text that the model wrote before any editing, and how it takes that text by batches edited.")
+        page.table(*general_table(general))
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")
     page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])
@@ -604,7 +623,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; margin: .8rem 0; }
 th, td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid #e9edf0; vertical-align: top;
-         overflow-wrap: anywhere; }
+         overflow-wrap: break-word; }
 th { font-weight: 600; color: #52606d; border-bottom: 2px solid #d9dee3; overflow-wrap: normal; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .strong td { font-weight: 650; }
@@ -616,6 +635,7 @@ figcaption { font-size: .88rem; color: #52606d; }
   body { margin: 1.2rem auto; padding: 0 .9rem; }
   h1 { font-size: 1.5rem; }
   table { font-size: .82rem; } th, td { padding-right: .5rem; }
+  figure { overflow-x: auto; } img { min-width: 36rem; }
 }
 @media print {
   body { font-size: 11pt; max-width: none; margin: 0; padding: 0; }

@@ -102,9 +102,9 @@ class RunReport:
         )
         page.paragraph(f"Every batch's Efficacy after each later one was edited.{lost}")
         self._picture(page, f"retention{tag}", lambda form: report.retention_map(retention, form),
-                      "Efficacy of every batch (left to right) as the stream goes on (top to bottom).")
+                      report.RETENTION_CAPTION)
         self._picture(page, f"memory{tag}", lambda form: report.memory_curve(retention, form),
-                      "What is left of the first batch as later ones are edited.")
+                      report.MEMORY_CAPTION)
 
     def _weights(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
         drift, norms = result.get("module_drift"), result.get("update_norms")
@@ -112,7 +112,7 @@ class RunReport:
             return
         page.heading(f"Updates{of}")
         self._picture(page, f"layers{tag}", lambda form: report.layer_drift(drift, form),
-                      "How far the edited weights moved: each layer's at the end, and each module's along the stream.")
+                      report.LAYERS_CAPTION)
         self._picture(page, f"norms{tag}", lambda form: report.norm_curve(norms, form),
                       "The size of each batch's update.")
 

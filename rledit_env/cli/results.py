@@ -21,15 +21,14 @@ SHOWN = 20  # facts are shown with the answers before and after
 
 def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Metrics, list[str]]:
     """The metrics on these records, and the LLM's answer to each one's prompt."""
-    from rledit_env.metrics import answer_of, evaluate
+    from rledit_env.metrics import answer_of, evaluate, free_answers
 
     with progress_bar(len(records), "scoring") as bar:
         metrics = evaluate(lm, records, kind, generate=False)
         answers: list[str] = []
         for start in range(0, len(records), 64):
             chunk = records[start : start + 64]
-            texts = lm.generate([r.prompt for r in chunk], longest=[r.target for r in chunk])
-            answers += [answer_of(text) for text in texts]
+            answers += free_answers(lm, chunk)
             bar.update(len(chunk))
     exact = sum(answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True))
     return replace(metrics, exact_match=100 * exact / len(records)), answers
@@ -40,17 +39,17 @@ def before_and_after(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """The metrics of the unedited LLM (teacher-forced), and some facts, evenly from the stream whatever became of them,
     with its answers before and after."""
-    from rledit_env.metrics import answer_of, evaluate
+    from rledit_env.metrics import evaluate, free_answers
 
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
     some = [records[i] for i in chosen]
     with lm.original_weights():
         before = evaluate(lm, records, kind, generate=False)
-        texts = lm.generate([r.prompt for r in some], longest=[r.target for r in some])
+        answers_before = free_answers(lm, some)
     return before, [
-        {"prompt": r.prompt, "target": r.target, "before": answer_of(text), "after": answers[i]}
-        for i, r, text in zip(chosen, some, texts, strict=True)
+        {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i]}
+        for i, r, answer in zip(chosen, some, answers_before, strict=True)
     ]
 
 
