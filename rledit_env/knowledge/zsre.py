@@ -53,7 +53,7 @@ def _read_knowedit(row: Row) -> EditRecord:
     )
     if not unrelated:
         raise row.error("locality", "is empty", groups.values)
-    portability = row.inner("portability") if row.values.get("portability") else None
+    portability = row.inner("portability") if row.values.get("portability") else Row({}, row.where)
     return EditRecord(
         prompt=row.text("prompt"),
         target=row.first_text("target_new"),
@@ -64,7 +64,7 @@ def _read_knowedit(row: Row) -> EditRecord:
         origin=row.where,
         implied=tuple(
             ImpliedFact(fact.text("prompt"), fact.first_text("ground_truth"))
-            for name in (_present(portability) if portability else ())
+            for name in _present(portability)
             if portability.get(name)  # an empty group implies nothing
             for fact in portability.inners(name)
         ),

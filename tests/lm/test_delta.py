@@ -146,3 +146,21 @@ def test_no_change_is_an_exact_adapter_of_rank_one() -> None:
 def test_a_rank_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank is 0; give 1 or more"):
         save_lora(edited(), tmp_path / "adapter", rank=0)
+
+
+@pytest.mark.real
+def test_the_default_model_s_delta_and_adapter_give_the_edited_logits(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra rledit-env[peft]")
+    lm = EditableLM.load("smollm2-135m", "model.layers.[6-8].mlp.up_proj", dtype="stored", device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    lm.apply(
+        {m: 0.1 * torch.randn(4, d_in, generator=generator) for m, (d_in, _) in lm.module_shapes.items()},
+        {m: 0.1 * torch.randn(4, d_out, generator=generator) for m, (_, d_out) in lm.module_shapes.items()},
+    )
+    save_delta(lm, tmp_path / "delta")
+    assert all(one.exact and one.rank == 4 for one in save_lora(lm, tmp_path / "adapter").values())
+    dtype = lm.dtype
+    changed = load_delta(load_model("smollm2-135m", dtype)[0], tmp_path / "delta")
+    adapted = peft.PeftModel.from_pretrained(load_model("smollm2-135m", dtype)[0], tmp_path / "adapter")
+    for model in (changed, adapted):
+        torch.testing.assert_close(logits(model), logits(lm.model), atol=1e-3, rtol=1e-3)
