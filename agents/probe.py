@@ -32,7 +32,7 @@ NO_EDIT = "no edit"
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is tried.
+    """What is tried; the defaults take minutes on a model of 135M parameters.
 
     Attributes:
         step_sizes: η of the editor, the untrained policy (`HypernetworkConfig.step_size`).
@@ -44,14 +44,14 @@ class ProbeConfig:
         seed: of the facts' choice.
     """
 
-    step_sizes: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
+    step_sizes: tuple[float, ...] = (2e-3, 6e-3, 1.8e-2)
     num_batches: int = 2
     batch_size: int = 8
     steps_per_batch: int = 2
     token: str = "subject"
     aggregation: Aggregation = "recursive"
-    run_lengths: tuple[int, ...] = (3, 7)
-    layer_stride: int = 1
+    run_lengths: tuple[int, ...] = (7,)
+    layer_stride: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:

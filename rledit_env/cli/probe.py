@@ -122,6 +122,9 @@ examples:
   rledit probe --model smollm2-135m --out runs/probe
   rledit probe --env RLEdit-ZsRE-v0 --model owner/name --data zsre_train.jsonl --layer-stride 4 --out runs/probe
 
+  # every layer alone, and shorter runs too
+  rledit probe --layer-stride 1 --run-lengths 3 7 --out runs/probe-all
+
   # only the feed-forward layers
   rledit probe --edit-modules 'model.layers.*.mlp.*' --out runs/probe-mlp
 """,

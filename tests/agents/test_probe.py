@@ -17,7 +17,9 @@ from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import expand_globs
 from rledit_env.lm.registry import load_model
 
-SMALL = ProbeConfig(step_sizes=(1e-2, 1.0), num_batches=1, batch_size=2, steps_per_batch=1, run_lengths=(2,))
+SMALL = ProbeConfig(
+    step_sizes=(1e-2, 1.0), num_batches=1, batch_size=2, steps_per_batch=1, run_lengths=(2,), layer_stride=1
+)  # fmt: skip
 MLP = ["model.layers.[0-2].mlp.{up,down}_proj"]
 
 
