@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -183,8 +183,11 @@ class DAFNetwork(Hypernetwork):
             facts.append(theirs)
         return z, facts
 
-    def factors(self, record: StepRecord) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module; differentiable in the parameters."""
+    def factors(
+        self, record: StepRecord, modules: Collection[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, of all or only these; differentiable in the
+        parameters. Modules of one shape are computed together all the same."""
         assert isinstance(record, FusionRecord)
         update_keys: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
@@ -196,7 +199,8 @@ class DAFNetwork(Hypernetwork):
             step_size = self.log_step_size[[self.index[m] for m in members]].exp()[:, None, None]
             update_keys |= zip(members, key_part, strict=True)
             values |= zip(members, -step_size * shares * gradient_part, strict=True)
-        return {m: update_keys[m] for m in record.keys}, {m: values[m] for m in record.keys}
+        order = [m for m in record.keys if modules is None or m in modules]
+        return {m: update_keys[m] for m in order}, {m: values[m] for m in order}
 
     def graph_bytes(self, rows: int) -> int:
         """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""

@@ -156,13 +156,9 @@ def _loss_and_gradients(
     """The mean answer-token cross-entropy and its gradient by module (d_out, d_in), in the weights' precision."""
     tokens = sum(len(p.targets) for p in passages)
     total = 0.0
-    sums = {m: torch.zeros_like(lm.weight(m)) for m in modules}
-    with lm.differentiable() as (parameters,):
-        leaves = {m: parameters[m] for m in modules}
+    with lm.collecting() as (sums,):
         for _, states in lm.answer_chunks(passages):
             loss = negative_log_likelihood(lm.forward, states.hidden, states.targets).sum() / tokens
-            pieces = dict(zip(modules, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-            for m, piece in lm.oriented(pieces).items():
-                sums[m] += piece
+            loss.backward()
             total += float(loss.detach())
-    return total, sums
+    return total, {m: sums[m] for m in modules}

@@ -133,13 +133,14 @@ class ResidualBlocks(nn.Module):
             members: which of the shape's modules they are, M in number.
         """
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
+            scale, shift = self.scale[i][members], self.shift[i][members]
             if self.inside:
                 kind = torch.bfloat16 if self.in_half else z.dtype
                 inner = (z.to(kind) @ down.to(kind) @ up.to(kind)).to(z.dtype) + self.bias[i]
-                z = z + (self.scale[i][:, None] * inner + self.shift[i][:, None]).clamp(min=0)
+                z = z + (scale[:, None] * inner + shift[:, None]).clamp(min=0)
                 continue
             run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
-            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i][members], self.shift[i][members], *run)
+            z = _ResidualBlock.apply(z, down, up, self.bias[i], scale, shift, *run)
         return z
 
     def _halved(self, name: str, parameter: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class FastNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self.weight.requires_grad:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         scale = 1.0 + at_least_float32(self.weight) if self.one_more else self.weight
         return _RMSNorm.apply(hidden_states, scale, _epsilon(self))
 
