@@ -113,9 +113,10 @@ def test_a_batch_is_the_sequence_of_its_single_edits() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-def test_rome_gives_each_last_fact_its_value_in_the_model(name: str, make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("key", [{"key": "prompt"}, {"contexts": 0}])  # without contexts the mean is the prompt's key
+def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any], make: Callable[..., Any]) -> None:
     env = make(ROMEAgent, name, batch_size=1)
-    agent = ROMEAgent(env, ROMEConfig(**{**QUICK, "contexts": 0}))  # the mean key is then the prompt's own
+    agent = ROMEAgent(env, ROMEConfig(**{**QUICK, **key}))
     observation, _ = env.reset(seed=0)
     agent.learn(progress_bar=False)
     assert agent.contexts is not None
