@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -21,17 +21,7 @@ RECOMMENDED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ROMEConfig(LocateConfig):
-    """ROME's settings; see `LocateConfig`. ``value`` has the values published for GPT-J.
-
-    Attributes:
-        key: k*, "mean", of the keys after contexts and alone, as in the paper, or "prompt", the key of the prompt alone.
-    """
-
-    key: Literal["mean", "prompt"] = "mean"
-
-    def __post_init__(self) -> None:
-        if self.key not in ("mean", "prompt"):
-            raise ValueError(f"key is {self.key!r}; give 'mean' or 'prompt'")
+    """ROME's settings; see `LocateConfig`. ``value`` has the values published for GPT-J."""
 
 
 class ROMEAgent(LocateAgent):
@@ -62,8 +52,6 @@ class ROMEAgent(LocateAgent):
 
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         (module,) = self.modules
-        if self.config.key == "prompt":
-            requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
         keys = mean_keys(self.lm, self.modules, requests)[0][module].double()
         # v* is the module's whole output, a bias included, which W k* is not.
         bias = getattr(self.lm.model.get_submodule(module), "bias", None)

@@ -134,6 +134,11 @@ def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any]
     torch.testing.assert_close(seen[0][passage.subject_position], values.solved[0], atol=1e-4, rtol=1e-3)
 
 
+def test_an_unknown_kind_of_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean' or 'prompt'"):
+        ROMEConfig(key="median")  # type: ignore[arg-type]
+
+
 def test_rome_refuses_several_modules(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="one module"):
         ROMEAgent(make(MEMITAgent))
