@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
 
 
 class NotApplicable(ValueError):
-    """An editor cannot edit these facts: they lack something, such as a subject. Comparisons leave its row blank."""
+    """An editor cannot edit these facts, such as facts that name no subject, or this model; the message says why."""
 
 
 class Agent(ABC):
@@ -22,6 +26,10 @@ class Agent(ABC):
 
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
+
+    def on(self, env: gym.Env[Any, Any]) -> Agent:
+        """The agent for editing in this environment, of the same modules; itself, where it makes no difference."""
+        return self
 
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
@@ -52,3 +60,34 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
         total += float(reward)
         done = terminated or truncated
     return total, info
+
+
+def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
+    """Module → (d_in, d_out) of the edited modules, from the action space."""
+    space: Any = env.action_space
+    return {m: (keys.shape[1], space["values"][m].shape[1]) for m, keys in space["keys"].items()}
+
+
+def used_rows(observation: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Keys (N, d_in) and value gradients (N, d_out) by module, of the rows in use of an observation in either array
+    backend."""
+    used = int(observation["mask"].sum())
+    keys, gradients = (
+        {m: torch.as_tensor(v[:used], device=device) for m, v in observation[part].items()}
+        for part in ("keys", "value_gradients")
+    )
+    return keys, gradients
+
+
+def factor_action(observation: Any, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The action of these factors in the array backend of the observation (padded with zero rows for NumPy)."""
+    if not isinstance(observation["mask"], np.ndarray):
+        return {"keys": dict(keys), "values": dict(values)}
+    rows = len(observation["mask"])
+
+    def padded(factor: Tensor) -> np.ndarray:
+        array = np.zeros((rows, factor.shape[1]), dtype=np.float32)
+        array[: len(factor)] = factor.cpu().numpy()
+        return array
+
+    return {"keys": {m: padded(f) for m, f in keys.items()}, "values": {m: padded(f) for m, f in values.items()}}

@@ -33,7 +33,9 @@ class CreditAccumulator:
     def __init__(self, credit: str, key_gradients: bool) -> None:
         self.credit, self.key_gradients = credit, key_gradients
         self._steps: list[_Step] = []
-        self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps so far, (d_out, d_in) by module
+        self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps before the last, (d_out, d_in) by module
+        self._last: Mapping[str, Tensor] = {}  # the last step's gradient as it was given, and its discount
+        self._last_discount = 1.0
 
     def add(
         self,
@@ -43,17 +45,21 @@ class CreditAccumulator:
         action_gradient: Mapping[str, Mapping[str, Tensor]],
         discount: float,
     ) -> None:
-        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ."""
+        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ.
+
+        ``reward_gradient`` is kept until the next step, not copied and not written to.
+        """
         for_values = {m: discount * g for m, g in action_gradient["values"].items()}
         for_keys = {m: discount * g for m, g in action_gradient["keys"].items()} if self.key_gradients else {}
         step = _Step(keys, values, for_keys, for_values)
         if self.credit == "trajectory":
-            self._credit(step, self._sum, -1.0)
-            for m, gradient in (reward_gradient or {}).items():
+            for m, gradient in self._last.items():
                 if m in self._sum:
-                    self._sum[m].add_(gradient, alpha=discount)
+                    self._sum[m].add_(gradient, alpha=self._last_discount)
                 else:
-                    self._sum[m] = discount * gradient
+                    self._sum[m] = self._last_discount * gradient
+            self._last, self._last_discount = reward_gradient or {}, discount
+            self._credit(step, self._sum, -1.0)
         else:
             self._credit(step, reward_gradient or {}, discount)
         self._steps.append(step)
@@ -74,4 +80,5 @@ class CreditAccumulator:
         for_values = {m: g.clone() for m, g in step.for_values.items()}
         credited = _Step(step.keys, step.values, for_keys, for_values)
         self._credit(credited, self._sum, 1.0)
+        self._credit(credited, self._last, self._last_discount)
         return credited.for_keys, credited.for_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,12 @@ class EditLog:
 
 
 def edit_stream(
-    env: gym.Env, agent: Agent, log: EditLog | None = None, progress: Callable[[int], Any] | None = None, **reset: Any
+    env: gym.Env,
+    agent: Agent,
+    log: EditLog | None = None,
+    progress: Callable[[int], Any] | None = None,
+    callbacks: Sequence[Callable[[int], Any]] = (),
+    **reset: Any,
 ) -> EditLog:
     """Let an agent edit one stream of an environment made with ``array_backend="torch"``.
 
@@ -60,12 +65,16 @@ def edit_stream(
         agent: it goes on with its memory of the stream; reset it before a new one.
         log: an earlier stream's, to be continued.
         progress: called after every batch with the number of its facts.
+        callbacks: each is called before the first batch with 0, and after every batch with the number of batches
+            edited so far, such as `rledit_env.retention.RetentionProbe`; their time is not the editing's.
         reset: arguments of the environment's ``reset``.
     """
     log = log or EditLog()
     inner: Any = env.unwrapped
     started = time.perf_counter()
     observation, _ = env.reset(**reset)
+    if not log.batch_sizes:
+        started += _call(callbacks, 0)
     done, step = False, 0
     while not done:
         action, _ = agent.predict(observation)
@@ -80,9 +89,19 @@ def edit_stream(
         step += 1
         if progress is not None and step % inner.steps_per_batch == 0:
             progress(inner.stream.batch_size)
+        if step % inner.steps_per_batch == 0 and not info["diverged"]:
+            started += _call(callbacks, len(log.batch_sizes))
     log.drift, log.diverged = info["drift"], info["diverged"]
     log.seconds += time.perf_counter() - started
     return log
+
+
+def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
+    """Call all of them; returns the seconds that took."""
+    started = time.perf_counter()
+    for callback in callbacks:
+        callback(edited)
+    return time.perf_counter() - started
 
 
 def _change_of(action: Any, lm: EditableLM) -> Any:

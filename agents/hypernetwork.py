@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,12 +21,15 @@ class HypernetworkConfig:
 
     Attributes:
         rank: inner width of a residual block.
-        blocks: residual blocks; 0 with "least_squares" is UltraEdit's training-free rule.
+        blocks: residual blocks; 0 leaves a rule without training (see `agents.ultraedit`).
         aggregation: "mend" (ũ = û, ṽ = −η δ̂), "least_squares" (MALMEN's, RLEdit's default) or "recursive" (the same
             with the second moment of all earlier keys in the system).
         step_size: initial η_l.
         damping: initial λ_l.
         learn_damping: whether λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
+        block: "malmen", z + s ⊙ ReLU(z A B + b) + o, or "mend", z + ReLU(s ⊙ (z A B + b) + o), with each module's scale
+            s and shift o.
+        coefficient: of vᵢ in the least squares: "key" (uᵢ·ûᵢ, MALMEN's) or "normalised" (‖ûᵢ‖², UltraEdit's).
         prior: c, how many training facts' keys the recursion starts with: S_0 = λI + c·C, with C the mean second
             moment of the keys that :meth:`Hypernetwork.gather` has seen (nothing until then). It keeps the first
             updates of a stream out of the directions that all keys share, and makes a long stream's steps like a
@@ -43,6 +46,8 @@ class HypernetworkConfig:
     step_size: float = 1e-3
     damping: float = 1.0
     learn_damping: bool = True
+    block: Literal["malmen", "mend"] = "malmen"
+    coefficient: Literal["key", "normalised"] = "key"
     prior: float = 100.0
     normaliser: Literal["stream", "lifetime"] = "stream"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -52,6 +57,10 @@ class HypernetworkConfig:
             raise ValueError(f"aggregation is {self.aggregation!r}; give one of {', '.join(AGGREGATIONS)}")
         if self.normaliser not in ("stream", "lifetime"):
             raise ValueError(f"normaliser is {self.normaliser!r}; give 'stream' or 'lifetime'")
+        if self.block not in ("malmen", "mend"):
+            raise ValueError(f"block is {self.block!r}; give 'malmen' or 'mend'")
+        if self.coefficient not in ("key", "normalised"):
+            raise ValueError(f"coefficient is {self.coefficient!r}; give 'key' or 'normalised'")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}; give 'float32' or 'bfloat16'")
         for name in ("step_size", "damping", "rank"):
@@ -97,15 +106,18 @@ class RunningNormaliser:
 class ResidualBlocks(nn.Module):
     """z ← z + scale_l ⊙ ReLU(z A B + b) + shift_l, B times; A, B, b shared by modules of one shape.
 
+    With ``inside`` they are inside of the ReLU, as in MEND: z ← z + ReLU(scale_l ⊙ (z A B + b) + shift_l).
+
     B starts at zero, so that the untrained network is the identity. The ReLU is written as a clamp, whose gradient at
     zero is 1: torch.relu's is 0 there, and B and b, which start at just that point, would never learn.
     """
 
     def __init__(
-        self, width: int, rank: int, blocks: int, modules: int, precision: Literal["float32", "bfloat16"] = "float32"
-    ) -> None:
+        self, width: int, rank: int, blocks: int, modules: int, precision: Literal["float32", "bfloat16"] = "float32",
+        inside: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.in_half = precision == "bfloat16"
+        self.in_half, self.inside = precision == "bfloat16", inside
         self._halves: dict[str, tuple[int, Tensor]] = {}  # parameters in bfloat16, with the version they are of
         self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / math.sqrt(width)) for _ in range(blocks)])
         self.up = nn.ParameterList([nn.Parameter(torch.zeros(rank, width)) for _ in range(blocks)])
@@ -113,11 +125,21 @@ class ResidualBlocks(nn.Module):
         self.scale = nn.ParameterList([nn.Parameter(torch.ones(modules, width)) for _ in range(blocks)])
         self.shift = nn.ParameterList([nn.Parameter(torch.zeros(modules, width)) for _ in range(blocks)])
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Transformed rows (M, N, width) of all modules of the shape at once: a product a block, not one a module."""
+    def forward(self, z: Tensor, members: Sequence[int]) -> Tensor:
+        """Transformed rows (M, N, width) of modules of the shape at once: a product a block, not one a module.
+
+        Args:
+            z: the modules' rows.
+            members: which of the shape's modules they are, M in number.
+        """
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
+            if self.inside:
+                kind = torch.bfloat16 if self.in_half else z.dtype
+                inner = (z.to(kind) @ down.to(kind) @ up.to(kind)).to(z.dtype) + self.bias[i]
+                z = z + (self.scale[i][:, None] * inner + self.shift[i][:, None]).clamp(min=0)
+                continue
             run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
-            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i], self.shift[i], *run)
+            z = _ResidualBlock.apply(z, down, up, self.bias[i], self.scale[i][members], self.shift[i][members], *run)
         return z
 
     def _halved(self, name: str, parameter: Tensor) -> Tensor:
@@ -184,10 +206,10 @@ class Hypernetwork(nn.Module):
     """Maps a batch's keys and value gradients to rank-1 update factors (RLEdit, section 3.2; MEND; MALMEN).
 
     z = normalise([u; δ]) passes through residual blocks and is split into (û, δ̂). MEND's aggregation is ũ = û,
-    ṽ = −η δ̂. The others take vᵢ = −η (uᵢ·ûᵢ) δ̂ᵢ and solve ridge least squares ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², whose
-    dual form has the factors ũ = (u uᵀ + λI)⁻¹ u and ṽ = v. With "recursive" the system holds all keys since the
-    reset: ũ = u S⁻¹, S = λI + cC + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's memory, updated by N rows a step
-    (Woodbury).
+    ṽ = −η δ̂. The others take vᵢ = −η (uᵢ·ûᵢ) δ̂ᵢ (or −η ‖ûᵢ‖² δ̂ᵢ) and solve ridge least squares
+    ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², whose dual form has the factors ũ = (u uᵀ + λI)⁻¹ u and ṽ = v. With "recursive"
+    the system holds all keys since the reset: ũ = u S⁻¹, S = λI + cC + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's
+    memory, updated by N rows a step (Woodbury).
 
     Args:
         shapes: module → (d_in, d_out).
@@ -206,7 +228,9 @@ class Hypernetwork(nn.Module):
             torch.manual_seed(seed)
             self.networks = nn.ModuleDict(
                 {
-                    str(i): ResidualBlocks(sum(shape), config.rank, config.blocks, len(names), config.precision)
+                    str(i): ResidualBlocks(
+                        sum(shape), config.rank, config.blocks, len(names), config.precision, config.block == "mend"
+                    )
                     for i, (shape, names) in enumerate(members.items())
                 }
             )
@@ -319,20 +343,29 @@ class Hypernetwork(nn.Module):
             self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_step_size.dtype)
         return self._starts[module]
 
-    def factors(self, record: StepRecord) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module; differentiable in the parameters."""
+    def factors(
+        self, record: StepRecord, modules: Collection[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, of all or only these; differentiable in the
+        parameters."""
         update_keys: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        for group, members in self.groups.items():
+        for group, all_members in self.groups.items():
+            places = [i for i, m in enumerate(all_members) if modules is None or m in modules]
+            if not places:
+                continue
+            members = [all_members[i] for i in places]
             u = torch.stack([record.keys[m] for m in members])  # (M, N, d_in)
             index = [self.index[m] for m in members]
-            z = self.networks[group](record.inputs[group])
+            rows = record.inputs[group]
+            z = self.networks[group](rows if modules is None else rows[places], places)
             key_part, gradient_part = z.split(self.shapes[members[0]], dim=2)  # û (M, N, d_in), δ̂ (M, N, d_out)
             step_size = self.log_step_size[index].exp()[:, None, None]
             if self.config.aggregation == "mend":
                 v = -step_size * gradient_part
             else:
-                v = -step_size * (u * key_part).sum(2, keepdim=True) * gradient_part
+                left = u if self.config.coefficient == "key" else key_part
+                v = -step_size * (left * key_part).sum(2, keepdim=True) * gradient_part
             values |= zip(members, v, strict=True)
             if self.config.aggregation == "mend":
                 update_keys |= zip(members, key_part, strict=True)
@@ -342,7 +375,33 @@ class Hypernetwork(nn.Module):
                 damping = self.log_damping[index].exp()[:, None, None]
                 gram = u @ u.mT + damping * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)  # (M, N, N)
                 update_keys |= zip(members, torch.cholesky_solve(u, torch.linalg.cholesky(gram)), strict=True)
-        return {m: update_keys[m] for m in record.keys}, {m: values[m] for m in record.keys}
+        order = [m for m in record.keys if m in values]
+        return {m: update_keys[m] for m in order}, {m: values[m] for m in order}
+
+    def accumulate(
+        self, record: StepRecord, for_keys: Mapping[str, Tensor], for_values: Mapping[str, Tensor], max_bytes: int
+    ) -> None:
+        """Add to the parameters' ``grad`` what gradients of the factors (N, d_in), (N, d_out) by module mean for them.
+
+        Args:
+            record: the step; where it has no graph, the factors are made again, as many modules at a time as
+                ``max_bytes`` of graph allows.
+            for_keys: gradients for ũ; empty if it does not depend on the parameters.
+            for_values: gradients for ṽ.
+            max_bytes: see ``record``.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        modules = list(for_values)
+        size = len(modules)
+        if record.factors is None:
+            whole = self.graph_bytes(len(next(iter(record.keys.values()))))
+            size = max(1, min(size, size * max_bytes // max(whole, 1)))
+        for start in range(0, len(modules), size):
+            part = modules[start : start + size]
+            keys, values = record.factors or self.factors(record, part)
+            outputs = [values[m] for m in part] + [keys[m] for m in part if m in for_keys]
+            cotangents = [for_values[m] for m in part] + [for_keys[m] for m in part if m in for_keys]
+            torch.autograd.backward(outputs, cotangents, inputs=parameters)
 
     def graph_bytes(self, rows: int) -> int:
         """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,11 +55,13 @@ class KeyStatistics:
         second_moments: module → C = E[k kᵀ], (d_in, d_in) float32.
         tokens: how many they are means over.
         source: the text they are from, in words.
+        seconds: what they took, the text included, when they were computed, be it in an earlier run.
     """
 
     second_moments: dict[str, Tensor]
     tokens: int
     source: str
+    seconds: float = 0.0
 
 
 def key_statistics(
@@ -86,29 +89,42 @@ def key_statistics(
         ValueError: it has fewer than 64 tokens.
     """
     cache = cache_dir() if cache is None else cache
+    started = time.perf_counter()
     with lm.original_weights():
         model = fingerprint(lm)
         if str(corpus) == GENERATED:
             key = _digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
             path = cache / "corpora" / f"{key}.safetensors"
-            ids = _cached(path).get("ids")
-            if ids is None:
-                ids = generated_corpus(lm, tokens, seed, progress)
-                _keep(path, {"ids": ids})
+            text = _cached(path)
+            if "ids" not in text:
+                text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
+                _keep(path, text)
+            ids, seconds = text["ids"], _seconds(text)
             source = f"text that the LLM wrote itself (seed {seed})"
         else:
-            ids = text_corpus(lm, corpus, tokens)
+            ids, seconds = text_corpus(lm, corpus, tokens), 0.0
             key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             source = f"the text file {Path(corpus).name}"
         paths = {m: cache / "key_statistics" / f"{_digest(model, key, m)}.safetensors" for m in modules}
-        found = {m: _cached(path).get("second_moment") for m, path in paths.items()}
-        missing = [m for m, c in found.items() if c is None]
+        found = {m: _cached(path) for m, path in paths.items()}
+        missing = [m for m, kept in found.items() if "second_moment" not in kept]
         if missing:
+            started = time.perf_counter()
             for m, c in second_moments(lm, missing, ids, progress).items():
-                found[m] = c
-                _keep(paths[m], {"second_moment": c})
-    moments = {m: c.to(lm.device) for m, c in found.items() if c is not None}
-    return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}")
+                found[m] = _timed(started, {"second_moment": c}, len(missing))
+                _keep(paths[m], found[m])
+    moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
+    seconds += sum(map(_seconds, found.values()))
+    return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
+
+
+def _timed(started: float, tensors: dict[str, Tensor], share: int = 1) -> dict[str, Tensor]:
+    """The tensors with the seconds since ``started``, of which they have taken one in ``share``."""
+    return {**tensors, "seconds": torch.tensor((time.perf_counter() - started) / share)}
+
+
+def _seconds(kept: dict[str, Tensor]) -> float:
+    return float(kept.get("seconds", 0.0))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -93,6 +94,7 @@ class LocateAgent(Agent):
         self.contexts: list[str] | None = None
         self.statistics: KeyStatistics | None = None
         self.anchor_norm: float | None = None
+        self.one_off_seconds = 0.0  # what is computed once took
         self.memory: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -102,18 +104,23 @@ class LocateAgent(Agent):
 
     def learn(self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> Self:
         """Compute what is needed once; nothing is trained, and no environment step is taken."""
+        started = time.perf_counter()
         if self.contexts is None:
             self.contexts = write_contexts(self.lm, self.config.contexts, self.config.context_length, self.seed)
         if self.statistics is None:
+            before = time.perf_counter()
             self.statistics = key_statistics(
                 self.lm, self.modules, self.config.corpus, self.config.corpus_tokens, progress=progress_bar
             )
+            self.one_off_seconds += self.statistics.seconds  # also where they were kept from an earlier run
+            started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
             records = [r for r in self.inner.dataset.records if r.subject and r.subject in r.prompt]
             requests = [encode_request(self.lm, r, self.contexts) for r in records[: self.config.anchor_facts]]
             with self.lm.original_weights():
                 solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
             self.anchor_norm = trimmed_mean(solved.norm(dim=1))
+        self.one_off_seconds += time.perf_counter() - started
         return self
 
     def second_moment(self, module: str) -> Tensor:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm, trange
 
-from agents.base import Agent, run_stream
+from agents.base import Agent, factor_action, module_shapes, run_stream, used_rows
 from agents.credit import CreditAccumulator
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.settings import environment_settings, setting_differences
@@ -78,6 +78,10 @@ class RLEditAgent(Agent):
         seed: of the initial parameters and of the training streams.
     """
 
+    name: ClassVar[str] = "rledit"  # what agent.json calls the class
+    config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
+    network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
+
     def __init__(
         self,
         env: gym.Env | None = None,
@@ -85,12 +89,12 @@ class RLEditAgent(Agent):
         shapes: Mapping[str, tuple[int, int]] | None = None,
         seed: int = 0,
     ) -> None:
-        self.env, self.config, self.seed = env, config or RLEditConfig(), seed
+        self.env, self.config, self.seed = env, config or self.config_type(), seed
         if shapes is None:
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
-            shapes = _module_shapes(env)
-        self.network = Hypernetwork(shapes, self.config.network, seed)
+            shapes = module_shapes(env)
+        self.network = self.network_type(shapes, self.config.network, seed)
         if env is not None:  # beside the LLM, so that no factor travels through the host
             self.network.to(_inner(env).lm.device)
             self.network.normalisers = {
@@ -121,22 +125,11 @@ class RLEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
-        numpy = isinstance(observation["mask"], np.ndarray)
-        record = self._observe(observation, adapt=False)
-        keys, values = self.network.factors(record)
-        if not numpy:
-            return {"keys": keys, "values": values}, None
-        rows = len(observation["mask"])
-        padded = [{m: _padded(t, rows) for m, t in factors.items()} for factors in (keys, values)]
-        return {"keys": padded[0], "values": padded[1]}, None
+        keys, values = self.network.factors(self._observe(observation, adapt=False))
+        return factor_action(observation, keys, values), None
 
     def _observe(self, observation: Any, adapt: bool) -> StepRecord:
-        used = int(observation["mask"].sum())
-        keys, gradients = (
-            {m: torch.as_tensor(v[:used], device=self.network.device) for m, v in observation[part].items()}
-            for part in ("keys", "value_gradients")
-        )
-        return self.network.observe(keys, gradients, adapt)
+        return self.network.observe(*used_rows(observation, self.network.device), adapt)
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -306,13 +299,12 @@ class RLEditAgent(Agent):
         batches = self.config.prior_batches
         for i in trange(batches, desc="second moments of keys", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
-            used = int(observation["mask"].sum())
-            self.network.gather({m: u[:used] for m, u in observation["keys"].items()})
+            self.network.gather(used_rows(observation, self.network.device)[0])
 
-    def _trajectory(self, env: gym.Env, seed: int) -> tuple[list[Tensor], dict[str, float]]:
+    def _trajectory(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
-        observation, _ = env.reset(seed=seed)
-        self.reset()
+        observation, _ = env.reset(seed=seed, **reset)
+        self.network.reset()
         credit = CreditAccumulator(self.config.credit, self.config.network.aggregation != "recursive")
         records: list[StepRecord] = []
         infos: list[dict[str, Any]] = []
@@ -337,7 +329,7 @@ class RLEditAgent(Agent):
             records.append(record)
             infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
             total += float(reward)
-            if info["drift"] > self.config.drift_limit:
+            if info["drift"] > self.config.drift_limit and not done:
                 warnings.warn(f"drift {info['drift']:.2f} passed drift_limit at step {len(records)}: the trajectory is "
                               "cut here, before the LLM breaks", stacklevel=2)
                 break
@@ -355,16 +347,14 @@ class RLEditAgent(Agent):
         """−∂R/∂φ per step of the stream: the network's graph, kept or made a second time, step by step, with the
         cotangents."""
         parameters = self._parameters()
-        gradient = [torch.zeros_like(p) for p in parameters]
+        self.optimizer.zero_grad()
         for step, record in enumerate(records):
-            for_keys, for_values = credit.of_step(step)
-            keys, values = record.factors or self.network.factors(record)
-            outputs = list(values.values()) + [keys[m] for m in for_keys]
-            cotangents = list(for_values.values()) + list(for_keys.values())
-            pieces = torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True)
-            for total, piece in zip(gradient, pieces, strict=True):
-                if piece is not None:
-                    total.sub_(piece, alpha=1 / len(records))
+            for_keys, for_values = (
+                {m: g * (-1 / len(records)) for m, g in part.items()} for part in credit.of_step(step)
+            )
+            self.network.accumulate(record, for_keys, for_values, self.config.graph_bytes)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.optimizer.zero_grad()
         return gradient
 
     def _update(self, gradients: list[list[Tensor]]) -> dict[str, float]:
@@ -419,7 +409,7 @@ class RLEditAgent(Agent):
 
     def _description(self) -> dict[str, Any]:
         return {
-            "agent": "rledit",
+            "agent": self.name,
             "format": 1,
             "seed": self.seed,
             "config": asdict(self.config),
@@ -442,13 +432,12 @@ class RLEditAgent(Agent):
         if not (folder / "agent.json").exists():
             raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        config = RLEditConfig(**description["config"] | {
-            "network": HypernetworkConfig(**description["config"]["network"])
-        })
+        network = type(cls.config_type().network)(**description["config"]["network"])
+        config = cls.config_type(**description["config"] | {"network": network})
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
         agent = cls(env, config, shapes, description["seed"])
         if env is not None:
-            wanted = _module_shapes(env)
+            wanted = module_shapes(env)
             if wanted != shapes:
                 raise ValueError(
                     f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
@@ -558,18 +547,6 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _inner(env: gym.Env) -> Any:
     """The `LifelongEditEnv` inside the wrappers."""
     return env.unwrapped
-
-
-def _module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
-    """Module → (d_in, d_out), from the action space."""
-    space: Any = env.action_space
-    return {m: (keys.shape[1], space["values"][m].shape[1]) for m, keys in space["keys"].items()}
-
-
-def _padded(rows: Tensor, count: int) -> np.ndarray:
-    array = np.zeros((count, rows.shape[1]), dtype=np.float32)
-    array[: len(rows)] = rows.cpu().numpy()
-    return array
 
 
 def _summary_writer(folder: Path | None, done: int) -> Any:

@@ -10,19 +10,32 @@ import gymnasium as gym
 
 from agents.alphaedit import AlphaEditAgent
 from agents.base import Agent
+from agents.baselines import FineTuningAgent, NoEditAgent
+from agents.dafnet import DAFNetAgent
+from agents.ft_l import FTLAgent
+from agents.malmen import MALMENAgent
 from agents.memit import MEMITAgent
+from agents.mend import MENDAgent
 from agents.ppo import StandardAgent
 from agents.prune import PRUNEAgent
 from agents.random_search import RandomSearchAgent
 from agents.rect import RECTAgent
 from agents.rledit import RLEditAgent
 from agents.rome import ROMEAgent
+from agents.ultraedit import UltraEditAgent
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
     "standard": StandardAgent,
     "random search": RandomSearchAgent,
+    "none": NoEditAgent,
+    "fine-tuning": FineTuningAgent,
+    "dafnet": DAFNetAgent,
+    "ft-l": FTLAgent,
+    "malmen": MALMENAgent,
+    "mend": MENDAgent,
+    "ultraedit": UltraEditAgent,
     **{agent.name: agent for agent in (ROMEAgent, MEMITAgent, PRUNEAgent, RECTAgent, AlphaEditAgent)},
 }
 

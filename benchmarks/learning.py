@@ -29,7 +29,7 @@ import torch
 import tyro
 from filelock import FileLock
 
-from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
+from agents import FineTuningAgent, FineTuningConfig, HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.hypernetwork import Aggregation
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
@@ -130,20 +130,6 @@ class Editor:
     calibrated: bool = False
 
 
-class FineTuning:
-    """The plain gradient: W ← W − η δᵀu."""
-
-    def __init__(self, step_size: float) -> None:
-        self.step_size = step_size
-
-    def reset(self) -> None:
-        """Nothing is remembered."""
-
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
-        values = {m: -self.step_size * g for m, g in observation["value_gradients"].items()}
-        return {"keys": observation["keys"], "values": values}, None
-
-
 class Cells:
     """Results by name, written after each; what is there already is not computed again."""
 
@@ -235,7 +221,7 @@ class Benchmark:
     def untrained(self, editor: Editor, step_size: float) -> Any:
         """The editor before any training."""
         if editor.aggregation is None:
-            return FineTuning(step_size)
+            return FineTuningAgent(config=FineTuningConfig(step_size))
         env = self.stream(self.test, 1, editor.steps, reward="none")
         return RLEditAgent(env, self.network(editor, step_size))
 

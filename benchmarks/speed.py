@@ -36,6 +36,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.report import text_table, versions
 from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
+GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
 Section = Literal["step", "edit", "solve", "memory", "growth"]
 
 
@@ -99,6 +100,7 @@ class Stepper:
 
     def edit(self, keep: bool = False) -> None:
         """State → action → transition, and the next state; ``keep``: the network's graph."""
+        self.info = {}  # the last step's gradient is not held beside the next
         self.record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
         with torch.set_grad_enabled(keep):
             made = self.network.factors(self.record)
@@ -123,10 +125,9 @@ class Stepper:
         credit = CreditAccumulator("trajectory", key_gradients=True)
         credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
         for_keys, for_values = credit.of_step(0)
-        keys, values = self.made or self.network.factors(self.record)
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        cotangents = [*for_keys.values(), *for_values.values()]
-        return list(torch.autograd.grad([*keys.values(), *values.values()], parameters, cotangents))
+        self.network.zero_grad()
+        self.network.accumulate(replace(self.record, factors=self.made), for_keys, for_values, GRAPH_BYTES)
+        return [p.grad for p in self.network.parameters() if p.grad is not None]
 
     @property
     def edits(self) -> Sequence[Any]:

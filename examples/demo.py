@@ -20,9 +20,11 @@ from tqdm import tqdm
 from agents import RLEditAgent, edit_stream
 from agents.rledit import RECOMMENDED
 from rledit_env import report
+from rledit_env.general import GeneralAbility, GeneralEvery
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import answer_of, evaluate
+from rledit_env.metrics import evaluate, free_answers
+from rledit_env.retention import DriftProbe, RetentionProbe
 from rledit_env.reward import RewardConfig
 
 ENV_ID = "RLEdit-CounterFact-v0"
@@ -115,16 +117,17 @@ def main(settings: Settings) -> None:
     facts = [fact for t in range(sizes["edit"]) for fact in env.unwrapped.stream.batch(t)]
     chosen = facts[:: max(1, len(facts) // 5)][:5]  # evenly from the stream, whatever became of them
     print(f"editing {len(facts)} facts that training never saw: {env.unwrapped.dataset.source}")
-    answers = {"before": say(lm, chosen)}
+    answers = {"before": free_answers(lm, chosen)}
     scores: dict[str, dict[str, Any]] = {"no edit": evaluate(lm, facts, "counterfact").as_dict()}
     drifts: dict[str, list[tuple[float, float]]] = {}
+    probes = retention, drift, general = RetentionProbe(env), DriftProbe(env), GeneralEvery(env, GeneralAbility(lm))
     for name, editor in (("untrained policy", untrained), ("trained agent", agent)):
         editor.reset()
-        log = edit_stream(env, editor, seed=settings.seed)
+        log = edit_stream(env, editor, callbacks=probes if editor is agent else (), seed=settings.seed)
         scores[name] = {**env.unwrapped.evaluate().as_dict(), "seconds": log.seconds_per_fact}
         per_step = sizes["batch_size"] / sizes["steps_per_batch"]
         drifts[name] = [(0.0, 0.0)] + [((i + 1) * per_step, h["drift"]) for i, h in enumerate(env.unwrapped.history)]
-        answers[name] = say(lm, chosen)
+        answers[name] = free_answers(lm, chosen)
     env.close()
     table = report.answer_table(chosen, answers["before"], answers["trained agent"])
     print(f"\nAfter all {len(facts)} edits, in percent:\n{report.text_table(*report.score_table(scores))}")
@@ -133,16 +136,13 @@ def main(settings: Settings) -> None:
             f"{sizes['batch_size']} at a time; every score is taken after the last of them.")
     if settings.quick:
         lead += " A quick run on a tiny random model: it shows that everything runs, and nothing else."
-    curves = report.read_curves(settings.out / "training")
-    about, source = {**asdict(settings), **sizes}, env.unwrapped.dataset.source
-    path = report.editing_report(lead, scores, table, curves, drifts, about, source).write(settings.out / "report.html")
+    curves, source = report.read_curves(settings.out / "training"), env.unwrapped.dataset.source
+    remembered = retention.result if retention.measured else None
+    page = report.editing_report(lead, scores, table, curves, drifts, {**asdict(settings), **sizes}, source,
+                                 remembered, drift.by_module, general.scores)
+    path = page.write(settings.out / "report.html")
     print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {path}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
-
-
-def say(lm: EditableLM, facts: Any) -> list[str]:
-    """The model's free answers to the facts' prompts."""
-    return [answer_of(text) for text in lm.generate([f.prompt for f in facts], longest=[f.target for f in facts])]
 
 
 if __name__ == "__main__":

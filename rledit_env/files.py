@@ -41,7 +41,7 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work
-        for file in work.iterdir():  # some writers make private files; these are as readable as any new file
+        for file in work.rglob("*"):  # some writers make private files; these are as readable as any new file
             if file.is_file():
                 file.chmod(work.stat().st_mode & 0o666)
         if path.exists():

@@ -32,6 +32,8 @@ class Metrics:
             None if it was not asked for.
         top1: share of edit prompts' answer tokens whose top-1 token is the target's (teacher-forced).
         taken: one entry a record: does the greedy continuation begin with the target.
+        portability: share of answer tokens of what the edits imply whose top-1 token is the answer's (KnowEdit); None
+            where the data implies nothing.
     """
 
     efficacy: float
@@ -41,6 +43,7 @@ class Metrics:
     exact_match: float | None
     top1: float
     taken: tuple[bool, ...]
+    portability: float | None = None
 
     @property
     def mean(self) -> float:
@@ -48,9 +51,11 @@ class Metrics:
         return (self.efficacy + self.generalization + self.specificity) / 3
 
     def as_dict(self) -> dict[str, float | None]:
-        """The scores by name, without the per-record list."""
+        """The scores by name, without the per-record list; portability only where the data has it."""
         scores = asdict(self)
         del scores["taken"]
+        if self.portability is None:
+            del scores["portability"]
         return {**scores, "mean": self.mean}
 
 
@@ -77,29 +82,50 @@ def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate:
         scores = _comparison_metrics(lm, records)
     else:
         scores = _token_metrics(lm, records, edits)
-    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken)
+    implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
+    portability = _percent(torch.cat(_token_matches(lm, implied))) if implied else None
+    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken, portability=portability)
 
 
 def _percent(hits: Tensor) -> float:
     return 100 * float(hits.float().mean())
 
 
-def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
+def efficacy_counts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Tensor, Tensor]:
+    """What Efficacy is made of, by record: (hits, of how many), (records,) each, so that it is their sums' ratio.
+
+    CounterFact: one comparison of P(y*) with P(y_old) a record; else its answer tokens.
+    """
+    if kind == "counterfact":
+        _require_originals(records)
+        hits = _preferred(lm, [(r.prompt, r.target, str(r.original), r.origin) for r in records])
+        return hits, torch.ones_like(hits)
+    matches = _token_matches(lm, [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records])
+    counts = [len(tokens) for tokens in matches]
+    return torch.stack([tokens.sum() for tokens in matches]), torch.tensor(counts, device=matches[0].device)
+
+
+def _require_originals(records: Sequence[EditRecord]) -> None:
     missing = next((r for r in records if r.original is None), None)
     if missing is not None:
         raise ValueError(f"{missing.origin}: CounterFact's metrics compare with the answer before the edit, and it "
                          "has none; give the field of its schema that holds it")
 
-    def preferred(rows: Sequence[tuple[str, str, str, str]]) -> float:
-        """Percent of (prompt, first answer, second answer, origin) where the first is the more probable."""
-        first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
-        second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
-        return _percent(first < second)
 
-    efficacy = preferred([(r.prompt, r.target, str(r.original), r.origin) for r in records])
-    general = preferred([(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases])
-    specific = preferred([(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated])
-    return efficacy, general, specific, specific
+def _preferred(lm: EditableLM, rows: Sequence[tuple[str, str, str, str]]) -> Tensor:
+    """For each (prompt, first answer, second answer, origin): is the first the more probable."""
+    first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
+    second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
+    return first < second
+
+
+def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
+    _require_originals(records)
+    efficacy = [(r.prompt, r.target, str(r.original), r.origin) for r in records]
+    general = [(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases]
+    specific = [(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated]
+    scores = [_percent(_preferred(lm, rows)) for rows in (efficacy, general, specific)]
+    return scores[0], scores[1], scores[2], scores[2]
 
 
 def _token_metrics(
@@ -153,12 +179,16 @@ def answer_of(continuation: str) -> str:
     return re.split(r"[\n.,;:!?]", continuation.strip(), maxsplit=1)[0].strip()
 
 
+def free_answers(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
+    """The LLM's answers to the edit prompts, decoding freely and greedily."""
+    texts = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
+    return [answer_of(text) for text in texts]
+
+
 def exact_matches(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[bool]:
     """Whether the answer in each edit prompt's greedy continuation is exactly the target, decoding freely.
 
     Unlike the teacher-forced scores, the answer must also end where the target ends.
     """
-    continuations = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
-    return [
-        answer_of(text) == answer_of(r.target) for text, r in zip(continuations, records, strict=True)
-    ]
+    answers = free_answers(lm, records, batch_size)
+    return [answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True)]

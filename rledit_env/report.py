@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from rledit_env.retention import Retention
+
 Curve = Sequence[tuple[float, float]]
+Form = Literal["png", "pdf"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey stands for "nothing done".
 COLOURS = ("#9aa3ad", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
@@ -32,6 +35,7 @@ SCORES = {
     "specificity": "Specificity",
     "exact_match": "Exact match",
 }
+PORTABILITY = "portability"  # tables show it where the data has it
 PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
 
 
@@ -62,9 +66,9 @@ def read_curves(log_dir: str | Path) -> dict[str, list[tuple[float, float]]]:
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
-def learning_curves(curves: Mapping[str, Curve]) -> bytes | None:
-    """What training changed, as a PNG: losses of the training streams on the left, scores of the held-out one on the
-    right, over policy updates; None if neither was logged.
+def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | None:
+    """What training changed, as a picture: losses of the training streams on the left, scores of the held-out one on
+    the right, over policy updates; None if neither was logged.
 
     Args:
         curves: as :func:`read_curves` gives them.
@@ -89,11 +93,11 @@ def learning_curves(curves: Mapping[str, Curve]) -> bytes | None:
         axes.locator_params(axis="x", integer=True)
         axes.set_title(title, loc="left", fontsize=10, color=INK, pad=24)  # above the legend
         _legend(axes, columns=3, above=True)
-    return _png(figure)
+    return _drawn(figure, form)
 
 
-def score_bars(results: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Scores in percent as grouped bars with their values, a PNG.
+def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> bytes:
+    """Scores in percent as grouped bars with their values, a picture.
 
     Args:
         results: editor's name → its scores by the names of ``SCORES``; a score that is None or absent has no bar.
@@ -117,11 +121,11 @@ def score_bars(results: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.set_yticks(range(0, 101, 25))
     axes.tick_params(axis="x", length=0)
     _legend(axes, columns=len(results), above=True)
-    return _png(figure)
+    return _drawn(figure, form)
 
 
-def drift_curves(drifts: Mapping[str, Curve]) -> bytes:
-    """How far the edited weights moved along the stream, a PNG.
+def drift_curves(drifts: Mapping[str, Curve], form: Form = "png") -> bytes:
+    """How far the edited weights moved along the stream, a picture.
 
     Args:
         drifts: editor's name → (facts edited, mean of ‖W − W₀‖ / ‖W₀‖ over the modules) pairs.
@@ -133,11 +137,11 @@ def drift_curves(drifts: Mapping[str, Curve]) -> bytes:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     _legend(axes)
-    return _png(figure)
+    return _drawn(figure, form)
 
 
-def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float]) -> bytes:
-    """Held-out returns while agents learned, a PNG.
+def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float], form: Form = "png") -> bytes:
+    """Held-out returns while agents learned, a picture.
 
     Args:
         curves: agent's name → (environment steps so far, mean return) pairs.
@@ -151,7 +155,131 @@ def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float]) -> b
         axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)
     axes.set_xlim(left=0)
     _legend(axes, columns=len(curves) + len(levels), above=True)
-    return _png(figure)
+    return _drawn(figure, form)
+
+
+def retention_map(retention: Retention, form: Form = "png") -> bytes:
+    """Efficacy of every batch after later ones as a heat map, a picture: batches from left to right, the stream's
+    progress from top to bottom."""
+    figure = _figure(6.4, 4.6)
+    axes = _axes(figure, (1, 1, 1), "batch", "batches edited by then")
+    axes.grid(visible=False)
+    rows, batches = retention.efficacy.shape
+    image = axes.imshow(retention.efficacy, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+    _ticks(axes, "x", [str(batch + 1) for batch in range(batches)])
+    _ticks(axes, "y", [str(edited) for edited in retention.edited])
+    if rows * batches <= 150:
+        _write_values(axes, retention.efficacy)
+    _colour_bar(figure, image, "Efficacy, percent")
+    return _drawn(figure, form)
+
+
+def memory_curve(retention: Retention, form: Form = "png") -> bytes:
+    """What the LLM still knows of the first batch as later ones are edited, a picture; a thin line is each batch's mean
+    over all edited by then."""
+    figure = _figure(9.2, 3.0)
+    axes = _axes(figure, (1, 1, 1), "batches edited", "percent")
+    lines = [
+        ("first batch, Efficacy", retention.first_batch, COLOURS[2], 1.8),
+        ("first batch, exact match (written freely)", retention.first_exact_match, COLOURS[1], 1.8),
+        ("all batches so far, Efficacy", np.nanmean(retention.efficacy, axis=1), COLOURS[0], 1.2),
+    ]
+    for name, values, colour, width in lines:
+        if not np.isnan(values).all():
+            axes.plot(retention.edited, values, color=colour, marker="o", markersize=3.5, linewidth=width, label=name)
+    axes.set_ylim(-3, 103)
+    axes.locator_params(axis="x", integer=True)
+    _legend(axes, columns=3, above=True)
+    return _drawn(figure, form)
+
+
+def layer_drift(drift: Mapping[str, Sequence[float]], form: Form = "png") -> bytes:
+    """How far each layer's edited weights moved, a picture: by layer at the end, one line a kind of module, and all of
+    them along the stream.
+
+    Args:
+        drift: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
+    """
+    figure = _figure(9.2, 3.2)
+    ends = _axes(figure, (1, 2, 1), "layer", "‖W − W₀‖ / ‖W₀‖ at the end")
+    along = _axes(figure, (1, 2, 2), "batches edited", "‖W − W₀‖ / ‖W₀‖")
+    for colour, kind in zip(COLOURS[1:] * 9, dict.fromkeys(module_kind(name) for name in drift), strict=False):
+        members = {module_layer(name): values for name, values in drift.items() if module_kind(name) == kind}
+        layers = sorted(members)
+        ends.plot(layers, [members[i][-1] for i in layers], color=colour, marker="o", markersize=4, label=kind)
+        for i in layers:
+            along.plot(range(1, len(members[i]) + 1), members[i], color=colour, linewidth=0.9, alpha=0.6)
+    for axes in (ends, along):
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
+    _legend(ends)
+    return _drawn(figure, form)
+
+
+def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
+    """The size of each batch's update, √(Σ ‖ΔW‖_F²), a picture."""
+    figure = _figure(9.2, 2.6)
+    axes = _axes(figure, (1, 1, 1), "batch", "norm of its update")
+    axes.bar(range(1, len(norms) + 1), norms, color=COLOURS[5])
+    axes.locator_params(axis="x", integer=True)
+    return _drawn(figure, form)
+
+
+def module_map(
+    kinds: Sequence[str], layers: Sequence[int], maps: Mapping[str, np.ndarray], form: Form = "png"
+) -> bytes:
+    """Scores of editing each module alone, a picture: one heat map a score.
+
+    Args:
+        kinds: kinds of module, the rows.
+        layers: the columns.
+        maps: score → (kinds, layers) in percent; NaN stays empty. Those of ``SCORES`` are drawn.
+    """
+    drawn = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
+    figure = _figure(9.2, 0.7 + len(drawn) * (0.8 + 0.22 * len(kinds)))
+    for i, (name, values) in enumerate(drawn.items()):
+        axes = _axes(figure, (len(drawn), 1, i + 1), "layer" if i == len(drawn) - 1 else "", "")
+        axes.grid(visible=False)
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
+        _ticks(axes, "x", [str(layer) for layer in layers], most=32)
+        _ticks(axes, "y", kinds)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+    _colour_bar(figure, image, "percent")
+    return _drawn(figure, form)
+
+
+def module_layer(name: str) -> int:
+    """The layer a module is in: the first number of its dotted name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def module_kind(name: str) -> str:
+    """What a module is within its layer, such as "mlp.up_proj"."""
+    parts = name.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[place + 1 :])
+
+
+def _ticks(axes: Axes, axis: Literal["x", "y"], names: Sequence[str], most: int = 20) -> None:
+    """Ticks with these names, or some of them."""
+    step = -(-len(names) // most)
+    set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
+    set_ticks(range(0, len(names), step), list(names[::step]))
+
+
+def _write_values(axes: Axes, values: np.ndarray) -> None:
+    """Numbers in a heat map's cells, readable on their colours (of cividis, 0 to 100)."""
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = INK if value > 55 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def _colour_bar(figure: Figure, image: Any, name: str) -> None:
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, pad=0.02)
+    bar.set_label(name, fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8.5, colors=INK)
+    bar.outline.set_visible(False)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -181,9 +309,9 @@ def _legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
     axes.legend(frameon=False, fontsize=8.5, ncols=columns, labelcolor=INK, **place)
 
 
-def _png(figure: Figure) -> bytes:
+def _drawn(figure: Figure, form: Form) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=form)
     return buffer.getvalue()
 
 
@@ -239,6 +367,10 @@ class Report:
             self._parts.append("</tr>")
         self._parts.append("</tbody></table></div>")
 
+    def code(self, text: str) -> None:
+        """Add text to be read letter by letter, such as a command."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
     def picture(self, png: bytes, caption: str) -> None:
         """Add a picture with its caption, which is its text for readers who do not see it, too."""
         data = base64.b64encode(png).decode()
@@ -284,8 +416,9 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     Args:
         scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
     """
-    rows = [[name, *(s.get(key) for key in SCORES), s.get("seconds")] for name, s in scores.items()]
-    return ["", *SCORES.values(), "Seconds a fact"], rows
+    columns = SCORES | ({PORTABILITY: "Portability"} if any(PORTABILITY in s for s in scores.values()) else {})
+    rows = [[name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()]
+    return ["", *columns.values(), "Seconds a fact"], rows
 
 
 def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> Table:
@@ -298,6 +431,37 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
     ]
 
 
+RETENTION_CAPTION = "Efficacy of every batch (left to right) as the stream goes on (top to bottom)."
+MEMORY_CAPTION = "What is left of the first batch as later ones are edited."
+LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and each module's along the stream."
+GENERAL = {  # scores of a task that tables show: key → name
+    "perplexity": "perplexity", "kl": "KL from the unedited model, nats", "f1": "F1", "f1_calibrated": "F1, calibrated",
+}  # fmt: skip
+
+
+def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most: int = 6) -> Table:
+    """Header and rows of general ability, a column a measurement (the first, the last, and some between).
+
+    Args:
+        scores: batches edited → scores, as `rledit_env.general.GeneralEvery` gives them.
+        most: columns shown.
+    """
+    steps = sorted(scores)
+    if len(steps) > most:
+        steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    rows: list[list[Any]] = []
+    for task, first in scores[steps[0]].items():
+        if "original_perplexity" in first:
+            names = {key: f"own text, {GENERAL[key]}" for key in ("perplexity", "kl")}
+        elif "f1_calibrated" in first:
+            names = {key: f"{task}, {GENERAL[key]}" for key in ("f1", "f1_calibrated")}
+            names |= {"mcc": f"{task}, MCC"} if task == "cola" else {}
+        else:
+            names = {key: f"{task}, {key}" for key in first}
+        rows += [[name, *(float(scores[step][task][key]) for step in steps)] for key, name in names.items()]
+    return ["", *("before" if step == 0 else f"after {step}" for step in steps)], rows
+
+
 def editing_report(
     lead: str,
     scores: Mapping[str, Mapping[str, Any]],
@@ -306,6 +470,9 @@ def editing_report(
     drifts: Mapping[str, Curve],
     settings: Mapping[str, Any],
     source: str,
+    retention: Retention | None = None,
+    module_drift: Mapping[str, Sequence[float]] | None = None,
+    general: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None,
 ) -> Report:
     """The page about one agent that learned to edit and then edited a stream; the last editor's row is set in bold.
 
@@ -317,6 +484,9 @@ def editing_report(
         drifts: as in :func:`drift_curves`.
         settings: what the run was made with.
         source: where the facts came from, in words.
+        retention: of the last editor's batches, if measured.
+        module_drift: as in :func:`layer_drift`, of the last editor.
+        general: as in :func:`general_table`, of the last editor.
     """
     page = Report("Lifelong editing of a language model", lead)
     page.table(*score_table(scores), strong=[len(scores) - 1])
@@ -332,8 +502,18 @@ def editing_report(
     if picture := learning_curves(curves):
         page.heading("Learning")
         page.picture(picture, "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
+    if retention is not None:
+        page.heading("Retention")
+        page.picture(retention_map(retention), RETENTION_CAPTION)
+        page.picture(memory_curve(retention), MEMORY_CAPTION)
     page.heading("Drift")
     page.picture(drift_curves(drifts), "How far the edited weights moved from the original ones along the stream.")
+    if module_drift and all(module_drift.values()):
+        page.picture(layer_drift(module_drift), LAYERS_CAPTION)
+    if general:
+        page.heading("General ability")
+        page.paragraph("Text that the model wrote before any editing, and how it takes that text by batches edited.")
+        page.table(*general_table(general))
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")
     page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])
@@ -443,11 +623,23 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; margin: .8rem 0; }
 th, td { text-align: left; padding: .45rem .8rem .45rem 0; border-bottom: 1px solid #e9edf0; vertical-align: top;
-         overflow-wrap: anywhere; }
+         overflow-wrap: break-word; }
 th { font-weight: 600; color: #52606d; border-bottom: 2px solid #d9dee3; overflow-wrap: normal; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .strong td { font-weight: 650; }
 .yes { color: #00795a; font-weight: 700; } .no { color: #b3402a; font-weight: 700; }
+pre { background: #f4f6f8; padding: .8rem 1rem; font-size: .88rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: 1rem 0 1.4rem; } img { width: 100%; height: auto; }
 figcaption { font-size: .88rem; color: #52606d; }
+@media (max-width: 40rem) {
+  body { margin: 1.2rem auto; padding: 0 .9rem; }
+  h1 { font-size: 1.5rem; }
+  table { font-size: .82rem; } th, td { padding-right: .5rem; }
+  figure { overflow-x: auto; } img { min-width: 36rem; }
+}
+@media print {
+  body { font-size: 11pt; max-width: none; margin: 0; padding: 0; }
+  .wide { overflow: visible; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+}
 """

@@ -8,9 +8,7 @@ whole reward and its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -275,7 +273,7 @@ def score_streams(
     reference = dict(zip(referenced, lm.reference_states([passages[i] for i in referenced]), strict=True))
 
     sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
-    with lm.differentiable(gradient) as parameters, collected(parameters if gradient else []) as gradients:
+    with lm.collecting(gradient) as gradients:
         for chunk, states in _passes(lm, passages, streams, [s % len(names) for s in slot]):
             position_slot = slots[chunk].to(lm.device)[states.owner]
             position_component = position_slot % len(names)
@@ -292,16 +290,14 @@ def score_streams(
                 sums.index_add_(0, position_slot[rows], losses.detach())
                 chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
             if gradient:
-                leaves = [w for s in sorted({streams[i] for i in chunk}) for w in parameters[s].values()]
-                torch.autograd.backward(chunk_loss, inputs=leaves)
+                chunk_loss.backward()
     means = (sums.cpu().double() / tokens).view(len(batches), len(names))
     basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
     weighted = (means * weight.view_as(means)).sum(1).tolist()
     scores, first = [], 0
     for s, request in enumerate(requests):
         own = slice(first, first := first + len(request))
-        theirs_by_module = gradients[s] if gradient else {}
-        scores.append(Scores(basic[own], weighted[own], lm.oriented(theirs_by_module) if theirs_by_module else None))
+        scores.append(Scores(basic[own], weighted[own], gradients[s] or None))
     return scores
 
 
@@ -317,27 +313,3 @@ def _passes(
         members = [i for i, theirs in enumerate(component) if theirs == c]
         for chunk, states in lm.answer_chunks([passages[i] for i in members], [streams[i] for i in members]):
             yield [members[i] for i in chunk], states
-
-
-@contextmanager
-def collected(parameters: Sequence[Mapping[str, Tensor]]) -> Iterator[list[dict[str, Tensor]]]:
-    """Within it, what backward passes add to these tensors' gradients is summed in at least float32 instead, one
-    tensor at a time, and given by stream and module."""
-    sums: list[dict[str, Tensor]] = [{} for _ in parameters]
-
-    def take(place: dict[str, Tensor], module: str, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        if module in place:
-            place[module] += leaf.grad
-        else:
-            place[module] = at_least_float32(leaf.grad)
-        leaf.grad = None
-
-    with ExitStack() as stack:
-        for theirs, place in zip(parameters, sums, strict=True):
-            for module, leaf in theirs.items():
-                handle = leaf.register_post_accumulate_grad_hook(partial(take, place, module))
-                stack.callback(handle.remove)
-                # A pass that was interrupted may leave one, which the next would add to.
-                stack.callback(setattr, leaf, "grad", None)
-        yield sums

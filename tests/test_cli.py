@@ -59,7 +59,7 @@ def saved_agent(folder: Path, step_size: float) -> Path:
 # -- help and usage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["fetch", "train", "evaluate", "edit"])
+@pytest.mark.parametrize("command", ["fetch", "train", "evaluate", "edit", "report", "probe"])
 def test_help_teaches_with_examples_and_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -373,3 +373,64 @@ def test_the_installed_command_is_this_one() -> None:
     command = [sys.executable, "-c", "import sys; from rledit_env.cli import main; sys.exit(main(['--version']))"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert shown.stdout.startswith("rledit-env ")
+
+
+def test_edit_saves_only_the_change_when_asked(
+    run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rledit_env.lm.delta import load_delta
+    from rledit_env.lm.registry import load_model
+
+    out = tmp_path / "edited"
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--save", "lora", "model", "delta"]
+    assert cli.main([*arguments, "--lora-rank", "1", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"model", "delta", "lora", "edit_report.json"}
+    shown = capsys.readouterr().out
+    assert "rank 1, truncated, relative error of the change 0." in shown
+    saved = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))["saved"]
+    assert 0 < saved["lora"]["relative_error"] < 1
+    whole = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    changed = load_delta(load_model("tiny-llama")[0], out / "delta").state_dict()
+    for key, value in whole.items():
+        torch.testing.assert_close(changed[key], value, atol=1e-6, rtol=1e-6)
+    assert cli.main([*arguments[:-3], "delta", "--out", str(tmp_path / "one")]) == 0
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"delta.safetensors", "edit_report.json"}
+    assert cli.main([*arguments, "--lora-rank", "0", "--out", str(tmp_path / "two")]) == 2
+
+
+def test_evaluate_measures_retention_and_general_ability_and_report_shows_them(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sst2 = tmp_path / "sst2.jsonl"
+    sst2.write_text("\n".join(json.dumps({"sentence": f"film {i}", "label": i % 2}) for i in range(6)))
+    path = tmp_path / "run" / "result.json"
+    arguments = ["evaluate", "--agent", str(run_folder), "--num-batches", "3", "--batch-size", "2", "--json", str(path)]
+    more = ["--retention", "--general", "self", str(sst2), "--general-every", "2", "--general-limit", "4"]
+    assert cli.main([*arguments, *more]) == 0
+    out = capsys.readouterr().out
+    assert "the first batch after later ones:" in out
+    assert "own text, KL from the unedited model" in out
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert list(written["general"]["scores"]) == ["0", "2", "3"]
+    assert written["general"]["scores"]["3"]["sst2"]["examples"] == 4
+    efficacy = written["retention"]["efficacy"]
+    assert sum(efficacy[-1]) / 3 == pytest.approx(written["metrics"]["efficacy"], abs=1e-3)
+    assert efficacy[0][1:] == [None, None]
+    assert len(written["answers"]) == 6 and {"before", "after"} <= set(written["answers"][0])
+    assert written["before"]["efficacy"] is not None and written["before"] != written["metrics"]
+    assert {len(values) for values in written["module_drift"].values()} == {3}
+    assert cli.main(["report", str(path.parent), "--figures", "pdf"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == str(path.parent / "report.html") and any(line.endswith("retention.pdf") for line in shown)
+    assert shown_command(path.parent / "report.html").startswith("rledit evaluate --agent")
+
+
+def shown_command(page: Path) -> str:
+    return page.read_text(encoding="utf-8").split("<pre>")[1].split("</pre>")[0]
+
+
+def test_report_of_a_folder_without_results_says_how_to_get_one(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(run_folder)]) == 2
+    assert "holds no result to show; write one with: rledit evaluate" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from rledit_env.knowledge import EditRecord, UnrelatedFact
+from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
 from rledit_env.metrics import answer_of, evaluate, exact_matches
 
 
@@ -103,6 +103,18 @@ def test_the_original_model_keeps_all_its_answers(tiny_lm, facts):
     metrics = evaluate(tiny_lm(), facts("zsre", 6), "zsre", generate=False)
     assert metrics.specificity == 100
     assert metrics.exact_match is None
+
+
+def test_portability_counts_the_implied_answers_tokens_and_is_absent_without_any(edited, facts, full_logits):
+    lm, _ = edited()
+    records = facts("zsre", 6)
+    without = evaluate(lm, records, "zsre", generate=False)
+    assert without.portability is None and "portability" not in without.as_dict()
+    implied = [(r.prompt, r.target) for r in records[:4]]  # their hits differ from the others'
+    some = [dataclasses.replace(records[5], implied=tuple(ImpliedFact(*pair) for pair in implied)), *records[:5]]
+    metrics = evaluate(lm, some, "zsre", generate=False)
+    assert metrics.as_dict()["portability"] == pytest.approx(percent(tokens_hit(lm, full_logits, implied)))
+    assert metrics.efficacy == pytest.approx(without.efficacy)
 
 
 @pytest.mark.parametrize("kind", ["zsre", "counterfact"])

@@ -10,11 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rledit_env import reward as reward_module
 from rledit_env.encoding import encode
-from rledit_env.lm.forward import at_least_float32
 from rledit_env.reward import (
     Efficacy,
+    Generalization,
     RewardConfig,
     ScoredBatch,
     backtracked,
@@ -407,20 +406,24 @@ def test_an_interrupted_gradient_leaves_nothing_behind_for_the_next(tiny_lm, fac
     records = [encode(lm, record) for record in facts("counterfact", 4).records]
     batches = [ScoredBatch(records, [0.0] * len(records), 1.0)]
     expected = score(lm, batches, RewardConfig(), gradient=True).gradient
-    taken = []
+    passes = []
 
-    def interrupted(tensor):
-        if tensor.ndim == 2:  # a weight's gradient, which the backward pass has just finished
-            taken.append(tensor)
-            if len(taken) == 2:
+    class Interrupted(Generalization):
+        def loss(self, lm, hidden, targets, reference):
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self.interrupt())
+            return super().loss(lm, hidden, targets, reference)
+
+        def interrupt(self):
+            passes.append(1)
+            if len(passes) == 2:
                 raise KeyboardInterrupt
-        return at_least_float32(tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reward_module, "at_least_float32", interrupted)
+        patch.setattr(lm, "max_tokens_per_pass", 1)  # several passes: the first is added up, the second interrupted
         with pytest.raises(KeyboardInterrupt):
-            score(lm, batches, RewardConfig(), gradient=True)
-    assert len(taken) == 2
+            score(lm, batches, RewardConfig().replace("generalization", 1.0, Interrupted()), gradient=True)
+    assert len(passes) == 2
     assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
     again = score(lm, batches, RewardConfig(), gradient=True).gradient
     assert all(torch.equal(g, expected[m]) for m, g in again.items())

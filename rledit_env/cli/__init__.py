@@ -1,4 +1,4 @@
-"""The `rledit` command: fetch a model, train an agent, edit facts, evaluate.
+"""The `rledit` command: fetch a model, train an agent, edit facts, evaluate, compare editors.
 
 The environment knows nothing of any learning algorithm, and importing it imports none: the commands that need agents
 import them when they run.
@@ -17,18 +17,23 @@ from typing import Any
 
 import gymnasium as gym
 
-from rledit_env.cli import edit, evaluate, fetch, train
+from rledit_env.cli import compare, edit, evaluate, fetch, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 
-COMMANDS = (fetch.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND)
+COMMANDS = (
+    fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, compare.COMMAND, report.COMMAND
+)
 
 DESCRIPTION = """\
 Lifelong knowledge editing of language models.
 
   rledit fetch     get a model's weights ready
+  rledit probe     find out which weights to edit
   rledit train     train an agent to edit, on a stream of facts
   rledit evaluate  score a trained agent on facts it never saw
   rledit edit      edit your own facts into a model and write it out
+  rledit compare   compare editors on the same streams of facts
+  rledit report    show a run as one page, with pictures
 """
 EXIT_CODES = """\
 exit codes:

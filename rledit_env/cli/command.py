@@ -31,10 +31,10 @@ class Command:
     interrupted: Callable[[argparse.Namespace], str]
 
 
-def environment_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The environment's arguments; without ``required`` the agent's own are the defaults."""
+def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: str | None = None) -> None:
+    """The environment's arguments; without ``required`` the agent's own are the defaults. ``env`` is a default."""
     ids = ", ".join(environment_ids())
-    parser.add_argument("--env", required=required, metavar="ID",
+    parser.add_argument("--env", required=required and env is None, metavar="ID", default=env,
                         help=f"one of {ids}" + ("" if required else " (default: the agent's)"))
     parser.add_argument("--data", default="bundled", help="a file, a folder, a hub id, or 'bundled', a sample")
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with unusable rows")

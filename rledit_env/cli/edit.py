@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import (
     FAILED,
@@ -33,6 +34,11 @@ from rledit_env.cli.results import (
     without_effect,
 )
 
+if TYPE_CHECKING:
+    from rledit_env.lm.editable import EditableLM
+
+FORMS = ("model", "delta", "lora")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--facts", type=Path, required=True, metavar="FILE", help="JSON Lines, one fact a line")
@@ -40,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how to read the file (default: told by its fields)")
     agent_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited model")
+    parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
+                        help="what to write: 'model', the whole edited model; 'delta', only the change, as "
+                        "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
+                        "in DIR")
+    parser.add_argument("--lora-rank", type=int, metavar="R",
+                        help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
@@ -55,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.report import versions
 
     check_free(options.out, options.overwrite)
+    if options.lora_rank is not None:
+        check_positive(options, "lora_rank")
     facts = load_facts(options.facts, options.kind)
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
@@ -114,15 +128,42 @@ def run(options: argparse.Namespace) -> int:
     }
     print(f"writing {options.out} …", file=sys.stderr)
     with whole_folder(options.out, options.overwrite) as work:
-        lm.save_pretrained(work)
+        report["saved"] = _save(lm, work, options.save, options.lora_rank)
         (work / "edit_report.json").write_text(
             json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     print_metrics(scores, log, print)
     name_untaken(report["not_taken"], len(records), print, str(options.out / "edit_report.json"))
     warn_without_effect(report["batches_without_effect"], log)
-    print(f"written: {options.out}, for AutoModelForCausalLM.from_pretrained")
+    for saved in report["saved"].values():
+        print(f"written: {options.out / saved['folder']}, {saved['what']}")
     return OK
+
+
+def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, dict[str, Any]]:
+    """Write the forms asked for; each one's folder within this one, and what it is."""
+    from rledit_env.lm.delta import relative_error, save_delta, save_lora
+
+    wanted = [form for form in FORMS if form in forms]
+    saved: dict[str, dict[str, Any]] = {}
+    for form in wanted:
+        place = "." if len(wanted) == 1 else form
+        if form == "model":
+            lm.save_pretrained(folder / place)
+            what = "for AutoModelForCausalLM.from_pretrained"
+        elif form == "delta":
+            save_delta(lm, folder / place)
+            what = f"for rledit_env.lm.delta.load_delta(model, folder), with {lm.name} as the model"
+        else:
+            factors = save_lora(lm, folder / place, lora_rank)
+            error = relative_error(lm, factors)
+            rank = max(one.rank for one in factors.values())
+            exact = all(one.exact for one in factors.values())
+            how = "exact" if exact else f"truncated, relative error of the change {error:.3g}"
+            what = f"for peft.PeftModel.from_pretrained({lm.name}, folder), rank {rank}, {how}"
+            saved[form] = {"rank": rank, "exact": exact, "relative_error": error}
+        saved[form] = {"folder": place, "what": what, **saved.get(form, {})}
+    return saved
 
 
 def _notes(facts: Any, token: str) -> list[str]:
@@ -151,8 +192,8 @@ def interrupted(options: argparse.Namespace) -> str:
 COMMAND = Command(
     "edit",
     "edit your own facts into a model and write it out",
-    "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision,\n"
-    "with edit_report.json. The facts whose answer did not change are named.",
+    "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision, or\n"
+    "only the change, with edit_report.json. The facts whose answer did not change are named.",
     """\
 the file of facts: JSON Lines, one object a line, either a published schema of ZsRE, CounterFact or FEVER, or
   {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
@@ -162,6 +203,9 @@ are only used to score the result.
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
+
+  # only the change: an adapter for peft, and a safetensors file
+  rledit edit --facts facts.jsonl --agent default --save lora delta --out edited
 
   # then, in Python
   AutoModelForCausalLM.from_pretrained("edited-model")

@@ -14,6 +14,7 @@ from rledit_env.cli.command import (
     OK,
     Command,
     agent_argument,
+    check_positive,
     dtype_name,
     environment_arguments,
     model_name,
@@ -25,10 +26,13 @@ from rledit_env.cli.command import (
     warn,
 )
 from rledit_env.cli.results import (
+    before_and_after,
     finite,
     name_untaken,
     not_taken,
+    print_general,
     print_metrics,
+    print_retention,
     rounded,
     score_facts,
     warn_without_effect,
@@ -45,17 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     override_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", metavar="FILE", help="write the result there; '-' for the standard output")
+    group = parser.add_argument_group("what else is measured")
+    group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
+    group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
+    group.add_argument("--general", nargs="+", metavar="SOURCE",
+                       help="general ability before and after: 'self' (perplexity of text that the model wrote before "
+                       "editing, and its divergence on it), a folder or file of tasks (sst2.jsonl, mrpc, cola, rte, "
+                       "nli, mmlu), 'hub' for the public ones, 'lm-eval:TASK,TASK'")
+    group.add_argument("--general-every", type=int, metavar="k", help="also during the stream, every k batches")
+    group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
+    group.add_argument("--general-limit", type=int, default=200, metavar="N", help="examples a task")
 
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
+    from rledit_env.general import GeneralAbility, GeneralEvery
     from rledit_env.report import versions
+    from rledit_env.retention import DriftProbe, RetentionProbe
 
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
     env_id = options.env or trained.get("id")
     if not env_id:
         raise ValueError(f"{folder} does not say which environment it was trained in; name one with --env")
+    check_positive(options, "retention_every", "general_limit")
+    if options.general_every is not None:
+        check_positive(options, "general_every")
     if options.json and Path(options.json).is_dir():
         raise ValueError(f"--json {options.json} is a folder; name a file in it")
     settings = {
@@ -80,15 +99,25 @@ def run(options: argparse.Namespace) -> int:
         f"{len(inner.dataset):,} facts", *skipped_rows(inner.dataset))
     say(f"model  {inner.lm.name} ({dtype_name(inner.lm)}, {inner.lm.device}), {len(inner.lm.module_shapes)} modules")
     say(f"agent  {folder}")
+    retention = RetentionProbe(env, options.retention_every) if options.retention else None
+    general = None
+    if options.general:
+        ability = GeneralAbility(inner.lm, options.general, options.general_shots, options.general_limit, options.seed)
+        general = GeneralEvery(env, ability, options.general_every)
+    drift = DriftProbe(env)
+    callbacks = [probe for probe in (drift, retention, general) if probe is not None]
     with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
-        log = edit_stream(env, agent, progress=bar.update, seed=options.seed)
+        log = edit_stream(env, agent, progress=bar.update, callbacks=callbacks, seed=options.seed)
     records = inner.edited_records()
     metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
+    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, answers)
     result = {
         "env": env_id,
         "agent": str(folder),
         "data_source": inner.dataset.source,
+        "command": options.command_line,
         "metrics": rounded(metrics.as_dict()),
+        "before": rounded(before.as_dict()),
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
         "diverged": log.diverged,
@@ -98,8 +127,19 @@ def run(options: argparse.Namespace) -> int:
         "taken": list(metrics.taken),
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
+        "answers": shown,
+        "batch_sizes": log.batch_sizes,
+        "update_norms": log.update_norms,
+        "module_drift": drift.by_module,
     }
     print_metrics(result["metrics"], log, say)
+    if retention is not None and retention.measured:
+        result["retention"] = retention.result.as_dict()
+        print_retention(retention.result, say)
+    if general is not None:
+        result["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
+                             "scores": {str(edited): scores for edited, scores in general.scores.items()}}
+        print_general(general.scores, say)
     name_untaken(result["not_taken"], len(records), say, options.json if options.json != "-" else None)
     warn_without_effect(result["batches_without_effect"], log)
     if options.json == "-":
@@ -125,6 +165,10 @@ examples:
   rledit evaluate --env RLEdit-CounterFact-v0 --agent runs/first --json result.json
   rledit evaluate --env RLEdit-ZsRE-v0 --agent runs/paper --data zsre_eval.jsonl --split eval \\
       --num-batches 20 --batch-size 20 --seed 1 --json result.json
+
+  # what is remembered, and what the model is still good for; then the run's page
+  rledit evaluate --agent runs/first --retention --general self glue --json runs/first/result.json
+  rledit report runs/first
 """,
     add_arguments,
     run,

@@ -13,24 +13,69 @@ if TYPE_CHECKING:
     from rledit_env.knowledge import EditRecord
     from rledit_env.lm.editable import EditableLM
     from rledit_env.metrics import Metrics
+    from rledit_env.retention import Retention
 
 LISTED = 20  # facts that did not take are named up to this many
+SHOWN = 20  # facts are shown with the answers before and after
 
 
 def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Metrics, list[str]]:
     """The metrics on these records, and the LLM's answer to each one's prompt."""
-    from rledit_env.metrics import answer_of, evaluate
+    from rledit_env.metrics import answer_of, evaluate, free_answers
 
     with progress_bar(len(records), "scoring") as bar:
         metrics = evaluate(lm, records, kind, generate=False)
         answers: list[str] = []
         for start in range(0, len(records), 64):
             chunk = records[start : start + 64]
-            texts = lm.generate([r.prompt for r in chunk], longest=[r.target for r in chunk])
-            answers += [answer_of(text) for text in texts]
+            answers += free_answers(lm, chunk)
             bar.update(len(chunk))
     exact = sum(answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True))
     return replace(metrics, exact_match=100 * exact / len(records)), answers
+
+
+def before_and_after(
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, answers: Sequence[str]
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """The metrics of the unedited LLM (teacher-forced), and some facts, evenly from the stream whatever became of them,
+    with its answers before and after."""
+    from rledit_env.metrics import evaluate, free_answers
+
+    count = min(SHOWN, len(records))
+    chosen = [i * len(records) // count for i in range(count)]
+    some = [records[i] for i in chosen]
+    with lm.original_weights():
+        before = evaluate(lm, records, kind, generate=False)
+        answers_before = free_answers(lm, some)
+    return before, [
+        {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i]}
+        for i, r, answer in zip(chosen, some, answers_before, strict=True)
+    ]
+
+
+def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
+    """The first batch's memory, and the forgetting of all."""
+    from rledit_env.report import text_table
+
+    rows = [
+        [edited, float(efficacy), None if exact != exact else float(exact)]
+        for edited, efficacy, exact in zip(
+            retention.edited, retention.first_batch, retention.first_exact_match, strict=True
+        )
+    ]
+    if len(rows) > LISTED:
+        rows = [rows[i * (len(rows) - 1) // (LISTED - 1)] for i in range(LISTED)]
+    say("the first batch after later ones:")
+    say(text_table(["batches edited", "efficacy", "exact match"], rows))
+    say(f"{'forgetting':<20}{retention.forgetting:10.2f}")
+
+
+def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., Any]) -> None:
+    """The scores of general ability, a column a measurement."""
+    from rledit_env.report import general_table, text_table
+
+    say("general ability by batches edited:")
+    say(text_table(*general_table(scores)))
 
 
 def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence[str]) -> list[dict[str, str]]:

@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
 
-HELD_OUT = 0.2  # share of the training split that checkpoints are selected on
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from agents.hypernetwork import AGGREGATIONS, HypernetworkConfig
     from agents.rledit import RECOMMENDED, RLEditConfig
+    from rledit_env.knowledge import HELD_OUT
     from rledit_env.lm.forward import TOKEN_CHOICES
 
     network, config = HypernetworkConfig(), RLEditConfig()
@@ -161,20 +160,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, KnowledgeDataset]:
     """The facts to train on, and those that select the checkpoint; no fact is in both."""
-    from rledit_env.knowledge import load_knowledge
+    from rledit_env.knowledge import held_out, load_knowledge
 
     kind = kind_of(options.env)
     whole = load_knowledge(kind, options.data, "train", options.on_error)
     if options.select_on == "eval":
         return whole, load_knowledge(kind, options.data, "eval", options.on_error)
-    cut = len(whole) - max(int(HELD_OUT * len(whole)), 1)
-    parts = whole.records[:cut], whole.records[cut:]
-    names = f"first {1 - HELD_OUT:.0%}", f"last {HELD_OUT:.0%}, held out"
-    training, selection = (
-        replace(whole, records=records, source=f"{whole.source}, {name}")
-        for records, name in zip(parts, names, strict=True)
-    )
-    return training, selection
+    return held_out(whole)
 
 
 def _reward(options: argparse.Namespace) -> Any:

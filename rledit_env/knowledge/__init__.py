@@ -1,13 +1,16 @@
 """The knowledge stream: readers of the published data sets of edits, and the order in which edits arrive."""
 
-from rledit_env.knowledge.record import EditRecord, KnowledgeError, UnrelatedFact
-from rledit_env.knowledge.stream import KnowledgeDataset, KnowledgeStream, load_knowledge
+from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
+from rledit_env.knowledge.stream import HELD_OUT, KnowledgeDataset, KnowledgeStream, held_out, load_knowledge
 
 __all__ = [
+    "HELD_OUT",
     "EditRecord",
+    "ImpliedFact",
     "KnowledgeDataset",
     "KnowledgeError",
     "KnowledgeStream",
     "UnrelatedFact",
+    "held_out",
     "load_knowledge",
 ]

@@ -35,6 +35,14 @@ class UnrelatedFact:
 
 
 @dataclass(frozen=True, slots=True)
+class ImpliedFact:
+    """What follows from an edit, such as what another name of its subject now leads to: a prompt and its answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class EditRecord:
     """One fact to edit. Prompts and answers carry no space at either end; the language model joins them with one.
 
@@ -46,6 +54,7 @@ class EditRecord:
         original: the answer before the edit, where the schema has it; CounterFact's metrics compare against it.
         subject: what the fact is about, where the schema has it.
         origin: where the record came from, such as "zsre_train.jsonl, line 17"; used in error messages.
+        implied: what follows from the edit, where the schema has it (KnowEdit's portability); only ever scored.
 
     Raises:
         KnowledgeError: a prompt or answer is not a non-empty string, or there is no paraphrase or no unrelated fact.
@@ -58,6 +67,7 @@ class EditRecord:
     original: str | None = None
     subject: str | None = None
     origin: str = ""
+    implied: tuple[ImpliedFact, ...] = ()
 
     def __post_init__(self) -> None:
         _require(isinstance(self.paraphrases, tuple) and self.paraphrases, self.origin, "paraphrases", self.paraphrases)
@@ -65,6 +75,7 @@ class EditRecord:
         texts = [("prompt", self.prompt), ("target", self.target)]
         texts += [("paraphrases", text) for text in self.paraphrases]
         texts += [("unrelated", text) for fact in self.unrelated for text in (fact.prompt, fact.answer)]
+        texts += [("implied", text) for fact in self.implied for text in (fact.prompt, fact.answer)]
         for field, text in texts:
             _require(isinstance(text, str) and text.strip(), self.origin, field, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -16,6 +16,7 @@ from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, Loo
 from rledit_env.knowledge.source import Data, find_rows, split_name
 
 READERS = {"zsre": zsre.read_record, "counterfact": counterfact.read_record, "fever": fever.read_record}
+HELD_OUT = 0.2  # share of a training split that checkpoints and hyperparameters are chosen on
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,17 @@ def load_knowledge(
     if not records:
         raise KnowledgeError(f"{source}: no usable record (skipped: {_counts(skipped) or 'none'}); check the data")
     return KnowledgeDataset(kind, source, split, tuple(records), dict(skipped))
+
+
+def held_out(dataset: KnowledgeDataset) -> tuple[KnowledgeDataset, KnowledgeDataset]:
+    """The facts to train on, and the last of them (`HELD_OUT`), which choose checkpoints and hyperparameters."""
+    cut = len(dataset) - max(int(HELD_OUT * len(dataset)), 1)
+    names = f"first {1 - HELD_OUT:.0%}", f"last {HELD_OUT:.0%}, held out"
+    first, last = (
+        replace(dataset, records=records, source=f"{dataset.source}, {name}")
+        for records, name in zip((dataset.records[:cut], dataset.records[cut:]), names, strict=True)
+    )
+    return first, last
 
 
 class KnowledgeStream:

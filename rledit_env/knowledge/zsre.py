@@ -8,7 +8,7 @@ reader: `nq question: who wrote it` becomes `nq question: who wrote it?`.
 from __future__ import annotations
 
 from rledit_env.knowledge.fields import Row, Schema, read_by_schema
-from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
+from rledit_env.knowledge.record import EditRecord, ImpliedFact, LeftOut, LooseFact, UnrelatedFact
 
 NQ_PREFIX = "nq question: "
 
@@ -46,15 +46,14 @@ def _flat(row: Row, target: str, original: str | None) -> EditRecord:
 
 def _read_knowedit(row: Row) -> EditRecord:
     groups = row.inner("locality")
-    # A table gives every row all the groups that any row has, the absent ones as None.
-    names = [name for name, group in groups.values.items() if group is not None]
     unrelated = tuple(
         UnrelatedFact(_with_question_mark(fact.text("prompt")), fact.first_text("ground_truth"))
-        for name in names
+        for name in _present(groups)
         for fact in groups.inners(name)
     )
     if not unrelated:
         raise row.error("locality", "is empty", groups.values)
+    portability = row.inner("portability") if row.values.get("portability") else Row({}, row.where)
     return EditRecord(
         prompt=row.text("prompt"),
         target=row.first_text("target_new"),
@@ -63,7 +62,18 @@ def _read_knowedit(row: Row) -> EditRecord:
         original=row.first_text("ground_truth") if row.values.get("ground_truth") else None,
         subject=row.optional_text("subject"),
         origin=row.where,
+        implied=tuple(
+            ImpliedFact(fact.text("prompt"), fact.first_text("ground_truth"))
+            for name in _present(portability)
+            if portability.get(name)  # an empty group implies nothing
+            for fact in portability.inners(name)
+        ),
     )
+
+
+def _present(groups: Row) -> list[str]:
+    """The groups that a row has; a table gives every row those that any row has, the absent ones as None."""
+    return [name for name, group in groups.values.items() if group is not None]
 
 
 def _read_mend(row: Row) -> LooseFact | LeftOut:

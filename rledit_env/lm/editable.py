@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rledit_env.lm.forward import (
     length_sorted_chunks,
 )
 from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -142,8 +144,8 @@ class EditableLM:
         edit_modules: names or globs of the linear modules to edit (``nn.Linear`` or GPT-2's ``Conv1D``).
         name: what to call the model in logs.
         cache_bytes: bound on the cached prefix states.
-        max_tokens_per_pass: bound on the padded tokens of one forward pass; None means what suits the device: 512 on a
-            CPU (matrix products gain little by more, caches lose, and memory grows with it), and 4096 elsewhere.
+        max_tokens_per_pass: bound on the padded tokens of one forward pass; None means what suits the device: on a CPU
+            384, or 192 in float32 (matrix products gain little by more, and memory grows with it), and 4096 elsewhere.
     """
 
     def __init__(
@@ -162,7 +164,10 @@ class EditableLM:
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prefer_fast_attention(model)
-        self.max_tokens_per_pass = max_tokens_per_pass or (512 if model.device.type == "cpu" else 4096)
+        prefer_fast_norms(model)
+        self.max_tokens_per_pass = max_tokens_per_pass or (
+            768 // model.dtype.itemsize if model.device.type == "cpu" else 4096
+        )
         _, layers = decoder_layers(model)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}
@@ -331,6 +336,17 @@ class EditableLM:
     def _routed(self, streams: Sequence[int]) -> AbstractContextManager[None]:
         """Within it, rows of a batch whose streams are these meet their stream's weights: here, the model's own."""
         return nullcontext()
+
+    @property
+    def _streams(self) -> int:
+        """How many streams' weights it holds."""
+        return 1
+
+    @property
+    def _route(self) -> Sequence[tuple[int, int]]:
+        """Of the pass that runs now: the stream of the first rows and their number, and so on; empty where there is
+        one stream."""
+        return ()
 
     def answer_chunks(
         self, passages: Sequence[Passage], streams: Sequence[int] | None = None
@@ -596,28 +612,43 @@ class EditableLM:
                 module.weight.data = current[name]
 
     @contextmanager
-    def differentiable(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
-        """Within it, the tensors that the model runs with, by module, take gradients (or nothing does).
+    def collecting(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
+        """Within it, backward passes add their gradients of the edited weights (d_out, d_in), in the edited weights'
+        precision, to what it yields: a dictionary by module for each stream, of which there is one here.
 
-        One dictionary a stream: here there is one.
+        A pass's gradient δᵀu is added to the sum in one product, at an edited module's outputs, so that the weights
+        themselves need no gradient and no pass leaves one to be added up. Unless ``wanted``, nothing takes gradients.
         """
-        parameters = self._run_weights()
-        every = [tensor for theirs in parameters for tensor in theirs.values()]
-        for tensor in every:
-            tensor.requires_grad_(wanted)
+        sums: list[dict[str, Tensor]] = [{} for _ in range(self._streams)]
+
+        def watch(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            keys, route = arguments[0].detach(), self._route
+            output = output if output.requires_grad else output.requires_grad_()
+            output.register_hook(lambda gradient: add(name, keys, gradient, route))
+            return output
+
+        def add(name: str, keys: Tensor, gradient: Tensor, route: Sequence[tuple[int, int]]) -> None:
+            first = 0
+            for stream, count in route or [(0, len(keys))]:
+                rows = slice(first, first := first + count)
+                u, delta = keys[rows].flatten(0, -2), gradient[rows].flatten(0, -2)
+                total = sums[stream].get(name)
+                if total is None:
+                    sums[stream][name] = (delta.t() @ u).to(self.edit_dtype)
+                elif total.dtype == u.dtype:
+                    total.addmm_(delta.t(), u)
+                else:
+                    total.add_(delta.t() @ u)
+
+        handles = [m.register_forward_hook(partial(watch, n)) for n, m in self._modules.items() if wanted]
         try:
             with torch.set_grad_enabled(wanted):
-                yield parameters
+                yield sums
         finally:
-            for tensor in every:
-                tensor.requires_grad_(False)
-
-    def _run_weights(self) -> list[dict[str, Tensor]]:
-        return [{name: module.weight for name, module in self._modules.items()}]
-
-    def oriented(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of what :meth:`differentiable` gives for a stream, as (d_out, d_in)."""
-        return {n: g.t() if isinstance(self._modules[n], Conv1D) else g for n, g in gradients.items()}
+            for handle in handles:
+                handle.remove()
 
     def drift(self) -> dict[str, float]:
         """‖W_t − W₀‖ / ‖W₀‖ by module (Frobenius)."""

@@ -6,7 +6,7 @@ of positions, and the logits (|V| numbers a position) of one block are all that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,72 +18,69 @@ from rledit_env.lm.forward import SuffixForward, at_least_float32
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
 ROWS = 16  # of them, those worked on at once in float32: few enough to stay in a processor's cache
 
-# Log-probabilities (r, |V|) of a few positions and their place among all → losses (r,) and, if wanted, their gradient
-# for the logits (r, |V|), which may be written over the log-probabilities.
-RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+# Log-probabilities (r, |V|) of a few positions, their place among all, and what the output head gives (r, |V|) for
+# the states beside theirs → losses (r,) and, if wanted, their gradient for the logits (r, |V|), which may be written
+# over the log-probabilities.
+RowLoss = Callable[[Tensor, slice, Tensor], tuple[Tensor, Tensor]]
 
 
 def negative_log_likelihood(forward: SuffixForward, hidden: Tensor, targets: Tensor) -> Tensor:
     """−log p(target) at each position, (P,) at least in float32, from normalised final states (P, d)."""
+    wanted = _wanted(hidden)
 
-    def blocks(wanted: bool) -> Iterator[tuple[slice, RowLoss]]:
-        def row_loss(log_p: Tensor, place: slice) -> tuple[Tensor, Tensor]:
-            chosen = targets[place, None]
-            loss = -log_p.gather(1, chosen)[:, 0]
-            if wanted:
-                log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
-            return loss, log_p
+    def row_loss(log_p: Tensor, place: slice, _beside: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = targets[place, None]
+        loss = -log_p.gather(1, chosen)[:, 0]
+        if wanted:
+            log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+        return loss, log_p
 
-        for start in range(0, len(hidden), BLOCK):
-            yield slice(start, min(start + BLOCK, len(hidden))), row_loss
-
-    return _losses(forward, hidden, blocks)
+    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, wanted)
 
 
 def kl_divergence(forward: SuffixForward, hidden: Tensor, reference: Tensor) -> Tensor:
     """KL(p_reference ‖ p) at each position, (P,) at least in float32, from normalised final states (P, d) each; the
     reference is a constant."""
+    wanted = _wanted(hidden)
 
-    def blocks(wanted: bool) -> Iterator[tuple[slice, RowLoss]]:
-        for start in range(0, len(hidden), BLOCK):
-            raw = forward.head(reference[start : start + BLOCK])  # (p, |V|)
+    def row_loss(log_p: Tensor, _place: slice, beside: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = forward.capped(beside).log_softmax(-1)
+        difference = log_q - log_p
+        q = log_q.exp_()
+        loss = torch.linalg.vecdot(q, difference)
+        return loss, log_p.exp_().sub_(q) if wanted else log_p
 
-            def row_loss(log_p: Tensor, place: slice, raw: Tensor = raw, start: int = start) -> tuple[Tensor, Tensor]:
-                log_q = forward.capped(raw[place.start - start : place.stop - start]).log_softmax(-1)
-                difference = log_q - log_p
-                q = log_q.exp_()
-                loss = torch.linalg.vecdot(q, difference)
-                return loss, log_p.exp_().sub_(q) if wanted else log_p
-
-            yield slice(start, min(start + BLOCK, len(hidden))), row_loss
-
-    return _losses(forward, hidden, blocks)
+    return _Losses.apply(hidden, forward, reference, row_loss, wanted)
 
 
-def _losses(
-    forward: SuffixForward, hidden: Tensor, blocks: Callable[[bool], Iterator[tuple[slice, RowLoss]]]
-) -> Tensor:
-    wanted = hidden.requires_grad and torch.is_grad_enabled()
-    return _Losses.apply(hidden, forward, blocks(wanted), wanted)
+def _wanted(hidden: Tensor) -> bool:
+    return hidden.requires_grad and torch.is_grad_enabled()
 
 
 class _Losses(torch.autograd.Function):
-    """Losses of rows that do not depend on each other, with ∂loss_p/∂hidden_p kept for the backward pass."""
+    """Losses of rows that do not depend on each other, with ∂loss_p/∂hidden_p kept for the backward pass.
+
+    ``beside`` has constant states (P, d), whose logits the losses need too, or none (0, d): they share the output
+    head's product, which is as much reading of its weights as multiplying.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, forward: SuffixForward, blocks: Iterator[tuple[slice, RowLoss]], wanted: bool
+        ctx: Any, hidden: Tensor, forward: SuffixForward, beside: Tensor, row_loss: RowLoss, wanted: bool
     ) -> Tensor:
         losses = at_least_float32(hidden.new_zeros(len(hidden)))
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
-        for block, row_loss in blocks:
-            raw = forward.head(hidden[block])  # (p, |V|) in the head's precision; the gradient is written over it
+        for begin in range(0, len(hidden), BLOCK):
+            block = slice(begin, min(begin + BLOCK, len(hidden)))
+            both = forward.head(torch.cat([hidden[block], beside[block]]))  # (p or 2p, |V|) in the head's precision
+            raw = both[: block.stop - begin]  # the gradient is written over it
             for start in range(0, len(raw), ROWS):
                 rows = raw[start : start + ROWS]
-                place = slice(block.start + start, block.start + start + len(rows))
+                place = slice(begin + start, begin + start + len(rows))
                 logits = forward.capped(rows)
                 slope = forward.softcap_slope(logits) if wanted else None
-                losses[place], gradient = row_loss(logits.log_softmax(-1), place)
+                besides = both[len(raw) + start :][: len(rows)]
+                losses[place], gradient = row_loss(logits.log_softmax(-1), place, besides)
                 if wanted:
                     rows.copy_(gradient if slope is None else gradient.mul_(slope))
             if wanted:
@@ -95,4 +92,4 @@ class _Losses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         (slopes,) = ctx.saved_tensors
-        return (cotangent[:, None] * slopes).to(slopes.dtype), None, None, None
+        return (cotangent[:, None] * slopes).to(slopes.dtype), None, None, None, None

@@ -7,7 +7,7 @@ meet that stream's own weight. Cached prefixes and θ₀'s states do not depend 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ class StreamLM(EditableLM):
         }
         self._members: list[StreamLM] = [self]
         self._at_original = False
+        self._now: list[tuple[int, int]] = []  # see _route
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +64,8 @@ class StreamLM(EditableLM):
         counts = [len(streams)] if len(groups) == 1 else [streams.count(s) for s in groups]
         weights = [self._original_oriented if self._at_original else self._members[s]._run for s in groups]
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_now", self._now)
+            self._now = list(zip(groups, counts, strict=True))
             for name, module in self._modules.items():
                 forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, counts)
                 stack.enter_context(replaced_forward(module, forward))
@@ -86,11 +89,13 @@ class StreamLM(EditableLM):
         finally:
             self._at_original = before
 
-    def _run_weights(self) -> list[dict[str, Tensor]]:
-        return [member._run for member in self._members]
+    @property
+    def _streams(self) -> int:
+        return len(self._members)
 
-    def oriented(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(gradients)
+    @property
+    def _route(self) -> Sequence[tuple[int, int]]:
+        return self._now
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         current = {n: module.weight.data for n, module in self._modules.items()}

@@ -75,13 +75,15 @@ def test_the_untrained_network_is_the_identity(aggregation):
         assert all(torch.equal(mine[m], plain[m]) for m in SHAPES)
 
 
-def test_without_blocks_least_squares_is_ultraedits_rule():
-    net = network(aggregation="least_squares", blocks=0, damping=0.7)
+@pytest.mark.parametrize("coefficient", ["key", "normalised"])
+def test_without_blocks_least_squares_fits_the_normalised_gradients(coefficient):
+    net = network(aggregation="least_squares", blocks=0, damping=0.7, coefficient=coefficient)
     keys, gradients = batch(5)
     update_keys, values = net.factors(net.observe(keys, gradients))
     for m, (d_in, _) in SHAPES.items():
         u, z = keys[m], standardised(keys, gradients, m)
-        v = torch.stack([-0.1 * (u[i] @ z[i, :d_in]) * z[i, d_in:] for i in range(5)])
+        left = u if coefficient == "key" else z[:, :d_in]
+        v = torch.stack([-0.1 * (left[i] @ z[i, :d_in]) * z[i, d_in:] for i in range(5)])
         expected = v.T @ u @ torch.linalg.inv(u.T @ u + 0.7 * torch.eye(d_in))
         torch.testing.assert_close(values[m].T @ update_keys[m], expected, atol=1e-4, rtol=1e-3)
 
@@ -100,13 +102,15 @@ def test_a_residual_block_is_its_formula_with_scale_and_shift_by_module():
     net = moved(network(blocks=1))
     z = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0))
     block = net.networks[next(group for group, members in net.groups.items() if members == ["a", "c"])]
-    result = block(z)
+    result = block(z, [0, 1])
     for member in range(2):
         inner = torch.relu(z[member] @ block.down[0] @ block.up[0] + block.bias[0])
         expected = z[member] + block.scale[0][member] * inner + block.shift[0][member]
         torch.testing.assert_close(result[member], expected)
     assert list(net.groups.values()) == [["a", "c"], ["b"]]
-    assert not torch.equal(block(z.flip(0)).flip(0), result)
+    torch.testing.assert_close(block(z[1:], [1]), result[1:])
+    torch.testing.assert_close(block(z.flip(0), [1, 0]).flip(0), result)
+    assert not torch.equal(block(z.flip(0), [0, 1]).flip(0), result)
 
 
 def test_a_residual_blocks_gradient_is_that_of_its_formula():
@@ -255,6 +259,8 @@ def test_memory_put_into_another_network_continues_the_stream(kind):
         ({"step_size": 0.0}, "step_size is 0.0; give a positive number"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"rank": 0}, "rank is 0"),
+        ({"block": "relu"}, "block is 'relu'; give 'malmen' or 'mend'"),
+        ({"coefficient": "one"}, "coefficient is 'one'; give 'key' or 'normalised'"),
         ({"precision": "half"}, "precision is 'half'; give 'float32' or 'bfloat16'"),
     ],
 )

@@ -116,3 +116,11 @@ def test_another_model_has_another_fingerprint(lm: EditableLM, tiny_lm: Callable
     assert before == fingerprint(lm) != fingerprint(tiny_lm("tiny-qwen2", MODULES))
     lm.add({m: torch.ones(shape[::-1]) for m, shape in lm.module_shapes.items()})
     assert fingerprint(lm) != before
+
+
+def test_what_the_statistics_took_is_known_when_they_come_from_the_cache_too(lm: EditableLM, tmp_path: Path) -> None:
+    modules = list(lm.module_shapes)
+    first = key_statistics(lm, modules, tokens=256, cache=tmp_path, progress=False)
+    again = key_statistics(lm, modules, tokens=256, cache=tmp_path, progress=False)
+    one = key_statistics(lm, modules[:1], tokens=256, cache=tmp_path, progress=False)
+    assert first.seconds == again.seconds > one.seconds > 0

@@ -165,11 +165,13 @@ def test_the_gradient_does_not_depend_on_how_many_graphs_are_kept(training_env, 
         one = agent.network.graph_bytes(agent.env.max_tokens)
         agent.config = dataclasses.replace(agent.config, graph_bytes=steps_kept * one)
         ran, factors = [], agent.network.factors
-        monkeypatch.setattr(agent.network, "factors", lambda r, f=factors, ran=ran: ran.append(r) or f(r))
+        monkeypatch.setattr(agent.network, "factors", lambda *a, f=factors, ran=ran: ran.append(a) or f(*a))
         results.append(torch.cat([g.flatten() for g in agent._trajectory(agent.env, seed=0)[0]]))
         passes.append(len(ran))
-    assert passes[0] == 3 and passes[0] < passes[1] < passes[2] == 6
-    assert results[0].abs().max() > 0 and all(torch.equal(results[0], r) for r in results[1:])
+    assert passes[0] == 3 and passes[0] < passes[1] <= 6
+    assert passes[2] == 3 + 3 * len(agent.network.shapes)  # no graph fits: the second pass goes module by module
+    assert results[0].abs().max() > 0 and torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-6 * float(results[0].abs().max()))
 
 
 def test_learning_counts_steps_over_calls_and_reports_each_update(training_env):

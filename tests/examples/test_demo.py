@@ -28,7 +28,7 @@ def test_quick_demo_prints_its_tables_and_writes_a_report_and_the_agent(tmp_path
         assert expected in output
     assert str(tmp_path / "report.html") in output
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall('src="data:image/png;base64,', page)) == 3
+    assert len(re.findall('src="data:image/png;base64,', page)) == 6
     assert "not the published CounterFact" in page
     assert RLEditAgent.load(tmp_path / "agent").updates >= 1
 

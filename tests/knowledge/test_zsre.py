@@ -1,6 +1,6 @@
 import pytest
 
-from rledit_env.knowledge import KnowledgeError, UnrelatedFact, load_knowledge
+from rledit_env.knowledge import ImpliedFact, KnowledgeError, UnrelatedFact, load_knowledge
 
 MEND_FLAT = {
     "subject": "UniFirst",
@@ -82,6 +82,14 @@ def test_knowedit_takes_every_locality_group_and_the_first_alias():
         UnrelatedFact("The seat of UniFirst is", "Wilmington"),
         UnrelatedFact("UniFirst country", "United States"),
     )
+
+
+def test_knowedit_s_portability_is_what_the_edit_implies():
+    groups = {"Reasoning": [{"prompt": "Who flies UniFirst's?", "ground_truth": "pilots"}], "Other": None, "None": []}
+    assert one(KNOWEDIT | {"portability": groups}).implied == (ImpliedFact("Who flies UniFirst's?", "pilots"),)
+    assert one(KNOWEDIT).implied == one({k: v for k, v in KNOWEDIT.items() if k != "portability"}).implied == ()
+    with pytest.raises(KnowledgeError, match=r"field 'portability\.Reasoning\[0\]\.ground_truth': is missing"):
+        one(KNOWEDIT | {"portability": {"Reasoning": [{"prompt": "Who?"}]}})
 
 
 def test_knowedit_without_any_locality_is_an_error():

@@ -1,0 +1,268 @@
+"""Runs editors one after the other on the same streams of the same LLM, cell by cell, each kept once it is finished."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from tqdm.auto import tqdm
+
+from agents.base import Agent, NotApplicable
+from agents.editing import edit_stream
+from agents.editors import Editor
+from agents.saved import agent_settings, find_agent, load_agent
+from rledit_env.files import write_text
+from rledit_env.knowledge import KnowledgeDataset, held_out
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.registry import default_edit_modules
+from rledit_env.metrics import evaluate
+
+
+class Views:
+    """Editable views of one LLM, which is loaded once; only one view is alive at a time, and it begins pre-trained.
+
+    Args:
+        model: registry name, hub id or folder.
+        dtype, device: as for :meth:`EditableLM.load`.
+    """
+
+    def __init__(self, model: str, dtype: str = "auto", device: str = "auto") -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self._view: EditableLM | None = None
+        self._patterns: tuple[str, ...] | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the LLM has been loaded."""
+        return self._view is not None
+
+    def get(self, edit_modules: Sequence[str] | str | None) -> EditableLM:
+        """The view with these edited modules (None: the model's default ones), pre-trained and with empty caches."""
+        patterns = (edit_modules,) if isinstance(edit_modules, str) else tuple(edit_modules or ()) or None
+        self.restore()
+        if self._view is None:
+            self._view = EditableLM.load(self.model, patterns, self.dtype, self.device)
+        elif patterns != self._patterns:
+            model, tokenizer = self._view.model, self._view.tokenizer
+            self._view = None  # its copies of the weights are gone before the new ones are made
+            wanted = patterns or default_edit_modules(self.model, model)
+            self._view = EditableLM(model, tokenizer, wanted, self.model)
+        self._patterns = patterns
+        return self._view
+
+    def restore(self) -> None:
+        """Make the LLM the pre-trained one, with empty caches, so that the next one finds what the first one found."""
+        if self._view is not None:
+            self._view.restore()
+            self._view.prefix_cache.clear()
+            self._view.reference_cache.clear()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all editors of a comparison share.
+
+    Attributes:
+        env_id: the environment.
+        test: the facts that are edited and scored.
+        training: gives the facts that editors train on; called when the first one needs them.
+        num_batches, batch_size: T and n.
+        edit_modules: modules that all edit; None leaves the choice to each editor.
+        generate: whether to decode freely as well (slower).
+    """
+
+    env_id: str
+    test: KnowledgeDataset
+    training: Callable[[], KnowledgeDataset]
+    num_batches: int
+    batch_size: int
+    edit_modules: tuple[str, ...] | None = None
+    generate: bool = True
+
+
+class Comparison:
+    """The cells of a comparison: one an editor and stream, each a file under ``out/cells``.
+
+    A cell that is there is not computed again; a training that was interrupted goes on from its checkpoint.
+
+    Args:
+        setting: what all editors share.
+        views: the LLM.
+        out: the comparison's folder.
+        progress_bar: show what is being done.
+    """
+
+    def __init__(self, setting: Setting, views: Views, out: str | Path, progress_bar: bool = True) -> None:
+        self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
+
+    def cell_path(self, editor: Editor, seed: int) -> Path:
+        return self.out / "cells" / editor.name / f"seed-{seed}.json"
+
+    def cell(self, editor: Editor, seed: int) -> dict[str, Any] | None:
+        """A finished cell; None if it is not finished.
+
+        Raises:
+            ValueError: it was computed with other settings of the editor.
+        """
+        path = self.cell_path(editor, seed)
+        if not path.exists():
+            return None
+        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        mine = editor.description()
+        different = sorted(k for k in mine | cell["editor"] if mine.get(k) != cell["editor"].get(k))
+        if different:
+            raise ValueError(f"{path} was computed with another {', '.join(different)} of the editor; delete it to "
+                             "compute it anew, or give another folder")
+        return cell
+
+    def run(self, editor: Editor, seeds: Sequence[int]) -> None:
+        """Compute the editor's cells that are missing: build it, train it if need be, and edit a stream a seed."""
+        missing = [seed for seed in seeds if self.cell(editor, seed) is None]
+        if not missing:
+            return
+        try:
+            agent, env, one_off = self._ready(editor)
+            for seed in missing:
+                self._write(editor, seed, {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off})
+        except NotApplicable as reason:
+            for seed in missing:
+                self._write(editor, seed, {"not_applicable": str(reason)})
+        finally:
+            self.views.restore()
+
+    def _write(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
+        cell = {"seed": seed, **result, "editor": editor.description()}
+        write_text(self.cell_path(editor, seed), json.dumps(cell, indent=1) + "\n")
+
+    # -- getting an editor ready ---------------------------------------------------------------------------------
+
+    def _ready(self, editor: Editor) -> tuple[Agent, gym.Env, float | None]:
+        """The editor's agent, the environment that it edits in, and the seconds that it took once and for all (None if
+        nobody knows)."""
+        settings = dict(editor.env)
+        if editor.saved is not None:
+            trained = agent_settings(find_agent(editor.saved))["environment"]
+            settings = {k: trained[k] for k in ("edit_modules", "token", "steps_per_batch") if k in trained} | settings
+        modules = self.setting.edit_modules or settings.pop("edit_modules", None)
+        settings.pop("edit_modules", None)
+        lm = self.views.get(modules)
+        env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
+        if editor.saved is not None:
+            return load_agent(find_agent(editor.saved), env), env, None
+        if editor.training is None:
+            agent = editor.agent_class()(env, editor.configuration())
+            started = time.perf_counter()
+            agent.learn(0, progress_bar=self.progress_bar)
+            # Statistics may have been kept from an earlier run; the agent then knows what they took.
+            measured = time.perf_counter() - started
+            return agent, env, float(getattr(agent, "one_off_seconds", measured))
+        trainer = editor.trainer or editor
+        train_env, folder, seconds = self._trained(trainer, lm, settings)
+        agent = editor.agent_class().load(folder, train_env)
+        agent.config = editor.configuration()
+        return agent.on(env), env, seconds
+
+    def _env(
+        self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: dict[str, Any],
+        reward: Any = "none", reward_gradient: bool = False,
+    ) -> gym.Env:  # fmt: skip
+        return gym.make(
+            self.setting.env_id, model=lm, data=data, num_batches=num_batches, batch_size=batch_size, reward=reward,
+            reward_gradient=reward_gradient, array_backend="torch", disable_env_checker=True, **settings,
+        )
+
+    def _trained(self, editor: Editor, lm: EditableLM, settings: dict[str, Any]) -> tuple[gym.Env, Path, float]:
+        """Train an editor, or go on with its training, unless that is done: the environment that it trains in, the
+        agent's folder, and the seconds that its training took, over all interruptions."""
+        training, folder = editor.training, self.out / "trained" / editor.name
+        assert training is not None
+        facts, selection = held_out(self.setting.training())
+        size = training.batch_size or self.setting.batch_size
+        if training.steps_per_batch is not None:
+            settings = {**settings, "steps_per_batch": training.steps_per_batch}
+        env = self._env(lm, facts, training.num_batches, size, settings, editor.reward(), reward_gradient=True)
+        finished = folder / "finished.json"
+        if not finished.exists():
+            clock = _Clock(folder / "seconds.json")
+            agent = editor.agent_class()(env, editor.configuration(), seed=0)
+            eval_env = longer = None
+            if training.select_batches:
+                eval_env = self._env(lm, selection, training.select_batches, self.setting.batch_size, settings)
+            if training.calibrate_batches:
+                longer = self._env(lm, selection, training.calibrate_batches, self.setting.batch_size, settings)
+            inner: Any = env.unwrapped
+            agent.learn(
+                training.trajectories * inner.episode_steps, callback=clock, progress_bar=self.progress_bar,
+                log_dir=folder, eval_env=eval_env, eval_every=training.eval_every, patience=training.patience,
+            )  # fmt: skip
+            if longer is not None:
+                agent.calibrate(longer)
+            agent.save(folder / "agent")
+            write_text(finished, json.dumps({"seconds": clock.seconds, "updates": agent.updates}) + "\n")
+        lm.restore()
+        return env, folder / "agent", float(json.loads(finished.read_text(encoding="utf-8"))["seconds"])
+
+    # -- editing -------------------------------------------------------------------------------------------------
+
+    def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
+        """Edit one stream and score all its facts at the end, those too that came after the LLM broke."""
+        inner: Any = env.unwrapped
+        inner.lm.prefix_cache.clear()
+        inner.lm.reference_cache.clear()
+        agent.reset()
+        total = self.setting.num_batches * self.setting.batch_size
+        with tqdm(total=total, desc=f"{editor.title}, stream {seed}", unit="fact", disable=not self.progress_bar,
+                  leave=False) as bar:
+            log = edit_stream(env, agent, progress=bar.update, seed=seed)
+        records = [record for t in range(self.setting.num_batches) for record in inner.stream.batch(t)]
+        metrics = evaluate(inner.lm, records, inner.dataset.kind, generate=self.setting.generate)
+        return {
+            **metrics.as_dict(),
+            "seconds_per_fact": log.seconds_per_fact,
+            "drift": log.drift,
+            "diverged": log.diverged,
+            "facts": total,
+            "edited_facts": log.facts,
+            "modules": len(inner.lm.module_shapes),
+            "dtype": str(inner.lm.dtype).removeprefix("torch."),
+            "device": str(inner.lm.device),
+        }
+
+
+class _Clock:
+    """Seconds spent so far, over all runs of an interrupted training; a callback that keeps them in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before = float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def __call__(self, numbers: Any) -> None:
+        write_text(self.path, json.dumps(self.seconds) + "\n")
+
+
+def check_disjoint(training: KnowledgeDataset, test: KnowledgeDataset) -> None:
+    """Make sure that nothing is trained on that is scored.
+
+    Raises:
+        ValueError: most facts of one are in the other: they are one file.
+
+    Warns of single facts that are in both, as published splits have some.
+    """
+    seen = {(r.prompt, r.target) for r in training}
+    both = sum((r.prompt, r.target) in seen for r in test)
+    if 2 * both > min(len(training), len(test)):
+        raise ValueError(f"the facts to train on ({training.source}) are those to be scored ({test.source}): {both} "
+                         "are in both; give the training facts with --train-data")
+    if both:
+        warnings.warn(f"{both} facts of {test.source} are among those to train on ({training.source})", stacklevel=2)

@@ -1,0 +1,356 @@
+"""The editors by name: what each one is, how it is built, and with which hyperparameters for which model."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rledit_env.reward import Component, Efficacy, Generalization, Locality, RewardConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+ENVIRONMENT = ("edit_modules", "token", "steps_per_batch")  # settings of the environment that an editor may choose
+COMPONENTS: dict[str, type[Component]] = {
+    "efficacy": Efficacy, "generalization": Generalization, "locality": Locality,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and on what an editor with something to learn is trained.
+
+    Attributes:
+        num_batches: batches of a training stream.
+        batch_size: facts of a training batch; None is as many as are edited at once.
+        steps_per_batch: presentations of a batch; None is as many as when it edits.
+        trajectories: training streams.
+        reward: the reward's components by name and weight, and any other of `RewardConfig`'s numbers.
+        select_batches: batches of the held-out streams that choose the best checkpoint; 0 takes the last.
+        eval_every: updates between two such evaluations.
+        patience: evaluations without a better score before training ends.
+        calibrate_batches: afterwards the step sizes are suited to held-out streams of so many batches; 0 leaves them.
+    """
+
+    num_batches: int = 5
+    batch_size: int | None = None
+    steps_per_batch: int | None = None
+    trajectories: int = 20
+    reward: Mapping[str, Any] = field(default_factory=dict)
+    select_batches: int = 0
+    eval_every: int = 10
+    patience: int = 4
+    calibrate_batches: int = 0
+
+
+@dataclass(frozen=True)
+class Editor:
+    """An editor that can be compared.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what a table calls it.
+        group: which editors it belongs with.
+        agent: its class, "module:name", built as ``agent(env, config, seed=seed)``.
+        config: its configuration's class, or a function that gives the default configuration, "module:name".
+        env: settings of the environment; without edit_modules the model's default ones are edited.
+        settings: what of the default configuration is otherwise, by (nested) name.
+        training: how it is trained; None if there is nothing to train, only perhaps statistics to gather, which is
+            then ``learn(0)``'s work.
+        trained_as: it goes on from what this editor's training gave, and has its settings beside its own.
+        trainer: that editor, as it is configured.
+        variant_of: what a file says of this editor's settings holds for it too, beside what it says of its own.
+        saved: a trained agent to take instead, as `agents.find_agent` knows it.
+    """
+
+    name: str
+    title: str
+    group: str
+    agent: str
+    config: str | None = None
+    env: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    training: Training | None = None
+    trained_as: str | None = None
+    trainer: Editor | None = None
+    variant_of: str | None = None
+    saved: str | None = None
+
+    def agent_class(self) -> Any:
+        return _named(self.agent)
+
+    def configuration(self) -> Any:
+        """The configuration that the agent is built with; None for an agent that has none.
+
+        Raises:
+            ValueError: a setting is unknown or out of its range.
+        """
+        if self.config is None:
+            _known(self.settings, (), f"editor {self.name!r}, config")
+            return None
+        return changed(_named(self.config)(), self.settings, f"editor {self.name!r}, config")
+
+    def reward(self) -> RewardConfig:
+        """What it is trained with; see :attr:`Training.reward`.
+
+        Raises:
+            ValueError: a component or a number is unknown.
+        """
+        numbers = dict(self.training.reward if self.training else {})
+        weights = numbers.pop("components", None)
+        if weights is not None:
+            _known(weights, COMPONENTS, f"editor {self.name!r}, train.reward.components")
+            numbers["components"] = {name: (weight, COMPONENTS[name]()) for name, weight in weights.items()}
+        return changed(RewardConfig(), numbers, f"editor {self.name!r}, train.reward")
+
+    def description(self) -> dict[str, Any]:
+        """All that its results depend on, as JSON holds it."""
+        described = {k: v for k, v in asdict(self).items() if k not in ("title", "group", "trainer")}
+        trainer = self.trainer.description() if self.trainer else None
+        return json.loads(json.dumps({**described, "trainer": trainer}))
+
+
+def _trajectory(name: str, title: str, config: str = "agents.rledit:RLEditConfig", **more: Any) -> Editor:
+    """A hypernetwork that is trained by the gradient of whole trajectories."""
+    return Editor(name, title, "trajectory", "agents.rledit:RLEditAgent", config, **more)
+
+
+def _starred(editor: Editor) -> Editor:
+    """The same network, trained again on the current weights after every third batch (RLEdit, Appendix A.2)."""
+    return replace(
+        editor, name=f"{editor.name}*", title=f"{editor.title}*", settings={"retrain_every": 3}, training=None,
+        trained_as=editor.name,
+    )  # fmt: skip
+
+
+def _recursive(editor: Editor) -> Editor:
+    """The same with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
+    return _variant(editor, "recursion", recursion=True)
+
+
+def _anchored(editor: Editor) -> Editor:
+    """The same with every value rescaled to the norm that values have in the original model (NAS, arXiv 2602.02543)."""
+    return _variant(editor, "nas", norm_anchor=True)
+
+
+def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
+    title = plugin.upper() if plugin == "nas" else plugin
+    return replace(
+        editor, name=f"{editor.name}+{plugin}", title=f"{editor.title}+{title}", settings=settings,
+        variant_of=editor.name,
+    )  # fmt: skip
+
+
+def _located(name: str, title: str) -> Editor:
+    """An editor that finds each fact's value at its subject and solves for the weights."""
+    layers = "8" if name == "rome" else "[4-8]"
+    return Editor(
+        name, title, "locate", f"agents.{name}:{title}Agent", f"agents.{name}:{title}Config",
+        env={"edit_modules": f"model.layers.{layers}.mlp.down_proj", "token": "subject", "steps_per_batch": 1},
+    )  # fmt: skip
+
+
+ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
+LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
+ROME, MEMIT, ALPHAEDIT = _located("rome", "ROME"), _located("memit", "MEMIT"), _located("alphaedit", "AlphaEdit")
+MEND = Editor(
+    "mend", "MEND", "hypernetwork", "agents.mend:MENDAgent", "agents.mend:MENDConfig",
+    env={"token": "all", "steps_per_batch": 1},
+    training=Training(
+        num_batches=1, batch_size=1, trajectories=2000,
+        reward={
+            "components": {"generalization": 0.1, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
+        },
+    ),
+)  # fmt: skip
+MALMEN = Editor(
+    "malmen", "MALMEN", "hypernetwork", "agents.malmen:MALMENAgent", "agents.malmen:MALMENConfig", env=ANSWER,
+    training=Training(
+        num_batches=1, trajectories=200,
+        reward={
+            "components": {"generalization": 1.0, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
+        },
+    ),
+)  # fmt: skip
+DAFNET = Editor(
+    "dafnet", "DAFNet", "hypernetwork", "agents.dafnet:DAFNetAgent", "agents.dafnet:DAFNetConfig",
+    env={"token": "all", "steps_per_batch": 1},
+    training=Training(
+        num_batches=10, trajectories=40,
+        reward={
+            "components": {"efficacy": 0.5, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+            "regularisation": 0.0,
+        },
+    ),
+)  # fmt: skip
+ULTRAEDIT = Editor(
+    "ultraedit", "UltraEdit", "training-free", "agents.ultraedit:UltraEditAgent", "agents.ultraedit:UltraEditConfig",
+    env=ANSWER,
+)  # fmt: skip
+
+# In the order of a table.
+EDITORS: dict[str, Editor] = {
+    editor.name: editor
+    for editor in (
+        Editor("none", "no edit", "reference", "agents.baselines:NoEditAgent"),
+        Editor(
+            "fine-tuning", "gradient", "reference", "agents.baselines:FineTuningAgent",
+            "agents.baselines:FineTuningConfig", env=ANSWER,
+        ),
+        Editor("ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER),
+        ROME,
+        _anchored(ROME),
+        MEMIT,
+        _recursive(MEMIT),
+        _anchored(MEMIT),
+        _located("prune", "PRUNE"),
+        _located("rect", "RECT"),
+        ALPHAEDIT,
+        _anchored(ALPHAEDIT),
+        MEND,
+        _starred(MEND),
+        MALMEN,
+        _starred(MALMEN),
+        _recursive(MALMEN),
+        DAFNET,
+        ULTRAEDIT,
+        _recursive(ULTRAEDIT),
+        _trajectory(
+            "mend+rledit", "MEND+RLEdit", "agents.mend:mend_rledit", env={"token": "all", "steps_per_batch": 1},
+            training=LONG,
+        ),
+        _trajectory("malmen+rledit", "MALMEN+RLEdit", "agents.malmen:malmen_rledit", env=ANSWER, training=LONG),
+        _trajectory(
+            "rledit-paper", "RLEdit (paper)", env=ANSWER, settings={"network": {"aggregation": "least_squares"}},
+            training=LONG,
+        ),
+        _trajectory(
+            "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
+            training=Training(
+                reward={
+                    "components": {"efficacy": 1.0, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+                    "every_step": False,
+                },
+                select_batches=10,
+            ),
+        ),
+    )
+}  # fmt: skip
+
+
+def chosen_editors(names: Iterable[str]) -> list[Editor]:
+    """Editors by name or group, or "all", in the order of a table, each once.
+
+    Raises:
+        ValueError: a name is neither an editor's nor a group's.
+    """
+    wanted = list(names)
+    groups = list(dict.fromkeys(editor.group for editor in EDITORS.values()))
+    unknown = [name for name in wanted if name != "all" and name not in (*EDITORS, *groups)]
+    if unknown:
+        raise ValueError(
+            f"editor {unknown[0]!r} is unknown; editors are {', '.join(EDITORS)}; groups are {', '.join(groups)}, all"
+        )
+    return [e for e in EDITORS.values() if "all" in wanted or e.name in wanted or e.group in wanted]
+
+
+def find_configs(model: str) -> Path | None:
+    """The file of hyperparameters that ships for a model; None if there is none, and the editors' defaults hold."""
+    for path in sorted(CONFIGS.glob("*.json")):
+        patterns = json.loads(path.read_text(encoding="utf-8"))["models"]
+        if any(fnmatch.fnmatch(model.lower(), pattern) for pattern in patterns):
+            return path
+    return None
+
+
+def load_configs(path: str | Path | None, kind: str) -> dict[str, dict[str, Any]]:
+    """Hyperparameters by editor for a kind of facts, from a file ``{"models": [...], "editors": {name: entry}}``.
+
+    An entry may hold "env", "config", "train" and "saved" (see `Editor`), and "kinds", which says for some kinds of
+    facts what is otherwise. "note" is for the reader.
+
+    Raises:
+        ValueError: the file is damaged, or a name in it is unknown.
+        OSError: it cannot be read.
+    """
+    if path is None:
+        return {}
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["editors"]
+        found = {name: merged(entry, entry.get("kinds", {}).get(kind, {})) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is no file of hyperparameters ({error!r}); it is {{"editors": {{NAME: {{"env": …, '
+                         '"config": …, "train": …}}}}') from error
+    _known(found, EDITORS, f"{path}, editors")
+    for name, entry in found.items():
+        _known(entry, ("env", "config", "train", "saved", "kinds", "note"), f"{path}, editor {name!r}")
+    return found
+
+
+def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Editor:
+    """The editor with what the entries of :func:`load_configs` say otherwise.
+
+    Raises:
+        ValueError: a setting is unknown or out of its range.
+    """
+    place, entry = f"editor {editor.name!r}", entries.get(editor.name, {})
+    if editor.variant_of is not None:
+        entry = merged(entries.get(editor.variant_of, {}), entry)
+    env, settings, training, trainer = dict(editor.env), dict(editor.settings), editor.training, None
+    if editor.trained_as is not None:
+        trainer = configured(EDITORS[editor.trained_as], entries)
+        training = trainer.training
+        env, settings = env | dict(trainer.env), merged(trainer.settings, settings)
+    env |= entry.get("env", {})
+    _known(env, ENVIRONMENT, f"{place}, env")
+    if "train" in entry:
+        training = changed(training or Training(), entry["train"], f"{place}, train")
+    made = replace(
+        editor, env=env, settings=merged(settings, entry.get("config", {})), training=training, trainer=trainer,
+        saved=entry.get("saved", editor.saved),
+    )  # fmt: skip
+    made.configuration()
+    made.reward()
+    return made
+
+
+def changed(config: Any, values: Mapping[str, Any], place: str) -> Any:
+    """A frozen configuration with other values, by name; nested configurations by nested dictionaries.
+
+    Raises:
+        ValueError: a name is unknown, or a value is refused.
+    """
+    _known(values, [f.name for f in fields(config)], place)
+    others: dict[str, Any] = {}
+    for name, value in values.items():
+        current = getattr(config, name)
+        if is_dataclass(current) and isinstance(value, Mapping):
+            value = changed(current, value, f"{place}.{name}")
+        others[name] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
+    try:
+        return replace(config, **others)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], place: str) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{place}: {unknown[0]!r} is unknown; known are {', '.join(known) or 'none'}")
+
+
+def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The base with the other's values, nested dictionaries merged likewise."""
+    result = dict(base)
+    for name, value in other.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if both else value
+    return result
+
+
+def _named(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)

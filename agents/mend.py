@@ -1,0 +1,75 @@
+"""MEND: a hypernetwork trained on single edits (Mitchell et al., ICLR 2022), MEND* and MEND+RLEdit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from agents.base import used_rows
+from agents.hypernetwork import HypernetworkConfig, StepRecord
+from agents.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
+from agents.rledit import RLEditConfig
+
+# The environment's settings that the editor is used with, and those that it is trained with: one fact from θ₀.
+RECOMMENDED: dict[str, Any] = {"token": "all", "steps_per_batch": 1}
+TRAINING: dict[str, Any] = {
+    **RECOMMENDED, "num_batches": 1, "batch_size": 1, "reward": batchwise_reward(editing=0.1, locality=1.0),
+}  # fmt: skip
+
+
+def mend_network(rank: int = 1920, step_size: float = 1e-4, **settings: Any) -> HypernetworkConfig:
+    """MEND's network; the defaults are the paper's for models of several billion parameters."""
+    defaults: dict[str, Any] = {"blocks": 2, "aggregation": "mend", "block": "mend", "normaliser": "lifetime"}
+    return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
+
+
+@dataclass(frozen=True)
+class MENDConfig(BatchwiseConfig):
+    """MEND's defaults: Adam at 1e-6 on the mean gradient of 10 edits, clipped at the norm 100.
+
+    The step sizes η_l start at 1e-4. The paper learns them directly, at the rate 1e-4; here log η_l is learned, so that
+    they stay positive, and the rate is relative.
+    """
+
+    network: HypernetworkConfig = field(default_factory=mend_network)
+    learning_rate: float = 1e-6
+    step_size_learning_rate: float = 1e-2
+    max_gradient_norm: float = 100.0
+    trajectories_per_update: int = 10
+
+
+def mend_rledit(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
+    """MEND+RLEdit (RLEdit, section 4.6): MEND's network, to be trained by `RLEditAgent` on whole trajectories with the
+    stream's reward (and with ``token="all"``)."""
+    return RLEditConfig(network=network or mend_network(), **settings)
+
+
+class MENDAgent(BatchwiseAgent):
+    """MEND (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022).
+
+    For every token of a fact and each module l, [u; δ] is normalised with the moments of all tokens seen in training
+    and passes through two low-rank blocks that modules of one shape share,
+    z ← z + ReLU(s_l ⊙ (z A B + b) + o_l), with a scale and a shift of each module; B, b and o start at zero and s at
+    one, so that the untrained network is the identity. The result (û, δ̂) is the rank-1 update −η_l δ̂ ûᵀ with a learned
+    step size η_l, and ΔW is the sum over all tokens of all facts of the batch (``token="all"``).
+
+    It is trained on single edits from θ₀ (:data:`TRAINING`): c_e L_e + L_loc, with L_e = −log p(y*|x̃) on a paraphrase,
+    L_loc = KL(p_θ₀ ‖ p_W) on an unrelated prompt, c_e = 0.1. MEND* is ``retrain_every=3``.
+
+    The environment's loss is a mean over the batch, so that its δ shrinks as the batch grows, and MEND's does not: δ is
+    multiplied by the number of rows, which makes a batch's update the sum of updates such as its facts would have got
+    alone, whatever the batch size.
+
+    Args:
+        env: the environment to learn in; None for an agent that only predicts, given ``shapes``.
+        config: the network, its training and its retraining.
+        shapes: module → (d_in, d_out), if there is no ``env``.
+        seed: of the initial parameters and of the training facts.
+    """
+
+    name: ClassVar[str] = "mend"
+    config_type: ClassVar[type[RLEditConfig]] = MENDConfig
+
+    def _observe(self, observation: Any, adapt: bool) -> StepRecord:
+        keys, gradients = used_rows(observation, self.network.device)
+        return self.network.observe(keys, {m: len(g) * g for m, g in gradients.items()}, adapt)

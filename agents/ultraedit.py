@@ -1,0 +1,132 @@
+"""UltraEdit: lifelong normalisation and ridge least squares, without any training (Gu et al., 2025)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from safetensors.torch import load_file
+
+from agents.base import Agent, factor_action, module_shapes, used_rows
+from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.settings import environment_settings
+from rledit_env.files import write_tensors, write_text
+
+# The environment's settings that the editor is best used with.
+RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
+
+
+@dataclass(frozen=True)
+class UltraEditConfig:
+    """UltraEdit's numbers; the defaults are the paper's for models of 7B parameters and more.
+
+    Attributes:
+        step_size: η. It scales with the model: a small one needs a larger step (see `agents/configs`).
+        damping: λ of the ridge.
+        recursion: keep the second moment of all earlier keys in the system, S_t = λI + Σ_{j≤t} u_jᵀ u_j (SimIE, ICML
+            2025; RLSEdit, arXiv 2601.15686). Each update is then the recursive least-squares step of
+            argmin_W Σ_j ‖(W − W_{j−1}) u_jᵀ − v_jᵀ‖² + λ ‖W − W₀‖², which avoids the directions of earlier edits and is
+            anchored at the original weights.
+    """
+
+    step_size: float = 1e-6
+    damping: float = 1.0
+    recursion: bool = False
+
+    def network(self) -> HypernetworkConfig:
+        """The rule as a hypernetwork without blocks."""
+        return HypernetworkConfig(
+            blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
+            damping=self.damping, learn_damping=False, coefficient="normalised", prior=0.0, normaliser="stream",
+        )  # fmt: skip
+
+
+class UltraEditAgent(Agent):
+    """UltraEdit (Gu et al., "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models",
+    arXiv 2505.14679).
+
+    For each module and token, [û; δ̂] = ([u; δ] − mean) / std with running moments over all tokens since the start of
+    the stream, this batch included (lifelong normalisation); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
+    ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper.
+
+    The running moments are one set a module; the published code shares them among modules of one shape.
+
+    Args:
+        env: the environment that it edits in; None only for an agent that is loaded, given ``shapes``.
+        config: its numbers.
+        seed: unused, since nothing is random.
+        shapes: module → (d_in, d_out), if there is no ``env``.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env | None,
+        config: UltraEditConfig | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        self.env, self.config, self.seed = env, config or UltraEditConfig(), seed
+        if shapes is None:
+            if env is None:
+                raise ValueError("give an environment or the edited modules' shapes")
+            shapes = module_shapes(env)
+        self.network = Hypernetwork(shapes, self.config.network())
+        if env is not None:
+            inner: Any = env.unwrapped
+            self.network.to(inner.lm.device)
+        self.network.reset()
+
+    def reset(self) -> None:
+        self.network.reset()
+
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for an observation in either array backend."""
+        record = self.network.observe(*used_rows(observation, self.network.device))
+        return factor_action(observation, *self.network.factors(record)), None
+
+    def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> UltraEditAgent:
+        """There is nothing to train."""
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the numbers as JSON, and the stream's moments and memory as safetensors."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "agent.safetensors", self.network.memory_state())
+        description = {
+            "agent": "ultraedit",
+            "format": 1,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "shapes": {m: list(s) for m, s in self.network.shapes.items()},
+            "environment": environment_settings(self.env),
+        }
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env | None = None) -> UltraEditAgent:
+        """The agent in a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: it was made for other modules than the environment's.
+        """
+        folder = Path(path)
+        if not (folder / "agent.json").exists():
+            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
+        if env is not None and module_shapes(env) != shapes:
+            raise ValueError(
+                f"{folder} was made for {len(shapes)} modules such as {next(iter(shapes.items()))}, which are not "
+                f"those that the environment edits; make it with the settings in {folder / 'agent.json'}"
+            )
+        agent = cls(env, UltraEditConfig(**description["config"]), description["seed"], shapes)
+        agent.network.load_memory_state(load_file(folder / "agent.safetensors"))
+        return agent

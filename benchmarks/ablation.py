@@ -1,0 +1,212 @@
+"""What each part of RLEdit is worth: the paper's Table 4, its settings one by one, T × n, and longer streams.
+
+    python benchmarks/ablation.py --data ../shared/data
+    python benchmarks/ablation.py --data ../shared/data --only "without"
+
+Every row is an agent trained from the same seeds on the same facts, with one thing changed, and scored on streams of
+the evaluation split after the last edit. "Without the RL framework" trains on single batches, each on the unedited
+model, as MEND and MALMEN do, with as many batches an update as a whole stream has. The T × n rows train and test on
+streams of the same number of facts. The length rows edit longer and longer streams with the whole agent.
+
+Each number is a cell of results.json: a run that was interrupted goes on with the cells that are missing, and prints
+the table of those that are there. Several processes may share the work, each with its own --only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+import tyro
+from learning import ENV_IDS, Cells, table
+
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
+from agents.hypernetwork import Aggregation
+from rledit_env.knowledge import KnowledgeDataset, load_knowledge
+from rledit_env.lm.editable import EditableLM
+from rledit_env.metrics import evaluate
+from rledit_env.reward import RewardConfig
+
+
+@dataclass(frozen=True)
+class Args:
+    """Trains agents with one thing changed each; prints a table."""
+
+    data: str
+    """Folder with {kind}_train.jsonl and {kind}_eval.jsonl, or anything else that the environment reads."""
+    kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
+    """Whose facts."""
+    out: Path = Path("runs/ablation")
+    """Where results and trained agents go; a folder a kind."""
+    model: str = "smollm2-135m"
+    """Registry name, hub id or folder of the model."""
+    edit_modules: tuple[str, ...] = ("model.layers.[6-12].mlp.{gate,up}_proj",)
+    """Modules edited."""
+    token: str = "subject"
+    """Positions seen."""
+    steps_per_batch: int = 3
+    """Presentations of a batch."""
+    aggregation: Aggregation = "recursive"
+    """Of the update; "least_squares" is the paper's."""
+    step_size: float = 1e-3
+    """The policy's to start from."""
+    rank: int = 256
+    """Of its network."""
+    num_batches: int = 10
+    """T of the training streams and of the test."""
+    batch_size: int = 20
+    """n."""
+    trajectories: int = 20
+    """Training streams, each an update."""
+    samples: int = 1
+    """Earlier batches that a step's reward looks at, drawn by their weight; 0 looks at all k of them."""
+    depths: tuple[int, ...] = (1, 5, 20)
+    """k, tried beside the default of 10."""
+    decays: tuple[float, ...] = (0.5, 0.8, 1.0)
+    """μ, beside 0.95."""
+    localities: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0)
+    """λ_loc, beside 0.6."""
+    grid: tuple[int, ...] = (2, 5, 20, 40, 100)
+    """T of the T × n rows; n makes as many facts as num_batches × batch_size."""
+    lengths: tuple[int, ...] = (5, 20, 40, 80)
+    """T of the length rows."""
+    seeds: int = 3
+    """Agents and test streams."""
+    threads: int = 1
+    """torch's threads."""
+    only: str = ""
+    """Compute just the cells whose name holds this text."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A row: what it changes, and what it is tested on."""
+
+    name: str
+    reward: dict[str, Any] = field(default_factory=dict)
+    locality: float = 0.6
+    agent: dict[str, Any] = field(default_factory=dict)
+    num_batches: int | None = None
+    batch_size: int | None = None
+    single_batches: bool = False
+    test_batches: int | None = None
+    trained: bool = True
+    trained_as: str = ""
+    """The row whose agent is tested here, if it is not this one's own."""
+
+
+def variations(args: Args) -> list[Variation]:
+    """The rows of the table."""
+    facts = args.num_batches * args.batch_size
+    rows = [
+        Variation("no training", trained=False),
+        Variation("whole"),
+        Variation("without the RL framework", single_batches=True),
+        Variation("without backtracking", reward={"backtracking_depth": 0}),
+        Variation("without regularisation", reward={"regularisation": 0.0}),
+        Variation("credit by step", agent={"credit": "step"}),
+    ]
+    rows += [Variation(f"k = {k}", reward={"backtracking_depth": k}) for k in args.depths]
+    rows += [Variation(f"mu = {mu:g}", reward={"backtracking_decay": mu}) for mu in args.decays]
+    rows += [Variation(f"lambda_loc = {weight:g}", locality=weight) for weight in args.localities]
+    rows += [Variation(f"{t} x {facts // t}", num_batches=t, batch_size=facts // t) for t in args.grid if facts >= t]
+    rows += [Variation(f"whole, {t} batches", test_batches=t, trained_as="whole") for t in args.lengths]
+    return rows
+
+
+class Ablation:
+    """The cells of one data set's table."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.lm = EditableLM.load(args.model, args.edit_modules)
+        self.training, self.test = (self._facts(split) for split in ("train", "eval"))
+        self.folder = args.out / args.kind
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = ("data", "out", "seeds", "only", "threads", "depths", "decays", "localities", "grid", "lengths")
+        settings = {k: v for k, v in asdict(args).items() if k not in free}  # what every row depends on
+        settings |= {"train": self.training.source, "test": self.test.source, "dtype": str(self.lm.dtype)}
+        self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
+
+    def _facts(self, split: str) -> KnowledgeDataset:
+        file = Path(self.args.data) / f"{self.args.kind}_{split}.jsonl"
+        return load_knowledge(self.args.kind, file if file.exists() else self.args.data, split, on_error="skip")
+
+    def stream(self, data: KnowledgeDataset, batches: int, size: int, **more: Any) -> gym.Env[Any, Any]:
+        """An environment of these facts."""
+        return gym.make(
+            ENV_IDS[self.args.kind], model=self.lm, data=data, num_batches=batches, batch_size=size,
+            token=self.args.token, steps_per_batch=self.args.steps_per_batch, array_backend="torch",
+            disable_env_checker=True, **more,
+        )  # fmt: skip
+
+    def reward(self, row: Variation) -> RewardConfig:
+        """The paper's with a term for the edit prompt itself; scored at a batch's last presentation."""
+        base = RewardConfig.with_efficacy(locality=row.locality, samples=self.args.samples or None)
+        return replace(base, every_step=False, **row.reward)
+
+    def agent(self, row: Variation, seed: int) -> RLEditAgent:
+        """The row's agent after training, from its folder if it is there."""
+        args = self.args
+        batches, size = row.num_batches or args.num_batches, row.batch_size or args.batch_size
+        length = 1 if row.single_batches else batches  # of a training stream; an update sees as many batches
+        network = HypernetworkConfig(aggregation=args.aggregation, step_size=args.step_size, rank=args.rank)
+        if not row.trained:
+            config = RLEditConfig(network=replace(network, blocks=0))
+            return RLEditAgent(self.stream(self.test, 1, size, reward="none"), config)
+        env = self.stream(self.training, length, size, reward=self.reward(row), reward_gradient=True)
+        config = RLEditConfig(network=network, trajectories_per_update=batches // length, **row.agent)
+        folder = self.folder / row.name.replace(" ", "_") / str(seed)
+
+        def train() -> dict[str, Any]:
+            shutil.rmtree(folder, ignore_errors=True)  # of a cell that was never finished
+            agent = RLEditAgent(env, config, seed=seed)
+            agent.learn(args.trajectories * batches * args.steps_per_batch)
+            agent.save(folder)
+            return {"updates": agent.updates}
+
+        self.cells.get(f"training/{row.name}/seed {seed}", train)
+        return RLEditAgent.load(folder, env)
+
+    def cell(self, row: Variation, seed: int) -> dict[str, Any] | None:
+        """The row's scores on one stream of the evaluation split; None where there are too few facts."""
+        batches = row.test_batches or row.num_batches or self.args.num_batches
+        size = row.batch_size or self.args.batch_size
+        if batches * size > len(self.test):
+            return None
+
+        def compute() -> dict[str, Any]:
+            agent = self.agent(replace(row, name=row.trained_as) if row.trained_as else row, seed)
+            agent.reset()
+            env: Any = self.stream(self.test, batches, size, reward="none").unwrapped
+            log = edit_stream(env, agent, seed=seed)
+            metrics = evaluate(self.lm, env.edited_records(), self.args.kind, generate=False).as_dict()
+            return {k: v for k, v in metrics.items() if v is not None} | {
+                "drift": log.drift, "diverged": log.diverged, "seconds_per_fact": log.seconds_per_fact,
+            }  # fmt: skip
+
+        return self.cells.get(f"test/{row.name}/seed {seed}", compute)
+
+    def rows(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Every row of the table with its cells, one a seed."""
+        for row in variations(self.args):
+            yield row.name, [c for s in range(self.args.seeds) if (c := self.cell(row, s))]
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.threads)
+    ablation = Ablation(args)
+    print(f"{ablation.test.source}: {args.num_batches}×{args.batch_size} facts, {args.model}, {args.edit_modules}")
+    text = table(ablation.rows())
+    print(text)
+    (ablation.folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,190 @@
+"""`rledit compare`: many editors on the same streams of facts, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rledit_env.cli.command import (
+    FAILED,
+    OK,
+    Command,
+    check_positive,
+    environment_arguments,
+    kind_of,
+    say_loading,
+    skipped_rows,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from agents.editors import Editor
+    from rledit_env.tables import Row
+
+SETTINGS = "comparison.json"
+TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from agents.editors import EDITORS
+
+    groups: dict[str, list[str]] = {}
+    for editor in EDITORS.values():
+        groups.setdefault(editor.group, []).append(editor.name)
+    listed = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+    parser.add_argument("--editors", nargs="+", required=True, metavar="NAME",
+                        help=f"'all', or editors or groups by name ({listed})")
+    environment_arguments(parser, required=True)
+    parser.add_argument("--train-data", help="whose train split editors learn from (default: --data)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+                        help="cells, trained networks and tables; finished cells are not computed again")
+    parser.add_argument("--batches", type=int, default=20, metavar="T", help="batches of a stream")
+    parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
+    parser.add_argument("--seeds", type=int, default=3, metavar="S",
+                        help="streams, with the seeds 0 to S − 1; the same for every editor")
+    parser.add_argument("--configs", type=Path, metavar="FILE",
+                        help="hyperparameters by editor (default: those that ship for the model, agents/configs)")
+    parser.add_argument("--no-generate", dest="generate", action="store_false",
+                        help="leave the free-running exact match out, which takes long")
+
+
+def run(options: argparse.Namespace) -> int:
+    from agents.comparison import Comparison, Setting, Views, check_disjoint
+    from agents.editors import chosen_editors, configured, find_configs, load_configs
+    from rledit_env.files import write_text
+    from rledit_env.knowledge import KnowledgeStream, load_knowledge
+    from rledit_env.report import versions
+
+    check_positive(options, "batches", "batch_size", "seeds")
+    kind = kind_of(options.env)
+    configs = options.configs or find_configs(options.model)
+    entries = load_configs(configs, kind)
+    editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
+    test = load_knowledge(kind, options.data, "eval", options.on_error)
+    KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
+
+    @functools.cache
+    def training() -> Any:
+        facts = load_knowledge(kind, options.train_data or options.data, "train", options.on_error)
+        check_disjoint(facts, test)
+        return facts
+
+    if any(editor.training and not editor.saved for editor in editors):
+        training()
+    modules = tuple(options.edit_modules) if options.edit_modules else None
+    setting = Setting(options.env, test, training, options.batches, options.batch_size, modules, options.generate)
+    views = Views(options.model, options.dtype, options.device)
+    comparison = Comparison(setting, views, options.out)
+    _check_folder(options, test.source)
+    seeds = range(options.seeds)
+    missing = [e for e in editors if any(comparison.cell(e, seed) is None for seed in seeds)]
+
+    print(f"data     {test.source} ({test.split}): {options.batches} × {options.batch_size} of {len(test):,} facts, "
+          f"{options.seeds} streams", *skipped_rows(test))
+    print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
+    print(f"editors  {', '.join(e.name for e in editors)}; {len(missing)} to run", flush=True)
+    if missing:
+        say_loading(options.model)
+        views.get(modules)
+        described = {**_described(options, test.source), "versions": versions()}
+        write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
+    failed: list[str] = []
+    for number, editor in enumerate(missing, start=1):
+        warn(f"[{number}/{len(missing)}] {editor.title}")
+        try:
+            comparison.run(editor, seeds)
+        except Exception as error:
+            if options.traceback or not isinstance(error, (ValueError, OSError)):
+                traceback.print_exc()
+            warn(f"{editor.title} failed: {' '.join(str(error).split())}")
+            failed.append(editor.name)
+        _write_tables(options, _rows(comparison, editors, seeds), test.source)
+    rows = _rows(comparison, editors, seeds)
+    _write_tables(options, rows, test.source)
+    print((options.out / "table.txt").read_text(encoding="utf-8"))
+    for row in rows:
+        if row.not_applicable:
+            reason = next(c["not_applicable"] for c in row.cells if "not_applicable" in c)
+            print(f"{row.title}: not applicable, {reason}")
+    print(f"written: {', '.join(str(options.out / name) for name in TABLES)}; every number is in {options.out}/cells")
+    if failed:
+        warn(f"failed: {', '.join(failed)}; the same command tries them again")
+        return FAILED
+    return OK
+
+
+def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
+    """The rows of the editors that have all their cells."""
+    from rledit_env.tables import Row
+
+    rows = []
+    for editor in editors:
+        cells = [cell for seed in seeds if (cell := comparison.cell(editor, seed)) is not None]
+        if len(cells) == len(seeds):
+            rows.append(Row(editor.name, editor.title, cells, editor.name != "none"))
+    return rows
+
+
+def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> None:
+    from rledit_env import tables
+    from rledit_env.files import write_text
+
+    streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
+    caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
+               "percent after the last edit. s/fact in all: with training and statistics, shared by a stream's facts.")
+    texts = (
+        f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
+        tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),
+    )  # fmt: skip
+    for name, text in zip(TABLES, texts, strict=True):
+        write_text(options.out / name, text)
+
+
+def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """What the folder's cells have in common, beside the editors' own settings."""
+    names = ("env", "model", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate")
+    return {name: getattr(options, name) for name in names} | {"source": source}
+
+
+def _check_folder(options: argparse.Namespace, source: str) -> None:
+    """Make sure that the cells in the folder are of this comparison.
+
+    Raises:
+        ValueError: they are of another one.
+    """
+    path = options.out / SETTINGS
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in _described(options, source).items():
+        if name in theirs and theirs[name] != value:
+            raise ValueError(f"{options.out} holds a comparison with {name} {theirs[name]!r}, not {value!r}; give "
+                             "another --out, or the same settings")
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    return (f"interrupted; the finished cells are in {options.out}. Go on with the same command:\n"
+            f"  {options.command_line}")
+
+
+COMMAND = Command(
+    "compare",
+    "compare editors on the same streams of facts",
+    "Let many editors edit the same streams of facts into the same model, and write their scores in one table\n"
+    "(text, Markdown, LaTeX, CSV). Editors that learn are trained first. Whatever is finished is kept: an\n"
+    "interrupted comparison is continued by the same command, and further editors join with the same --out.",
+    """\
+examples:
+  # on the sample that ships with the package
+  rledit compare --editors none fine-tuning rledit --env RLEdit-CounterFact-v0 --batches 10 --out runs/compared
+
+  # every editor, on your own data: a folder with counterfact_train.jsonl and counterfact_eval.jsonl
+  rledit compare --editors all --env RLEdit-CounterFact-v0 --data data --batches 20 --batch-size 20 --seeds 3 \\
+      --out runs/counterfact-20x20
+""",
+    add_arguments,
+    run,
+    interrupted,
+)

@@ -1,0 +1,134 @@
+"""`rledit probe`: which weights to edit, and with which step size."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rledit_env.cli.command import OK, Command, environment_arguments, kind_of, say_loading, skipped_rows, warn
+
+if TYPE_CHECKING:
+    from agents.probe import ProbeResult
+
+TOLD = 10  # candidates that are printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from agents.probe import ProbeConfig
+    from rledit_env.lm.forward import TOKEN_CHOICES
+
+    config = ProbeConfig()
+    environment_arguments(parser, required=True, env="RLEdit-CounterFact-v0")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="folder of the scores and pictures; what is there already is not computed again")
+    parser.add_argument("--step-sizes", type=float, nargs="+", default=list(config.step_sizes), help="tried for each")
+    parser.add_argument("--num-batches", type=int, default=config.num_batches, metavar="T", help="batches edited")
+    parser.add_argument("--batch-size", type=int, default=config.batch_size, metavar="n", help="facts a batch")
+    parser.add_argument("--steps-per-batch", type=int, default=config.steps_per_batch,
+                        help="how often a batch is presented; more of them want smaller step sizes")
+    parser.add_argument("--token", choices=TOKEN_CHOICES, default=config.token, help="positions whose keys are seen")
+    parser.add_argument("--run-lengths", type=int, nargs="*", default=list(config.run_lengths), help="layers in a run")
+    parser.add_argument("--layer-stride", type=int, default=config.layer_stride, metavar="k",
+                        help="try one in k layers alone")
+    parser.add_argument("--seed", type=int, default=config.seed, help="of the facts' choice")
+
+
+def run(options: argparse.Namespace) -> int:
+    from agents.probe import Probe, ProbeConfig
+    from rledit_env.knowledge import load_knowledge
+    from rledit_env.lm.editable import resolve_device, resolve_dtype
+    from rledit_env.lm.registry import load_model
+
+    config = ProbeConfig(
+        step_sizes=tuple(options.step_sizes), num_batches=options.num_batches, batch_size=options.batch_size,
+        steps_per_batch=options.steps_per_batch, token=options.token, run_lengths=tuple(options.run_lengths),
+        layer_stride=options.layer_stride, seed=options.seed,
+    )
+    facts = load_knowledge(kind_of(options.env), options.data, "train", options.on_error)
+    say_loading(options.model)
+    device = resolve_device(options.device)
+    model, tokenizer = load_model(options.model, resolve_dtype(options.dtype, device), device)
+    probe = Probe(
+        model, tokenizer, facts, options.out / "probe.json", config, options.model, options.edit_modules
+    )
+    print(f"data   {facts.source}: {config.num_batches} × {config.batch_size} of {len(facts):,} facts",
+          *skipped_rows(facts))
+    print(f"model  {options.model}: {len(list(probe.singles()))} modules alone, then runs of layers, at step sizes "
+          f"{', '.join(f'{size:g}' for size in config.step_sizes)}", flush=True)
+    with _bar() as bar:
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = probe.run(update)
+    _tell(result)
+    _draw(result, options.out)
+    glob, size, _ = result.ranked()[0]
+    settings = f"--edit-modules {shlex.quote(glob)} --token {config.token} --steps-per-batch {config.steps_per_batch}"
+    print(f"recommended: {settings} --step-size {size:g}")
+    if size in (min(config.step_sizes), max(config.step_sizes)) and len(config.step_sizes) > 1:
+        warn(f"note: {size:g} is the last step size tried; the best may lie beyond it (--step-sizes)")
+    print(f"next: rledit train --env {options.env} --model {options.model} --data {options.data} {settings} "
+          f"--step-size {size:g} --out RUN")
+    return OK
+
+
+def _bar() -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc="probing", unit="candidate")
+
+
+def _tell(result: ProbeResult) -> None:
+    """The best candidates, beside the unedited model."""
+    from agents.probe import NO_EDIT, SCORES
+    from rledit_env.report import text_table
+
+    rows: list[list[Any]] = [[NO_EDIT, None, *(result.cells[NO_EDIT][score] for score in SCORES)]]
+    rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:TOLD]]
+    print(text_table(["modules", "step size", *SCORES], rows, widest=72))
+
+
+def _draw(result: ProbeResult, folder: Path) -> None:
+    """The heat map, where there is matplotlib."""
+    from rledit_env.report import module_map
+
+    kinds, layers, maps = result.maps()
+    for form in ("png", "pdf"):
+        path = folder / f"probe.{form}"
+        try:
+            path.write_bytes(module_map(kinds, layers, maps, form))
+        except ImportError as error:
+            warn(f"note: no heat map: {error}")
+            return
+        print(f"written: {path}")
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    return (f"interrupted; {options.out / 'probe.json'} holds what was measured. "
+            f"Go on with the same command:\n  {options.command_line}")
+
+
+COMMAND = Command(
+    "probe",
+    "find out which weights to edit",
+    "Edit the same few facts with every linear module alone, then with runs of neighbouring layers, at a few step\n"
+    "sizes, and recommend modules and a step size. No agent is needed: the editor is the untrained policy.\n"
+    "An interrupted probe is continued by the same command.",
+    """\
+examples:
+  rledit probe --model smollm2-135m --out runs/probe
+  rledit probe --env RLEdit-ZsRE-v0 --model owner/name --data zsre_train.jsonl --layer-stride 4 --out runs/probe
+
+  # every layer alone, and shorter runs too
+  rledit probe --layer-stride 1 --run-lengths 3 7 --out runs/probe-all
+
+  # only the feed-forward layers
+  rledit probe --edit-modules 'model.layers.*.mlp.*' --out runs/probe-mlp
+""",
+    add_arguments,
+    run,
+    interrupted,
+)

@@ -1,0 +1,41 @@
+"""`rledit report`: a run as one page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rledit_env.cli.command import OK, Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN",
+                        help="a run's folder with results of 'rledit evaluate --json', or what 'rledit edit' wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    parser.add_argument("--figures", nargs="+", choices=("png", "pdf"), default=[], metavar="FORM",
+                        help="also write each picture as 'png' or 'pdf', into a folder 'figures' beside the page")
+
+
+def run(options: argparse.Namespace) -> int:
+    from rledit_env.run_report import RunReport
+
+    for path in RunReport(options.run_folder).write(options.out, options.figures):
+        print(path)
+    return OK
+
+
+COMMAND = Command(
+    "report",
+    "show a run as one page, with pictures",
+    "Write one HTML page about a run that needs no network when it is opened: scores, facts with the answers before\n"
+    "and after, retention, updates by layer, general ability, learning curve, settings, commands and versions.",
+    """\
+examples:
+  rledit evaluate --agent runs/first --retention --general self --json runs/first/result.json
+  rledit report runs/first
+  rledit report runs/first --figures png pdf
+""",
+    add_arguments,
+    run,
+    lambda options: "interrupted; the page was not written",
+)

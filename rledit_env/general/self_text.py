@@ -1,0 +1,92 @@
+"""General drift without any data: how an edited LLM takes text that it wrote itself before editing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
+from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
+
+OPENINGS = (
+    "The history of", "In a small village", "Scientists have found", "My favourite recipe", "The main reason why",
+    "Once upon a time", "To solve this equation", "The river flows", "Many people believe", "In the year 1900",
+    "The company announced", "A good teacher", "The purpose of a heart", "When the war ended", "Learning a language",
+    "The weather in spring", "An important invention", "Her first novel", "The function returns", "Plants need light",
+    "The city council", "If you want to", "The moon and the", "Most birds can", "He opened the door",
+    "Music has always", "The price of bread", "Children often ask", "The law requires", "Last summer we",
+    "A computer stores", "The painting shows",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelfDrift:
+    """What editing did to the LLM on its own earlier text.
+
+    Attributes:
+        perplexity: of the text, exp(mean −log p) over its tokens, under the current weights.
+        original_perplexity: the same under the pre-trained weights.
+        kl: mean KL(p_θ₀ ‖ p_θ) of the next token, over the text's positions, in nats.
+    """
+
+    perplexity: float
+    original_perplexity: float
+    kl: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def self_text(
+    lm: EditableLM, openings: Sequence[str] = OPENINGS, tokens: int = 64, seed: int = 0
+) -> list[Passage]:
+    """Continuations of some openings, sampled from the pre-trained LLM whatever its current weights.
+
+    Args:
+        lm: the LLM.
+        openings: texts to continue, one passage each.
+        tokens: the longest continuation; it ends earlier where the LLM ends it.
+        seed: of the sampling; torch's own random state is left alone.
+    """
+    rows = [lm.tokenizer(text)["input_ids"] for text in openings]
+    width = max(map(len, rows))
+    pad, end = lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), lm.original_weights():
+        torch.manual_seed(seed)
+        output = lm.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0,
+            top_p=1.0, pad_token_id=pad,
+        )  # fmt: skip
+    passages = []
+    for row, continuation in zip(rows, output[:, width:].tolist(), strict=True):
+        written = continuation[: continuation.index(end)] if end in continuation else continuation
+        if written:
+            passages.append(Passage(tuple(row + written[:-1]), tuple(written)))
+    if not passages:
+        raise ValueError(f"{lm.name or 'the model'} continues none of the {len(rows)} openings; give others")
+    return passages
+
+
+@torch.no_grad()
+def self_drift(lm: EditableLM, passages: Sequence[Passage]) -> SelfDrift:
+    """Perplexity of the passages, and the divergence from the pre-trained LLM on them, at the current weights."""
+    reference = torch.cat(lm.reference_states(passages))  # (P, d)
+    states = lm.answer_states(passages)
+    now, before = (
+        float(negative_log_likelihood(lm.forward, hidden, states.targets).mean())
+        for hidden in (states.hidden, reference)
+    )
+    kl = float(kl_divergence(lm.forward, states.hidden, reference).mean())
+    return SelfDrift(_exp(now), _exp(before), kl)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

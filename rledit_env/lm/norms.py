@@ -1,0 +1,92 @@
+"""Root mean square norms of models that run on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from rledit_env.lm.forward import at_least_float32
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) · scale with its gradient for x written out: a third of the passes over memory that autograd makes of
+    the single operations, and nothing kept but x.
+
+    ``scale`` (width,) is in float32 where the product is rounded once (Gemma), in x's precision where x / rms(x) is
+    rounded first (Llama).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+        rows = at_least_float32(x)
+        reciprocal = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+        reciprocal.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, scale, reciprocal)
+        return (rows * reciprocal).to(scale.dtype).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        x, scale, reciprocal = ctx.saved_tensors
+        rows, scaled = at_least_float32(x), at_least_float32(cotangent * scale)
+        along = torch.linalg.vecdot(scaled, rows).unsqueeze(-1).mul_(reciprocal.square()).div_(-x.shape[-1])
+        return torch.addcmul(scaled, rows, along).mul_(reciprocal).to(x.dtype), None, None
+
+
+class FastNorm(nn.Module):
+    """Mixed into the class of a model's norms by :func:`prefer_fast_norms`."""
+
+    weight: Tensor
+    one_more = False  # whether the scale is 1 + weight (Gemma), in float32
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.weight.requires_grad:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        scale = 1.0 + at_least_float32(self.weight) if self.one_more else self.weight
+        return _RMSNorm.apply(hidden_states, scale, _epsilon(self))
+
+
+def prefer_fast_norms(model: PreTrainedModel) -> None:
+    """Let a model on a CPU compute its root mean square norms by :class:`_RMSNorm`, where that gives what it had.
+
+    Each class of norm is tried on numbers of a seed first; one that computes something else stays as it is.
+    """
+    if model.device.type != "cpu":
+        return
+    known: dict[type[nn.Module], type[nn.Module] | None] = {}
+    for module in model.modules():
+        cls = type(module)
+        if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm):
+            continue
+        if cls not in known:
+            known[cls] = _faster(module)
+        if (faster := known[cls]) is not None:
+            module.__class__ = faster
+
+
+def _epsilon(module: Any) -> float:
+    return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
+
+
+@torch.no_grad()
+def _faster(module: Any) -> type[nn.Module] | None:
+    """The class of a norm that computes what this one does, or None."""
+    cls, weight = type(module), getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1 or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+        return None
+    trial = copy.deepcopy(module)
+    numbers = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    x, trial.weight.data = numbers[:3], numbers[3]
+    wanted = trial(x)
+    for one_more in (False, True):
+        scale = 1.0 + at_least_float32(trial.weight) if one_more else trial.weight
+        got = _RMSNorm.apply(x, scale, _epsilon(module))
+        tolerance = 0.01 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
+        if got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=tolerance, atol=tolerance):
+            return type(f"Fast{cls.__name__}", (FastNorm, cls), {"one_more": one_more, "__module__": cls.__module__})
+    return None

@@ -1,0 +1,215 @@
+"""What is known of a run, gathered from its folder into one page: `rledit report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rledit_env import report
+from rledit_env.metrics import answer_of
+from rledit_env.report import Form, Report, Table
+from rledit_env.retention import Retention
+
+Picture = Callable[[Form], bytes | None]
+NO_EDIT = "no edit"
+
+
+class RunReport:
+    """The page of a run's folder, and its pictures for a paper.
+
+    Args:
+        folder: what `rledit train --out` or `rledit edit --out` wrote. The results that `rledit evaluate --json` wrote
+            into it are shown; and the learning curve, if training logged one there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no result.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; give the one that 'rledit train' or 'rledit edit' wrote")
+        self.results = _read_results(self.folder)
+        if not self.results:
+            raise ValueError(
+                f"{folder} holds no result to show; write one with: rledit evaluate --agent {folder} --retention "
+                f"--general self --json {self.folder / 'result.json'}"
+            )
+        self.curves = report.read_curves(self.folder) if list(self.folder.glob("events.out.tfevents.*")) else {}
+        self.pictures: dict[str, Picture] = {}  # by file name, in the page's order
+
+    def page(self) -> Report:
+        """The whole page."""
+        self.pictures = {}
+        results = self.results
+        page = Report("Lifelong editing of a language model", _lead(results))
+        scores = score_rows(results)
+        page.table(*report.score_table(scores))
+        self._picture(page, "scores", lambda form: report.score_bars(scores, form),
+                      "Scores on the edited facts after the last of them.")
+        page.paragraph(_legend(str(next(iter(results.values()))["settings"].get("kind", ""))))
+        if any(report.PORTABILITY in row for row in scores.values()):
+            page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
+        for name, result in results.items():
+            of = f" ({name})" if len(results) > 1 else ""
+            tag = f"-{name}" if len(results) > 1 else ""
+            self._facts(page, result, of)
+            self._retention(page, result, of, tag)
+            self._weights(page, result, of, tag)
+            self._general(page, result, of)
+        if self.curves and report.learning_curves(self.curves) is not None:
+            page.heading("Learning")
+            self._picture(page, "learning", lambda form: report.learning_curves(self.curves, form),
+                          "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
+        self._settings(page)
+        return page
+
+    def write(self, path: str | Path | None = None, figures: Sequence[Form] = ()) -> list[Path]:
+        """Write the page (``report.html`` in the folder unless said otherwise), and beside it, in ``figures``, each
+        picture in these forms; returns what was written, the page first."""
+        page = self.page().write(path or self.folder / "report.html")
+        written = [page]
+        for name, draw in self.pictures.items():
+            for form in figures:
+                file = page.parent / "figures" / f"{name}.{form}"
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(draw(form) or b"")
+                written.append(file)
+        return written
+
+    def _picture(self, page: Report, name: str, draw: Picture, caption: str) -> None:
+        self.pictures[name] = draw
+        page.picture(draw("png") or b"", caption)
+
+    def _facts(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        if not result.get("answers"):
+            return
+        page.heading(f"Facts of the stream{of}")
+        page.paragraph("Taken evenly from the stream, whatever became of them. The model's answers, written freely; "
+                       "✓ where the answer is exactly the new one.")
+        page.table(*answer_rows(result["answers"]))
+
+    def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+        if not result.get("retention"):
+            return
+        retention = Retention.from_dict(result["retention"])
+        page.heading(f"Retention{of}")
+        lost = "" if retention.forgetting != retention.forgetting else (
+            f" On average a batch ends {retention.forgetting:.1f} points below its best."
+        )
+        page.paragraph(f"Every batch's Efficacy after each later one was edited.{lost}")
+        self._picture(page, f"retention{tag}", lambda form: report.retention_map(retention, form),
+                      report.RETENTION_CAPTION)
+        self._picture(page, f"memory{tag}", lambda form: report.memory_curve(retention, form),
+                      report.MEMORY_CAPTION)
+
+    def _weights(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+        drift, norms = result.get("module_drift"), result.get("update_norms")
+        if not drift or not norms or not all(drift.values()):
+            return
+        page.heading(f"Updates{of}")
+        self._picture(page, f"layers{tag}", lambda form: report.layer_drift(drift, form),
+                      report.LAYERS_CAPTION)
+        self._picture(page, f"norms{tag}", lambda form: report.norm_curve(norms, form),
+                      "The size of each batch's update.")
+
+    def _general(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        general = result.get("general")
+        if not general or not general["scores"]:
+            return
+        page.heading(f"General ability{of}")
+        page.table(*report.general_table({int(step): scores for step, scores in general["scores"].items()}))
+        sources = ", ".join(f"{task}: {source}" for task, source in general["sources"].items())
+        page.paragraph(
+            "Own text: what the model wrote before any editing. F1 by comparing the answers' likelihoods, in percent, "
+            f"with {general['shots']} solved examples; calibrated: each answer's likelihood centred on its mean, which "
+            f"undoes a preference for one answer. Columns are batches edited. Sources: {sources}."
+        )
+
+    def _settings(self, page: Report) -> None:
+        page.heading("Data, settings and versions")
+        page.table(["", "Data"], [[name, result["data_source"]] for name, result in self.results.items()])
+        commands = [result["command"] for result in self.results.values() if result.get("command")]
+        if commands:
+            page.paragraph("Made with:")
+            page.code("\n".join(commands))
+        for name, result in self.results.items():
+            rows = [[key, _shown(value)] for key, value in result["settings"].items()]
+            page.table([name if len(self.results) > 1 else "Setting", "Value"], rows)
+        versions = next(iter(self.results.values()))["versions"]
+        page.table(["Package", "Version"], list(versions.items()))
+
+
+def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of the main table: the unedited model on each result's facts, then the result.
+
+    Results on the same facts share the unedited model's row.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    seen: list[Any] = []
+    for name, result in results.items():
+        before = result.get("before")
+        if before and before not in seen:
+            rows[NO_EDIT if not seen else f"{NO_EDIT} ({name})"] = dict(before)
+            seen.append(before)
+        rows[name] = {**result["metrics"], "seconds": result.get("seconds_per_fact")}
+    return rows
+
+
+def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
+    """Header and rows of facts with the model's answers; those of a result without the answers before have no such
+    column."""
+    with_before = all("before" in one for one in answers)
+    header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after", "Right"]
+    rows: list[list[Any]] = []
+    for one in answers:
+        after = one["after"] if "after" in one else one["answer"]
+        before = [one["before"] or "(nothing)"] if with_before else []
+        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", after == answer_of(one["target"])])
+    return header, rows
+
+
+def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder by their file's name, oldest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it or write it again") from error
+        if isinstance(content, dict) and {"metrics", "settings", "versions", "data_source"} <= set(content):
+            if path.name == "edit_report.json":
+                content["answers"] = content["answers"][:20]
+            found[path.stem] = content
+    return found
+
+
+def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
+    result = next(iter(results.values()))
+    settings = result["settings"]
+    facts = len(result["taken"])
+    sentence = f"{facts} new facts edited into {settings['model']}, {settings['batch_size']} at a time"
+    if "num_batches" in settings and facts < settings["num_batches"] * settings["batch_size"]:
+        sentence += " (the model broke before the stream's end)"
+    return f"{sentence}; every score is taken after the last of them. Data: {result['data_source']}."
+
+
+def _legend(kind: str) -> str:
+    if kind == "counterfact":
+        text = (
+            "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same "
+            "on paraphrases. Specificity: neighbouring facts that still prefer their own answer."
+        )
+    else:
+        text = (
+            "Efficacy: answer tokens of the edited prompts that the model gives, teacher-forced. Generalization: the "
+            "same on paraphrases. Specificity: answer tokens of unrelated prompts that are as before editing."
+        )
+    return f"In percent. {text} Exact match: the answer written freely is exactly the new one."
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,144 @@
+"""Tests of agents.editors: the registry, and the files of hyperparameters that ship."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from agents.base import Agent
+from agents.editors import CONFIGS, EDITORS, changed, chosen_editors, configured, find_configs, load_configs
+from agents.rledit import RLEditConfig
+from rledit_env.reward import RewardConfig
+
+KINDS = ("zsre", "counterfact", "fever")
+
+
+@pytest.mark.parametrize("name", EDITORS)
+def test_every_editor_is_an_agent_whose_default_configuration_and_reward_can_be_made(name):
+    editor = configured(EDITORS[name], {})
+    assert issubclass(editor.agent_class(), Agent)
+    assert editor.configuration() is None or dataclasses.is_dataclass(editor.configuration())
+    assert isinstance(editor.reward(), RewardConfig)
+    assert json.loads(json.dumps(editor.description())) == editor.description()
+    assert EDITORS[editor.trained_as].training is not None if editor.trained_as else True
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_of_hyperparameters_that_ships_configures_every_editor(path, kind):
+    entries = load_configs(path, kind)
+    assert entries
+    for editor in EDITORS.values():
+        configured(editor, entries)
+
+
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [
+        ("smollm2-135m", "smollm2-135m"),
+        ("tiny-gpt2", "tiny"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("google/gemma-2-9b-it", "gemma-2-9b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("someone/else", None),
+    ],
+)
+def test_a_model_has_the_file_that_names_it(model, file):
+    path = find_configs(model)
+    assert (path and path.stem) == file
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "modules", "rank", "locality"),
+    [
+        ("Meta-Llama-3-8B", "zsre",
+         ["model.layers.[11-15].mlp.gate_proj", "model.layers.[18-24].mlp.up_proj"], 1024, 0.6),
+        ("Meta-Llama-3-8B", "counterfact", ["model.layers.[22-30].mlp.{gate,up}_proj"], 512, 0.6),
+        ("gemma-2-9b", "zsre", ["model.layers.[32-40].mlp.{gate,up}_proj"], 512, 0.6),
+        ("Mistral-7B-v0.3", "counterfact", ["model.layers.[17-19].mlp.down_proj"], 1024, 0.8),
+        ("Mistral-7B-v0.3", "fever", ["model.layers.[17-18].mlp.down_proj"], 1024, 0.6),
+    ],
+)  # fmt: skip
+def test_the_paper_s_table_of_hyperparameters_is_what_its_models_get(model, kind, modules, rank, locality):
+    editor = configured(EDITORS["rledit-paper"], load_configs(find_configs(model), kind))
+    assert (editor.env["edit_modules"], editor.configuration().network.rank) == (modules, rank)
+    reward = editor.reward()
+    assert reward.components["locality"][0] == locality and reward.components["generalization"][0] == 1.0
+    assert (reward.backtracking_depth, reward.backtracking_decay, reward.regularisation) == (10, 0.95, 1e-4)
+    assert editor.configuration().network.step_size == 1e-6
+    assert editor.configuration().learning_rate == editor.configuration().step_size_learning_rate == 1e-5
+
+
+def test_editors_are_chosen_by_name_or_group_once_and_in_the_table_s_order():
+    assert [e.name for e in chosen_editors(["rledit", "none", "rledit"])] == ["none", "rledit"]
+    assert {e.group for e in chosen_editors(["trajectory"])} == {"trajectory"}
+    assert [e.name for e in chosen_editors(["all"])] == list(EDITORS)
+    assert not set(EDITORS) & {e.group for e in EDITORS.values()}
+    with pytest.raises(ValueError, match="'romeo' is unknown; editors are none, .*; groups are reference, .*all"):
+        chosen_editors(["none", "romeo"])
+
+
+def test_settings_are_nested_and_what_is_not_named_stays():
+    config = changed(RLEditConfig(), {"learning_rate": 0.5, "network": {"rank": 7}}, "here")
+    assert config == dataclasses.replace(
+        RLEditConfig(), learning_rate=0.5, network=dataclasses.replace(RLEditConfig().network, rank=7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"config": {"learning_rat": 1}}, "editor 'rledit', config: 'learning_rat' is unknown; known are network"),
+        ({"config": {"network": {"ranks": 1}}}, r"config.network: 'ranks' is unknown; known are rank"),
+        ({"config": {"network": {"rank": 0}}}, "config.network: rank is 0; give a positive number"),
+        ({"env": {"batch": 1}}, "env: 'batch' is unknown; known are edit_modules, token, steps_per_batch"),
+        ({"train": {"epochs": 1}}, "train: 'epochs' is unknown; known are num_batches"),
+        ({"train": {"reward": {"components": {"truth": 1}}}}, "reward.components: 'truth' is unknown; known are eff"),
+        ({"train": {"reward": {"batch_stride": 0}}}, "reward: batch_stride is 0; give 1"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named_with_its_place(entry, message):
+    with pytest.raises(ValueError, match=message):
+        configured(EDITORS["rledit"], {"rledit": entry})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no file of hyperparameters"),
+        ("[]", "is no file of hyperparameters"),
+        ('{"models": []}', "is no file of hyperparameters .*'editors'"),
+        ('{"editors": {"rledit": 3}}', "is no file of hyperparameters"),
+        ('{"editors": {"romeo": {}}}', "editors: 'romeo' is unknown"),
+        ('{"editors": {"rledit": {"environment": {}}}}', "editor 'rledit': 'environment' is unknown; known are env"),
+    ],
+)
+def test_a_file_of_hyperparameters_that_makes_no_sense_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_configs(path, "zsre")
+
+
+def test_what_an_entry_says_of_a_kind_holds_for_that_kind_only(tmp_path):
+    path = tmp_path / "mine.json"
+    entry = {"config": {"step_size": 2.0}, "env": {"token": "all"}, "kinds": {"zsre": {"config": {"step_size": 3.0}}}}
+    path.write_text(json.dumps({"editors": {"fine-tuning": entry}}), encoding="utf-8")
+    for kind, expected in (("zsre", 3.0), ("fever", 2.0)):
+        editor = configured(EDITORS["fine-tuning"], load_configs(path, kind))
+        assert editor.configuration().step_size == expected and editor.env["token"] == "all"
+
+
+def test_a_starred_editor_has_its_trainer_s_settings_and_its_own():
+    entries = {
+        "mend": {"config": {"network": {"rank": 5}}, "env": {"edit_modules": ["a"]}, "train": {"trajectories": 3}},
+        "mend*": {"config": {"retrain_steps": 2}},
+    }
+    starred = configured(EDITORS["mend*"], entries)
+    config = starred.configuration()
+    assert (config.network.rank, config.retrain_every, config.retrain_steps) == (5, 3, 2)
+    assert starred.env["edit_modules"] == ["a"]
+    assert starred.trainer == configured(EDITORS["mend"], entries)
+    assert starred.trainer.training.trajectories == 3 and starred.trainer.configuration().retrain_every == 0
