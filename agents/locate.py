@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import gymnasium as gym
 import torch
@@ -36,6 +36,8 @@ class LocateConfig:
         value: how the facts' values are found.
         contexts: texts that the LLM writes, before which each prompt is seen beside alone.
         context_length: their tokens.
+        key: k*, the module's input at the subject: "mean", over the prompt alone and after each context, as published,
+            or "prompt", alone. With the mean, v* reaches the prompt itself only as far as its key is like the mean's.
         corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file.
         corpus_tokens: how much of it.
         norm_anchor: NAS (arXiv 2602.02543): every v* is rescaled to ``‖v*‖``'s mean in the original model, which the
@@ -46,10 +48,15 @@ class LocateConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
     contexts: int = 5
     context_length: int = 10
+    key: Literal["mean", "prompt"] = "mean"
     corpus: str = GENERATED
     corpus_tokens: int = 65_536
     norm_anchor: bool = False
     anchor_facts: int = 32
+
+    def __post_init__(self) -> None:
+        if self.key not in ("mean", "prompt"):
+            raise ValueError(f"key is {self.key!r}; give 'mean' or 'prompt'")
 
 
 class LocateAgent(Agent):
@@ -137,6 +144,8 @@ class LocateAgent(Agent):
             if self.anchor_norm is not None:
                 delta = rescaled(values.solved, self.anchor_norm) - values.initial
                 values = replace(values, delta=delta)
+            if self.config.key == "prompt":
+                requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
             keys, residuals = self.solve(requests, values)
             return self.action(observation, keys, residuals), None
 

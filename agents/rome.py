@@ -33,8 +33,7 @@ class ROMEAgent(LocateAgent):
     one layer do not depend on the layer's own weight.)
 
     The published code takes k* in one place from the contexts' mean and in another from the plain prompt, which breaks
-    W k* = v* and with it, now and then, the model (Gupta et al., "Rebuilding ROME", 2024). Here k* is the mean in
-    both, as in the paper.
+    W k* = v* and with it, now and then, the model (Gupta et al., "Rebuilding ROME", 2024). Here k* is the same in both.
 
     Args:
         env, config, seed: see `LocateAgent`; the environment edits a single module.

@@ -113,9 +113,10 @@ def test_a_batch_is_the_sequence_of_its_single_edits() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-def test_rome_gives_each_last_fact_its_value_in_the_model(name: str, make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("key", [{"key": "prompt"}, {"contexts": 0}])  # without contexts the mean is the prompt's key
+def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any], make: Callable[..., Any]) -> None:
     env = make(ROMEAgent, name, batch_size=1)
-    agent = ROMEAgent(env, ROMEConfig(**{**QUICK, "contexts": 0}))  # the mean key is then the prompt's own
+    agent = ROMEAgent(env, ROMEConfig(**{**QUICK, **key}))
     observation, _ = env.reset(seed=0)
     agent.learn(progress_bar=False)
     assert agent.contexts is not None
@@ -131,6 +132,11 @@ def test_rome_gives_each_last_fact_its_value_in_the_model(name: str, make: Calla
         env.lm.model(input_ids=torch.tensor([passage.input_ids]))
     handle.remove()
     torch.testing.assert_close(seen[0][passage.subject_position], values.solved[0], atol=1e-4, rtol=1e-3)
+
+
+def test_an_unknown_kind_of_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean' or 'prompt'"):
+        ROMEConfig(key="median")  # type: ignore[arg-type]
 
 
 def test_rome_refuses_several_modules(make: Callable[..., Any]) -> None:
