@@ -144,8 +144,9 @@ class EditableLM:
         edit_modules: names or globs of the linear modules to edit (``nn.Linear`` or GPT-2's ``Conv1D``).
         name: what to call the model in logs.
         cache_bytes: bound on the cached prefix states.
-        max_tokens_per_pass: bound on the padded tokens of one forward pass; None means what suits the device: on a CPU
-            384, or 192 in float32 (matrix products gain little by more, and memory grows with it), and 4096 elsewhere.
+        max_tokens_per_pass: bound on the padded tokens of one pass that takes gradients (four times as many where none
+            are taken); None means what suits the device: on a CPU 384, or 192 in float32 (matrix products gain little
+            by more, and memory grows with it), and 4096 elsewhere.
     """
 
     def __init__(
@@ -296,7 +297,7 @@ class EditableLM:
         found = [self.prefix_cache.get(p.input_ids) for p in passages]
         missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
         fresh: dict[tuple[int, ...], Tensor] = {}
-        for chunk in length_sorted_chunks([len(passages[i]) for i in missing], self.max_tokens_per_pass):
+        for chunk in length_sorted_chunks([len(passages[i]) for i in missing], self._tokens_now):
             members = [passages[missing[i]] for i in chunk]
             hidden = self.forward.prefix(self.pad_ids([p.input_ids for p in members]))
             for row, passage in zip(hidden, members, strict=True):
@@ -331,11 +332,16 @@ class EditableLM:
 
     def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
         """Indices of passages of these lengths in chunks for one pass each."""
-        return length_sorted_chunks(lengths, self.max_tokens_per_pass)
+        return length_sorted_chunks(lengths, self._tokens_now)
 
     def _routed(self, streams: Sequence[int]) -> AbstractContextManager[None]:
         """Within it, rows of a batch whose streams are these meet their stream's weights: here, the model's own."""
         return nullcontext()
+
+    @property
+    def _tokens_now(self) -> int:
+        """The most padded tokens of a pass; where nothing takes gradients, it holds one layer's activations only."""
+        return self.max_tokens_per_pass * (1 if torch.is_grad_enabled() else 4)
 
     @property
     def _streams(self) -> int:
