@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from torch import Tensor
 
 
 class Agent(ABC):
@@ -18,6 +20,23 @@ class Agent(ABC):
 
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
+
+    def memory(self) -> dict[str, Tensor] | None:
+        """What the agent remembers of the stream, for :meth:`load_memory` in another process: {} for nothing at all.
+
+        None where that cannot be said: an interrupted editing run is then gone through again from its start, which
+        gives the same, more slowly. An agent that knows overrides both methods.
+        """
+        return None
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`memory`.
+
+        Raises:
+            ValueError: they are not this agent's.
+        """
+        if memory:
+            raise ValueError(f"{type(self).__name__} remembers nothing, but was given {sorted(memory)[:3]}")
 
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:

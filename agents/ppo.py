@@ -130,6 +130,9 @@ class StandardAgent(Agent):
         other._look_at(env)
         return other
 
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for a raw observation in either array backend."""
         action, _ = self.model.predict(self.view.observation(observation), deterministic=deterministic)

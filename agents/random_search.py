@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
@@ -42,6 +43,9 @@ class RandomSearchAgent(Agent):
         other = RandomSearchAgent(env, self.config, self.seed)
         other.action, other.timesteps = self.action, self.timesteps
         return other
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for a raw observation in either array backend."""

