@@ -14,11 +14,13 @@ from rledit_env.lm.forward import Passage
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecord:
-    """One fact as passages: the edit (x, y*), every paraphrase (x̃, y*) and every unrelated pair (x′, y′)."""
+    """One fact as passages: the edit (x, y*), every paraphrase (x̃, y*) and every unrelated pair (x′, y′), with its
+    text."""
 
     edit: Passage
     paraphrases: tuple[Passage, ...]
     unrelated: tuple[Passage, ...]
+    record: EditRecord
 
 
 def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
@@ -31,6 +33,7 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
         edit=lm.tokenize(record.prompt, record.target, record.subject, record.origin),
         paraphrases=tuple(lm.tokenize(p, record.target, record.subject, record.origin) for p in record.paraphrases),
         unrelated=tuple(lm.tokenize(u.prompt, u.answer, origin=record.origin) for u in record.unrelated),
+        record=record,
     )
 
 

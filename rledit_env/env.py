@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rledit_env import render, spaces
-from rledit_env.encoding import EncodedDataset, largest_batch
+from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.lm.editable import EditableLM, Trace
+from rledit_env.ledger import Recorder
+from rledit_env.lm.editable import EditableLM, NotFiniteError, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.reward import (
@@ -23,10 +24,18 @@ from rledit_env.reward import (
     RewardConfig,
     ScoredBatch,
     Scores,
+    action_penalty,
     backtracked,
     resolve_reward,
     score,
 )
+
+
+class DivergenceError(ArithmeticError):
+    """An update broke the LLM, and ``on_divergence`` is "raise"; the message names the batch."""
+
+
+Action = dict[str, dict[str, Tensor]]  # an accepted action: its parts, each by module
 
 
 class LifelongEditEnv(gym.Env):
@@ -53,6 +62,14 @@ class LifelongEditEnv(gym.Env):
     `keys = obs["keys"]`, `values = −η · obs["value_gradients"]`. A wrong shape or a number that is not finite raises
     `ValueError` and changes nothing.
 
+    Beside the space's factors, `step` takes dense changes (in either backend; modules that are left out stay as they
+    are, so `{"updates": {}}` edits nothing):
+
+    | Action                                     | Meaning                                                       |
+    |--------------------------------------------|---------------------------------------------------------------|
+    | `{"updates": {module: (d_out, d_in)}}`     | ΔW, added to W: any rank, such as a solved least squares      |
+    | `{"accumulated": {module: (d_out, d_in)}}` | W becomes W₀ + this: replaces all that was added since `reset` |
+
     ## Observation Space
 
     | Key                       | Space            | Meaning                                                          |
@@ -70,16 +87,17 @@ class LifelongEditEnv(gym.Env):
     ## Rewards
 
     r_t = −( L(B_t, W_t) + Σ_{i=1..k} μ^i L(B_{t−i}, W_t) + η Σ ‖ΔW_t‖_F² ), with L = L_gen + λ_loc · L_loc
-    (Eq. 6–10). Every part is replaceable: see :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted
-    means of the current batch under the components' names (`generalization`, `locality`), the weighted sums
-    `backtracking` and `regularisation`, and `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules.
-    The reward is at least `RewardConfig.floor` (−1000).
+    (Eq. 6–10) and ΔW_t the change that the step made. Every part is replaceable: see
+    :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted means of the current batch under the
+    components' names (`generalization`, `locality`), the weighted sums `backtracking` and `regularisation`, and
+    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. The reward is at least `RewardConfig.floor` (−1000).
 
     ## Starting State
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
     (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
-    are, and `"start": s` with it at step s, as if those before it had made the weights what they are). Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
+    are, and `"start": s` with it at step s, as if the steps before had made the weights what they are).
+    Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
     ## Episode End
 
@@ -117,8 +135,10 @@ class LifelongEditEnv(gym.Env):
     * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
-      of r_t with respect to the action's factors (regularisation only) into `info["action_gradient"]`.
-    * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E).
+      of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:
+      for factors with respect to them, for a dense action −2η ΔW of the change ΔW that it made.
+    * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E), or to the
+      entries of a dense action.
     * `on_divergence`: what follows an update that broke the model: "end" terminates the episode, "skip" goes on with
       the next step (and then takes an action that is not finite for such an update, too), "raise" raises
       `DivergenceError`, which names the batch, and leaves the environment at the step, for another action.
@@ -131,7 +151,9 @@ class LifelongEditEnv(gym.Env):
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
-    facts edited so far).
+    facts edited so far), `current_batch()` (the facts now presented), `recorder` (None, or what is told of every update
+    before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM than
+    the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never write.
 
     ## Version History
 
@@ -201,6 +223,9 @@ class LifelongEditEnv(gym.Env):
         self._step = 0
         self._over = True  # an episode must be begun with reset
         self._rows = 0
+        self._kept: dict[str, Tensor] = {}  # the weights before the last update
+        self._at: tuple[int, Any] = (0, None)  # the rows in use and the random state then
+        self._refused = False  # whether the action was not finite, and is skipped
         self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
         self._scene: render.Scene | None = None
 
@@ -234,12 +259,13 @@ class LifelongEditEnv(gym.Env):
 
         Raises:
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
+            DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun.
         """
-        keys, values = self._transition(*self._accept(action))
+        made = self._transition(self._accept(action))
         scored, config = self._scored_now(), self.reward_config
         scores = NO_SCORES if config is None else score(self.lm, scored, config, gradient=self.reward_gradient)
-        reward, info = self._rewarded(keys, values, scores)
+        reward, info = self._rewarded(made, scores)
         trace = None if self._over else self.lm.trace(self._edits(), self.token)
         observation, reward, info = self._conclude(reward, info, trace)
         return self._presented(observation), reward, self._over, False, info
@@ -270,22 +296,71 @@ class LifelongEditEnv(gym.Env):
         self._scene = None
         return {"indices": self.stream.indices.copy(), "source": self.dataset.source}
 
-    def _accept(self, action: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The action's factors, keys and values by module; raises, with nothing changed, for what `step` rejects."""
+    def _accept(self, action: Any) -> Action:
+        """The action as tensors; raises, with nothing changed, for what `step` rejects."""
         if self._over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
-        return spaces.unpack_action(
+        self._refused = False
+        try:
+            return self._unpacked(action)
+        except NotFiniteError:
+            if self.on_divergence != "skip":
+                raise
+            self._refused = True
+            return {"updates": {}}
+
+    def _unpacked(self, action: Any) -> Action:
+        for form in ("updates", "accumulated"):
+            if isinstance(action, Mapping) and set(action) == {form}:
+                return {form: self.lm.matrices(action[form], f"action[{form!r}]")}
+        keys, values = spaces.unpack_action(
             action, self.lm.module_shapes, self.max_tokens, self._rows, self.lm.device, self.lm.edit_dtype
         )
+        return {"keys": keys, "values": values}
 
-    def _transition(
-        self, keys: dict[str, Tensor], values: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Apply the factors; returns them with the noise that was added."""
+    def _transition(self, action: Action) -> Action:
+        """Apply an accepted action; returns the change made, noise included: the factors, or, by the action's own key,
+        the dense ΔW."""
         self._before = self._answers() if self.render_mode in ("ansi", "human") else None
-        keys, values = self._with_noise(keys), self._with_noise(values)
-        self.lm.apply(keys, values)
-        return keys, values
+        self._kept = self.lm.snapshot(self._kept)
+        self._at = self._rows, self.np_random.bit_generator.state
+        action = {part: self._with_noise(tensors) for part, tensors in action.items()}
+        if self.recorder is not None:
+            self.lm.restore(self.recorder.record(action))
+        elif "accumulated" in action:
+            self.lm.replace(action["accumulated"])
+        elif "updates" in action:
+            self.lm.add(action["updates"])
+        else:
+            self.lm.apply(action["keys"], action["values"])
+        if "accumulated" in action:
+            return {"accumulated": {m: self.lm.weight(m) - self._kept[m] for m in action["accumulated"]}}
+        return action
+
+    def _broken(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The reward and info of an update that broke the LLM, once the weights of before it have been put back.
+
+        Raises:
+            DivergenceError: if that is asked for; the environment is then as before the step.
+        """
+        if self.recorder is not None:
+            self.recorder.roll_back()
+        self.lm.restore(self._kept)
+        batch = info["batch"]
+        if self.on_divergence == "raise":
+            self._over = False
+            self._rows, self.np_random.bit_generator.state = self._at
+            first = self.stream.batch(batch)[0]
+            raise DivergenceError(
+                f"the update of batch {batch} (its first fact: {first.origin}, {first.prompt!r}) broke the LLM: a "
+                "loss, a gradient or a weight is no longer finite. The weights are those before it; lower the step "
+                "size, or make the environment with on_divergence='skip'"
+            )
+        kept = {k: v for k, v in info.items() if k not in ("reward_gradient", "action_gradient")}
+        return self._floor, {**kept, "drift": self._drift(), "diverged": True}
+
+    def _drift(self) -> float:
+        return float(np.mean(list(self.lm.drift().values())))
 
     def _edits(self) -> list[Passage]:
         """The current batch's edits, whose gradient is observed."""
@@ -303,14 +378,14 @@ class LifelongEditEnv(gym.Env):
         weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
         return [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
 
-    def _rewarded(
-        self, keys: dict[str, Tensor], values: dict[str, Tensor], scores: Scores
-    ) -> tuple[float, dict[str, Any]]:
+    def _rewarded(self, made: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward at the updated weights and the step's info; then the step is taken."""
-        reward, info = self._reward(keys, values, scores)
+        reward, info = self._reward(made, scores)
         info["batch"] = self._step // self.steps_per_batch
+        if info["diverged"] or self._refused:
+            reward, info = self._broken(info)
         self._step += 1
-        self._over = info["diverged"] or self._step == self.episode_steps
+        self._over = self._step == self.episode_steps or (info["diverged"] and self.on_divergence == "end")
         return reward, info
 
     def _conclude(
@@ -319,7 +394,12 @@ class LifelongEditEnv(gym.Env):
         """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
         observation = self._observe(trace)
         if not info["diverged"] and not spaces.is_finite(observation):
-            info["diverged"], reward = True, self._floor
+            self._step -= 1
+            reward, info = self._broken(info)
+            self._step += 1
+            if self.on_divergence == "skip":
+                observation = self._observe(self.lm.trace(self._edits(), self.token))
+        if not spaces.is_finite(observation) or (info["diverged"] and self.on_divergence == "end"):
             self._over = True
             observation = self._observe(None)
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
@@ -346,15 +426,13 @@ class LifelongEditEnv(gym.Env):
         """The observation in the array backend asked for."""
         return observation if self.array_backend == "torch" else spaces.numpy_observation(observation, self.max_tokens)
 
-    def _reward(
-        self, keys: dict[str, Tensor], values: dict[str, Tensor], scores: Scores
-    ) -> tuple[float, dict[str, Any]]:
+    def _reward(self, made: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward of the current batch at the updated weights, and its parts."""
-        drift = float(np.mean(list(self.lm.drift().values())))
+        drift = self._drift()
         config = self.reward_config
         if config is None:
             return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
-        penalty, action_gradient = self._penalty(keys, values, config)
+        penalty, action_gradient = self._penalty(made, config)
         basic = scores.basic[0] if scores.basic else {}
         reward = -(scores.total + penalty)
         largest = [torch.linalg.vector_norm(g, math.inf) for g in (scores.gradient or {}).values()]
@@ -376,45 +454,53 @@ class LifelongEditEnv(gym.Env):
     def _floor(self) -> float:
         return self.reward_config.floor if self.reward_config is not None else 0.0
 
-    def _penalty(
-        self, keys: dict[str, Tensor], values: dict[str, Tensor], config: RewardConfig
-    ) -> tuple[float, dict[str, dict[str, Tensor]]]:
-        """The regularisation and the gradient of its negative with respect to the factors."""
+    def _penalty(self, made: Action, config: RewardConfig) -> tuple[float, Action]:
+        """The regularisation and the gradient of its negative with respect to the change made."""
         with torch.set_grad_enabled(self.reward_gradient):
-            leaves = [
-                {m: v.detach().requires_grad_(self.reward_gradient) for m, v in factors.items()}
-                for factors in (keys, values)
-            ]
-            penalty = config.regularisation * config.penalty(*leaves)
+            leaves = {
+                part: {m: v.detach().requires_grad_(self.reward_gradient) for m, v in tensors.items()}
+                for part, tensors in made.items()
+            }
+            penalty = config.regularisation * action_penalty(config.penalty, leaves)
         if not self.reward_gradient:
             return float(penalty), {}
-        flat = [tensor for factors in leaves for tensor in factors.values()]
-        pieces = iter(torch.autograd.grad(penalty, flat, allow_unused=True, materialize_grads=True))
-        gradient = {part: {m: -next(pieces) for m in f} for part, f in zip(("keys", "values"), leaves, strict=True)}
+        flat = [tensor for tensors in leaves.values() for tensor in tensors.values()]
+        pieces = iter(torch.autograd.grad(penalty, flat, allow_unused=True, materialize_grads=True) if flat else ())
+        gradient = {part: {m: -next(pieces) for m in tensors} for part, tensors in leaves.items()}
         return float(penalty.detach()), gradient
 
     def _arrays(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {m: t if self.array_backend == "torch" else t.cpu().numpy() for m, t in tensors.items()}
 
-    def _with_noise(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with_noise(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.action_noise_std == 0:
-            return factors
+            return tensors
         noisy = {}
-        for module, factor in factors.items():
-            noise = self.np_random.normal(0.0, self.action_noise_std, tuple(factor.shape)).astype(np.float32)
-            noisy[module] = factor + torch.from_numpy(noise).to(factor.device)
+        for module, tensor in tensors.items():
+            noise = self.np_random.normal(0.0, self.action_noise_std, tuple(tensor.shape)).astype(np.float32)
+            noisy[module] = tensor + torch.from_numpy(noise).to(tensor.device)
         return noisy
 
     def _indices(self, batch: int) -> slice:
         return slice(batch * self.stream.batch_size, (batch + 1) * self.stream.batch_size)
 
-    def _records(self, batch: int) -> list[Any]:
+    def _records(self, batch: int) -> list[EncodedRecord]:
         return [self.encoded[i] for i in self.stream.indices[self._indices(batch)]]
 
     def _scored(self, batch: int, weight: float) -> ScoredBatch:
         return ScoredBatch(self._records(batch), self._choices[self._indices(batch)].tolist(), weight)
 
     # -- looking -------------------------------------------------------------------------------------------------
+
+    def current_batch(self) -> list[EncodedRecord]:
+        """The facts now presented, as passages (with their text in `record`), in the stream's order.
+
+        Raises:
+            gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
+        """
+        if self._over:
+            raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
+        return self._records(self._step // self.steps_per_batch)
 
     def edited_records(self) -> list[EditRecord]:
         """The facts edited so far, in order."""
@@ -448,6 +534,7 @@ class LifelongEditEnv(gym.Env):
     def close(self) -> None:
         """Restore the pre-trained weights and drop the caches."""
         self.lm.restore()
+        self._kept = {}
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()
 

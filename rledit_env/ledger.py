@@ -34,7 +34,7 @@ from rledit_env.lm.editable import EditableLM
 
 HEADER = "ledger.json"
 FORMAT = 1
-FORMS: tuple[frozenset[str], ...] = (frozenset({"keys", "values"}), frozenset({"updates"}), frozenset({"accumulated"}))
+FORMS = ({"keys", "values"}, {"updates"}, {"accumulated"}, set[str]())  # the parts of an update; none changes nothing
 ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
 MEMORY_NAME = re.compile(r"memory-(\d{8})-([0-9a-f]{64})\.safetensors")
 MAX_HEADER_BYTES = 2**24
@@ -291,7 +291,7 @@ class EditLedger:
             return "its batch, its facts or its norm are no numbers"
         if entry.kind == "rollback":
             return "it takes back no edit" if not index or self.summary(index - 1).kind != "edit" else None
-        if frozenset(entry.update) not in FORMS:
+        if set(entry.update) not in FORMS:
             return f"it holds {sorted(entry.update)}"
         rows = {len(t) for part in ("keys", "values") for t in entry.update.get(part, {}).values()}
         for part, by_module in entry.update.items():
@@ -385,10 +385,10 @@ class EditLedger:
         if to is not None and not 0 <= to <= len(self):
             damage = f" ({self.damage})" if self.damage else ""
             raise ValueError(f"to is {to}; {self.folder} can be replayed to 0 … {len(self)} entries{damage}")
-        weights: Mapping[str, Tensor] = {m: lm.original_weight(m) for m in lm.module_shapes}
         wanted = len(self) if to is None else to
-        for _, weights in self._walk(lm, wanted):
-            pass
+        weights: Mapping[str, Tensor] = {m: lm.original_weight(m) for m in lm.module_shapes}
+        for _, after in self._walk(lm, wanted):
+            weights = after
         if len(self) < wanted:
             raise LedgerError(self.damage or "damaged")
         return dict(weights)
@@ -460,7 +460,8 @@ class EditLedger:
         before = weights
         total: dict[str, Tensor] = {m: torch.zeros_like(w) for m, w in original.items()}
         factors: list[Update] = []
-        low_rank, facts = True, ()
+        low_rank = True
+        facts: tuple[int, ...] = ()
         count = len(self)
         for entry, after in self._walk(lm, count):
             taken_back = entry.index + 1 < count and self.summary(entry.index + 1).kind == "rollback"

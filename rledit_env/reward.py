@@ -88,6 +88,27 @@ def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
     return torch.stack([((keys[m] @ keys[m].T) * (values[m] @ values[m].T)).sum() for m in keys]).sum()
 
 
+def action_penalty(
+    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor], made: Mapping[str, Mapping[str, Tensor]]
+) -> Tensor:
+    """A penalty of the change that an action made.
+
+    Args:
+        penalty: of factors; differentiable.
+        made: ``keys`` (N, d_in) and ``values`` (N, d_out) by module, or, under any one name, the dense changes ΔW
+            (d_out, d_in) by module. Those are seen as factors with ũ = I and ṽ = ΔWᵀ.
+    """
+    if "keys" in made:
+        return penalty(made["keys"], made["values"])
+    (changes,) = made.values()
+    if not changes:
+        return torch.zeros(())
+    if penalty is frobenius_penalty:  # ‖ΔW‖_F² needs no identity
+        return torch.stack([change.square().sum() for change in changes.values()]).sum()
+    identities = {m: torch.eye(c.shape[1], dtype=c.dtype, device=c.device) for m, c in changes.items()}
+    return penalty(identities, {m: c.T for m, c in changes.items()})
+
+
 def _paper_components() -> dict[str, tuple[float, Component]]:
     return {"generalization": (1.0, Generalization()), "locality": (0.6, Locality())}
 

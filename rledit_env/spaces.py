@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rledit_env.lm.editable import Trace
+from rledit_env.lm.editable import NotFiniteError, Trace
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
 
@@ -108,7 +108,10 @@ def unpack_action(
     unpacked: dict[str, dict[str, Tensor]] = {}
     if not isinstance(action, Mapping) or set(action) != {"keys", "values"}:
         shown = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
-        raise ValueError(f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module")
+        raise ValueError(
+            f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module, or with 'updates' or "
+            "'accumulated' alone"
+        )
     for part, side in (("keys", 0), ("values", 1)):
         if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
             found = set(action[part]) if isinstance(action[part], Mapping) else set()
@@ -134,7 +137,7 @@ def unpack_action(
             value = value[:used_rows]
             if not torch.isfinite(value).all():
                 row = int((~torch.isfinite(value)).any(1).nonzero()[0])
-                raise ValueError(
+                raise NotFiniteError(
                     f"action[{part!r}][{module!r}] holds a number that is not finite (first in row {row}); "
                     "nothing was applied"
                 )

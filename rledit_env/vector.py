@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper,
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from rledit_env.env import LifelongEditEnv
+from rledit_env.env import Action, LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
 from rledit_env.reward import NO_SCORES, Scores, score_streams
@@ -43,7 +43,8 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
     Observations and actions are the single environment's dictionaries whose arrays have a first axis more, the stream:
     with ``array_backend="numpy"`` padded to `max_tokens` rows, as the spaces say; with "torch" tensors on the LLM's
     device padded with zero rows to the most rows that any stream has in use, `mask` (num_envs, rows) telling which.
-    Actions may have either number of rows; those beyond a stream's rows in use are ignored. Stream i's own action is
+    Actions may have either number of rows; those beyond a stream's rows in use are ignored. Dense actions are
+    (num_envs, d_out, d_in) by module. Stream i's own action is
     checked as the single environment checks it, and if any is rejected, no stream has changed.
 
     A stream ends alone: after its last batch, or when an update breaks its weights.
@@ -72,6 +73,8 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs is {num_envs!r}; give a positive integer")
+        if arguments.get("on_divergence") == "raise":
+            raise ValueError("on_divergence is 'raise', but one stream must not stop the others; give 'end' or 'skip'")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         template = LifelongEditEnv(kind, **arguments)
         self.num_envs = num_envs
@@ -162,10 +165,10 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         mode = self.autoreset_mode
         renewed = [i for i in range(self.num_envs) if self._ended[i] and mode is AutoresetMode.NEXT_STEP]
         stepping = [i for i in range(self.num_envs) if i not in renewed]
-        factors = {i: self._accept(i, actions) for i in stepping}
-        factors = {i: self.envs[i]._transition(*factors[i]) for i in stepping}
+        accepted = {i: self._accept(i, actions) for i in stepping}
+        made = {i: self.envs[i]._transition(accepted[i]) for i in stepping}
         scores = self._scores(stepping)
-        outcomes = {i: self.envs[i]._rewarded(*factors[i], scores[i]) for i in stepping}
+        outcomes = {i: self.envs[i]._rewarded(made[i], scores[i]) for i in stepping}
 
         infos: dict[str, Any] = {}
         begun = {i: self.envs[i]._begin() for i in renewed}  # infos of new episodes
@@ -201,8 +204,8 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         self._ended = ended
         return self._batched(), rewards, ended.copy(), np.zeros_like(ended), infos
 
-    def _accept(self, i: int, actions: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Stream i's factors; raises, with nothing changed, for what its `step` would reject."""
+    def _accept(self, i: int, actions: Any) -> Action:
+        """Stream i's action; raises, with nothing changed, for what its `step` would reject."""
         try:
             return self.envs[i]._accept(self._own(i, actions))
         except ValueError as error:
@@ -224,8 +227,8 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
                     f"action[{part!r}][{module!r}] has shape {tuple(array.shape)}; its first axis must be the "
                     f"{self.num_envs} streams"
                 )
-            used = self.envs[i]._rows
-            return array[i][:used] if array.ndim == 3 and array.shape[1] == shown else array[i]
+            padded = part in ("keys", "values") and array.ndim == 3 and array.shape[1] == shown
+            return array[i][: self.envs[i]._rows] if padded else array[i]
 
         return {
             part: {m: row(part, m, value) for m, value in by.items()} if isinstance(by, Mapping) else by
@@ -260,7 +263,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
 
     def _padded(self, info: dict[str, Any]) -> dict[str, Any]:
         """An info whose NumPy arrays have the same shapes in all streams, which gathering them asks for."""
-        if self.array_backend == "torch" or "action_gradient" not in info:
+        if self.array_backend == "torch" or "keys" not in info.get("action_gradient", {}):
             return info
 
         def padded(array: np.ndarray) -> np.ndarray:

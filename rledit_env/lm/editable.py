@@ -30,6 +30,10 @@ from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
+class NotFiniteError(ValueError):
+    """An update has the right form, but holds a number that is not finite."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """The fine-tuning gradient of a batch in factored form.
@@ -498,6 +502,67 @@ class EditableLM:
             weight.addmm_(values[name].t().to(weight.dtype), keys[name].to(weight.dtype))
             self._refresh(name, module)
 
+    @torch.no_grad()
+    def add(self, updates: Mapping[str, Any]) -> None:
+        """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
+
+        Raises:
+            ValueError: as :meth:`matrices`; no weight has changed.
+        """
+        for name, update in self.matrices(updates, "updates").items():
+            self._master[name] += update
+            self._refresh(name, self._modules[name])
+
+    @torch.no_grad()
+    def replace(self, accumulated: Mapping[str, Any]) -> None:
+        """Make W = W₀ + A for the modules named, from accumulated changes A (d_out, d_in); the others stay as they are.
+
+        Raises:
+            ValueError: as :meth:`matrices`; no weight has changed.
+        """
+        for name, change in self.matrices(accumulated, "accumulated").items():
+            self._master[name].copy_(self._original[name]).add_(change)
+            self._refresh(name, self._modules[name])
+
+    def matrices(self, given: Any, place: str) -> dict[str, Tensor]:
+        """Dense matrices for edited modules, as tensors (d_out, d_in) on the LLM's device in the edited weights'
+        precision.
+
+        Args:
+            given: arrays or tensors by module; modules may be left out.
+            place: what errors call them.
+
+        Raises:
+            ValueError: a module is not among the edited ones, or its matrix has a wrong shape or a number that is not
+                finite.
+        """
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{place} is {type(given).__name__}; give a dictionary of (d_out, d_in) by module")
+        unknown = sorted(map(str, set(given) - set(self.module_shapes)))
+        if unknown:
+            names = list(self.module_shapes)
+            raise ValueError(
+                f"{place} names {unknown[0]!r}, which is not edited; edited are {', '.join(names[:3])}"
+                f"{f' … {names[-1]}' if len(names) > 3 else ''} (the environment's edit_modules)"
+            )
+        checked: dict[str, Tensor] = {}
+        for name, value in given.items():
+            wanted = self.module_shapes[name][::-1]
+            try:
+                matrix = torch.as_tensor(value, dtype=self.edit_dtype, device=self.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{place}[{name!r}] is no array of numbers ({error}); give {wanted}") from error
+            if matrix.shape != wanted:
+                raise ValueError(f"{place}[{name!r}] has shape {tuple(matrix.shape)}; give (d_out, d_in) = {wanted}")
+            if not torch.isfinite(matrix).all():
+                row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
+                raise NotFiniteError(
+                    f"{place}[{name!r}] holds {float(matrix[row, column])} at ({row}, {column}); give finite numbers "
+                    f"that fit {str(self.edit_dtype).removeprefix('torch.')}. Nothing was applied"
+                )
+            checked[name] = matrix
+        return checked
+
     def _refresh(self, name: str, module: nn.Module) -> None:
         oriented = self._oriented(module)
         if oriented.data_ptr() != self._master[name].data_ptr():
@@ -510,8 +575,10 @@ class EditableLM:
             self._master[name].copy_((snapshot or self._original)[name])
             self._refresh(name, module)
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the edited weights, float32 (d_out, d_in)."""
+    def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Copies of the edited weights, float32 (d_out, d_in); in an earlier snapshot's memory, if one is given."""
+        if into:
+            return {name: into[name].copy_(weight) for name, weight in self._master.items()}
         return {name: weight.clone() for name, weight in self._master.items()}
 
     @contextmanager
