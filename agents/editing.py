@@ -116,8 +116,11 @@ def edit_stream(
     inner.recorder = recorder
     try:
         while not done:
-            action = agent.predict(observation)[0] if in_flight is None else in_flight
-            norm = math.sqrt(max(float(action_penalty(frobenius_penalty, _change_of(action, inner.lm))), 0.0))
+            if in_flight is None:
+                action, _ = agent.predict(observation)
+                norm = _norm(action, inner.lm)
+            else:
+                action, norm = in_flight, position.norm
             if recorder is not None:
                 recorder.step, recorder.norm = step, norm
                 if (step + 1) % presentations == 0:
@@ -148,13 +151,12 @@ def _last_facts(log: EditLog) -> str:
     return f"facts {last.start + 1} to {last.stop}"
 
 
-def _change_of(action: Any, lm: EditableLM) -> Any:
-    """The change that an action is about to make: itself, but for a replacement, whose change depends on the weights
-    as they are."""
-    if set(action) != {"accumulated"}:
-        return action
-    accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
-    return {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
+def _norm(action: Any, lm: EditableLM) -> float:
+    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make; a replacement's depends on the weights as they are."""
+    if set(action) == {"accumulated"}:
+        accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
+        action = {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
+    return math.sqrt(max(float(action_penalty(frobenius_penalty, action)), 0.0))
 
 
 def edit_facts(

@@ -23,11 +23,13 @@ class Position:
             was taken back.
         step: the step to go on with.
         update: what that step did, if it was in flight: it is taken again as it was.
+        norm: that update's.
     """
 
     taken: list[tuple[float, bool]]
     step: int
     update: Update | None
+    norm: float = 0.0
 
 
 class LedgerRecorder:
@@ -133,7 +135,7 @@ class LedgerRecorder:
         self.cursor = last.index
         self._last = last
         update = {part: {m: t.to(env.lm.device) for m, t in by.items()} for part, by in last.update.items()}
-        return Position(taken[:-1], step, update or {"updates": {}})
+        return Position(taken[:-1], step, update or {"updates": {}}, last.norm)
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -30,7 +30,6 @@ from rledit_env.reward import (
     score,
 )
 
-
 class DivergenceError(ArithmeticError):
     """An update broke the LLM, and ``on_divergence`` is "raise"; the message names the batch."""
 

@@ -102,11 +102,18 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def updated(weights: Mapping[str, Tensor], original: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
-    """The weights (d_out, d_in) after an update: W + ṽᵀũ, W + ΔW, or W₀ + ΔW; new tensors where anything changes."""
+    """The weights (d_out, d_in) after an update: W + ṽᵀũ, W + ΔW, or W₀ + ΔW; new tensors where anything changes.
+
+    The same numbers give the same bits, wherever in memory they lie and however they are laid out there.
+    """
+
+    def placed(tensor: Tensor) -> Tensor:  # a product's last bits depend on its factors' strides and alignment
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+
     after = dict(weights)
     for name, weight in weights.items():
         if name in update.get("keys", {}):
-            values, keys = (update[part][name].to(weight) for part in ("values", "keys"))
+            values, keys = (placed(update[part][name].to(weight)) for part in ("values", "keys"))
             after[name] = torch.addmm(weight, values.t(), keys)
         elif name in update.get("updates", {}):
             after[name] = weight + update["updates"][name].to(weight)

@@ -238,6 +238,153 @@ def test_kept_weights_carry_over_to_the_next_stream(make_env):
     assert float(observation["edit_loss"][0]) != float(fresh["edit_loss"][0])
 
 
+# -- dense actions
+
+
+def dense(env, seed=0, scale=0.02, modules=slice(None)):
+    """A random matrix (d_out, d_in) for some of the edited modules."""
+    rng = np.random.default_rng(seed)
+    chosen = list(env.lm.module_shapes.items())[modules]
+    return {m: (scale * rng.normal(size=(d_out, d_in))).astype(np.float32) for m, (d_in, d_out) in chosen}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_updates_are_added_and_an_accumulated_change_replaces_what_was_added(make_env, tiny_lm, name, backend):
+    env = make_env(model=tiny_lm(name), array_backend=backend, reward="none")
+    first, *others = env.lm.module_shapes
+    env.reset(seed=0)
+    for seed in (1, 2):
+        env.step({"updates": dense(env, seed)})
+    for m in env.lm.module_shapes:
+        expected = dense(env, 1)[m] + dense(env, 2)[m]
+        torch.testing.assert_close(env.lm.weight(m) - env.lm.original_weight(m), torch.from_numpy(expected),
+                                   atol=1e-6, rtol=1e-4)
+    kept = env.lm.snapshot()
+    env.step({"accumulated": dense(env, 3, modules=slice(1))})
+    assert torch.equal(env.lm.weight(first), env.lm.original_weight(first) + torch.from_numpy(dense(env, 3)[first]))
+    assert others and all(torch.equal(env.lm.weight(m), kept[m]) for m in others)
+    modules = dict(env.lm.model.named_modules())
+    for m in env.lm.module_shapes:  # the model runs with what was written
+        run = modules[m].weight.t() if name == "tiny-gpt2" else modules[m].weight
+        assert torch.equal(run, env.lm.weight(m))
+
+
+def test_modules_that_a_dense_action_leaves_out_stay_and_an_empty_one_edits_nothing(make_env):
+    env = make_env()
+    env.reset(seed=0)
+    before = env.lm.snapshot()
+    *_, info = env.step({"updates": {}})
+    assert all(torch.equal(before[m], env.lm.weight(m)) for m in before)
+    assert info["regularisation"] == 0.0 == info["drift"]
+    *_, info = env.step({"accumulated": {}})
+    assert info["regularisation"] == 0.0
+    chosen = dense(env, modules=slice(1, 2))
+    env.step({"updates": chosen})
+    assert [m for m in before if not torch.equal(before[m], env.lm.weight(m))] == list(chosen)
+
+
+def test_a_reset_after_dense_actions_restores_the_weights_bit_for_bit(make_env):
+    env = make_env()
+    state = {n: p.clone() for n, p in env.lm.model.state_dict().items()}
+    for form in ("updates", "accumulated"):
+        env.reset(seed=0)
+        env.step({form: dense(env, scale=1e3)})
+        env.reset(seed=0)
+        assert all(torch.equal(state[n], p) for n, p in env.lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["updates", "accumulated"])
+def test_the_regularisation_of_a_dense_action_is_that_of_the_change_really_made(make_env, form):
+    env = make_env(reward=RewardConfig(regularisation=0.5), reward_gradient=True, array_backend="torch")
+    env.reset(seed=0)
+    env.step({"updates": dense(env, 1)})
+    before = env.lm.snapshot()
+    *_, info = env.step({form: dense(env, 2)})
+    changes = {m: env.lm.weight(m) - w for m, w in before.items()}
+    squares = sum(float(c.double().square().sum()) for c in changes.values())
+    assert info["regularisation"] == pytest.approx(0.5 * squares, rel=1e-5)
+    assert set(info["action_gradient"]) == {form}
+    for m, change in changes.items():
+        torch.testing.assert_close(info["action_gradient"][form][m], -change, atol=1e-6, rtol=1e-3)
+
+
+def test_a_penalty_of_ones_own_sees_a_dense_change_as_factors_that_give_it(make_env):
+    def penalty(keys, values):
+        return sum((values[m].T @ keys[m]).abs().sum() for m in keys)
+
+    env = make_env(reward=RewardConfig(regularisation=1.0, penalty=penalty))
+    env.reset(seed=0)
+    *_, info = env.step({"updates": dense(env)})
+    expected = sum(float(np.abs(d).sum()) for d in dense(env).values())
+    assert info["regularisation"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_on_a_dense_action_is_on_its_entries_and_counts_in_the_regularisation(make_env):
+    env = make_env(action_noise_std=0.1, reward=RewardConfig(regularisation=1.0))
+    env.reset(seed=0)
+    m = next(iter(env.lm.module_shapes))
+    *_, info = env.step({"updates": {m: np.zeros(env.lm.module_shapes[m][::-1], np.float32)}})
+    change = env.lm.weight(m) - env.lm.original_weight(m)
+    assert float(change.std()) == pytest.approx(0.1, rel=0.1)
+    assert info["regularisation"] == pytest.approx(float(change.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["updates", "accumulated"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, m: 3, "is int; give a dictionary"),
+        (lambda a, m: {**a, "model.layers.0.mlp": a[m]}, "names 'model.layers.0.mlp', which is not edited; edited are"),
+        (lambda a, m: {**a, m: a[m][:-1]}, r"{m}'\] has shape .*; give \(d_out, d_in\) = \("),
+        (lambda a, m: {**a, m: a[m][None]}, r"{m}'\] has shape \(1, "),
+        (lambda a, m: {**a, m: np.where(np.arange(a[m].shape[1]) == 3, np.nan, a[m])}, r"{m}'\] holds nan at \(0, 3\)"),
+        (lambda a, m: {**a, m: np.full_like(a[m], -np.inf)}, r"{m}'\] holds -inf at \(0, 0\)"),
+        (lambda a, m: {**a, m: np.full(a[m].shape, 1e300)}, r"{m}'\] holds inf at \(0, 0\); give finite .*float32"),
+        (lambda a, m: {**a, m: "x"}, r"{m}'\] is no array of numbers"),
+    ],
+)
+def test_a_rejected_dense_action_is_named_and_changes_neither_weights_nor_stream_nor_random_state(
+    make_env, form, change, message
+):
+    env = make_env(action_noise_std=0.1)
+    env.reset(seed=0)
+    env.step({"updates": dense(env)})
+    last = list(env.lm.module_shapes)[-1]
+    weights, state, step = env.lm.snapshot(), env.np_random.bit_generator.state, env._step
+    pattern = rf"action\['{form}'\].*" + message.replace("{m}", last.replace(".", r"\."))
+    with pytest.raises(ValueError, match=pattern):
+        env.step({form: change(dense(env), last)})
+    assert all(torch.equal(weights[m], env.lm.weight(m)) for m in weights)
+    assert env.np_random.bit_generator.state == state and env._step == step
+    write = env.lm.add if form == "updates" else env.lm.replace
+    with pytest.raises(ValueError, match=form):
+        write(change(dense(env), last))
+    assert all(torch.equal(weights[m], env.lm.weight(m)) for m in weights)
+
+
+@pytest.mark.parametrize("parts", [("updates", "accumulated"), ("updates", "keys", "values"), ("update",)])
+def test_an_action_of_mixed_or_unknown_parts_says_what_an_action_is(make_env, parts):
+    env = make_env()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="'keys' and 'values', each by module, or with 'updates' or 'accumulated'"):
+        env.step({part: dense(env) for part in parts})
+
+
+def test_the_current_batch_is_what_the_step_edits(make_env):
+    env = make_env(steps_per_batch=2)
+    with pytest.raises(gym.error.ResetNeeded, match="no batch is presented"):
+        env.current_batch()
+    env.reset(seed=0)
+    for step in range(6):
+        assert [r.record for r in env.current_batch()] == list(env.stream.batch(step // 2))
+        expected = [encode(env.lm, r).edit.input_ids for r in env.stream.batch(step // 2)]
+        assert [r.edit.input_ids for r in env.current_batch()] == expected
+        env.step({"updates": {}})
+    with pytest.raises(gym.error.ResetNeeded, match="no batch is presented"):
+        env.current_batch()
+
+
 # -- arguments
 
 

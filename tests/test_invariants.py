@@ -113,6 +113,35 @@ def test_2_padded_rows_change_nothing(make_env, random_action):
         assert all(equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@both_precisions
+@every_architecture
+def test_2_a_dense_update_is_the_same_step_as_factors_that_give_it(tiny_lm, make_env, name, dtype):
+    env = make_env(model=tiny_lm(name, dtype=dtype), array_backend="torch")
+    results = []
+    for form in ("factors", "updates", "accumulated"):
+        observation, _ = env.reset(seed=0)
+        rewards = []
+        for _ in range(env.episode_steps):
+            action = {"keys": observation["keys"],
+                      "values": {m: -0.02 * g for m, g in observation["value_gradients"].items()}}
+            update = {m: action["values"][m].T @ action["keys"][m] for m in env.lm.module_shapes}
+            if form == "updates":
+                action = {"updates": update}
+            elif form == "accumulated":
+                total = {m: env.lm.weight(m) - env.lm.original_weight(m) + d for m, d in update.items()}
+                action = {"accumulated": total}
+            observation, reward, *_ = env.step(action)
+            rewards.append(reward)
+        assert env._over
+        results.append((rewards, env.lm.snapshot()))
+    for rewards, weights in results[1:]:
+        assert rewards == pytest.approx(results[0][0], rel=1e-5 if dtype == torch.float32 else 1e-2)
+        if dtype == torch.float32:
+            for m, weight in weights.items():
+                torch.testing.assert_close(weight, results[0][1][m], atol=1e-5, rtol=1e-4)
+    assert results[0][0][0] != results[0][0][1]
+
+
 # -- 3 ---------------------------------------------------------------------------------------------------------------
 
 

@@ -223,6 +223,43 @@ def test_with_autoreset_disabled_an_ended_stream_asks_for_a_reset(both):
     assert observations["mask"].any(1).tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("form", ["updates", "accumulated"])
+def test_dense_actions_of_streams_are_those_of_separate_environments(both, form, backend):
+    vector, makers = both(array_backend=backend, reward_gradient=True)
+    separate = [make() for make in makers]
+    vector.reset(seed=7)
+    for i, env in enumerate(separate):
+        env.reset(seed=7 + i)
+    rng = np.random.default_rng(0)
+    terminations = np.zeros(3, dtype=bool)
+    while not terminations.all():
+        actions = {form: {m: (0.02 * rng.normal(size=(3, *shape[::-1]))).astype(np.float32)
+                          for m, shape in vector.envs[0].lm.module_shapes.items()}}
+        _, rewards, terminations, _, infos = vector.step(actions)
+        steps = [env.step(of_stream(actions, i)) for i, env in enumerate(separate)]
+        np.testing.assert_allclose(rewards, [step[1] for step in steps], rtol=1e-4)
+        for i, step in enumerate(steps):
+            assert_same(of_stream(infos["action_gradient"], i), step[4]["action_gradient"])
+    for i, env in enumerate(separate):
+        assert_same(vector.envs[i].lm.snapshot(), env.unwrapped.lm.snapshot())
+
+
+def test_a_rejected_dense_action_of_one_stream_changes_no_stream(both):
+    vector, _ = both()
+    vector.reset(seed=0)
+    m, (d_in, d_out) = next(iter(vector.envs[0].lm.module_shapes.items()))
+    before = [env.lm.snapshot() for env in vector.envs]
+    bad = np.ones((3, d_out, d_in), np.float32)
+    bad[1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"stream 1: action\['updates'\].* holds nan at \(2, 3\)"):
+        vector.step({"updates": {m: bad}})
+    with pytest.raises(ValueError, match="its first axis must be the 3 streams"):
+        vector.step({"updates": {m: bad[0]}})
+    for env, weights in zip(vector.envs, before, strict=True):
+        assert all(torch.equal(weights[name], env.lm.weight(name)) for name in weights)
+
+
 # -- what is rejected
 
 

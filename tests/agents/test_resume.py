@@ -14,11 +14,13 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from killing import forked, kill_at_random
 from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from rledit_env.knowledge import load_knowledge
+from rledit_env.ledger import weights_hash
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
@@ -109,6 +111,26 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
     assert seen[0] <= 6, "the run goes on, and does not start anew"
     assert seen[0] > 1
     assert_same(whole, going_on)
+
+
+def train(folder: Path) -> str:
+    """Train, or go on training; a hash of the whole training state."""
+    env, eval_env = environments()
+    agent = new_agent(env).learn(
+        log_dir=folder, eval_env=eval_env, **{**SETTINGS, "total_timesteps": 24, "checkpoint_every": 1}
+    )
+    tensors, counters = agent._training_state()
+    return weights_hash(dict(sorted(tensors.items()))) + json.dumps(counters)
+
+
+def test_training_killed_at_random_moments_ends_as_the_uninterrupted_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with forked("test_resume", "train") as runner:
+        kills, runs, identical = kill_at_random(runner, tmp_path, kills=20)
+    with capsys.disabled():
+        print(f"\ntraining: {kills} kills in {runs} runs, {identical} of {runs} ended in the identical state")
+    assert identical == runs
 
 
 def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
