@@ -26,6 +26,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
+        os.dup2(2, 1)  # what the task prints is none of the answers
         try:
             Path(line.strip() + ".result").write_text(task(Path(line.strip())))
             os._exit(0)
@@ -33,6 +34,7 @@ for line in sys.stdin:
             traceback.print_exc()
             os._exit(1)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then the process's id stays its own, whether it runs or has ended
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -50,7 +52,8 @@ class Runner:
         process = int(self.server.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(process, signal.SIGKILL)  # the server waits for it only then, so that the id is still its own
+            os.kill(process, signal.SIGKILL)
+        print(file=self.server.stdin, flush=True)
         code = int(self.server.stdout.readline())
         result = folder.with_name(folder.name + ".result")
         return code, result.read_text() if code == 0 else None
