@@ -152,7 +152,8 @@ def _last_facts(log: EditLog) -> str:
 
 
 def _norm(action: Any, lm: EditableLM) -> float:
-    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make; a replacement's depends on the weights as they are."""
+    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make (a replacement's depends on the weights as they are).
+    """
     if set(action) == {"accumulated"}:
         accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
         action = {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, run_stream
 from agents.credit import CreditAccumulator
+from agents.files import built_from, check_counters, check_size, read_description, read_tensors
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
@@ -310,6 +309,7 @@ class RLEditAgent(Agent):
     def _gather_prior(self, env: gym.Env, progress_bar: bool) -> None:
         """Show the network the keys of some training batches: the first of as many streams."""
         batches = self.config.prior_batches
+        _forget_states(env)
         for i in trange(batches, desc="second moments of keys", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
             used = int(observation["mask"].sum())
@@ -317,6 +317,7 @@ class RLEditAgent(Agent):
 
     def _trajectory(self, env: gym.Env, seed: int) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
+        _forget_states(env)
         observation, _ = env.reset(seed=seed)
         self.reset()
         credit = CreditAccumulator(self.config.credit, self.config.network.aggregation != "recursive")
@@ -381,13 +382,15 @@ class RLEditAgent(Agent):
         if math.isfinite(norm):
             self.optimizer.step()
         else:
-            warnings.warn("the policy gradient is not finite; this update is left out", stacklevel=2)
+            warnings.warn(f"the policy gradient of update {self.updates + 1} is not finite; this update is left out, "
+                          "and the policy stays as it was", stacklevel=2)
         self.optimizer.zero_grad()
         self.updates += 1
         return {"gradient_norm": norm}
 
     def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any) -> bool:
         """Score the policy on the held-out stream and keep it if it is the best so far."""
+        _forget_states(eval_env)
         _, info = run_stream(eval_env, self, seed=seed)
         metrics = _inner(eval_env).evaluate(generate=False)
         score = -math.inf if info["diverged"] else metrics.mean
@@ -445,24 +448,26 @@ class RLEditAgent(Agent):
             ValueError: it was trained for other modules than the environment's.
         """
         folder = Path(path)
-        if not (folder / "agent.json").exists():
-            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
-        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        config = RLEditConfig(**description["config"] | {
-            "network": HypernetworkConfig(**description["config"]["network"])
-        })
-        shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
-        agent = cls(env, config, shapes, description["seed"])
-        if env is not None:
-            wanted = _module_shapes(env)
-            if wanted != shapes:
-                raise ValueError(
-                    f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
-                    f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment with "
-                    f"the settings in {folder / 'agent.json'}"
-                )
-        agent._load_policy(load_file(folder / "agent.safetensors"))
-        agent.updates, agent.timesteps = description["updates"], description["timesteps"]
+        description = read_description(folder)
+        tensors, _ = read_tensors(folder / "agent.safetensors")
+        with built_from(folder):
+            config = RLEditConfig(**description["config"] | {
+                "network": HypernetworkConfig(**description["config"]["network"])
+            })
+            check_counters(description, "seed", "updates", "timesteps")
+            shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
+            check_size(Hypernetwork.parameter_count(shapes, config.network), tensors)
+            if env is not None:
+                wanted = _module_shapes(env)
+                if wanted != shapes:
+                    raise ValueError(
+                        f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
+                        f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment "
+                        f"with the settings in {folder / 'agent.json'}"
+                    )
+            agent = cls(env, config, shapes, description["seed"])
+            agent._load_policy(tensors)
+            agent.updates, agent.timesteps = description["updates"], description["timesteps"]
         return agent
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
@@ -519,21 +524,26 @@ class RLEditAgent(Agent):
         Raises:
             ValueError: it is of a run with other settings, or this agent has been trained further elsewhere.
         """
-        with safe_open(path, "pt") as file:
-            counters = json.loads(file.metadata()["training"])
+        try:
+            tensors, metadata = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another log_dir, or resume=False to start anew") from error
+        with built_from(path.parent):
+            counters = json.loads(metadata["training"])
             mine = json.loads(json.dumps(self._description()))
             found = setting_differences(counters, mine)
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
             mend = "give the same settings, another log_dir, or resume=False to start anew"
             run = path.parent.parent
             if different:
-                raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend}")
+                raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend} "
+                                 f"({path.parent})")
             if counters["timesteps"] < self.timesteps:
                 raise ValueError(
                     f"{run} holds a run of {counters['timesteps']} steps, but this agent has already "
-                    f"taken {self.timesteps}; {mend}"
+                    f"taken {self.timesteps}; {mend} ({path.parent})"
                 )
-            self._load_training_state({k: file.get_tensor(k) for k in file.keys()}, counters)  # noqa: SIM118
+            self._load_training_state(tensors, counters)
         tqdm.write(f"going on from {path.parent} (update {self.updates}, step {self.timesteps})")
 
     def _checkpoint(self, folder: Path | None, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
@@ -564,6 +574,14 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _inner(env: gym.Env) -> Any:
     """The `LifelongEditEnv` inside the wrappers."""
     return env.unwrapped
+
+
+def _forget_states(env: gym.Env) -> None:
+    """Drop the LLM's cached states: what a passage's were computed together with changes their last bits, and a run
+    that is taken up from a checkpoint, with nothing cached, must end as the uninterrupted one, bit for bit."""
+    lm = _inner(env).lm
+    lm.prefix_cache.clear()
+    lm.reference_cache.clear()
 
 
 def _module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from rledit_env.reward import (
     score,
 )
 
+
 class DivergenceError(ArithmeticError):
     """An update broke the LLM, and ``on_divergence`` is "raise"; the message names the batch."""
 
@@ -283,8 +284,11 @@ class LifelongEditEnv(gym.Env):
         start = options.get("start", 0)
         if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or not 0 <= start < self.episode_steps:
             raise ValueError(f"reset option 'start' is {start!r}; the episode has steps 0 to {self.episode_steps - 1}")
+        indices = options.get("indices")
+        if indices is not None:
+            indices = self.stream.checked(indices)  # before anything changes
         super().reset(seed=seed)
-        self.stream.reset(self.np_random, options.get("indices"))
+        self.stream.reset(self.np_random, indices)
         self._choices = self.np_random.random(len(self.stream.indices))
         stride = self.reward_config.batch_stride if self.reward_config is not None else 1
         self._first_scored = int(self.np_random.integers(stride)) if stride > 1 else 0

@@ -124,6 +124,8 @@ def unpack_action(
             width = shape[side]
             try:
                 value = torch.as_tensor(action[part][module], dtype=dtype, device=device)
+                if value.layout is not torch.strided:
+                    raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
                     f"action[{part!r}][{module!r}] is no array of numbers ({error}); give one of shape "

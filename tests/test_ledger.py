@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def lm(tiny_lm: Callable[..., EditableLM]) -> Iterator[EditableLM]:
-    yield tiny_lm(modules="model.layers.[1-2].mlp.{gate,up}_proj")
+def lm(tiny_lm: Callable[..., EditableLM]) -> EditableLM:
+    return tiny_lm(modules="model.layers.[1-2].mlp.{gate,up}_proj")
 
 
 def original(lm: EditableLM) -> dict[str, Tensor]:

@@ -106,7 +106,15 @@ def _expand_ranges(pattern: str) -> list[str]:
 def resolve_device(device: torch.device | str) -> torch.device:
     """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"device is {str(device)!r}, which this machine or build of torch does not have "
+                f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
+            ) from error
+        return found
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -122,7 +130,7 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
         return torch.bfloat16 if native else torch.float32
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
     return found
 
@@ -550,6 +558,8 @@ class EditableLM:
             wanted = self.module_shapes[name][::-1]
             try:
                 matrix = torch.as_tensor(value, dtype=self.edit_dtype, device=self.device)
+                if matrix.layout is not torch.strided:
+                    raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{place}[{name!r}] is no array of numbers ({error}); give {wanted}") from error
             if matrix.shape != wanted:

@@ -217,7 +217,7 @@ def test_a_damaged_memory_costs_one_step_more(tmp_path: Path) -> None:
     assert all(torch.equal(lm.weight(m), w) for m, w in wanted.items())
 
 
-# -- killed processes --------------------------------------------------------------------------------------------------
+# -- killed processes -------------------------------------------------------------------------------------------------
 
 
 def edit_many(folder: Path) -> str:
@@ -241,7 +241,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
     assert identical == runs
 
 
-# -- numerical safety ----------------------------------------------------------------------------------------------------
+# -- numerical safety -------------------------------------------------------------------------------------------------
 
 
 class Bursting(Forgetful):
