@@ -18,6 +18,7 @@ from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, run_stream
 from agents.credit import CreditAccumulator
+from agents.distributed import Processes, evaluate_sharded
 from agents.files import built_from, check_counters, check_size, read_description, read_tensors
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.settings import environment_settings, setting_differences
@@ -157,6 +158,7 @@ class RLEditAgent(Agent):
         eval_seed: int = 12345,
         checkpoint_every: int = 5,
         resume: bool = True,
+        processes: Processes | None = None,
     ) -> RLEditAgent:
         """Train by whole-trajectory updates: each ends with one step of Adam on the gradient of the return.
 
@@ -178,6 +180,9 @@ class RLEditAgent(Agent):
             eval_seed: the seed that ``eval_env`` is always reset with.
             checkpoint_every: updates between two checkpoints; one is written at every evaluation as well.
             resume: go on from ``last``; False starts anew and writes over it.
+            processes: those that train together (`Processes.started()`), each with its own environment of the same
+                settings. Each edits ``trajectories_per_update`` streams of its own for an update, whose gradient is the
+                mean over all; the first one writes the files. One process with as many trajectories does the same.
 
         Raises:
             ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` holds a run with
@@ -186,8 +191,19 @@ class RLEditAgent(Agent):
         env = self._training_env()
         folder = Path(log_dir) if log_dir is not None else None
         self._waited, self._evaluated = 0, None
-        if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
+        processes = processes or Processes()
+        if processes.count > 1 and self.config.network.normaliser == "lifetime":
+            raise ValueError("normaliser is 'lifetime', whose moments every process would have of its own streams; train "
+                             "with normaliser='stream', or in one process")
+        if not processes.first:
+            folder, progress_bar = None, False
+        found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
+        if folder is not None and found:
             self._resume(folder / "last" / TRAINING_STATE)
+        if processes.from_first(found):
+            theirs = processes.from_first(self._training_state() if processes.first else None)
+            if not processes.first:
+                self._load_training_state(*theirs)
         writer = _summary_writer(folder, self.updates)
         step_writer = _summary_writer(folder and folder / "steps", self.timesteps)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
@@ -198,7 +214,7 @@ class RLEditAgent(Agent):
             nonlocal state
             due = at_end or self.updates % eval_every == 0 or self._evaluated is None
             if eval_env is not None and due and self._evaluated != self.updates:
-                better = self._evaluate(eval_env, eval_seed, writer)
+                better = self._evaluate(eval_env, eval_seed, writer, processes)
                 self._waited = 0 if better or self._evaluated is None else self._waited + 1
                 self._evaluated = self.updates
                 state = self._training_state()
@@ -211,21 +227,23 @@ class RLEditAgent(Agent):
             while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
                 numbers: dict[str, float] = {}
-                for _ in range(self.config.trajectories_per_update):
-                    gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + len(gradients))
+                first = processes.rank * self.config.trajectories_per_update
+                for place in range(first, first + self.config.trajectories_per_update):
+                    gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + place)
                     gradients.append(gradient)
                     for step, numbers_of_step in enumerate(_inner(env).history):
                         _log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
-                    self.timesteps += horizon
-                    bar.update(horizon)
-                numbers |= self._update(gradients)
+                    self.timesteps += horizon * processes.count
+                    bar.update(horizon * processes.count)
+                numbers = _averaged(processes.gathered(numbers)) | self._update(gradients, processes)
                 state = self._training_state()
                 bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
                 _log(writer, "train", numbers, self.updates)
                 judge()
                 if self.updates % checkpoint_every == 0:
                     self._checkpoint(folder, state)
-                if callback is not None and callback(numbers) is False:
+                stop = callback is not None and callback(numbers) is False
+                if any(processes.gathered(stop)):
                     break
             judge(at_end=True)
         except KeyboardInterrupt:
@@ -374,10 +392,11 @@ class RLEditAgent(Agent):
                     total.sub_(piece, alpha=1 / len(records))
         return gradient
 
-    def _update(self, gradients: list[list[Tensor]]) -> dict[str, float]:
-        """One step of Adam on the mean of the trajectories' gradients."""
-        for parameter, *pieces in zip(self._parameters(), *gradients, strict=True):
-            parameter.grad = torch.stack(pieces).mean(0)
+    def _update(self, gradients: list[list[Tensor]], processes: Processes | None = None) -> dict[str, float]:
+        """One step of Adam on the mean of the trajectories' gradients, those of the other processes among them."""
+        own = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
+        for parameter, gradient in zip(self._parameters(), (processes or Processes()).mean(own), strict=True):
+            parameter.grad = gradient
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_gradient_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -388,15 +407,18 @@ class RLEditAgent(Agent):
         self.updates += 1
         return {"gradient_norm": norm}
 
-    def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any) -> bool:
-        """Score the policy on the held-out stream and keep it if it is the best so far."""
+    def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
+        """Score the policy on the held-out stream and keep it if it is the best so far. Every process edits the stream,
+        which is one chain of steps, and scores its share of the facts."""
         _forget_states(eval_env)
         _, info = run_stream(eval_env, self, seed=seed)
-        metrics = _inner(eval_env).evaluate(generate=False)
+        inner = _inner(eval_env)
+        metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
         score = -math.inf if info["diverged"] else metrics.mean
         _log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
              self.updates)
-        tqdm.write(
+        say = tqdm.write if processes.first else (lambda _: None)
+        say(
             f"update {self.updates}: held-out efficacy {metrics.efficacy:.1f}, generalization "
             f"{metrics.generalization:.1f}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, top-1 "
             f"{metrics.top1:.1f}, drift {info['drift']:.3f}"
@@ -574,6 +596,12 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _inner(env: gym.Env) -> Any:
     """The `LifelongEditEnv` inside the wrappers."""
     return env.unwrapped
+
+
+def _averaged(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over those that have it."""
+    names = {name for one in numbers for name in one}
+    return {name: float(np.mean([one[name] for one in numbers if name in one])) for name in sorted(names)}
 
 
 def _forget_states(env: gym.Env) -> None:

@@ -19,7 +19,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -234,6 +235,7 @@ class EditLedger:
     def _scan(self) -> tuple[list[str], str | None]:
         """Names of the entries, up to the first that is missing or there twice, and what is wrong there."""
         by_index: dict[int, list[str]] = {}
+        self._memory_names = sorted(path.name for path in self.folder.iterdir() if MEMORY_NAME.fullmatch(path.name))
         for path in self.folder.iterdir():
             if match := ENTRY_NAME.fullmatch(path.name):
                 by_index.setdefault(int(match[1]), []).append(path.name)
@@ -257,11 +259,11 @@ class EditLedger:
             raise IndexError(f"{self.folder} has entries 0 to {len(self) - 1}, not {index}")
         path = self.folder / self.names[index]
         entry = self._entry(index, path, _checked_tensors(path))
-        self._checked[index] = Entry(**{**vars(entry), "update": {}, "torch_random": None})
+        self._checked[index] = replace(entry, random=None, update={}, torch_random=None)
         return entry
 
     def summary(self, index: int) -> Entry:
-        """:meth:`read` without the tensors; the file is read only once."""
+        """:meth:`read` without the tensors and the random states; the file is read only once."""
         if index not in self._checked:
             self.read(index)
         return self._checked[index]
@@ -423,7 +425,7 @@ class EditLedger:
             raise LedgerError(f"{self.damage}; go on with resume, which puts the damaged part aside")
         index = len(self)
         if memory is not None:
-            self._write(f"memory-{index:08d}-", memory, {"index": str(index)})
+            self._memory_names.append(self._write(f"memory-{index:08d}-", memory, {"index": str(index)}))
         entry = Entry(
             index, kind, int(batch), int(presentation), tuple(map(int, facts)), norm, weights_hash(after), random,
             self.names[-1] if self.names else "", {}, None,
@@ -433,10 +435,11 @@ class EditLedger:
         described = {k: v for k, v in vars(entry).items() if k not in ("update", "torch_random")}
         name = self._write(f"{index:08d}-", tensors, {"entry": json.dumps(described)})
         self.names.append(name)
-        self._checked[index] = entry
+        self._checked[index] = replace(entry, random=None)
         if memory is not None:
-            for path in self._memories()[MEMORIES:]:
-                path.unlink()
+            for old in self._memory_names[:-MEMORIES]:
+                (self.folder / old).unlink(missing_ok=True)
+            self._memory_names = self._memory_names[-MEMORIES:]
 
     def _write(self, prefix: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
         # Cloned where tensors share memory, which the format does not know.
@@ -493,20 +496,12 @@ class EditLedger:
 
     # -- the agent's memory, and cutting -----------------------------------------------------------------------------
 
-    def _memories(self) -> list[Path]:
-        """The memory files, the latest first."""
-        found = [path for path in self.folder.iterdir() if MEMORY_NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.name[:16], reverse=True)
-
     def memory(self, index: int) -> dict[str, Tensor] | None:
         """The agent's memory as it was at an entry, or None where that is not kept, or damaged."""
-        for path in self._memories():
-            match = MEMORY_NAME.fullmatch(path.name)
-            if match and int(match[1]) == index:
-                try:
-                    return _checked_tensors(path)[0]
-                except LedgerError:
-                    continue
+        for name in self._memory_names:
+            if name.startswith(f"memory-{index:08d}-"):
+                with suppress(LedgerError):
+                    return _checked_tensors(self.folder / name)[0]
         return None
 
     def cut(self, length: int) -> None:
@@ -520,6 +515,8 @@ class EditLedger:
                 aside = self.folder / "damaged"
                 aside.mkdir(exist_ok=True)
                 path.rename(aside / path.name)
+                if memory:
+                    self._memory_names.remove(path.name)
             elif path.name.endswith(".partial"):
                 path.unlink()
         sync(self.folder)

@@ -44,9 +44,15 @@ def cases(count: int) -> settings:
     )  # fmt: skip
 
 
-def named(error: BaseException) -> bool:
-    """Whether an error says more than that there is one."""
-    return len(str(error)) > 20
+def refused(attempt: Callable[[], Any]) -> bool:
+    """Whether an attempt ends with a clear error; any other error passes."""
+    try:
+        attempt()
+    except CLEAR as error:
+        if len(str(error)) <= 20:  # it says no more than that there is one
+            raise AssertionError(f"the error only says {str(error)!r}") from error
+        return True
+    return False
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +111,8 @@ def spoilt(draw: st.DrawFn, row: Any) -> Any:
 @given(data=st.data())
 def test_a_spoilt_row_is_read_or_refused_with_its_place(kind: str, data: st.DataObject) -> None:
     row = data.draw(spoilt(ROWS[kind]) | JSON)
-    try:
-        dataset = load_knowledge(kind, [row, ROWS[kind]])
-    except CLEAR as error:
-        assert named(error)
-    else:
-        assert all(isinstance(r.prompt, str) and r.prompt and r.target for r in dataset)
+    if not refused(lambda: load_knowledge(kind, [row, ROWS[kind]])):
+        assert all(r.prompt and r.target for r in load_knowledge(kind, [row, ROWS[kind]]))
 
 
 @cases(300)
@@ -125,10 +127,7 @@ def test_a_file_of_anything_is_read_or_refused(tmp_path: Path, data: st.DataObje
     path = tmp_path / data.draw(st.sampled_from(["a.jsonl", "a.json", "a.jsonl.gz", "a.txt"]))
     path.write_bytes(content)
     for read in (lambda: load_facts(path), lambda: load_knowledge("zsre", path)):
-        try:
-            read()
-        except CLEAR as error:
-            assert named(error)
+        refused(read)
 
 
 # -- actions -----------------------------------------------------------------------------------------------------------
@@ -189,15 +188,12 @@ def test_an_odd_action_is_applied_or_refused_and_then_nothing_has_changed(
     if data.draw(st.integers(0, 9)) == 0:
         action = data.draw(JSON)
     weights, rng = env.lm.snapshot(), env.np_random.bit_generator.state
-    try:
-        _, _, _, _, info = env.step(action)
-    except CLEAR as error:
-        assert named(error)
+    if refused(lambda: env.step(action)):
         assert env._step == 0 and env.np_random.bit_generator.state == rng
         assert all(torch.equal(env.lm.weight(m), w) for m, w in weights.items())
     else:
         assert all(bool(torch.isfinite(env.lm.weight(m)).all()) for m in weights)
-        assert not info["diverged"] or all(torch.equal(env.lm.weight(m), w) for m, w in weights.items())
+        assert env._step == 1
 
 
 @cases(150)
@@ -206,10 +202,7 @@ def test_an_odd_action_is_applied_or_refused_and_then_nothing_has_changed(
 def test_odd_reset_options_are_taken_or_refused(env: LifelongEditEnv, options: dict[str, Any]) -> None:
     env.reset(seed=1)
     rng, indices = env.np_random.bit_generator.state, env.stream.indices.copy()
-    try:
-        env.reset(seed=2, options=options)
-    except CLEAR as error:
-        assert named(error)
+    if refused(lambda: env.reset(seed=2, options=options)):
         assert env.np_random.bit_generator.state == rng and np.array_equal(env.stream.indices, indices)
 
 
@@ -236,17 +229,19 @@ def test_odd_arguments_end_with_an_exit_code_that_is_the_users_to_mend(
     assert cli.main([command, *words]) in (0, 2)
 
 
-def test_a_run_with_odd_numbers_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_run_with_odd_numbers_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     facts = tmp_path / "facts.jsonl"
     facts.write_text(json.dumps(ROWS["facts"]))
-    RLEditAgent(shapes={"model.layers.2.mlp.up_proj": (32, 48)}).save(tmp_path / "agent")
+    shapes = EditableLM.load("tiny-llama", dtype="float32", device="cpu").module_shapes
+    RLEditAgent(shapes=shapes, config=RLEditConfig(network=HypernetworkConfig(rank=2))).save(tmp_path / "agent")
     start = ["edit", "--facts", str(facts), "--agent", str(tmp_path / "agent"), "--model", "tiny-llama", "--out",
              str(tmp_path / "out")]
     for odd in (["--batch-size", "0"], ["--steps-per-batch", "-3"], ["--drift-bound", "nan"], ["--drift-bound", "-1"],
                 ["--dtype", "int8"], ["--dtype", "float99"], ["--device", "nowhere"], ["--edit-modules", "*nothing*"],
                 ["--resume"], ["--facts", str(tmp_path)], ["--agent", str(facts)]):
-        assert cli.main([*start, *odd]) == 2
-    assert not (tmp_path / "out").exists()
+        assert cli.main([*start, *odd]) == 2, odd
+        assert not (tmp_path / "out").exists(), odd
+    assert cli.main(start) == 0
 
 
 # -- saved agents ------------------------------------------------------------------------------------------------------
@@ -286,12 +281,13 @@ def test_a_spoilt_agent_loads_or_is_refused(
         else:
             description = data.draw(spoilt(description) | JSON)
         (folder / "agent.json").write_text(json.dumps(description))
-    try:
+
+    def use() -> None:
         agent = load_agent(folder, env)
         observation, _ = env.reset(seed=0)
         env.step(agent.predict(observation)[0])
-    except CLEAR as error:
-        assert named(error)
+
+    refused(use)
 
 
 @pytest.mark.parametrize(
@@ -356,18 +352,19 @@ def test_a_spoilt_ledger_is_usable_up_to_the_damage_or_refused(
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
         path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))]))
     before = lm.snapshot()
-    try:
+
+    def use() -> None:
         ledger = EditLedger(folder)
         ledger.verify(lm)
         ledger.replay(lm, len(ledger))
         assert path.name == "ledger.json" or len(ledger) == int(path.name[:8])
-    except CLEAR as error:
-        assert named(error)
+
+    if refused(use):
         assert all(torch.equal(lm.weight(m), w) for m, w in before.items())
     assert len(list(folder.iterdir())) == untouched, "looking changes nothing"
 
 
-# -- no code in data -----------------------------------------------------------------------------------------------------
+# -- no code in data ---------------------------------------------------------------------------------------------------
 
 
 def test_nothing_in_the_package_reads_or_writes_pickle_or_trusts_remote_code() -> None:

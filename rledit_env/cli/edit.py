@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     trained = agent_settings(folder)["environment"]
     settings = {
         "token": options.token or trained.get("token", "answer"),
-        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
-        "batch_size": min(options.batch_size or trained.get("batch_size", 20), len(facts.dataset)),
+        "steps_per_batch": _given(options.steps_per_batch, trained.get("steps_per_batch", 1)),
+        "batch_size": min(_given(options.batch_size, trained.get("batch_size", 20)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
     model = model_name(options, trained, folder)
@@ -149,6 +149,10 @@ def run(options: argparse.Namespace) -> int:
     warn_without_effect(report["batches_without_effect"], log)
     print(f"written: {options.out}, for AutoModelForCausalLM.from_pretrained")
     return OK
+
+
+def _given(option: int | None, otherwise: int) -> int:
+    return otherwise if option is None else option
 
 
 def _ledger(
