@@ -193,8 +193,8 @@ class RLEditAgent(Agent):
         self._waited, self._evaluated = 0, None
         processes = processes or Processes()
         if processes.count > 1 and self.config.network.normaliser == "lifetime":
-            raise ValueError("normaliser is 'lifetime', whose moments every process would have of its own streams; train "
-                             "with normaliser='stream', or in one process")
+            raise ValueError("normaliser is 'lifetime', whose moments every process would have of its own streams; give "
+                             "normaliser='stream', or train in one process")
         if not processes.first:
             folder, progress_bar = None, False
         found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()

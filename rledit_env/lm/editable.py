@@ -182,6 +182,11 @@ class EditableLM:
         self.module_shapes: dict[str, tuple[int, int]] = {}
         self._master: dict[str, Tensor] = {}
         for n, module in self._modules.items():
+            if module.weight.is_meta:
+                raise ValueError(
+                    f"the weight of {n} is offloaded to the host or the disk, where it cannot be edited; give a device "
+                    "map that keeps the layers of edit_modules on a device"
+                )
             weight = self._oriented(module).detach()
             self.module_shapes[n] = (weight.shape[1], weight.shape[0])
             self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
@@ -200,6 +205,9 @@ class EditableLM:
         edit_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
+        offload_folder: str | Path | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
     ) -> EditableLM:
         """An editable LM by registry name, hub id or folder.
 
@@ -209,14 +217,20 @@ class EditableLM:
             dtype: precision of the frozen weights, ``"auto"`` (see :func:`resolve_dtype`), or ``"stored"``: the one
                 that the model was saved in, so that :meth:`save_pretrained` leaves its frozen weights bit for bit.
             device: or ``"auto"``: the accelerator if there is one.
+            device_map: for a model larger than one device: ``"auto"``, or module → device, "cpu" or "disk", as
+                Accelerate takes it. Edited modules must lie on a device.
+            offload_folder: where what is mapped to the disk goes.
+            max_memory: device → bytes that ``"auto"`` may fill there.
 
         Raises:
             ModelError: the model cannot be had.
-            ValueError: a pattern in ``edit_modules`` matches nothing.
+            ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
         dtype = stored_dtype(name) if dtype == "stored" else resolve_dtype(dtype, device)
-        model, tokenizer = load_model(name, dtype, device)
+        model, tokenizer = load_model(
+            name, dtype, device, device_map=device_map, offload_folder=offload_folder, max_memory=max_memory
+        )
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
@@ -224,7 +238,7 @@ class EditableLM:
 
     @property
     def device(self) -> torch.device:
-        return self.forward.norm.weight.device
+        return self.forward.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -466,8 +480,9 @@ class EditableLM:
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
                     rows, columns = _positions(members, token, self.device)
                     for n, g in zip(self._modules, grads, strict=True):
-                        keys[n].append(at_least_float32(inputs[n][rows, columns]))
-                        gradients[n].append(at_least_float32(g[rows, columns]))
+                        place = (rows.to(g.device), columns.to(g.device))
+                        keys[n].append(at_least_float32(inputs[n][place]).to(self.device))
+                        gradients[n].append(at_least_float32(g[place]).to(self.device))
                     order.extend(chunk[r] for r in rows.tolist())
         finally:
             for handle in handles:
@@ -507,7 +522,7 @@ class EditableLM:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out)."""
         for name, module in self._modules.items():
             weight = self._master[name]
-            weight.addmm_(values[name].t().to(weight.dtype), keys[name].to(weight.dtype))
+            weight.addmm_(values[name].t().to(weight), keys[name].to(weight))
             self._refresh(name, module)
 
     @torch.no_grad()
@@ -518,7 +533,7 @@ class EditableLM:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
         for name, update in self.matrices(updates, "updates").items():
-            self._master[name] += update
+            self._master[name] += update.to(self._master[name])
             self._refresh(name, self._modules[name])
 
     @torch.no_grad()
@@ -529,7 +544,7 @@ class EditableLM:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
         for name, change in self.matrices(accumulated, "accumulated").items():
-            self._master[name].copy_(self._original[name]).add_(change)
+            self._master[name].copy_(self._original[name]).add_(change.to(self._master[name]))
             self._refresh(name, self._modules[name])
 
     def matrices(self, given: Any, place: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,20 @@ def test_two_gloo_processes_make_the_updates_of_one_with_two_trajectories(tmp_pa
     assert RLEditAgent.load(tmp_path / "two" / "last").updates == 4
 
 
+class Waiting(Exception):
+    """Not all processes have spoken."""
+
+
 class Fake(Processes):
     """Several processes, one after another: what each gives is noted, and given back once all have spoken."""
 
-    said: list[list[Any]]
+    said: list[Any]
 
     def gathered(self, value: Any) -> list[Any]:
         self.said[self.rank] = value
-        return [v if v is not None else (None, {}) for v in self.said]
+        if None in self.said:
+            raise Waiting
+        return self.said
 
 
 @pytest.mark.parametrize("kind", ["zsre", "counterfact"])
@@ -88,7 +95,8 @@ def test_sharded_scores_are_those_of_one_process(kind: str) -> None:
     for rank in range(3):
         processes = Fake(rank, 3)
         object.__setattr__(processes, "said", said)
-        found = evaluate_sharded(processes, lm, records, kind)
+        with suppress(Waiting):
+            found = evaluate_sharded(processes, lm, records, kind)
     assert found is not None
     assert found.as_dict() == pytest.approx(wanted.as_dict())
     assert found.taken == wanted.taken

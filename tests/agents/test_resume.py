@@ -117,7 +117,7 @@ def train(folder: Path) -> str:
     """Train, or go on training; a hash of the whole training state."""
     env, eval_env = environments()
     agent = new_agent(env).learn(
-        log_dir=folder, eval_env=eval_env, **{**SETTINGS, "total_timesteps": 24, "checkpoint_every": 1}
+        log_dir=folder, eval_env=eval_env, **{**SETTINGS, "eval_every": 3, "checkpoint_every": 1}
     )
     tensors, counters = agent._training_state()
     return weights_hash(dict(sorted(tensors.items()))) + json.dumps(counters)
