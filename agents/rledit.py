@@ -193,7 +193,7 @@ class RLEditAgent(Agent):
         self._waited, self._evaluated = 0, None
         processes = processes or Processes()
         if processes.count > 1 and self.config.network.normaliser == "lifetime":
-            raise ValueError("normaliser is 'lifetime', whose moments every process would have of its own streams; give "
+            raise ValueError("normaliser is 'lifetime', but every process would have moments of its own streams; give "
                              "normaliser='stream', or train in one process")
         if not processes.first:
             folder, progress_bar = None, False

@@ -3,8 +3,8 @@ travel, expected efficiency.
 
     python benchmarks/scaling.py > benchmarks/SCALING.md
 
-Shapes and parameter counts are those of transformers' own models, built without memory; network sizes are counted by the
-agent's own code. Speeds of machines are assumptions, named in the output.
+Shapes and parameter counts are those of transformers' own models, built without memory; network sizes are counted by
+the agent's own code. Speeds of machines are assumptions, named in the output.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import expand_globs
 from rledit_env.lm.registry import default_edit_modules
 
@@ -54,8 +56,14 @@ class Training:
     """Bytes a second between two processes, each way."""
     latency: float = 50e-6
     """Seconds a message of the ring takes at least."""
-    spread: float = 0.05
-    """Standard deviation of a trajectory's time over its mean, from the lengths of its facts."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of a trajectory's time over its mean: that of the text of its facts, in the bundled
+        CounterFact sample. Of independent facts it falls as their number's root."""
+        records = load_knowledge("counterfact").records
+        length = [len(f"{r.prompt} {r.target}{r.paraphrases[0]}{r.unrelated[0].prompt}") for r in records]
+        return float(np.std(length) / np.mean(length)) / math.sqrt(self.batches * self.batch_size)
 
 
 def module_shapes(config: PretrainedConfig) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -118,15 +126,16 @@ def report(t: Training | None = None) -> str:
         "Written by `python benchmarks/scaling.py`; nothing here was measured. Shapes and counts are computed from the",
         "models' architectures; the speeds below are assumptions, to be replaced by one's own.",
         "",
-        "Each process holds a whole LLM (on one device or, with `device_map=\"auto\"`, on several), edits streams of its",
-        "own, and sends the gradient of the hypernetwork once an update. The LLM's weights and updates never travel.",
+        "Each process holds a whole LLM (on one device or, with `device_map=\"auto\"`, on several), edits its own",
+        "streams, and sends the gradient of the hypernetwork once an update. The LLM's weights and updates never travel.",
         "",
         f"Training: trajectories of {t.batches} × {t.batch_size} facts, {t.steps_per_batch} steps a batch, {t.rows} "
         "observed rows;",
-        f"hypernetwork of rank {network.rank} with {network.blocks} blocks; recursive aggregation; the modules edited by "
-        "default.",
+        f"hypernetwork of rank {network.rank} with {network.blocks} blocks; recursive aggregation; the modules edited "
+        "by default.",
         f"Assumed of a process: {t.flops:.0e} FLOP/s sustained, {t.bandwidth / 1e9:.0f} GB/s and "
-        f"{t.latency * 1e6:.0f} µs to the next one, trajectory times spread by {t.spread:.0%}.",
+        f"{t.latency * 1e6:.0f} µs to the next one. Trajectory times spread by {t.spread:.1%}, as the lengths of "
+        "the bundled facts do.",
         "",
     ]
     rows: list[list[str]] = []
@@ -150,9 +159,9 @@ def report(t: Training | None = None) -> str:
               *_table(["model", "policy, 10⁶ parameters", "sent a process and update, GiB (float32, before the ring's "
                        "factor 2(n−1)/n)", "seconds a trajectory", "efficiency, 2 processes", "8", "64"], rows), ""]
     lines += [
-        "Efficiency = T / (T + waiting + sending): T is a trajectory's time; waiting, for the slowest of n trajectories,",
-        "is T · spread · √(2 ln n); sending is a ring all-reduce. Waiting outweighs sending as long as trajectories are",
-        "long; more trajectories an update (`trajectories_per_update` m) shrink both, the first by √m, the second by m.",
+        "Efficiency = T / (T + waiting + sending): T is a trajectory's time; waiting, for the slowest of n, is",
+        "T · spread · √(2 ln n); sending is a ring all-reduce. Other differences between machines come on top. More",
+        "trajectories an update (`trajectories_per_update` m) shrink both, the first by √m, the second by m.",
     ]
     return "\n".join(lines)
 

@@ -435,7 +435,6 @@ class EditLedger:
         described = {k: v for k, v in vars(entry).items() if k not in ("update", "torch_random")}
         name = self._write(f"{index:08d}-", tensors, {"entry": json.dumps(described)})
         self.names.append(name)
-        self._checked[index] = replace(entry, random=None)
         if memory is not None:
             for old in self._memory_names[:-MEMORIES]:
                 (self.folder / old).unlink(missing_ok=True)
