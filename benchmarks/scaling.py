@@ -127,7 +127,7 @@ def report(t: Training | None = None) -> str:
         "models' architectures; the speeds below are assumptions, to be replaced by one's own.",
         "",
         "Each process holds a whole LLM (on one device or, with `device_map=\"auto\"`, on several), edits its own",
-        "streams, and sends the gradient of the hypernetwork once an update. The LLM's weights and updates never travel.",
+        "streams, and sends the hypernetwork's gradient once an update. The LLM's weights and updates never travel.",
         "",
         f"Training: trajectories of {t.batches} × {t.batch_size} facts, {t.steps_per_batch} steps a batch, {t.rows} "
         "observed rows;",
