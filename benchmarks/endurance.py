@@ -64,7 +64,7 @@ class Args:
     """The metrics are of the latest so many facts, and of the first so many."""
     ledger: bool = True
     """Record every update (the check of the weights' sum needs it)."""
-    warm_up: float = 0.2
+    warm_up: float = 0.3
     """Share of the run before memory and step time must be flat."""
     out: Path = Path("runs/endurance")
     """The folder for the results; its ledger is written anew."""
