@@ -50,6 +50,9 @@ class Args:
     """A saved agent's or run's folder, or "default"; none means an untrained one."""
     edits: int = 2000
     """Facts to edit, each counted whenever it is edited."""
+    distinct_facts: int = 0
+    """Facts that are edited again and again; 0: as many as there are. What a forward pass keeps for each length of
+    passages is bounded, but grows as long as new lengths turn up."""
     batch_size: int = 20
     """Facts in a batch."""
     steps_per_batch: int = 1
@@ -78,9 +81,10 @@ def resident_bytes() -> int:
     raise OSError("/proc/self/status does not say RssAnon; run this on Linux")
 
 
-def repeated(facts: KnowledgeDataset, count: int) -> KnowledgeDataset:
-    """``count`` records, the data set's own again and again."""
-    return replace(facts, records=tuple(itertools.islice(itertools.cycle(facts.records), count)))
+def repeated(facts: KnowledgeDataset, count: int, distinct: int = 0) -> KnowledgeDataset:
+    """``count`` records, the data set's own, or the first ``distinct`` of them, again and again."""
+    records = facts.records[:distinct] if distinct else facts.records
+    return replace(facts, records=tuple(itertools.islice(itertools.cycle(records), count)))
 
 
 def drift_of_sum(lm: EditableLM, ledger: EditLedger) -> float:
@@ -110,7 +114,7 @@ def run(args: Args) -> dict[str, Any]:
     """Edit and measure; the results."""
     torch.manual_seed(0)
     lm = EditableLM.load(args.model)
-    facts = repeated(load_knowledge(args.kind, args.data, "train"), args.edits)
+    facts = repeated(load_knowledge(args.kind, args.data, "train"), args.edits, args.distinct_facts)
     batches = args.edits // args.batch_size
     env = LifelongEditEnv(
         args.kind, lm, data=facts, num_batches=batches, batch_size=args.batch_size, token=args.token, reward="none",
@@ -129,23 +133,28 @@ def run(args: Args) -> dict[str, Any]:
     measured: list[dict[str, Any]] = []
     state = {"edits": 0, "since": time.perf_counter()}
 
+    def measure(done: int) -> None:
+        chosen = {"latest": facts.records[max(0, done - args.measured_facts) : done],
+                  "first": facts.records[: args.measured_facts]}
+        for which, records in chosen.items():
+            if not records:
+                continue
+            scores = evaluate(lm, records, args.kind, generate=False).as_dict()
+            measured.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
+            print(f"{done:>6} edits, {which:<6} {len(records)}: " + ", ".join(
+                f"{k} {v:.1f}" for k, v in scores.items() if v is not None), flush=True)
+        gc.collect()
+
     def after_batch(size: int) -> None:
         state["edits"] += size
         seconds.append(time.perf_counter() - state["since"])
         if state["edits"] % args.measure_every < size:
-            done = int(state["edits"])
-            for which, records in (
-                ("latest", facts.records[max(0, done - args.measured_facts) : done]),
-                ("first", facts.records[: min(done, args.measured_facts)]),
-            ):
-                scores = evaluate(lm, records, args.kind, generate=False).as_dict()
-                measured.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
-                print(f"{done:>6} edits, {which:<6} {len(records)}: " + ", ".join(
-                    f"{k} {v:.1f}" for k, v in scores.items() if v is not None), flush=True)
-            gc.collect()
+            measure(int(state["edits"]))
         memory.append(resident_bytes())
         state["since"] = time.perf_counter()
 
+    measure(0)
+    state["since"] = time.perf_counter()
     log: EditLog = edit_stream(env, agent, progress=after_batch, ledger=ledger, seed=0,
                                options={"indices": list(range(batches * args.batch_size))})
     result: dict[str, Any] = {
