@@ -79,8 +79,8 @@ class AlphaEditAgent(MEMITAgent):
         inside = keys @ basis  # (N, m)
         system = self.config.ridge * torch.eye(basis.shape[1], dtype=keys.dtype, device=keys.device)
         if self.config.remember:
-            system += self.memory.get(module, 0)
-            self.memory[module] = self.memory.get(module, 0) + inside.T @ inside
+            system += self.key_moments.get(module, 0)
+            self.key_moments[module] = self.key_moments.get(module, 0) + inside.T @ inside
         return least_squares_keys(inside, system) @ basis.T
 
 

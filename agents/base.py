@@ -31,6 +31,23 @@ class Agent(ABC):
         """The agent for editing in this environment, of the same modules; itself, where it makes no difference."""
         return self
 
+    def memory(self) -> dict[str, Tensor] | None:
+        """What the agent remembers of the stream, for :meth:`load_memory` in another process: {} for nothing at all.
+
+        None where that cannot be said: an interrupted editing run is then gone through again from its start, which
+        gives the same, more slowly. An agent that knows overrides both methods.
+        """
+        return None
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`memory`.
+
+        Raises:
+            ValueError: they are not this agent's.
+        """
+        if memory:
+            raise ValueError(f"{type(self).__name__} remembers nothing, but was given {sorted(memory)[:3]}")
+
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """The action for an observation, and None (Stable-Baselines3's place for a recurrent state)."""

@@ -153,6 +153,19 @@ class DAFNetwork(Hypernetwork):
             )
         self.earlier: dict[str, list[Tensor]] = {}  # as in FusionRecord
 
+    @staticmethod
+    def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
+        """How many numbers a network of these sizes and its normalisers hold, without making one."""
+        assert isinstance(config, DAFNetNetworkConfig)
+        inner, rank, wide = config.heads * config.attention, config.rank, config.feed_forward
+        shared = sum(
+            6 * w + (2 * w * rank + rank + w) + (w * rank + 2 * rank + 1) + 3 * (w + 1) * inner + (inner + 1) * w
+            + (2 * w * wide + wide + w)
+            for w in (sum(shape) for shape in set(shapes.values()))
+        )  # fmt: skip
+        by_module = 2 * config.blocks * sum(map(sum, shapes.values()))
+        return Hypernetwork.parameter_count(shapes, replace(config, blocks=0)) + config.blocks * shared + by_module
+
     def reset(self) -> None:
         super().reset()
         self.earlier = {}
@@ -277,9 +290,9 @@ class DAFNetAgent(RLEditAgent):
         self.on(env)
         return super()._trajectory(env, seed, **reset)
 
-    def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any) -> bool:
+    def _evaluate(self, eval_env: gym.Env, *arguments: Any) -> bool:
         self.on(eval_env)
-        return super()._evaluate(eval_env, seed, writer)
+        return super()._evaluate(eval_env, *arguments)
 
     def calibrate(self, env: gym.Env, *args: Any, **options: Any) -> dict[float, float]:
         """As :meth:`RLEditAgent.calibrate`."""

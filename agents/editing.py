@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 
 from agents.base import Agent
+from agents.recording import LedgerRecorder, Position
 from rledit_env.env import LifelongEditEnv
+from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.reward import action_penalty, frobenius_penalty
 
@@ -26,7 +32,9 @@ class EditLog:
         update_norms: for each batch, √(Σ ‖ΔW‖_F²) over the modules and the batch's steps.
         drift: mean ‖W − W₀‖ / ‖W₀‖ over the modules at the end.
         seconds: spent on editing, without any evaluation.
-        diverged: whether an update broke the model; editing ended there.
+        diverged: whether an update broke the model; editing ended there, with the weights of before it.
+        skipped: batches (from 0) of which an update broke the model and was taken back, once for each such update.
+        stopped: whether a guard ended the run.
     """
 
     batch_sizes: list[int] = field(default_factory=list)
@@ -34,6 +42,8 @@ class EditLog:
     drift: float = 0.0
     seconds: float = 0.0
     diverged: bool = False
+    skipped: list[int] = field(default_factory=list)
+    stopped: bool = False
 
     @property
     def facts(self) -> int:
@@ -56,6 +66,8 @@ def edit_stream(
     log: EditLog | None = None,
     progress: Callable[[int], Any] | None = None,
     callbacks: Sequence[Callable[[int], Any]] = (),
+    ledger: EditLedger | None = None,
+    guard: DriftGuard | None = None,
     **reset: Any,
 ) -> EditLog:
     """Let an agent edit one stream of an environment made with ``array_backend="torch"``.
@@ -67,31 +79,76 @@ def edit_stream(
         progress: called after every batch with the number of its facts.
         callbacks: each is called before the first batch with 0, and after every batch with the number of batches
             edited so far, such as `rledit_env.retention.RetentionProbe`; their time is not the editing's.
+        ledger: every update is recorded there before it takes effect. Where it holds this stream already, or its
+            beginning, the run goes on from there, and ends as it would have ended.
+        guard: asked after every batch whether the LLM has drifted too far.
         reset: arguments of the environment's ``reset``.
+
+    Raises:
+        DivergenceError: an update broke the LLM, and the environment's ``on_divergence`` is "raise".
+        LedgerError: the ledger holds another run.
     """
     log = log or EditLog()
     inner: Any = env.unwrapped
     started = time.perf_counter()
-    observation, _ = env.reset(**reset)
-    if not log.batch_sizes:
-        started += _call(callbacks, 0)
-    done, step = False, 0
-    while not done:
-        action, _ = agent.predict(observation)
-        made = _change_of(action, inner.lm)
-        observation, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        if step % inner.steps_per_batch == 0:
-            log.batch_sizes.append(inner.stream.batch_size)
+    first, size, presentations = len(log.batch_sizes), inner.stream.batch_size, inner.steps_per_batch
+    recorder = LedgerRecorder(ledger, inner, agent, first) if ledger is not None else None
+    position = recorder.take_up() if recorder is not None else Position([], 0, None)
+
+    def note(step: int, norm: float, skipped: bool) -> None:
+        """Take a step into the log."""
+        if step % presentations == 0:
+            log.batch_sizes.append(size)
             log.update_norms.append(0.0)
-        squared = max(float(action_penalty(frobenius_penalty, made)), 0.0)
-        log.update_norms[-1] = math.hypot(log.update_norms[-1], math.sqrt(squared))
-        step += 1
-        if progress is not None and step % inner.steps_per_batch == 0:
-            progress(inner.stream.batch_size)
-        if step % inner.steps_per_batch == 0 and not info["diverged"]:
-            started += _call(callbacks, len(log.batch_sizes))
-    log.drift, log.diverged = info["drift"], info["diverged"]
+        if skipped:
+            log.skipped.append(first + step // presentations)
+        else:
+            log.update_norms[-1] = math.hypot(log.update_norms[-1], norm)
+        if progress is not None and (step + 1) % presentations == 0:
+            progress(size)
+
+    for step, (norm, skipped) in enumerate(position.taken):
+        note(step, norm, skipped)
+    step, in_flight = position.step, position.update
+    done = step == inner.episode_steps
+    if step or in_flight is not None:
+        options = {**(reset.get("options") or {}), "keep_weights": True, "start": step}
+        reset = {**reset, "options": options}
+    if not done:
+        observation, _ = env.reset(**reset)
+        if first == step == 0 and in_flight is None:
+            started += _call(callbacks, 0)
+    inner.recorder = recorder
+    try:
+        while not done:
+            if in_flight is None:
+                action, _ = agent.predict(observation)
+                norm = _norm(action, inner.lm)
+            else:
+                action, norm = in_flight, position.norm
+            if recorder is not None:
+                recorder.step, recorder.norm = step, norm
+                if (step + 1) % presentations == 0:
+                    # What the next batch's states are computed together with changes their last bits; so that a run
+                    # taken up there has the same, they do not depend on earlier batches.
+                    inner.lm.prefix_cache.clear()
+            with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
+                observation, _, terminated, truncated, info = env.step(action)
+            in_flight = None
+            note(step, norm, info["diverged"])
+            step += 1
+            done = terminated or truncated
+            if info["diverged"]:
+                log.diverged = inner.on_divergence == "end" or (done and step < inner.episode_steps)
+                warnings.warn(f"the update of batch {first + info['batch']} ({_last_facts(log)}) broke the LLM and was "
+                              "taken back", stacklevel=2)
+            if step % presentations == 0 and not info["diverged"]:
+                started += _call(callbacks, len(log.batch_sizes))
+            if guard is not None and step % presentations == 0 and guard.exceeded(len(log.batch_sizes) - 1):
+                log.stopped = done = True
+    finally:
+        inner.recorder = None
+    log.drift = float(np.mean(list(inner.lm.drift().values())))
     log.seconds += time.perf_counter() - started
     return log
 
@@ -104,13 +161,18 @@ def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
     return time.perf_counter() - started
 
 
-def _change_of(action: Any, lm: EditableLM) -> Any:
-    """The change that an action is about to make: itself, but for a replacement, whose change depends on the weights
-    as they are."""
-    if set(action) != {"accumulated"}:
-        return action
-    accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
-    return {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
+def _last_facts(log: EditLog) -> str:
+    last = log.batches()[-1]
+    return f"facts {last.start + 1} to {last.stop}"
+
+
+def _norm(action: Any, lm: EditableLM) -> float:
+    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make (a replacement's depends on the weights as they are).
+    """
+    if set(action) == {"accumulated"}:
+        accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
+        action = {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
+    return math.sqrt(max(float(action_penalty(frobenius_penalty, action)), 0.0))
 
 
 def edit_facts(
@@ -121,6 +183,9 @@ def edit_facts(
     token: str = "answer",
     steps_per_batch: int = 1,
     progress: Callable[[int], Any] | None = None,
+    ledger: EditLedger | None = None,
+    guard: DriftGuard | None = None,
+    on_divergence: Literal["end", "skip", "raise"] = "end",
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
@@ -134,17 +199,19 @@ def edit_facts(
         token: as in :class:`~rledit_env.env.LifelongEditEnv`.
         steps_per_batch: as there.
         progress: called after every batch with the number of its facts.
+        ledger, guard: as for :func:`edit_stream`.
+        on_divergence: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
     agent.reset()
     log = EditLog()
     whole = len(facts) // batch_size
     for start, batches, size in ((0, whole, batch_size), (whole * batch_size, 1, len(facts) % batch_size)):
-        if batches * size == 0 or log.diverged:
+        if batches * size == 0 or log.diverged or log.stopped:
             continue
         env = LifelongEditEnv(
             facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
-            steps_per_batch=steps_per_batch, array_backend="torch",
+            steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
         )
         options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
-        edit_stream(env, agent, log, progress, seed=0, options=options)
+        edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
     return log

@@ -63,6 +63,8 @@ class HypernetworkConfig:
             raise ValueError(f"coefficient is {self.coefficient!r}; give 'key' or 'normalised'")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}; give 'float32' or 'bfloat16'")
+        if type(self.rank) is not int or type(self.blocks) is not int or self.blocks < 0:
+            raise ValueError(f"rank is {self.rank!r} and blocks are {self.blocks!r}; give whole numbers, blocks from 0")
         for name in ("step_size", "damping", "rank"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
@@ -245,6 +247,14 @@ class Hypernetwork(nn.Module):
         self._gathered = 0
         self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
 
+    @staticmethod
+    def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
+        """How many numbers a network of these sizes and its normalisers hold, without making one."""
+        widths = [sum(shape) for shape in shapes.values()]
+        shared = sum({shape: sum(shape) for shape in shapes.values()}.values())
+        blocks = config.blocks * (shared * (2 * config.rank + 1) + 2 * sum(widths))
+        return blocks + 2 * len(widths) + sum(2 * width + 1 for width in widths)
+
     @property
     def device(self) -> torch.device:
         return self.log_step_size.device
@@ -293,6 +303,8 @@ class Hypernetwork(nn.Module):
         self.second_moments, self._starts, self._gathered = {}, {}, 0
         for names, triangle in state.items():
             modules = names.split("+")
+            if unknown := set(modules) - set(self.shapes):
+                raise ValueError(f"second moments are of {min(unknown)!r}, which is no module of this network")
             d_in = self.shapes[modules[0]][0]
             c = torch.zeros(d_in, d_in, device=self.device)
             c[tuple(torch.triu_indices(d_in, d_in))] = triangle.to(self.device)
@@ -420,7 +432,18 @@ class Hypernetwork(nn.Module):
         return state | {f"memory.{m}": v for m, v in self.memory.items()}
 
     def load_memory_state(self, state: Mapping[str, Any]) -> None:
-        """Take the tensors of :meth:`memory_state`."""
+        """Take the tensors of :meth:`memory_state`.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        for module, (d_in, _) in self.shapes.items():
+            wanted = {f"normaliser.{module}.{k}": v.shape for k, v in self.normalisers[module].state().items()}
+            optional = {f"memory.{module}": torch.Size((d_in, d_in))}
+            for name, shape in {**wanted, **{k: v for k, v in optional.items() if k in state}}.items():
+                found = state[name].shape if name in state else None
+                if found != shape:
+                    raise ValueError(f"{name} has shape {found and tuple(found)}; it must be {tuple(shape)}")
         for module, normaliser in self.normalisers.items():
             normaliser.load({k: state[f"normaliser.{module}.{k}"] for k in normaliser.state()})
         self.memory = {m: state[f"memory.{m}"].to(self.device) for m in self.shapes if f"memory.{m}" in state}

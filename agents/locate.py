@@ -95,10 +95,18 @@ class LocateAgent(Agent):
         self.statistics: KeyStatistics | None = None
         self.anchor_norm: float | None = None
         self.one_off_seconds = 0.0  # what is computed once took
-        self.memory: dict[str, Tensor] = {}
+        self.key_moments: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        self.memory = {}
+        self.key_moments = {}
+
+    def memory(self) -> dict[str, Tensor]:
+        """The second moments of the stream's keys, where the editor keeps them."""
+        return dict(self.key_moments)
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`memory`."""
+        self.key_moments = {name: tensor.to(self.lm.device) for name, tensor in memory.items()}
 
     # -- what is computed once -------------------------------------------------------------------------------------
 
@@ -176,7 +184,7 @@ class LocateAgent(Agent):
             "statistics": None if self.statistics is None else self.statistics.source,
             "environment": environment_settings(self.env),
         }
-        write_tensors(folder / MEMORY, self.memory)
+        write_tensors(folder / MEMORY, self.key_moments)
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
@@ -203,7 +211,7 @@ class LocateAgent(Agent):
                 f"with the settings in {folder / 'agent.json'}"
             )
         agent.contexts, agent.anchor_norm = description["contexts"], description["anchor_norm"]
-        agent.memory = {name: tensor.to(agent.lm.device) for name, tensor in load_file(folder / MEMORY).items()}
+        agent.key_moments = {name: tensor.to(agent.lm.device) for name, tensor in load_file(folder / MEMORY).items()}
         return agent
 
 

@@ -72,6 +72,6 @@ class MEMITAgent(LocateAgent):
         system = config.covariance_weight * self.second_moment(module)
         if config.recursion:
             system += config.anchor * torch.eye(len(system), dtype=system.dtype, device=system.device)
-            system += self.memory.get(module, 0)
-            self.memory[module] = self.memory.get(module, 0) + keys.T @ keys
+            system += self.key_moments.get(module, 0)
+            self.key_moments[module] = self.key_moments.get(module, 0) + keys.T @ keys
         return least_squares_keys(keys, system)

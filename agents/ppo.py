@@ -13,7 +13,6 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,6 +20,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
+from agents.files import built_from, check_counters, read_description, read_tensors
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
@@ -40,6 +40,7 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "sac": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
     "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
 }  # fmt: skip
+MAX_SIZE = 10**7  # of buffers and the like, in what a saved agent asks for
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -129,6 +130,9 @@ class StandardAgent(Agent):
         other = copy.copy(self)
         other._look_at(env)
         return other
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for a raw observation in either array backend."""
@@ -224,21 +228,51 @@ class StandardAgent(Agent):
             ValueError: no environment was given, or it edits another number of modules.
         """
         folder = Path(path)
-        if not (folder / "agent.json").exists():
-            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        description = read_description(folder)
         if env is None:
             raise ValueError(f"the agent in {folder} sees features of the LLM's weights; give the environment: env=…")
-        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        agent = cls(env, StandardConfig(**description["config"]), description["seed"])
-        trained = len((description["environment"] or {}).get("edit_modules", []))
-        if trained != len(agent.scaled.shapes):
-            raise ValueError(
-                f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
-                f"the environment with the settings in {folder / 'agent.json'}"
-            )
-        agent.model.policy.load_state_dict(load_file(folder / "agent.safetensors"))
-        agent.model.num_timesteps = description["timesteps"]
+        tensors, _ = read_tensors(folder / "agent.safetensors")
+        with built_from(folder):
+            check_counters(description, "seed", "timesteps")
+            config = standard_config(description["config"], most=sum(t.numel() for t in tensors.values()))
+            agent = cls(env, config, description["seed"])
+            trained = len((description["environment"] or {}).get("edit_modules", []))
+            if trained != len(agent.scaled.shapes):
+                raise ValueError(
+                    f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; "
+                    f"make the environment with the settings in {folder / 'agent.json'}"
+                )
+            agent.model.policy.load_state_dict(tensors)
+            agent.model.num_timesteps = description["timesteps"]
         return agent
+
+
+def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardConfig:
+    """The configuration in an agent's file.
+
+    Raises:
+        ValueError: a hyperparameter is no number or list of numbers, or would make something larger than ``most``
+            numbers, or than :data:`MAX_SIZE`; or it says where files are to be written.
+    """
+
+    def check(name: str, value: Any, largest: int) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                check(f"{name}.{key}", inner, largest)
+        elif isinstance(value, list):
+            for inner in value:
+                check(name, inner, largest)
+        elif value is not None and (not isinstance(value, int | float) or not -largest <= value <= largest):
+            raise ValueError(f"{name} is {value!r}; it must be a number up to {largest:,}")
+
+    hyperparameters = saved["hyperparameters"]
+    if forbidden := set(hyperparameters) & {"tensorboard_log", "verbose", "device", "env", "policy"}:
+        raise ValueError(f"the hyperparameter {min(forbidden)!r} is not a saved agent's to set")
+    for name, value in hyperparameters.items():
+        check(name, value, most if name == "policy_kwargs" else MAX_SIZE)
+    for name in ("rank", "baseline_streams"):
+        check(name, saved[name], MAX_SIZE)
+    return StandardConfig(**saved)
 
 
 class _Watch(BaseCallback):

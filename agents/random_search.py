@@ -10,10 +10,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.ppo import StandardConfig
+from agents.files import built_from, check_counters, read_description
+from agents.ppo import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.wrappers import ScaledUpdate
@@ -42,6 +44,9 @@ class RandomSearchAgent(Agent):
         other = RandomSearchAgent(env, self.config, self.seed)
         other.action, other.timesteps = self.action, self.timesteps
         return other
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for a raw observation in either array backend."""
@@ -118,18 +123,20 @@ class RandomSearchAgent(Agent):
             ValueError: no environment was given, or it edits another number of modules.
         """
         folder = Path(path)
-        if not (folder / "agent.json").exists():
-            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        description = read_description(folder)
         if env is None:
             raise ValueError(f"the agent in {folder} acts on a view of the environment; give the environment: env=…")
-        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        agent = cls(env, StandardConfig(**description["config"]), description["seed"])
-        trained = len((description["environment"] or {}).get("edit_modules", []))
-        if trained != len(agent.scaled.shapes):
-            raise ValueError(
-                f"{folder} was found for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make the "
-                f"environment with the settings in {folder / 'agent.json'}"
-            )
-        action = np.asarray(description["action"], np.float32)
-        agent.action, agent.timesteps = action, description["timesteps"]
+        with built_from(folder):
+            check_counters(description, "seed", "timesteps")
+            agent = cls(env, standard_config(description["config"]), description["seed"])
+            trained = len((description["environment"] or {}).get("edit_modules", []))
+            if trained != len(agent.scaled.shapes):
+                raise ValueError(
+                    f"{folder} was found for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
+                    f"the environment with the settings in {folder / 'agent.json'}"
+                )
+            action = np.asarray(description["action"], np.float32)
+            if not agent.scaled.action_space.contains(action):
+                raise ValueError(f"action has shape {action.shape}; it must be {agent.action.shape}, within ±1")
+            agent.action, agent.timesteps = action, description["timesteps"]
         return agent

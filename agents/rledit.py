@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm, trange
 
 from agents.base import Agent, factor_action, module_shapes, run_stream, used_rows
 from agents.credit import CreditAccumulator
+from agents.distributed import Processes, evaluate_sharded
+from agents.files import built_from, check_counters, check_size, read_description, read_tensors
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
@@ -122,6 +122,12 @@ class RLEditAgent(Agent):
     def reset(self) -> None:
         self.network.reset()
 
+    def memory(self) -> dict[str, Tensor]:
+        return self.network.memory_state()
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        self.network.load_memory_state(memory)
+
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
@@ -145,6 +151,7 @@ class RLEditAgent(Agent):
         eval_seed: int = 12345,
         checkpoint_every: int = 5,
         resume: bool = True,
+        processes: Processes | None = None,
     ) -> RLEditAgent:
         """Train by whole-trajectory updates: each ends with one step of Adam on the gradient of the return.
 
@@ -166,6 +173,9 @@ class RLEditAgent(Agent):
             eval_seed: the seed that ``eval_env`` is always reset with.
             checkpoint_every: updates between two checkpoints; one is written at every evaluation as well.
             resume: go on from ``last``; False starts anew and writes over it.
+            processes: those that train together (`Processes.started()`), each with its own environment of the same
+                settings. Each edits ``trajectories_per_update`` streams of its own for an update, whose gradient is the
+                mean over all; the first one writes the files. One process with as many trajectories does the same.
 
         Raises:
             ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` holds a run with
@@ -174,8 +184,19 @@ class RLEditAgent(Agent):
         env = self._training_env()
         folder = Path(log_dir) if log_dir is not None else None
         self._waited, self._evaluated = 0, None
-        if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
+        processes = processes or Processes()
+        if processes.count > 1 and self.config.network.normaliser == "lifetime":
+            raise ValueError("normaliser is 'lifetime', but every process would have moments of its own streams; give "
+                             "normaliser='stream', or train in one process")
+        if not processes.first:
+            folder, progress_bar = None, False
+        found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
+        if folder is not None and found:
             self._resume(folder / "last" / TRAINING_STATE)
+        if processes.from_first(found):
+            theirs = processes.from_first(self._training_state() if processes.first else None)
+            if not processes.first:
+                self._load_training_state(*theirs)
         writer = _summary_writer(folder, self.updates)
         step_writer = _summary_writer(folder and folder / "steps", self.timesteps)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
@@ -186,7 +207,7 @@ class RLEditAgent(Agent):
             nonlocal state
             due = at_end or self.updates % eval_every == 0 or self._evaluated is None
             if eval_env is not None and due and self._evaluated != self.updates:
-                better = self._evaluate(eval_env, eval_seed, writer)
+                better = self._evaluate(eval_env, eval_seed, writer, processes)
                 self._waited = 0 if better or self._evaluated is None else self._waited + 1
                 self._evaluated = self.updates
                 state = self._training_state()
@@ -199,21 +220,23 @@ class RLEditAgent(Agent):
             while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
                 numbers: dict[str, float] = {}
-                for _ in range(self.config.trajectories_per_update):
-                    gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + len(gradients))
+                first = processes.rank * self.config.trajectories_per_update
+                for place in range(first, first + self.config.trajectories_per_update):
+                    gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + place)
                     gradients.append(gradient)
                     for step, numbers_of_step in enumerate(_inner(env).history):
                         _log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
-                    self.timesteps += horizon
-                    bar.update(horizon)
-                numbers |= self._update(gradients)
+                    self.timesteps += horizon * processes.count
+                    bar.update(horizon * processes.count)
+                numbers = _averaged(processes.gathered(numbers)) | self._update(gradients, processes)
                 state = self._training_state()
                 bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
                 _log(writer, "train", numbers, self.updates)
                 judge()
                 if self.updates % checkpoint_every == 0:
                     self._checkpoint(folder, state)
-                if callback is not None and callback(numbers) is False:
+                stop = callback is not None and callback(numbers) is False
+                if any(processes.gathered(stop)):
                     break
             judge(at_end=True)
         except KeyboardInterrupt:
@@ -297,12 +320,14 @@ class RLEditAgent(Agent):
     def _gather_prior(self, env: gym.Env, progress_bar: bool) -> None:
         """Show the network the keys of some training batches: the first of as many streams."""
         batches = self.config.prior_batches
+        _forget_states(env)
         for i in trange(batches, desc="second moments of keys", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
             self.network.gather(used_rows(observation, self.network.device)[0])
 
     def _trajectory(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
+        _forget_states(env)
         observation, _ = env.reset(seed=seed, **reset)
         self.network.reset()
         credit = CreditAccumulator(self.config.credit, self.config.network.aggregation != "recursive")
@@ -357,27 +382,33 @@ class RLEditAgent(Agent):
         self.optimizer.zero_grad()
         return gradient
 
-    def _update(self, gradients: list[list[Tensor]]) -> dict[str, float]:
-        """One step of Adam on the mean of the trajectories' gradients."""
-        for parameter, *pieces in zip(self._parameters(), *gradients, strict=True):
-            parameter.grad = torch.stack(pieces).mean(0)
+    def _update(self, gradients: list[list[Tensor]], processes: Processes | None = None) -> dict[str, float]:
+        """One step of Adam on the mean of the trajectories' gradients, those of the other processes among them."""
+        own = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
+        for parameter, gradient in zip(self._parameters(), (processes or Processes()).mean(own), strict=True):
+            parameter.grad = gradient
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters(), self.config.max_gradient_norm))
         if math.isfinite(norm):
             self.optimizer.step()
         else:
-            warnings.warn("the policy gradient is not finite; this update is left out", stacklevel=2)
+            warnings.warn(f"the policy gradient of update {self.updates + 1} is not finite; this update is left out, "
+                          "and the policy stays as it was", stacklevel=2)
         self.optimizer.zero_grad()
         self.updates += 1
         return {"gradient_norm": norm}
 
-    def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any) -> bool:
-        """Score the policy on the held-out stream and keep it if it is the best so far."""
+    def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
+        """Score the policy on the held-out stream and keep it if it is the best so far. Every process edits the stream,
+        which is one chain of steps, and scores its share of the facts."""
+        _forget_states(eval_env)
         _, info = run_stream(eval_env, self, seed=seed)
-        metrics = _inner(eval_env).evaluate(generate=False)
+        inner = _inner(eval_env)
+        metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
         score = -math.inf if info["diverged"] else metrics.mean
         _log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
              self.updates)
-        tqdm.write(
+        say = tqdm.write if processes.first else (lambda _: None)
+        say(
             f"update {self.updates}: held-out efficacy {metrics.efficacy:.1f}, generalization "
             f"{metrics.generalization:.1f}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, top-1 "
             f"{metrics.top1:.1f}, drift {info['drift']:.3f}"
@@ -429,23 +460,25 @@ class RLEditAgent(Agent):
             ValueError: it was trained for other modules than the environment's.
         """
         folder = Path(path)
-        if not (folder / "agent.json").exists():
-            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
-        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        network = type(cls.config_type().network)(**description["config"]["network"])
-        config = cls.config_type(**description["config"] | {"network": network})
-        shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
-        agent = cls(env, config, shapes, description["seed"])
-        if env is not None:
-            wanted = module_shapes(env)
-            if wanted != shapes:
-                raise ValueError(
-                    f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
-                    f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment with "
-                    f"the settings in {folder / 'agent.json'}"
-                )
-        agent._load_policy(load_file(folder / "agent.safetensors"))
-        agent.updates, agent.timesteps = description["updates"], description["timesteps"]
+        description = read_description(folder)
+        tensors, _ = read_tensors(folder / "agent.safetensors")
+        with built_from(folder):
+            network = type(cls.config_type().network)(**description["config"]["network"])
+            config = cls.config_type(**description["config"] | {"network": network})
+            check_counters(description, "seed", "updates", "timesteps")
+            shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
+            check_size(cls.network_type.parameter_count(shapes, network), tensors)
+            if env is not None:
+                wanted = module_shapes(env)
+                if wanted != shapes:
+                    raise ValueError(
+                        f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
+                        f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment "
+                        f"with the settings in {folder / 'agent.json'}"
+                    )
+            agent = cls(env, config, shapes, description["seed"])
+            agent._load_policy(tensors)
+            agent.updates, agent.timesteps = description["updates"], description["timesteps"]
         return agent
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
@@ -502,21 +535,26 @@ class RLEditAgent(Agent):
         Raises:
             ValueError: it is of a run with other settings, or this agent has been trained further elsewhere.
         """
-        with safe_open(path, "pt") as file:
-            counters = json.loads(file.metadata()["training"])
+        try:
+            tensors, metadata = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; give another log_dir, or resume=False to start anew") from error
+        with built_from(path.parent):
+            counters = json.loads(metadata["training"])
             mine = json.loads(json.dumps(self._description()))
             found = setting_differences(counters, mine)
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
             mend = "give the same settings, another log_dir, or resume=False to start anew"
             run = path.parent.parent
             if different:
-                raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend}")
+                raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend} "
+                                 f"({path.parent})")
             if counters["timesteps"] < self.timesteps:
                 raise ValueError(
                     f"{run} holds a run of {counters['timesteps']} steps, but this agent has already "
-                    f"taken {self.timesteps}; {mend}"
+                    f"taken {self.timesteps}; {mend} ({path.parent})"
                 )
-            self._load_training_state({k: file.get_tensor(k) for k in file.keys()}, counters)  # noqa: SIM118
+            self._load_training_state(tensors, counters)
         tqdm.write(f"going on from {path.parent} (update {self.updates}, step {self.timesteps})")
 
     def _checkpoint(self, folder: Path | None, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
@@ -547,6 +585,20 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _inner(env: gym.Env) -> Any:
     """The `LifelongEditEnv` inside the wrappers."""
     return env.unwrapped
+
+
+def _averaged(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over those that have it."""
+    names = {name for one in numbers for name in one}
+    return {name: float(np.mean([one[name] for one in numbers if name in one])) for name in sorted(names)}
+
+
+def _forget_states(env: gym.Env) -> None:
+    """Drop the LLM's cached states: what a passage's were computed together with changes their last bits, and a run
+    that is taken up from a checkpoint, with nothing cached, must end as the uninterrupted one, bit for bit."""
+    lm = _inner(env).lm
+    lm.prefix_cache.clear()
+    lm.reference_cache.clear()
 
 
 def _summary_writer(folder: Path | None, done: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from agents.alphaedit import AlphaEditAgent
 from agents.base import Agent
 from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.dafnet import DAFNetAgent
+from agents.files import read_description
 from agents.ft_l import FTLAgent
 from agents.malmen import MALMENAgent
 from agents.memit import MEMITAgent
@@ -76,13 +76,7 @@ def agent_settings(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no agent there.
         ValueError: the file is damaged.
     """
-    path = Path(folder) / "agent.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); save the agent again") from error
+    settings = read_description(folder)
     return {**settings, "environment": settings.get("environment") or {}}
 
 
@@ -94,6 +88,6 @@ def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
         ValueError: its class is unknown, or it was trained for other modules than the environment's.
     """
     name = agent_settings(folder).get("agent")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"{folder} holds an agent of the class {name!r}; known are {', '.join(CLASSES)}")
     return CLASSES[name].load(folder, env)

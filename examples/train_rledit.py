@@ -4,6 +4,7 @@
     python examples/train_rledit.py --model tiny-llama --num-batches 2 --batch-size 4 --trajectories 2
 
 An interrupted run goes on where it was when started again. Watch it with: tensorboard --logdir runs
+On several GPUs or machines: accelerate launch examples/train_rledit.py, or torchrun --nproc-per-node 4 the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gymnasium as gym
 import tyro
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
+from agents.distributed import Processes
 from agents.hypernetwork import Aggregation
 from agents.rledit import RECOMMENDED
 from rledit_env.knowledge import load_knowledge
@@ -67,7 +69,8 @@ def main(args: Args) -> None:
     facts = load_knowledge(KINDS[args.env], args.data, "train")
     cut = int(0.8 * len(facts))  # the last fifth chooses the checkpoint; the evaluation split is for the test alone
     training, selection = replace(facts, records=facts[:cut]), replace(facts, records=facts[cut:])
-    lm = EditableLM.load(args.model, args.edit_modules or None)
+    processes = Processes.started()  # those of accelerate launch or torchrun; else this one alone
+    lm = EditableLM.load(args.model, args.edit_modules or None, device=processes.device)
 
     def stream(data: Any, batches: int, **more: Any) -> gym.Env[Any, Any]:
         return gym.make(
@@ -88,7 +91,10 @@ def main(args: Args) -> None:
         eval_env=stream(selection, longer, reward="none"),
         eval_every=args.eval_every,
         patience=args.patience,
+        processes=processes,
     )
+    if not processes.first:
+        return
 
     test = stream(load_knowledge(KINDS[args.env], args.data, "eval"), longer, reward="none")
     untrained = RLEditAgent(env, agent.config, seed=args.seed)

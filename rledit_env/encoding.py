@@ -45,10 +45,10 @@ class EncodedDataset:
         self._encoded: dict[int, EncodedRecord] = {}
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        index = int(index)
-        if index not in self._encoded:
-            self._encoded[index] = encode(self.lm, self.dataset.records[index])
-        return self._encoded[index]
+        record = self.dataset.records[int(index)]
+        if id(record) not in self._encoded:  # of one record there is one encoding, however often the data set holds it
+            self._encoded[id(record)] = encode(self.lm, record)
+        return self._encoded[id(record)]
 
     def check_lengths(self) -> None:
         """Raise for any passage that does not fit the model's context.

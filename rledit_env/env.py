@@ -15,7 +15,8 @@ from torch import Tensor
 from rledit_env import render, spaces
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.lm.editable import EditableLM, Trace
+from rledit_env.ledger import Recorder
+from rledit_env.lm.editable import EditableLM, NotFiniteError, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.reward import (
@@ -28,6 +29,11 @@ from rledit_env.reward import (
     resolve_reward,
     score,
 )
+
+
+class DivergenceError(ArithmeticError):
+    """An update broke the LLM, and ``on_divergence`` is "raise"; the message names the batch."""
+
 
 Action = dict[str, dict[str, Tensor]]  # an accepted action: its parts, each by module
 
@@ -90,13 +96,14 @@ class LifelongEditEnv(gym.Env):
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
     (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
-    are). Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
+    are, and `"start": s` with it at step s, as if the steps before had made the weights what they are).
+    Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
     ## Episode End
 
-    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. Terminated as well when an
-    update breaks the model (a loss or a gradient is no longer finite): the reward is then the floor and
-    `info["diverged"]` is True. Never truncated.
+    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. When an update breaks the
+    model (a loss, a gradient or a weight is no longer finite), the weights of before it are put back, bit for bit, the
+    reward is the floor and `info["diverged"]` is True; then `on_divergence` decides. Never truncated.
 
     ## Arguments
 
@@ -132,6 +139,9 @@ class LifelongEditEnv(gym.Env):
       for factors with respect to them, for a dense action −2η ΔW of the change ΔW that it made.
     * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E), or to the
       entries of a dense action.
+    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode, "skip" goes on with
+      the next step (and then takes an action that is not finite for such an update, too), "raise" raises
+      `DivergenceError`, which names the batch, and leaves the environment at the step, for another action.
     * `device`, `dtype`: where and in what precision the frozen weights run; "auto" chooses (edited weights are always
       kept in float32).
     * `on_error`: "raise" or "skip" unusable rows of the data.
@@ -141,8 +151,9 @@ class LifelongEditEnv(gym.Env):
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
-    facts edited so far), `current_batch()` (the facts now presented). Agents that need more of the LLM than the
-    observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never write.
+    facts edited so far), `current_batch()` (the facts now presented), `recorder` (None, or what is told of every update
+    before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM than
+    the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never write.
 
     ## Version History
 
@@ -171,9 +182,11 @@ class LifelongEditEnv(gym.Env):
         dtype: torch.dtype | str = "auto",
         render_mode: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        on_divergence: Literal["end", "skip", "raise"] = "end",
     ) -> None:
         _require(token in TOKEN_CHOICES, "token", token, f"one of {', '.join(TOKEN_CHOICES)}")
         _require(array_backend in ("numpy", "torch"), "array_backend", array_backend, "'numpy' or 'torch'")
+        _require(on_divergence in ("end", "skip", "raise"), "on_divergence", on_divergence, "'end', 'skip' or 'raise'")
         _require(steps_per_batch >= 1, "steps_per_batch", steps_per_batch, "1 or more")
         _require(action_noise_std >= 0, "action_noise_std", action_noise_std, "0 or more")
         modes = self.metadata["render_modes"]
@@ -199,7 +212,8 @@ class LifelongEditEnv(gym.Env):
         self.max_tokens = needed if max_tokens is None else max_tokens
         self.token, self.steps_per_batch, self.array_backend = token, steps_per_batch, array_backend
         self.reward_gradient, self.action_noise_std = reward_gradient, action_noise_std
-        self.render_mode = render_mode
+        self.render_mode, self.on_divergence = render_mode, on_divergence
+        self.recorder: Recorder | None = None
         self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
         self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
         self._before_any_episode()
@@ -209,6 +223,9 @@ class LifelongEditEnv(gym.Env):
         self._step = 0
         self._over = True  # an episode must be begun with reset
         self._rows = 0
+        self._kept: dict[str, Tensor] = {}  # the weights before the last update
+        self._at: tuple[int, Any] = (0, None)  # the rows in use and the random state then
+        self._refused = False  # whether the action was not finite, and is skipped
         self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
         self._scene: render.Scene | None = None
 
@@ -242,6 +259,7 @@ class LifelongEditEnv(gym.Env):
 
         Raises:
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
+            DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun.
         """
         made = self._transition(self._accept(action))
@@ -258,17 +276,25 @@ class LifelongEditEnv(gym.Env):
     def _begin(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A new episode, up to its first observation; the info of `reset`."""
         options = dict(options or {})
-        unknown = set(options) - {"indices", "keep_weights"}
+        unknown = set(options) - {"indices", "keep_weights", "start"}
         if unknown:
-            raise ValueError(f"reset option {min(unknown)!r} is unknown; options are 'indices' and 'keep_weights'")
+            raise ValueError(
+                f"reset option {min(unknown, key=str)!r} is unknown; options are 'indices', 'keep_weights' and 'start'"
+            )
+        start = options.get("start", 0)
+        if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or not 0 <= start < self.episode_steps:
+            raise ValueError(f"reset option 'start' is {start!r}; the episode has steps 0 to {self.episode_steps - 1}")
+        indices = options.get("indices")
+        if indices is not None:
+            indices = self.stream.checked(indices)  # before anything changes
         super().reset(seed=seed)
-        self.stream.reset(self.np_random, options.get("indices"))
+        self.stream.reset(self.np_random, indices)
         self._choices = self.np_random.random(len(self.stream.indices))
         stride = self.reward_config.batch_stride if self.reward_config is not None else 1
         self._first_scored = int(self.np_random.integers(stride)) if stride > 1 else 0
         if not options.get("keep_weights"):
             self.lm.restore()
-        self._step, self._over = 0, False
+        self._step, self._over = int(start), False
         self.history = []
         self._scene = None
         return {"indices": self.stream.indices.copy(), "source": self.dataset.source}
@@ -277,6 +303,16 @@ class LifelongEditEnv(gym.Env):
         """The action as tensors; raises, with nothing changed, for what `step` rejects."""
         if self._over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
+        self._refused = False
+        try:
+            return self._unpacked(action)
+        except NotFiniteError:
+            if self.on_divergence != "skip":
+                raise
+            self._refused = True
+            return {"updates": {}}
+
+    def _unpacked(self, action: Any) -> Action:
         for form in ("updates", "accumulated"):
             if isinstance(action, Mapping) and set(action) == {form}:
                 return {form: self.lm.matrices(action[form], f"action[{form!r}]")}
@@ -289,16 +325,45 @@ class LifelongEditEnv(gym.Env):
         """Apply an accepted action; returns the change made, noise included: the factors, or, by the action's own key,
         the dense ΔW."""
         self._before = self._answers() if self.render_mode in ("ansi", "human") else None
+        self._kept = self.lm.snapshot(self._kept)
+        self._at = self._rows, self.np_random.bit_generator.state
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
-        if "accumulated" in action:
-            before = {m: self.lm.weight(m).clone() for m in action["accumulated"]}
+        if self.recorder is not None:
+            self.lm.restore(self.recorder.record(action))
+        elif "accumulated" in action:
             self.lm.replace(action["accumulated"])
-            return {"accumulated": {m: self.lm.weight(m) - weight for m, weight in before.items()}}
-        if "updates" in action:
+        elif "updates" in action:
             self.lm.add(action["updates"])
         else:
             self.lm.apply(action["keys"], action["values"])
+        if "accumulated" in action:
+            return {"accumulated": {m: self.lm.weight(m) - self._kept[m] for m in action["accumulated"]}}
         return action
+
+    def _broken(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """The reward and info of an update that broke the LLM, once the weights of before it have been put back.
+
+        Raises:
+            DivergenceError: if that is asked for; the environment is then as before the step.
+        """
+        if self.recorder is not None:
+            self.recorder.roll_back()
+        self.lm.restore(self._kept)
+        batch = info["batch"]
+        if self.on_divergence == "raise":
+            self._over = False
+            self._rows, self.np_random.bit_generator.state = self._at
+            first = self.stream.batch(batch)[0]
+            raise DivergenceError(
+                f"the update of batch {batch} (its first fact: {first.origin}, {first.prompt!r}) broke the LLM: a "
+                "loss, a gradient or a weight is no longer finite. The weights are those before it; lower the step "
+                "size, or make the environment with on_divergence='skip'"
+            )
+        kept = {k: v for k, v in info.items() if k not in ("reward_gradient", "action_gradient")}
+        return self._floor, {**kept, "drift": self._drift(), "diverged": True}
+
+    def _drift(self) -> float:
+        return float(np.mean(list(self.lm.drift().values())))
 
     def _edits(self) -> list[Passage]:
         """The current batch's edits, whose gradient is observed."""
@@ -320,8 +385,10 @@ class LifelongEditEnv(gym.Env):
         """The reward at the updated weights and the step's info; then the step is taken."""
         reward, info = self._reward(made, scores)
         info["batch"] = self._step // self.steps_per_batch
+        if info["diverged"] or self._refused:
+            reward, info = self._broken(info)
         self._step += 1
-        self._over = info["diverged"] or self._step == self.episode_steps
+        self._over = self._step == self.episode_steps or (info["diverged"] and self.on_divergence == "end")
         return reward, info
 
     def _conclude(
@@ -330,7 +397,12 @@ class LifelongEditEnv(gym.Env):
         """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
         observation = self._observe(trace)
         if not info["diverged"] and not spaces.is_finite(observation):
-            info["diverged"], reward = True, self._floor
+            self._step -= 1
+            reward, info = self._broken(info)
+            self._step += 1
+            if self.on_divergence == "skip":
+                observation = self._observe(self.lm.trace(self._edits(), self.token))
+        if not spaces.is_finite(observation) or (info["diverged"] and self.on_divergence == "end"):
             self._over = True
             observation = self._observe(None)
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
@@ -359,7 +431,7 @@ class LifelongEditEnv(gym.Env):
 
     def _reward(self, made: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward of the current batch at the updated weights, and its parts."""
-        drift = float(np.mean(list(self.lm.drift().values())))
+        drift = self._drift()
         config = self.reward_config
         if config is None:
             return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
@@ -465,6 +537,7 @@ class LifelongEditEnv(gym.Env):
     def close(self) -> None:
         """Restore the pre-trained weights and drop the caches."""
         self.lm.restore()
+        self._kept = {}
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()
 

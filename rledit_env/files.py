@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         for file in work.rglob("*"):  # some writers make private files; these are as readable as any new file
             if file.is_file():
                 file.chmod(work.stat().st_mode & 0o666)
+                sync(file)
         if path.exists():
             path.rename(replaced)
         try:
@@ -58,26 +60,76 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, making its folder if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a text file whole, making its folder if need be.
+
+    Raises:
+        OSError: as :func:`write_bytes`.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole; its folder must be there. It is on the disk, not on its way there, when this returns.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written; what was there before still is.
+    """
+    with _replacing(Path(path)) as partial, partial.open("wb") as file:
+        file.write(data)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole; its folder must be there."""
+    """Write a safetensors file whole; its folder must be there. It is on the disk when this returns.
+
+    Raises:
+        OSError: as :func:`write_bytes`.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # one name: these are large, and a killed process leaves one
+    with _replacing(Path(path)) as partial:
+        try:
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors makes private files
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write in, which takes the place of ``path`` once it is safe on the disk."""
+    partial = path.with_name(f".{path.name}.partial")  # one name: these can be large, and a killed process leaves one
     try:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files
+        yield partial
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise type(error)(
+            f"{path} cannot be written ({error.strerror or error}); free some space or name another folder. What was "
+            "there before still is"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk and survive a power failure."""
+    if os.name != "posix" and Path(path).is_dir():  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rledit_env.lm.editable import Trace
+from rledit_env.lm.editable import NotFiniteError, Trace
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
 
@@ -124,6 +124,8 @@ def unpack_action(
             width = shape[side]
             try:
                 value = torch.as_tensor(action[part][module], dtype=dtype, device=device)
+                if value.layout is not torch.strided:
+                    raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
                     f"action[{part!r}][{module!r}] is no array of numbers ({error}); give one of shape "
@@ -137,7 +139,7 @@ def unpack_action(
             value = value[:used_rows]
             if not torch.isfinite(value).all():
                 row = int((~torch.isfinite(value)).any(1).nonzero()[0])
-                raise ValueError(
+                raise NotFiniteError(
                     f"action[{part!r}][{module!r}] holds a number that is not finite (first in row {row}); "
                     "nothing was applied"
                 )

@@ -73,6 +73,8 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs is {num_envs!r}; give a positive integer")
+        if arguments.get("on_divergence") == "raise":
+            raise ValueError("on_divergence is 'raise', but one stream must not stop the others; give 'end' or 'skip'")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         template = LifelongEditEnv(kind, **arguments)
         self.num_envs = num_envs

@@ -217,7 +217,7 @@ def test_given_indices_are_edited_in_their_order(make_env):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"indizes": [1]}, "reset option 'indizes' is unknown; options are 'indices' and 'keep_weights'"),
+        ({"indizes": [1]}, "reset option 'indizes' is unknown; options are 'indices', 'keep_weights' and 'start'"),
         ({"indices": [0, 1]}, "there are 2 indices; 3 batches of 2 take 6"),
         ({"indices": [0, 1, 2, 3, 4, 99]}, "index 99 is out of range"),
         ({"indices": [0, 1, 2, 3, 4, 4]}, "index 4 is given more than once"),

@@ -17,12 +17,13 @@ from typing import Any
 
 import gymnasium as gym
 
-from rledit_env.cli import compare, edit, evaluate, fetch, probe, report, train
+from rledit_env.cli import compare, edit, evaluate, fetch, ledger, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 
 COMMANDS = (
-    fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, compare.COMMAND, report.COMMAND
-)
+    fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, ledger.COMMAND, compare.COMMAND,
+    report.COMMAND,
+)  # fmt: skip
 
 DESCRIPTION = """\
 Lifelong knowledge editing of language models.
@@ -32,6 +33,7 @@ Lifelong knowledge editing of language models.
   rledit train     train an agent to edit, on a stream of facts
   rledit evaluate  score a trained agent on facts it never saw
   rledit edit      edit your own facts into a model and write it out
+  rledit ledger    list, check, undo or replay what an edit recorded
   rledit compare   compare editors on the same streams of facts
   rledit report    show a run as one page, with pictures
 """
@@ -82,7 +84,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         if one.name == command:
             one.add_arguments(sub)
-            sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+            if not any(isinstance(action, argparse._SubParsersAction) for action in sub._actions):
+                sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
         sub.set_defaults(run=one.run, interrupted=one.interrupted, traceback=False)
     return parser
 

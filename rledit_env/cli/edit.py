@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from rledit_env.cli.results import (
 )
 
 if TYPE_CHECKING:
+    from rledit_env.knowledge import KnowledgeDataset
+    from rledit_env.ledger import EditLedger
     from rledit_env.lm.editable import EditableLM
 
 FORMS = ("model", "delta", "lora")
@@ -56,12 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
     override_arguments(parser, dtype="stored")
+    group = parser.add_argument_group("safety")
+    group.add_argument("--ledger", type=Path, metavar="DIR",
+                       help="record every update there before it takes effect (see 'rledit ledger')")
+    group.add_argument("--resume", action="store_true", help="go on with the run that --ledger recorded")
+    group.add_argument("--on-divergence", choices=("end", "skip"), default="end",
+                       help="what follows an update that breaks the model and is taken back")
+    group.add_argument("--drift-bound", type=float, metavar="NATS",
+                       help="watch the KL divergence from the original model on held text, in nats a token")
+    group.add_argument("--on-drift", choices=("warn", "stop"), default="stop", help="what passing that bound does")
 
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_facts, find_agent, load_agent
     from rledit_env.env import LifelongEditEnv
     from rledit_env.files import check_free, whole_folder
+    from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
     from rledit_env.lm.editable import EditableLM
     from rledit_env.report import versions
@@ -69,13 +82,15 @@ def run(options: argparse.Namespace) -> int:
     check_free(options.out, options.overwrite)
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
+    if options.resume and options.ledger is None:
+        raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
     facts = load_facts(options.facts, options.kind)
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
     settings = {
         "token": options.token or trained.get("token", "answer"),
-        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
-        "batch_size": min(options.batch_size or trained.get("batch_size", 20), len(facts.dataset)),
+        "steps_per_batch": _given(options.steps_per_batch, trained.get("steps_per_batch", 1)),
+        "batch_size": min(_given(options.batch_size, trained.get("batch_size", 20)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
     model = model_name(options, trained, folder)
@@ -94,10 +109,18 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
-    with progress_bar(len(facts.dataset), "editing") as bar:
-        log = edit_facts(lm, agent, facts.dataset, progress=bar.update, **settings)
-    if log.diverged:
-        warn(f"the update of batch {len(log.batch_sizes)} broke the model; nothing was written. Train the agent on "
+    guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
+    ledger = _ledger(options, lm, facts.dataset, folder, settings) if options.ledger is not None else None
+    try:
+        with progress_bar(len(facts.dataset), "editing") as bar:
+            log = edit_facts(lm, agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
+                             on_divergence=options.on_divergence, **settings)
+    finally:
+        if ledger is not None:
+            ledger.close()
+    if log.diverged or log.stopped:
+        what = "broke the model" if log.diverged else "moved the model further than --drift-bound on held text"
+        warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. Train the agent on "
              "longer streams, or give fewer facts")
         return FAILED
     records = list(facts.dataset)
@@ -166,6 +189,31 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
     return saved
 
 
+def _given(option: int | None, otherwise: int) -> int:
+    return otherwise if option is None else option
+
+
+def _ledger(
+    options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, agent: Path, settings: dict[str, Any]
+) -> EditLedger:
+    """The run's ledger, new or to be gone on with; only with the same facts, agent and settings."""
+    from rledit_env.files import sha256_of
+    from rledit_env.ledger import EditLedger
+
+    texts = json.dumps([[r.prompt, r.target, r.subject] for r in facts])
+    described = {
+        **settings,
+        "facts": hashlib.sha256(texts.encode()).hexdigest(),
+        "agent": {path.name: sha256_of(path) for path in sorted(agent.glob("agent.*"))},
+        "on_divergence": options.on_divergence,
+    }
+    if not options.resume:
+        return EditLedger.create(options.ledger, lm, described)
+    ledger = EditLedger.resume(options.ledger, lm, described)
+    print(f"ledger {options.ledger}: going on after {len(ledger)} recorded updates", flush=True)
+    return ledger
+
+
 def _notes(facts: Any, token: str) -> list[str]:
     """What the user should know of how the facts were taken."""
     dataset, notes = facts.dataset, []
@@ -186,7 +234,11 @@ def _notes(facts: Any, token: str) -> list[str]:
 
 
 def interrupted(options: argparse.Namespace) -> str:
-    return f"interrupted; {options.out} was not written"
+    said = f"interrupted; {options.out} was not written"
+    if options.ledger is None:
+        return said
+    resume = "" if options.resume else " --resume"
+    return f"{said}. Go on with the same command:\n  {options.command_line}{resume}"
 
 
 COMMAND = Command(
@@ -203,6 +255,8 @@ are only used to score the result.
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
+  rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger  # and, if interrupted,
+  rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger --resume
 
   # only the change: an adapter for peft, and a safetensors file
   rledit edit --facts facts.jsonl --agent default --save lora delta --out edited

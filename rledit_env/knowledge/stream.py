@@ -159,7 +159,7 @@ class KnowledgeStream:
         if indices is None:
             chosen = rng.choice(len(self.dataset), size=total, replace=False)
         else:
-            chosen = self._checked(indices, total)
+            chosen = self.checked(indices)
         chosen.flags.writeable = False
         self._indices = chosen
 
@@ -174,7 +174,9 @@ class KnowledgeStream:
         start = t * self.batch_size
         return tuple(self.dataset.records[i] for i in self.indices[start : start + self.batch_size])
 
-    def _checked(self, indices: Any, total: int) -> np.ndarray:
+    def checked(self, indices: Any) -> np.ndarray:
+        """The indices as :meth:`reset` takes them, (num_batches * batch_size,) int64; raises as it does."""
+        total = self.num_batches * self.batch_size
         try:
             array = np.asarray(indices)
         except ValueError:  # a ragged nest of lists has no array

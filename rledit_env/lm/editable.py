@@ -33,6 +33,10 @@ from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
+class NotFiniteError(ValueError):
+    """An update has the right form, but holds a number that is not finite."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """The fine-tuning gradient of a batch in factored form.
@@ -105,7 +109,15 @@ def _expand_ranges(pattern: str) -> list[str]:
 def resolve_device(device: torch.device | str) -> torch.device:
     """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"device is {str(device)!r}, which this machine or build of torch does not have "
+                f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
+            ) from error
+        return found
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -121,7 +133,7 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
         return torch.bfloat16 if native else torch.float32
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
     return found
 
@@ -177,6 +189,11 @@ class EditableLM:
         self.module_shapes: dict[str, tuple[int, int]] = {}
         self._master: dict[str, Tensor] = {}
         for n, module in self._modules.items():
+            if module.weight.is_meta:
+                raise ValueError(
+                    f"the weight of {n} is offloaded to the host or the disk, where it cannot be edited; give a device "
+                    "map that keeps the layers of edit_modules on a device"
+                )
             weight = self._oriented(module).detach()
             self.module_shapes[n] = (weight.shape[1], weight.shape[0])
             self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
@@ -195,6 +212,9 @@ class EditableLM:
         edit_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
+        device_map: str | Mapping[str, Any] | None = None,
+        offload_folder: str | Path | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
     ) -> EditableLM:
         """An editable LM by registry name, hub id or folder.
 
@@ -204,14 +224,20 @@ class EditableLM:
             dtype: precision of the frozen weights, ``"auto"`` (see :func:`resolve_dtype`), or ``"stored"``: the one
                 that the model was saved in, so that :meth:`save_pretrained` leaves its frozen weights bit for bit.
             device: or ``"auto"``: the accelerator if there is one.
+            device_map: for a model larger than one device: ``"auto"``, or module → device, "cpu" or "disk", as
+                Accelerate takes it. Edited modules must lie on a device.
+            offload_folder: where what is mapped to the disk goes.
+            max_memory: device → bytes that ``"auto"`` may fill there.
 
         Raises:
             ModelError: the model cannot be had.
-            ValueError: a pattern in ``edit_modules`` matches nothing.
+            ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
         dtype = stored_dtype(name) if dtype == "stored" else resolve_dtype(dtype, device)
-        model, tokenizer = load_model(name, dtype, device)
+        model, tokenizer = load_model(
+            name, dtype, device, device_map=device_map, offload_folder=offload_folder, max_memory=max_memory
+        )
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
@@ -219,7 +245,7 @@ class EditableLM:
 
     @property
     def device(self) -> torch.device:
-        return self.forward.norm.weight.device
+        return self.forward.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -484,8 +510,9 @@ class EditableLM:
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
                     rows, columns = _positions(members, token, self.device)
                     for n, g in zip(self._modules, grads, strict=True):
-                        keys[n].append(at_least_float32(inputs[n][rows, columns]))
-                        gradients[n].append(at_least_float32(g[rows, columns]))
+                        place = (rows.to(g.device), columns.to(g.device))
+                        keys[n].append(at_least_float32(inputs[n][place]).to(self.device))
+                        gradients[n].append(at_least_float32(g[place]).to(self.device))
                     order.extend(chunk[r] for r in rows.tolist())
         finally:
             for handle in handles:
@@ -525,7 +552,7 @@ class EditableLM:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out)."""
         for name, module in self._modules.items():
             weight = self._master[name]
-            weight.addmm_(values[name].t().to(weight.dtype), keys[name].to(weight.dtype))
+            weight.addmm_(values[name].t().to(weight), keys[name].to(weight))
             self._refresh(name, module)
 
     @torch.no_grad()
@@ -536,7 +563,7 @@ class EditableLM:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
         for name, update in self.matrices(updates, "updates").items():
-            self._master[name] += update
+            self._master[name] += update.to(self._master[name])
             self._refresh(name, self._modules[name])
 
     @torch.no_grad()
@@ -547,7 +574,7 @@ class EditableLM:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
         for name, change in self.matrices(accumulated, "accumulated").items():
-            self._master[name].copy_(self._original[name]).add_(change)
+            self._master[name].copy_(self._original[name]).add_(change.to(self._master[name]))
             self._refresh(name, self._modules[name])
 
     def matrices(self, given: Any, place: str) -> dict[str, Tensor]:
@@ -576,13 +603,15 @@ class EditableLM:
             wanted = self.module_shapes[name][::-1]
             try:
                 matrix = torch.as_tensor(value, dtype=self.edit_dtype, device=self.device)
+                if matrix.layout is not torch.strided:
+                    raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{place}[{name!r}] is no array of numbers ({error}); give {wanted}") from error
             if matrix.shape != wanted:
                 raise ValueError(f"{place}[{name!r}] has shape {tuple(matrix.shape)}; give (d_out, d_in) = {wanted}")
             if not torch.isfinite(matrix).all():
                 row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
-                raise ValueError(
+                raise NotFiniteError(
                     f"{place}[{name!r}] holds {float(matrix[row, column])} at ({row}, {column}); give finite numbers "
                     f"that fit {str(self.edit_dtype).removeprefix('torch.')}. Nothing was applied"
                 )
@@ -601,8 +630,10 @@ class EditableLM:
             self._master[name].copy_((snapshot or self._original)[name])
             self._refresh(name, module)
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the edited weights, float32 (d_out, d_in)."""
+    def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Copies of the edited weights, float32 (d_out, d_in); in an earlier snapshot's memory, if one is given."""
+        if into:
+            return {name: into[name].copy_(weight) for name, weight in self._master.items()}
         return {name: weight.clone() for name, weight in self._master.items()}
 
     @contextmanager

@@ -163,6 +163,13 @@ class SuffixForward:
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the final states are computed, wherever the weights rest."""
+        hook = getattr(self.norm, "_hf_hook", None)  # of a model loaded with a device map
+        given = getattr(hook, "execution_device", None)
+        return self.norm.weight.device if given is None else torch.device(given)
+
     def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: Any) -> list[_Stub]:
         """The model's forward (given ``options`` too) with layers ``first_stub`` and above replaced by stubs, which
         are returned."""
@@ -188,8 +195,7 @@ class SuffixForward:
         shape = (batch, length)
         stubs = self._arguments.get(shape)
         if stubs is None:
-            device = self.norm.weight.device
-            stubs = self._run_stubbed(torch.zeros(shape, dtype=torch.long, device=device), 0)[self.first_layer :]
+            stubs = self._run_stubbed(torch.zeros(shape, dtype=torch.long, device=self.device), 0)[self.first_layer :]
             for stub in stubs:
                 stub.hidden = None
             self._arguments[shape] = stubs
@@ -252,7 +258,7 @@ class SuffixForward:
         self._attention = found[0]
         weight = self.norm.weight
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(2, 3, len(weight), generator=generator).to(weight)
+        hidden = torch.randn(2, 3, len(weight), generator=generator).to(self.device, weight.dtype)
         rows, columns = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
         stub = self._layer_arguments(2, 3)[-1]
         with torch.no_grad():
@@ -267,6 +273,15 @@ class SuffixForward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""
         return self.capped(self.head(hidden))
+
+    def back_through_head(self, cotangents: Tensor) -> Tensor:
+        """Gradients (P, d) for the head's input from those (P, |V|) for its output."""
+        if not self.head.weight.is_meta:
+            return cotangents @ self.head.weight
+        from accelerate.utils import align_module_device  # the weight rests on the host or the disk
+
+        with align_module_device(self.head, self.device):
+            return cotangents @ self.head.weight
 
     def capped(self, raw: Tensor) -> Tensor:
         """Logits, at least in float32, from the output head's (P, |V|)."""

@@ -84,7 +84,7 @@ class _Losses(torch.autograd.Function):
                 if wanted:
                     rows.copy_(gradient if slope is None else gradient.mul_(slope))
             if wanted:
-                slopes[block] = raw @ forward.head.weight  # (p, d)
+                slopes[block] = forward.back_through_head(raw)  # (p, d)
         ctx.save_for_backward(slopes)
         return losses
 

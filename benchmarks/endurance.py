@@ -1,0 +1,229 @@
+"""Endurance: thousands of sequential edits in one process. Memory and step time must stay flat, and the edited weights
+must be W₀ plus the sum of all that the ledger recorded.
+
+    python benchmarks/endurance.py --edits 2000 --out runs/endurance
+    python benchmarks/endurance.py --model tiny-llama --steps-per-batch 1 --batch-size 1 --edits 5000
+
+It writes endurance.json and, where matplotlib is installed, endurance.png, and ends with 1 if anything is not flat. The
+facts are those of the training split, again and again if there are not enough; the agent is untrained (the recursion
+with a small step size), since what is tested is the machinery and not the policy.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
+from agents.editing import EditLog, edit_stream
+from rledit_env.env import LifelongEditEnv
+from rledit_env.files import write_text
+from rledit_env.knowledge import KnowledgeDataset, load_knowledge
+from rledit_env.ledger import EditLedger
+from rledit_env.lm.editable import EditableLM
+from rledit_env.metrics import evaluate
+
+
+@dataclass(frozen=True)
+class Args:
+    """Edits many facts in one process and checks that nothing grows."""
+
+    model: str = "smollm2-135m"
+    """Registry name, hub id or folder of the model to edit."""
+    kind: str = "counterfact"
+    """Form of the facts."""
+    data: str = "bundled"
+    """A file, a folder, a hub id, or "bundled"."""
+    agent: str = ""
+    """A saved agent's or run's folder, or "default"; none means an untrained one."""
+    edits: int = 2000
+    """Facts to edit, each counted whenever it is edited."""
+    distinct_facts: int = 0
+    """Facts that are edited again and again; 0: as many as there are. What a forward pass keeps for each length of
+    passages is bounded, but grows as long as new lengths turn up."""
+    batch_size: int = 20
+    """Facts in a batch."""
+    steps_per_batch: int = 1
+    """How often each batch is presented."""
+    token: str = "subject"
+    """Positions whose keys and value gradients the agent sees."""
+    step_size: float = 1e-4
+    """Of the untrained agent."""
+    measure_every: int = 500
+    """Edits between two measurements of the metrics."""
+    measured_facts: int = 100
+    """The metrics are of the latest so many facts, and of the first so many."""
+    ledger: bool = True
+    """Record every update (the check of the weights' sum needs it)."""
+    warm_up: float = 0.3
+    """Share of the run before memory and step time must be flat."""
+    out: Path = Path("runs/endurance")
+    """The folder for the results; its ledger is written anew."""
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds, in bytes: anonymous pages, since the system pages files in and out as it likes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/status does not say RssAnon; run this on Linux")
+
+
+def repeated(facts: KnowledgeDataset, count: int, distinct: int = 0) -> KnowledgeDataset:
+    """``count`` records, the data set's own, or the first ``distinct`` of them, again and again."""
+    records = facts.records[:distinct] if distinct else facts.records
+    return replace(facts, records=tuple(itertools.islice(itertools.cycle(records), count)))
+
+
+def drift_of_sum(lm: EditableLM, ledger: EditLedger) -> float:
+    """The largest difference between W and W₀ + Σ ΔW of the ledger, summed in float64, in units of float32's rounding
+    of the largest weight of its module."""
+    total = {m: lm.original_weight(m).double() for m in lm.module_shapes}
+    rolled_back = {e.index - 1 for e in ledger.entries() if e.kind == "rollback"}
+    for index in range(len(ledger)):
+        entry = ledger.read(index)
+        if entry.kind == "edit" and index not in rolled_back:
+            for m, keys in entry.update["keys"].items():
+                total[m].addmm_(entry.update["values"][m].double().t().to(lm.device), keys.double().to(lm.device))
+    unit = torch.finfo(torch.float32).eps
+    return max(
+        float((lm.weight(m).double() - total[m]).abs().max()) / (unit * float(total[m].abs().max())) for m in total
+    )
+
+
+def flatness(values: np.ndarray, warm_up: float) -> float:
+    """How far the medians of ten parts of the run after its warm-up lie from their own median, as a share of it."""
+    parts = [float(np.median(p)) for p in np.array_split(values[int(warm_up * len(values)) :], 10) if len(p)]
+    middle = float(np.median(parts))
+    return max(abs(p - middle) for p in parts) / middle
+
+
+def run(args: Args) -> dict[str, Any]:
+    """Edit and measure; the results."""
+    torch.manual_seed(0)
+    lm = EditableLM.load(args.model)
+    facts = repeated(load_knowledge(args.kind, args.data, "train"), args.edits, args.distinct_facts)
+    batches = args.edits // args.batch_size
+    env = LifelongEditEnv(
+        args.kind, lm, data=facts, num_batches=batches, batch_size=args.batch_size, token=args.token, reward="none",
+        steps_per_batch=args.steps_per_batch, array_backend="torch",
+    )  # fmt: skip
+    if args.agent:
+        agent: Any = load_agent(find_agent(args.agent), env)
+    else:
+        agent = RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(blocks=0, step_size=args.step_size)))
+    agent.reset()
+    shutil.rmtree(args.out / "ledger", ignore_errors=True)
+    ledger = EditLedger.create(args.out / "ledger", lm, {}) if args.ledger else None
+
+    seconds: list[float] = []
+    memory: list[int] = []
+    measured: list[dict[str, Any]] = []
+    state = {"edits": 0, "since": time.perf_counter()}
+
+    def measure(done: int) -> None:
+        chosen = {"latest": facts.records[max(0, done - args.measured_facts) : done],
+                  "first": facts.records[: args.measured_facts]}
+        for which, records in chosen.items():
+            if not records:
+                continue
+            scores = evaluate(lm, records, args.kind, generate=False).as_dict()
+            measured.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
+            print(f"{done:>6} edits, {which:<6} {len(records)}: " + ", ".join(
+                f"{k} {v:.1f}" for k, v in scores.items() if v is not None), flush=True)
+        gc.collect()
+
+    def after_batch(size: int) -> None:
+        state["edits"] += size
+        seconds.append(time.perf_counter() - state["since"])
+        if state["edits"] % args.measure_every < size:
+            measure(int(state["edits"]))
+        memory.append(resident_bytes())
+        state["since"] = time.perf_counter()
+
+    measure(0)
+    state["since"] = time.perf_counter()
+    log: EditLog = edit_stream(env, agent, progress=after_batch, ledger=ledger, seed=0,
+                               options={"indices": list(range(batches * args.batch_size))})
+    result: dict[str, Any] = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {lm.device}",
+        "edits": log.facts,
+        "updates": batches * args.steps_per_batch,
+        "diverged": log.diverged,
+        "drift": log.drift,
+        "seconds_per_edit": sum(seconds) / max(log.facts, 1),
+        "memory_deviation": flatness(np.asarray(memory, float), args.warm_up),
+        "memory_growth": memory[-1] / memory[int(args.warm_up * len(memory))] - 1,
+        "step_time_deviation": flatness(np.asarray(seconds), args.warm_up),
+        "metrics": measured,
+        "memory_bytes": memory,
+        "batch_seconds": seconds,
+    }
+    if ledger is not None:
+        result["weights_off_sum_in_roundings"] = drift_of_sum(lm, ledger)
+        result["ledger_bytes"] = sum(p.stat().st_size for p in ledger.folder.iterdir())
+        result["ledger_damage"] = ledger.verify(lm)
+        ledger.close()
+    return result
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Memory, batch time and scores over the edits."""
+    from matplotlib.figure import Figure
+
+    size = result["settings"]["batch_size"]
+    edits = size * np.arange(1, len(result["memory_bytes"]) + 1)
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    axes[0].plot(edits, np.asarray(result["memory_bytes"]) / 2**20)
+    axes[0].set(ylabel="memory, MiB", ylim=(0, None))
+    axes[1].plot(edits, result["batch_seconds"], linewidth=0.6)
+    axes[1].set(ylabel="seconds a batch", ylim=(0, None))
+    for which, style in (("latest", "-"), ("first", "--")):
+        rows = [m for m in result["metrics"] if m["facts"] == which]
+        for name in ("efficacy", "generalization", "specificity"):
+            axes[2].plot([m["edits"] for m in rows], [m[name] for m in rows], style, label=f"{name}, {which} facts")
+    axes[2].set(xlabel="edits", ylabel="%", ylim=(0, 100))
+    axes[2].legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def main(args: Args) -> int:
+    result = run(args)
+    write_text(args.out / "endurance.json", json.dumps(result, indent=1, default=float) + "\n")
+    try:
+        plot(result, args.out / "endurance.png")
+    except ImportError:
+        print("matplotlib is not installed: no plot", file=sys.stderr)
+    updates = result["updates"]
+    print(f"{result['edits']} edits, {updates} updates, {result['seconds_per_edit']:.4f} s an edit")
+    checks = {
+        "the run was not broken off": not result["diverged"],
+        f"memory flat within 5 % after warm-up: {result['memory_deviation']:.1%}": result["memory_deviation"] <= 0.05,
+        f"memory grew by less than 5 % since: {result['memory_growth']:.1%}": result["memory_growth"] <= 0.05,
+        f"step time flat within 15 %: {result['step_time_deviation']:.1%}": result["step_time_deviation"] <= 0.15,
+    }
+    if "ledger_damage" in result:
+        off, allowed = result["weights_off_sum_in_roundings"], max(4.0, updates**0.5)
+        checks[f"weights are W₀ + the ledger's sum: off by {off:.1f} roundings"] = off <= allowed
+        checks["the ledger is whole and replays to these weights"] = result["ledger_damage"] is None
+    for what, holds in checks.items():
+        print(("ok    " if holds else "FAILED ") + what)
+    return int(not all(checks.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

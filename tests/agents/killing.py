@@ -1,0 +1,103 @@
+"""Runs a task in processes that are killed at random moments, and once to its end.
+
+The processes are forked from one that has imported all it needs, so that a kill costs no start of Python; that one has
+run nothing, so that no thread is lost in the fork.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SERVER = """
+import os, sys, traceback, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from {module} import {task} as task
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(2, 1)  # what the task prints is none of the answers
+        try:
+            Path(line.strip() + ".result").write_text(task(Path(line.strip())))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(pid, flush=True)
+    sys.stdin.readline()  # until then the process's id stays its own, whether it runs or has ended
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Runner:
+    """Starts the task's processes one after another."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self.server = server
+
+    def run(self, folder: Path, kill_after: float | None = None) -> tuple[int, str | None]:
+        """The exit code, and what the task returned (None where it was killed)."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(folder, file=self.server.stdin, flush=True)
+        process = int(self.server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(process, signal.SIGKILL)
+        print(file=self.server.stdin, flush=True)
+        code = int(self.server.stdout.readline())
+        result = folder.with_name(folder.name + ".result")
+        return code, result.read_text() if code == 0 else None
+
+
+@contextmanager
+def forked(module: str, task: str) -> Iterator[Runner]:
+    """Processes that run ``module.task(folder)``, which returns a text."""
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER.format(module=module, task=task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None and server.stdout.readline() == "ready\n"
+        yield Runner(server)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def kill_at_random(runner: Runner, folder: Path, kills: int, per_run: int = 4, seed: int = 0) -> tuple[int, int, int]:
+    """Kill the task ``kills`` times or more, at most ``per_run`` times a run, and let each run end.
+
+    Returns:
+        Kills, runs, and how many of these ended with what the uninterrupted run returns.
+    """
+    started = time.perf_counter()
+    code, wanted = runner.run(folder / "whole")
+    assert code == 0
+    duration = time.perf_counter() - started
+    rng = random.Random(seed)
+    done = runs = identical = 0
+    while done < kills:
+        result = None
+        for _ in range(per_run):
+            code, result = runner.run(folder / f"run {runs}", kill_after=rng.uniform(0, 0.6 * duration))
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            done += 1
+        if result is None:
+            code, result = runner.run(folder / f"run {runs}")
+            assert code == 0
+        identical += result == wanted
+        runs += 1
+    return done, runs, identical
