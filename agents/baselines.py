@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from torch import Tensor
 
 from agents.base import Agent
 from agents.settings import environment_settings
@@ -27,6 +28,9 @@ class NoEditAgent(Agent):
 
     def __init__(self, env: gym.Env | None = None, config: None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config, seed
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """The update of no module."""
@@ -72,6 +76,9 @@ class FineTuningAgent(Agent):
 
     def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors ũ = u and ṽ = −η δ, in the observation's array backend."""

@@ -58,7 +58,9 @@ def built_from(folder: str | Path) -> Iterator[None]:
     """Within it, whatever a description or its tensors make go wrong is a ValueError that names the folder."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError
+    ) as error:
         if isinstance(error, ValueError) and str(folder) in str(error):
             raise
         said = " ".join(str(error).split())[:500]

@@ -70,6 +70,10 @@ class BatchwiseAgent(RLEditAgent):
         self._presentations = 0
         super().reset()
 
+    def memory(self) -> dict[str, Tensor] | None:
+        """None where the policy itself changes within a stream: an interrupted run is then gone through again."""
+        return None if self.config.retrain_every > 0 else super().memory()
+
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend, after a retraining where one is due.
 

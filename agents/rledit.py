@@ -122,7 +122,7 @@ class RLEditAgent(Agent):
     def reset(self) -> None:
         self.network.reset()
 
-    def memory(self) -> dict[str, Tensor]:
+    def memory(self) -> dict[str, Tensor] | None:
         return self.network.memory_state()
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:

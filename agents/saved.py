@@ -11,7 +11,7 @@ from agents.alphaedit import AlphaEditAgent
 from agents.base import Agent
 from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.dafnet import DAFNetAgent
-from agents.files import read_description
+from agents.files import built_from, read_description
 from agents.ft_l import FTLAgent
 from agents.malmen import MALMENAgent
 from agents.memit import MEMITAgent
@@ -90,4 +90,5 @@ def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
     name = agent_settings(folder).get("agent")
     if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"{folder} holds an agent of the class {name!r}; known are {', '.join(CLASSES)}")
-    return CLASSES[name].load(folder, env)
+    with built_from(folder):
+        return CLASSES[name].load(folder, env)

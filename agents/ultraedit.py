@@ -84,6 +84,12 @@ class UltraEditAgent(Agent):
     def reset(self) -> None:
         self.network.reset()
 
+    def memory(self) -> dict[str, torch.Tensor]:
+        return self.network.memory_state()
+
+    def load_memory(self, memory: Mapping[str, torch.Tensor]) -> None:
+        self.network.load_memory_state(memory)
+
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend."""

@@ -22,7 +22,7 @@ def test_flatness_is_zero_for_a_constant_and_sees_growth() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_five_thousand_steps_leave_memory_flat_and_the_weights_the_ledgers_sum(tmp_path: Path) -> None:
     args = endurance.Args(
-        model="tiny-llama", kind="zsre", edits=5000, batch_size=1, measure_every=2500, measured_facts=20,
+        model="tiny-llama", kind="zsre", edits=5000, batch_size=1, measure_every=2500, measured_facts=100,
         distinct_facts=100, out=tmp_path,
     )  # fmt: skip
     result = endurance.run(args)
