@@ -25,8 +25,9 @@ from rledit_env.lm.forward import (
     PrefixCache,
     SuffixForward,
     at_least_float32,
+    cheapest_chunks,
     decoder_layers,
-    length_sorted_chunks,
+    even_shape,
 )
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.norms import prefer_fast_norms
@@ -323,10 +324,12 @@ class EditableLM:
         found = [self.prefix_cache.get(p.input_ids) for p in passages]
         missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
         fresh: dict[tuple[int, ...], Tensor] = {}
-        for chunk in length_sorted_chunks([len(passages[i]) for i in missing], self._tokens_now):
+        quantum = self.forward.quantum
+        for chunk in cheapest_chunks([len(passages[i]) for i in missing], self._tokens_now, quantum=quantum):
             members = [passages[missing[i]] for i in chunk]
-            hidden = self.forward.prefix(self.pad_ids([p.input_ids for p in members]))
-            for row, passage in zip(hidden, members, strict=True):
+            ids = self.pad_ids([p.input_ids for p in members])
+            hidden = self.forward.prefix(_evened(ids, quantum))
+            for row, passage in zip(hidden, members, strict=False):
                 fresh[passage.input_ids] = row[: len(passage)].clone()
         for key, value in fresh.items():
             self.prefix_cache.put(key, value)
@@ -348,17 +351,18 @@ class EditableLM:
         ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`).
         """
         states = self._prefix_states(passages)
-        streams = [0] * len(passages) if streams is None else streams
+        streams, quantum = [0] * len(passages) if streams is None else streams, self.forward.quantum
         for chunk in self._cut([len(p) for p in passages], streams):
-            padded = nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True)
+            padded = _evened(nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True), quantum)
             rows, columns = _positions([passages[i] for i in chunk], "answer", self.device)
-            with self._routed([streams[i] for i in chunk]):
-                final = self.forward.run_to(padded, rows, columns)
-            yield chunk, rows, self.forward.norm(final)
+            more = -len(rows) % quantum  # positions that nobody asks for
+            with self._routed([streams[i] for i in chunk] + [streams[chunk[-1]]] * (len(padded) - len(chunk))):
+                final = self.forward.run_to(padded, F.pad(rows, (0, more)), F.pad(columns, (0, more)))
+            yield chunk, rows, self.forward.norm(final)[: len(rows)]
 
     def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
         """Indices of passages of these lengths in chunks for one pass each."""
-        return length_sorted_chunks(lengths, self._tokens_now)
+        return cheapest_chunks(lengths, self._tokens_now, streams, quantum=self.forward.quantum)
 
     def _routed(self, streams: Sequence[int]) -> AbstractContextManager[None]:
         """Within it, rows of a batch whose streams are these meet their stream's weights: here, the model's own."""
@@ -703,6 +707,13 @@ class EditableLM:
             self.model.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
         return Path(folder)
+
+
+def _evened(batch: Tensor, quantum: int) -> Tensor:
+    """The batch (B, L, …) padded with zeros to :func:`even_shape`."""
+    rows, length = even_shape(batch.shape[0], batch.shape[1], quantum)
+    padding = [0, 0] * (batch.dim() - 2) + [0, length - batch.shape[1], 0, rows - batch.shape[0]]
+    return F.pad(batch, padding)
 
 
 def _positions(passages: Sequence[Passage], token: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -72,7 +73,9 @@ class _Losses(torch.autograd.Function):
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
         for begin in range(0, len(hidden), BLOCK):
             block = slice(begin, min(begin + BLOCK, len(hidden)))
-            both = forward.head(torch.cat([hidden[block], beside[block]]))  # (p or 2p, |V|) in the head's precision
+            states = torch.cat([hidden[block], beside[block]])
+            # (p or 2p and up to a quantum, |V|) in the head's precision
+            both = forward.head(F.pad(states, (0, 0, 0, -len(states) % forward.quantum)))
             raw = both[: block.stop - begin]  # the gradient is written over it
             for start in range(0, len(raw), ROWS):
                 rows = raw[start : start + ROWS]

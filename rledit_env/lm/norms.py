@@ -61,8 +61,8 @@ def prefer_fast_norms(model: PreTrainedModel) -> None:
     known: dict[type[nn.Module], type[nn.Module] | None] = {}
     for module in model.modules():
         cls = type(module)
-        if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm):
-            continue
+        if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm) or hasattr(module, "_hf_hook"):
+            continue  # a hook: the weight may rest elsewhere
         if cls not in known:
             known[cls] = _faster(module)
         if (faster := known[cls]) is not None:

@@ -56,7 +56,7 @@ class StreamLM(EditableLM):
     def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
         if self._at_original or len(self._members) == 1:
             streams = [0] * len(lengths)
-        return stream_chunks(lengths, streams, self._tokens_now)
+        return super()._cut(lengths, streams)
 
     @contextmanager
     def _routed(self, streams: Sequence[int]) -> Iterator[None]:
@@ -129,33 +129,3 @@ def _grouped_linear(weights: Sequence[Tensor], bias: Tensor | None, counts: Sequ
         return F.linear(x, weights[0], bias)
     pieces = [F.linear(rows, weight, bias) for rows, weight in zip(x.split(list(counts)), weights, strict=True)]
     return torch.cat(pieces)
-
-
-def stream_chunks(
-    lengths: Sequence[int], streams: Sequence[int], max_tokens: int, pass_tokens: int = 128
-) -> Iterator[list[int]]:
-    """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens, each stream's members side by side.
-
-    Of all ways to cut the passages, sorted by length, into chunks, the one whose passes cost least is taken. A pass
-    costs its padded tokens, and as much as ``pass_tokens`` more for being one (measured with 135M parameters in
-    bfloat16 on a CPU). Passages of one length are sorted by stream, so that a chunk meets few streams' weights.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], streams[i]))
-    cost, first = [0], [0]  # of the first k passages: the least cost, and where the last chunk of that begins
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        begin = end - 1
-        best = cost[begin] + longest
-        chosen = begin
-        while begin > 0 and (end - begin + 1) * longest <= max_tokens:
-            begin -= 1
-            if (candidate := cost[begin] + (end - begin) * longest) < best:
-                best, chosen = candidate, begin
-        cost.append(best + pass_tokens)
-        first.append(chosen)
-    chunks: list[list[int]] = []
-    end = len(order)
-    while end:
-        chunks.append(sorted(order[first[end] : end], key=streams.__getitem__))
-        end = first[end]
-    yield from reversed(chunks)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers, length_sorted_chunks
+from rledit_env.lm.forward import Passage, PrefixCache, cheapest_chunks, decoder_layers, even_shape
 from rledit_env.lm.tiny import TINY_NAMES
 
 TEXTS = [
@@ -85,17 +85,38 @@ def test_the_layers_are_put_back_when_the_stubbed_forward_fails(tiny_lm):
 
 def test_chunks_hold_every_passage_once_within_the_bound():
     lengths = [5, 90, 7, 7, 33, 6, 90, 1] * 5
-    chunks = list(length_sorted_chunks(lengths, max_tokens=200))
+    chunks = list(cheapest_chunks(lengths, max_tokens=200))
     assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
     assert all(len(chunk) * max(lengths[i] for i in chunk) <= 200 for chunk in chunks)
 
 
 def test_a_passage_longer_than_the_bound_is_a_chunk_of_its_own():
-    assert list(length_sorted_chunks([300, 2, 300], max_tokens=100)) == [[1], [0], [2]]
+    assert list(cheapest_chunks([300, 2, 300], max_tokens=100)) == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize("quantum", [1, 8, 16])
+def test_the_even_shape_is_the_smallest_whose_tokens_are_a_multiple(quantum):
+    for rows in range(1, 40):
+        for length in range(1, 30):
+            found = even_shape(rows, length, quantum)
+            every = [
+                (r * w, r, w)
+                for r in range(rows, rows + quantum + 1)
+                for w in range(length, length + quantum + 1)
+                if r * w % quantum == 0
+            ]
+            assert found[0] >= rows and found[1] >= length and found[0] * found[1] == min(every)[0]
+
+
+def test_chunks_are_cut_where_it_costs_least():
+    # One pass of eight passages of 10 and one of a single long one, rather than one with 9 × 40 tokens.
+    assert list(cheapest_chunks([10] * 8 + [40], max_tokens=400, pass_tokens=16)) == [list(range(8)), [8]]
+    # A pass costs more than the two tokens of padding that it would save.
+    assert list(cheapest_chunks([10, 10, 11], max_tokens=400, pass_tokens=16)) == [[0, 1, 2]]
 
 
 def test_no_passages_give_no_chunks():
-    assert list(length_sorted_chunks([], 100)) == []
+    assert list(cheapest_chunks([], 100)) == []
 
 
 def test_the_cache_drops_what_was_used_least_recently():

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rledit_env.encoding import encode
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import TOKEN_CHOICES
-from rledit_env.lm.streams import StreamLM, stream_chunks, together
+from rledit_env.lm.forward import TOKEN_CHOICES, cheapest_chunks
+from rledit_env.lm.streams import StreamLM, together
 from rledit_env.metrics import evaluate
 from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
 
@@ -148,7 +148,7 @@ def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the
     for count, most_streams, max_tokens in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
         lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
         streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
-        chunks = list(stream_chunks(lengths, streams, max_tokens))
+        chunks = list(cheapest_chunks(lengths, max_tokens, streams))
         assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
         for chunk in chunks:
             assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
