@@ -62,7 +62,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 @cache
 def even_shape(rows: int, length: int, quantum: int) -> tuple[int, int]:
-    """The smallest batch (rows, length) that holds this one and whose tokens are a multiple of ``quantum``."""
+    """The smallest batch (rows, length) that holds this one and whose tokens are a multiple of ``quantum``, or of four
+    times as many where there are more than 32 of them."""
+    if rows * length > 32 * quantum > 32:
+        quantum *= 4
     shapes = [
         (-(-rows // step) * step, wide)
         for wide in range(length, length + quantum)
