@@ -124,7 +124,8 @@ def main(args: Args) -> None:
         rledit.learn(args.rledit_steps, watch, log_dir=args.out / "rledit", resume=False)
         everybody["RLEdit"], learned_from["RLEdit"] = rledit, rledit.timesteps
     tested = {who: returns(held_out, one, range(1000, 1000 + args.test_streams)) for who, one in everybody.items()}
-    levels = {who: float(np.mean(returns(held_out, everybody[who], on_curve))) for who in list(tested)[: 2 * bool(on_curve)]}
+    flat = list(tested)[:2] if args.curve_streams else []
+    levels = {who: float(np.mean(returns(held_out, everybody[who], on_curve))) for who in flat}
     source = held_out.unwrapped.dataset.source
     print(f"Returns on {args.test_streams} held-out streams; {source}")
     print(report.text_table(*report.return_table(tested, learned_from)))
