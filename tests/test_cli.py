@@ -179,7 +179,11 @@ def test_train_scales_the_step_sizes_for_longer_streams_when_asked(
 def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "rledit_env.cli", *TRAIN, "--patience", "999", "--out", str(out), "--trajectories"]
-    process = subprocess.Popen([*command, "9999"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "9999"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A shell's background job ignores interrupts, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while not (out / "last" / "training.safetensors").exists() and time.monotonic() < deadline:

@@ -298,7 +298,7 @@ def test_a_spoilt_agent_loads_or_is_refused(
         ("rledit", {"shapes": {"model.layers.2.mlp.up_proj": [10**9, 10**9]}}),
         ("standard", {"config": {"hyperparameters": {"n_steps": 10**12}}}),
         ("standard", {"config": {"hyperparameters": {"policy_kwargs": {"net_arch": [10**9]}}}}),
-        ("standard", {"config": {"hyperparameters": {"tensorboard_log": "/tmp/elsewhere"}}}),
+        ("standard", {"config": {"hyperparameters": {"tensorboard_log": "elsewhere"}}}),
         ("standard", {"config": {"algorithm": "sac", "hyperparameters": {"buffer_size": 10**12}}}),
     ],
 )

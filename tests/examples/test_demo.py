@@ -17,7 +17,11 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-u", str(DEMO), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell's background job ignores interrupts, and so would what it starts.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def test_quick_demo_prints_its_tables_and_writes_a_report_and_the_agent(tmp_path: Path) -> None:
