@@ -96,6 +96,7 @@ class Stepper:
         self.info: dict[str, Any] = {}
         self.loss = 0.0
         self.factors: tuple[Mapping[str, Tensor], ...] = ({}, {})
+        self.compared = False  # whether the last step's dense gradient is kept, for others to see
         self.keeps = lm.dtype == torch.bfloat16  # in float32 the network runs a second time, which saves its graph
 
     def edit(self, keep: bool = False) -> None:
@@ -122,9 +123,11 @@ class Stepper:
         """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
         self.edit(self.keeps)
         keys, values = self.factors
-        credit = CreditAccumulator("trajectory", key_gradients=True)
+        credit: CreditAccumulator | None = CreditAccumulator("trajectory", key_gradients=True)
         credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
         for_keys, for_values = credit.of_step(0)
+        if not self.compared:
+            self.info, credit = {}, None  # the dense gradient has served
         self.network.zero_grad()
         self.network.accumulate(replace(self.record, factors=self.made), for_keys, for_values, GRAPH_BYTES)
         return [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -200,6 +203,7 @@ class Benchmark:
         for stepper in tqdm(steppers.values(), desc="first batches"):
             stepper.edit_quickly(args.depth)
         ours = steppers["float32, exact"]
+        ours.compared = True
         reference = Reference(ours.lm)
         deviations: dict[str, list[float]] = {}
         floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}

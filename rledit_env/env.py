@@ -223,7 +223,7 @@ class LifelongEditEnv(gym.Env):
         self._step = 0
         self._over = True  # an episode must be begun with reset
         self._rows = 0
-        self._kept: dict[str, Tensor] = {}  # the weights before the last update
+        self._kept: dict[str, Tensor] = {}  # the weights before the update, while a step is being taken
         self._at: tuple[int, Any] = (0, None)  # the rows in use and the random state then
         self._refused = False  # whether the action was not finite, and is skipped
         self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
@@ -325,7 +325,7 @@ class LifelongEditEnv(gym.Env):
         """Apply an accepted action; returns the change made, noise included: the factors, or, by the action's own key,
         the dense ΔW."""
         self._before = self._answers() if self.render_mode in ("ansi", "human") else None
-        self._kept = self.lm.snapshot(self._kept)
+        self._kept = self.lm.snapshot()
         self._at = self._rows, self.np_random.bit_generator.state
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
         if self.recorder is not None:
@@ -405,6 +405,7 @@ class LifelongEditEnv(gym.Env):
         if not spaces.is_finite(observation) or (info["diverged"] and self.on_divergence == "end"):
             self._over = True
             observation = self._observe(None)
+        self._kept = {}  # nothing is taken back any more; what comes next, such as training, has the memory
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
         if self._before is not None:
             batch = info["batch"]

@@ -634,10 +634,8 @@ class EditableLM:
             self._master[name].copy_((snapshot or self._original)[name])
             self._refresh(name, module)
 
-    def snapshot(self, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Copies of the edited weights, float32 (d_out, d_in); in an earlier snapshot's memory, if one is given."""
-        if into:
-            return {name: into[name].copy_(weight) for name, weight in self._master.items()}
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the edited weights, float32 (d_out, d_in)."""
         return {name: weight.clone() for name, weight in self._master.items()}
 
     @contextmanager
