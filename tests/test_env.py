@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import gymnasium as gym
@@ -184,6 +185,21 @@ def test_a_model_that_breaks_only_on_the_next_batch_ends_the_episode_too(make_en
     observation, reward, terminated, _, info = env.step(fine_tuning(observation))
     assert (reward, terminated, info["diverged"]) == (-1000.0, True, True)
     assert observation in env.observation_space and not observation["mask"].any()
+
+
+def test_the_copy_of_the_weights_that_takes_an_update_back_is_gone_after_the_step(make_env, monkeypatch):
+    env = make_env()
+    observation, _ = env.reset(seed=0)
+    snapshot, copies = env.lm.snapshot, []
+
+    def watched():
+        copy = snapshot()
+        copies.extend(map(weakref.ref, copy.values()))
+        return copy
+
+    monkeypatch.setattr(env.lm, "snapshot", watched)
+    env.step(fine_tuning(observation))
+    assert copies and not any(copy() is not None for copy in copies)
 
 
 def test_closing_restores_the_weights_and_may_be_done_twice(make_env):

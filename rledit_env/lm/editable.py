@@ -630,8 +630,9 @@ class EditableLM:
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Tensor] | None = None) -> None:
         """Put back a snapshot, or the pre-trained weights, bit for bit."""
+        wanted = self._original if snapshot is None else snapshot
         for name, module in self._modules.items():
-            self._master[name].copy_((snapshot or self._original)[name])
+            self._master[name].copy_(wanted[name])
             self._refresh(name, module)
 
     def snapshot(self) -> dict[str, Tensor]:
