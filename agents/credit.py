@@ -33,9 +33,7 @@ class CreditAccumulator:
     def __init__(self, credit: str, key_gradients: bool) -> None:
         self.credit, self.key_gradients = credit, key_gradients
         self._steps: list[_Step] = []
-        self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps before the last, (d_out, d_in) by module
-        self._last: Mapping[str, Tensor] = {}  # the last step's gradient as it was given, and its discount
-        self._last_discount = 1.0
+        self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps so far, (d_out, d_in) by module
 
     def add(
         self,
@@ -47,19 +45,18 @@ class CreditAccumulator:
     ) -> None:
         """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ, and γ^τ.
 
-        ``reward_gradient`` is kept until the next step, not copied and not written to.
+        ``reward_gradient`` is taken over: its tensors may be kept and written to.
         """
         for_values = {m: discount * g for m, g in action_gradient["values"].items()}
         for_keys = {m: discount * g for m, g in action_gradient["keys"].items()} if self.key_gradients else {}
         step = _Step(keys, values, for_keys, for_values)
         if self.credit == "trajectory":
-            for m, gradient in self._last.items():
-                if m in self._sum:
-                    self._sum[m].add_(gradient, alpha=self._last_discount)
-                else:
-                    self._sum[m] = self._last_discount * gradient
-            self._last, self._last_discount = reward_gradient or {}, discount
             self._credit(step, self._sum, -1.0)
+            for m, gradient in (reward_gradient or {}).items():
+                if m in self._sum:
+                    self._sum[m].add_(gradient, alpha=discount)
+                else:
+                    self._sum[m] = gradient if discount == 1 else gradient.mul_(discount)
         else:
             self._credit(step, reward_gradient or {}, discount)
         self._steps.append(step)
@@ -71,14 +68,12 @@ class CreditAccumulator:
             if self.key_gradients:
                 step.for_keys[m].addmm_(step.values[m], gradient, alpha=factor)
 
-    def of_step(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module; the first is empty if it is not needed."""
-        step = self._steps[index]
-        if self.credit == "step":
-            return step.for_keys, step.for_values
-        for_keys = {m: g.clone() for m, g in step.for_keys.items()}
-        for_values = {m: g.clone() for m, g in step.for_values.items()}
-        credited = _Step(step.keys, step.values, for_keys, for_values)
-        self._credit(credited, self._sum, 1.0)
-        self._credit(credited, self._last, self._last_discount)
-        return credited.for_keys, credited.for_values
+    def finish(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module of every step t; the first is empty if it is not needed.
+
+        What was kept to make them, dense sums above all, is let go: the accumulator is then as new.
+        """
+        for step in self._steps:
+            self._credit(step, self._sum, 1.0)
+        steps, self._steps, self._sum = self._steps, [], {}
+        return [(step.for_keys, step.for_values) for step in steps]

@@ -349,7 +349,7 @@ class RLEditAgent(Agent):
                 warnings.warn(f"the LLM broke at step {len(records)} of a training stream; that step is left out of "
                               "the gradient. Lower the step size or drift_limit", stacklevel=2)
                 break
-            credit.add(keys, values, info.get("reward_gradient"), info["action_gradient"],
+            credit.add(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
                        self.config.discount ** len(records))
             records.append(record)
             infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
@@ -373,10 +373,8 @@ class RLEditAgent(Agent):
         cotangents."""
         parameters = self._parameters()
         self.optimizer.zero_grad()
-        for step, record in enumerate(records):
-            for_keys, for_values = (
-                {m: g * (-1 / len(records)) for m, g in part.items()} for part in credit.of_step(step)
-            )
+        for record, credited in zip(records, credit.finish(), strict=True):
+            for_keys, for_values = ({m: g.mul_(-1 / len(records)) for m, g in part.items()} for part in credited)
             self.network.accumulate(record, for_keys, for_values, self.config.graph_bytes)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.optimizer.zero_grad()

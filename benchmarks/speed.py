@@ -97,6 +97,7 @@ class Stepper:
         self.loss = 0.0
         self.factors: tuple[Mapping[str, Tensor], ...] = ({}, {})
         self.compared = False  # whether the last step's dense gradient is kept, for others to see
+        self.dense: dict[str, Tensor] = {}
         self.keeps = lm.dtype == torch.bfloat16  # in float32 the network runs a second time, which saves its graph
 
     def edit(self, keep: bool = False) -> None:
@@ -123,11 +124,13 @@ class Stepper:
         """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
         self.edit(self.keeps)
         keys, values = self.factors
-        credit: CreditAccumulator | None = CreditAccumulator("trajectory", key_gradients=True)
-        credit.add(keys, values, self.info["reward_gradient"], self.info["action_gradient"], 1.0)
-        for_keys, for_values = credit.of_step(0)
-        if not self.compared:
-            self.info, credit = {}, None  # the dense gradient has served
+        credit = CreditAccumulator("trajectory", key_gradients=True)
+        gradient = self.info.pop("reward_gradient")
+        if self.compared:
+            self.dense = {m: g.clone() for m, g in gradient.items()}
+        credit.add(keys, values, gradient, self.info["action_gradient"], 1.0)
+        del gradient
+        ((for_keys, for_values),) = credit.finish()
         self.network.zero_grad()
         self.network.accumulate(replace(self.record, factors=self.made), for_keys, for_values, GRAPH_BYTES)
         return [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -221,7 +224,7 @@ class Benchmark:
                 got = self.clock(name, stepper.lm, stepper.learn)
                 if stepper is ours:
                     keys, values = ours.factors
-                    reward_gradient = {m: -g for m, g in ours.info["reward_gradient"].items()}
+                    reward_gradient = {m: -g for m, g in ours.dense.items()}
                     for what, pairs in {
                         "loss": [(torch.tensor(ours.loss), torch.tensor(theirs.loss))],
                         "ΔW": [(values[m].T @ keys[m], updates[m].detach()) for m in keys],

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,14 +351,34 @@ def test_step_credit_sees_only_a_steps_own_reward_and_trajectory_credit_all_late
         accumulator = CreditAccumulator(credit, key_gradients=True)
         for t in range(3):
             # The middle step is not scored.
-            given = None if t == 1 else {"a": gradients[t]}
+            given = None if t == 1 else {"a": gradients[t].clone()}
             accumulator.add(keys[t], values[t], given, nothing, 0.9**t)
-        for t in range(3):
+        for t, (for_keys, for_values) in enumerate(accumulator.finish()):
             counted = [j for j in (0, 2) if (j >= t if credit == "trajectory" else j == t)]
             total = sum((0.9**j * gradients[j] for j in counted), torch.zeros(4, 3))
-            for_keys, for_values = accumulator.of_step(t)
             torch.testing.assert_close(for_values["a"], keys[t]["a"] @ total.T)
             torch.testing.assert_close(for_keys["a"], values[t]["a"] @ total)
+        assert accumulator.finish() == []
+
+
+def test_no_dense_gradient_outlives_the_credit_that_was_made_of_it(training_env, monkeypatch):
+    env, alive, dense = training_env(), [], []
+    agent = RLEditAgent(env, config())
+    step, accumulate = env.unwrapped.step, agent.network.accumulate
+
+    def watched_step(action):
+        result = step(action)
+        dense.extend(weakref.ref(g) for g in result[-1].get("reward_gradient", {}).values())
+        return result
+
+    def watched(*arguments):
+        alive.append(sum(one() is not None for one in dense))
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(env.unwrapped, "step", watched_step)
+    monkeypatch.setattr(agent.network, "accumulate", watched)
+    agent.learn(env.unwrapped.episode_steps, progress_bar=False)
+    assert dense and alive == [0] * env.unwrapped.episode_steps
 
 
 # -- the best policy, files
