@@ -15,9 +15,10 @@ from torch import Tensor
 from agents.base import Agent
 from agents.settings import environment_settings
 from rledit_env.files import write_text
-from rledit_env.lm.editable import EditableLM, expand_globs
+from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.lm.names import expand_globs
 
 # The environment's settings that the editor is used with; what is traced does not matter to it.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}

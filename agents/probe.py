@@ -20,8 +20,9 @@ from agents.rledit import RLEditAgent, RLEditConfig
 from rledit_env.env import LifelongEditEnv
 from rledit_env.files import write_text
 from rledit_env.knowledge import KnowledgeDataset
-from rledit_env.lm.editable import EditableLM, expand_globs
+from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import decoder_layers
+from rledit_env.lm.names import expand_globs
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.report import module_kind, module_layer
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from rledit_env.knowledge import load_knowledge
-from rledit_env.lm.editable import expand_globs
+from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import default_edit_modules
 
 GIB = 2**30

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents.probe import Probe, ProbeConfig
     from rledit_env.knowledge import load_knowledge
-    from rledit_env.lm.editable import resolve_device, resolve_dtype
+    from rledit_env.lm.placement import resolve_device, resolve_dtype
     from rledit_env.lm.registry import load_model
 
     config = ProbeConfig(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +28,9 @@ from rledit_env.lm.forward import (
     even_shape,
 )
 from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.lm.names import expand_globs
 from rledit_env.lm.norms import prefer_fast_norms
+from rledit_env.lm.placement import resolve_device, resolve_dtype
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -68,81 +68,6 @@ class AnswerStates:
     hidden: Tensor
     targets: Tensor
     owner: Tensor
-
-
-def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Module names matched by patterns with ``*``, ``{a,b}`` and numeric ranges ``[20-27]``, in the model's order.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    matched: set[str] = set()
-    for pattern in patterns:
-        expanded = [piece for braces in _expand_braces(pattern) for piece in _expand_ranges(braces)]
-        found = {name for piece in expanded for name in fnmatch.filter(names, piece)}
-        if not found:
-            close = [name for name in names if name.rsplit(".", 1)[-1] == pattern.rsplit(".", 1)[-1]] or list(names)
-            raise ValueError(
-                f"edit_modules: pattern {pattern!r} matches no linear module of the model; "
-                f"names look like {', '.join(close[:3])} … {close[-1]}"
-            )
-        matched |= found
-    return [name for name in names if name in matched]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [piece for option in match[1].split(",") for piece in _expand_braces(head + option + tail)]
-
-
-def _expand_ranges(pattern: str) -> list[str]:
-    match = re.search(r"\[(\d+)-(\d+)\]", pattern)
-    if match is None:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    return [piece for number in numbers for piece in _expand_ranges(f"{head}{number}{tail}")]
-
-
-def resolve_device(device: torch.device | str) -> torch.device:
-    """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
-    if device != "auto":
-        try:
-            found = torch.device(device)
-            torch.empty(0, device=found)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(
-                f"device is {str(device)!r}, which this machine or build of torch does not have "
-                f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
-            ) from error
-        return found
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The precision meant, for the frozen weights.
-
-    ``"auto"`` is bfloat16 where the device multiplies it natively (CUDA, and processors with AVX512-BF16 or AMX), else
-    float32. Names are torch's, such as ``"float32"``.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
-        return torch.bfloat16 if native else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
-    return found
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices natively."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 class EditableLM:

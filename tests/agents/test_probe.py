@@ -14,7 +14,7 @@ import torch
 from agents.probe import NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, linear_modules, run_glob
 from rledit_env import cli, report
 from rledit_env.knowledge import KnowledgeDataset
-from rledit_env.lm.editable import expand_globs
+from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import load_model
 
 SMALL = ProbeConfig(

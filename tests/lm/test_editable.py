@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rledit_env.lm.editable import EditableLM, expand_globs, resolve_dtype
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.names import expand_globs
+from rledit_env.lm.placement import resolve_dtype
 from rledit_env.lm.registry import load_model
 from rledit_env.lm.tiny import TINY_NAMES
 
