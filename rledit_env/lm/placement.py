@@ -1,0 +1,43 @@
+"""Which device and precision a user means."""
+
+from __future__ import annotations
+
+import torch
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
+    if device != "auto":
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"device is {str(device)!r}, which this machine or build of torch does not have "
+                f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
+            ) from error
+        return found
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The precision meant, for the frozen weights.
+
+    ``"auto"`` is bfloat16 where the device multiplies it natively (CUDA, and processors with AVX512-BF16 or AMX), else
+    float32. Names are torch's, such as ``"float32"``.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
+    return found
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices natively."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
