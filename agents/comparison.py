@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,8 +19,10 @@ from agents.editing import edit_stream
 from agents.editors import Editor
 from agents.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_text
+from rledit_env.general.self_text import self_drift, self_text
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.registry import default_edit_modules
 from rledit_env.metrics import evaluate
 
@@ -100,6 +103,7 @@ class Comparison:
 
     def __init__(self, setting: Setting, views: Views, out: str | Path, progress_bar: bool = True) -> None:
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
+        self._own_text: list[Passage] | None = None  # what the LLM wrote before any edit; the same for every editor
 
     def cell_path(self, editor: Editor, seed: int) -> Path:
         return self.out / "cells" / editor.name / f"seed-{seed}.json"
@@ -224,6 +228,7 @@ class Comparison:
         metrics = evaluate(inner.lm, records, inner.dataset.kind, generate=self.setting.generate)
         return {
             **metrics.as_dict(),
+            "kl": self._kl(inner.lm),
             "seconds_per_fact": log.seconds_per_fact,
             "drift": log.drift,
             "diverged": log.diverged,
@@ -233,6 +238,13 @@ class Comparison:
             "dtype": str(inner.lm.dtype).removeprefix("torch."),
             "device": str(inner.lm.device),
         }
+
+    def _kl(self, lm: EditableLM) -> float | None:
+        """The divergence from the unedited LLM on text of its own, in nats a token; None where it is not finite."""
+        if self._own_text is None:
+            self._own_text = self_text(lm)
+        kl = self_drift(lm, self._own_text).kl
+        return kl if math.isfinite(kl) else None
 
 
 class _Clock:

@@ -135,7 +135,8 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
-               "percent after the last edit. s/fact in all: with training and statistics, shared by a stream's facts.")
+               "percent after the last edit. KL: from the unedited model on text that it wrote, nats a token. s/fact "
+               "in all: with training and statistics, shared by a stream's facts.")
     texts = (
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
         tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),

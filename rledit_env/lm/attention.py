@@ -41,8 +41,8 @@ def short_attention(
         (B, L, heads, d), and None in place of the weights.
     """
     dtype, (batch, heads, length, width) = query.dtype, query.shape
-    if dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
+    if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
+        query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     plain = not dropout and all(options.get(name) is None for name in ("position_bias", "softcap"))
     if not (causal and plain and length <= SHORT and key.shape[2] == length and value.shape[3] == width):
@@ -57,7 +57,8 @@ def short_attention(
         value.reshape(batch * groups, length, width),
         width**-0.5 if scaling is None else scaling,
     )
-    return output.view(batch, heads, length, width).transpose(1, 2).to(dtype).contiguous(), None
+    output = output.view(batch, heads, length, width).transpose(1, 2)
+    return output.to(dtype, memory_format=torch.contiguous_format), None
 
 
 class _CausalAttention(torch.autograd.Function):

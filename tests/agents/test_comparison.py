@@ -14,6 +14,7 @@ import agents.comparison
 from agents.base import NotApplicable
 from agents.comparison import Comparison, Setting, Views, check_disjoint
 from agents.editors import EDITORS, Training, configured, find_configs, load_configs
+from rledit_env.general.self_text import self_drift, self_text
 from rledit_env.knowledge import held_out, load_knowledge
 
 ENV = "RLEdit-CounterFact-v0"
@@ -61,6 +62,19 @@ def test_views_of_one_model_begin_pre_trained_whatever_the_one_before_edited():
     third = views.get("model.layers.1.mlp.*")
     assert all(torch.equal(state[n], p) for n, p in third.model.state_dict().items())
     assert views.get("model.layers.1.mlp.*") is third
+
+
+def test_the_divergence_is_that_from_the_unedited_llm_whatever_the_editor_before_did(compare):
+    comparison = compare()
+    for editor in (GRADIENT, EDITORS["none"]):
+        comparison.run(editor, [0])
+    lm = comparison.views.get(None)
+    assert comparison.cell(EDITORS["none"], 0)["kl"] == pytest.approx(0, abs=1e-6)
+    assert comparison.cell(GRADIENT, 0)["kl"] > 1e-4
+    lm.add({m: torch.full(shape[::-1], 0.05) for m, shape in lm.module_shapes.items()})
+    assert comparison._kl(lm) == pytest.approx(self_drift(lm, self_text(lm)).kl)
+    lm.add({m: torch.full(shape[::-1], 1e38) for m, shape in lm.module_shapes.items()})
+    assert comparison._kl(lm) is None
 
 
 def test_every_editor_edits_the_same_facts_of_a_stream_and_another_stream_has_others(compare, monkeypatch):
