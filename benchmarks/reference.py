@@ -8,17 +8,20 @@ d_in × d_in and is held as a dense matrix. Nothing is cached. The formulas are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.norms import FastNorm
+from rledit_env.lm.products import FastConv1D, FastLinear
 from rledit_env.reward import RewardConfig, ScoredBatch
 
 
@@ -33,6 +36,19 @@ class Scored:
 
     loss: float
     gradient: dict[str, Tensor]
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Within it, the model's norms and products are those of its own library."""
+    ours = {m: type(m) for m in model.modules() if isinstance(m, FastNorm | FastLinear | FastConv1D)}
+    for module, faster in ours.items():
+        module.__class__ = faster.__bases__[-1]
+    try:
+        yield
+    finally:
+        for module, faster in ours.items():
+            module.__class__ = faster
 
 
 class Reference:
@@ -57,7 +73,8 @@ class Reference:
             mask[row, : len(passage)] = 1
             labels[row, list(passage.positions)] = torch.tensor(passage.targets)
         device = self.lm.device
-        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        with _plain(self.model):
+            output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return output.logits.float(), labels.to(device)
 
     def _mini_batches(self, passages: Sequence[Passage]) -> Iterator[Sequence[Passage]]:

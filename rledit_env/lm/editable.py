@@ -31,6 +31,7 @@ from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.placement import resolve_device, resolve_dtype
+from rledit_env.lm.products import prefer_fast_products, product
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -104,6 +105,7 @@ class EditableLM:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prefer_fast_attention(model)
         prefer_fast_norms(model)
+        prefer_fast_products(model)
         self.max_tokens_per_pass = max_tokens_per_pass or (384 if model.device.type == "cpu" else 4096)
         _, layers = decoder_layers(model)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -599,11 +601,9 @@ class EditableLM:
                 u, delta = keys[rows].flatten(0, -2), gradient[rows].flatten(0, -2)
                 total = sums[stream].get(name)
                 if total is None:
-                    sums[stream][name] = (delta.t() @ u).to(self.edit_dtype)
-                elif total.dtype == u.dtype:
-                    total.addmm_(delta.t(), u)
+                    sums[stream][name] = product(delta.t(), u).to(self.edit_dtype)
                 else:
-                    total.add_(delta.t() @ u)
+                    total.add_(product(delta.t(), u))
 
         handles = [m.register_forward_hook(partial(watch, n)) for n, m in self._modules.items() if wanted]
         try:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rledit_env.lm.products import product
+
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
@@ -322,11 +324,11 @@ class SuffixForward:
     def back_through_head(self, cotangents: Tensor) -> Tensor:
         """Gradients (P, d) for the head's input from those (P, |V|) for its output."""
         if not self.head.weight.is_meta:
-            return cotangents @ self.head.weight
+            return product(cotangents, self.head.weight)
         from accelerate.utils import align_module_device  # the weight rests on the host or the disk
 
         with align_module_device(self.head, self.device):
-            return cotangents @ self.head.weight
+            return product(cotangents, self.head.weight)
 
     def capped(self, raw: Tensor) -> Tensor:
         """Logits, at least in float32, from the output head's (P, |V|)."""

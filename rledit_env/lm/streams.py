@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import replaced_forward
+from rledit_env.lm.products import linear
 
 
 class StreamLM(EditableLM):
@@ -126,6 +126,6 @@ def together(streams: Sequence[StreamLM]) -> EditableLM:
 def _grouped_linear(weights: Sequence[Tensor], bias: Tensor | None, counts: Sequence[int], x: Tensor) -> Tensor:
     """x (b, L, d_in) times its stream's weight (d_out, d_in): the first ``counts[0]`` rows the first one, and so on."""
     if len(weights) == 1:
-        return F.linear(x, weights[0], bias)
-    pieces = [F.linear(rows, weight, bias) for rows, weight in zip(x.split(list(counts)), weights, strict=True)]
+        return linear(x, weights[0], bias)
+    pieces = [linear(rows, weight, bias) for rows, weight in zip(x.split(list(counts)), weights, strict=True)]
     return torch.cat(pieces)

@@ -1,0 +1,111 @@
+"""Tests of matrix products in float32 on a CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rledit_env.lm import products
+from rledit_env.lm.products import FASTER, FastConv1D, FastLinear, linear, prefer_fast_products, product
+from rledit_env.lm.registry import load_model
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """The tests' matrices are small."""
+    monkeypatch.setattr(products, "WORTHWHILE", 0)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """How many products it did."""
+    if not products._available():
+        pytest.skip("this PyTorch has no oneDNN")
+    calls = []
+    original = products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 24), (2, 1, 3, 24)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_and_all_its_gradients_are_those_of_float64(by_onednn, shape, transposed, biased):
+    x, weight = numbers(*shape), numbers(24, 10, seed=1).t() if transposed else numbers(10, 24, seed=1)
+    bias = numbers(10, seed=2) if biased else None
+    cotangent = numbers(*shape[:-1], 10, seed=3)
+    results = []
+    for dtype, multiply in ((torch.float32, linear), (torch.float64, F.linear)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias) if t is not None]
+        output = multiply(*leaves)
+        output.backward(cotangent.to(dtype))
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    assert len(by_onednn) == 3  # the product, and those of two gradients
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_views_and_gradients_without_memory_of_their_own_are_multiplied_right(by_onednn):
+    x, weight = numbers(2, 8, 24)[:, ::2].requires_grad_(), numbers(10, 48, seed=1)[:, ::2]
+    output = linear(x, weight)
+    torch.testing.assert_close(output, F.linear(x, weight))
+    (gradient,) = torch.autograd.grad(output.sum(), x)  # its cotangent is one number, expanded
+    torch.testing.assert_close(gradient, weight.sum(0).expand(2, 4, 24))
+    a, b = numbers(24, 7).t(), numbers(9, 24, seed=1).t()
+    torch.testing.assert_close(product(a, b), a @ b)
+    assert len(by_onednn) == 3
+
+
+def test_a_weight_without_gradient_keeps_no_input(by_onednn):
+    x, weight = numbers(4, 24).requires_grad_(), numbers(10, 24, seed=1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x, weight)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_what_onednn_is_not_for_is_left_to_pytorch(by_onednn, monkeypatch):
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight = numbers(4, 24).to(dtype), numbers(10, 24, seed=1).to(dtype)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    monkeypatch.setattr(products, "WORTHWHILE", 2**20)
+    x, weight = numbers(4, 24), numbers(10, 24, seed=1)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert linear(x[:0], weight).shape == (0, 10)
+    assert not by_onednn
+
+
+def test_without_onednn_pytorch_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "_available", lambda: False)
+    x, weight, bias = numbers(3, 4, 24), numbers(10, 24, seed=1), numbers(10, seed=2)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-qwen2"])
+def test_a_models_logits_and_weights_stay_what_they_are(by_onednn, name):
+    model, _ = load_model(name, torch.float32, torch.device("cpu"))
+    plain = copy.deepcopy(model)
+    prefer_fast_products(model)
+    kinds = {type(m) for m in model.modules()}
+    assert kinds & {FastLinear, FastConv1D} and not kinds & {nn.Linear, Conv1D}
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+    assert by_onednn
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(issubclass(faster, usual) for usual, faster in FASTER.items())
+
+
+def test_a_model_in_bfloat16_stays_as_it_is():
+    model, _ = load_model("tiny-llama", torch.bfloat16, torch.device("cpu"))
+    prefer_fast_products(model)
+    assert not any(isinstance(m, FastLinear) for m in model.modules())
