@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rledit_env.lm.products import linear
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -64,9 +66,9 @@ class CreditAccumulator:
     def _credit(self, step: _Step, gradients: Mapping[str, Tensor], factor: float) -> None:
         """Add to a step's credit what ``factor`` times these gradients (d_out, d_in) of ΔW mean for its factors."""
         for m, gradient in gradients.items():
-            step.for_values[m].addmm_(step.keys[m], gradient.T, alpha=factor)
+            step.for_values[m].add_(linear(step.keys[m], gradient), alpha=factor)
             if self.key_gradients:
-                step.for_keys[m].addmm_(step.values[m], gradient, alpha=factor)
+                step.for_keys[m].add_(linear(step.values[m], gradient.T), alpha=factor)
 
     def finish(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module of every step t; the first is empty if it is not needed.

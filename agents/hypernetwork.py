@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rledit_env.lm.products import product
+from rledit_env.lm.products import linear, outer
 
 Aggregation = Literal["mend", "least_squares", "recursive"]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
@@ -140,7 +140,7 @@ class ResidualBlocks(nn.Module):
             scale, shift = self.scale[i][members], self.shift[i][members]
             if self.inside:
                 kind = torch.bfloat16 if self.in_half else z.dtype
-                inner = product(product(z.to(kind), down.to(kind)), up.to(kind)).to(z.dtype) + self.bias[i]
+                inner = linear(linear(z.to(kind), down.to(kind).T), up.to(kind).T).to(z.dtype) + self.bias[i]
                 z = z + (scale[:, None] * inner + shift[:, None]).clamp(min=0)
                 continue
             run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
@@ -169,8 +169,8 @@ class _ResidualBlock(torch.autograd.Function):
         run_up: Tensor,
     ) -> Tensor:  # fmt: skip
         rows = z.flatten(0, 1).to(run_down.dtype)  # (M · N, width)
-        narrow = product(rows, run_down)  # (M · N, rank)
-        inner = product(narrow, run_up).to(z.dtype).add_(bias).view(z.shape)
+        narrow = linear(rows, run_down.T)  # (M · N, rank)
+        inner = linear(narrow, run_up.T).to(z.dtype).add_(bias).view(z.shape)
         passes = inner >= 0
         inner.clamp_(min=0)
         ctx.save_for_backward(rows, run_down, run_up, scale, narrow, inner, passes)
@@ -184,9 +184,9 @@ class _ResidualBlock(torch.autograd.Function):
         for_inner = (cotangent * scale[:, None]).mul_(passes).flatten(0, 1)
         for_bias = for_inner.sum(0)
         for_inner = for_inner.to(rows.dtype)
-        for_narrow = product(for_inner, run_up.T)
-        for_z = product(for_narrow, run_down.T).to(cotangent.dtype).view(cotangent.shape).add_(cotangent)
-        for_down, for_up = (product(a.T, b).to(cotangent.dtype) for a, b in ((rows, for_narrow), (narrow, for_inner)))
+        for_narrow = linear(for_inner, run_up)
+        for_z = linear(for_narrow, run_down).to(cotangent.dtype).view(cotangent.shape).add_(cotangent)
+        for_down, for_up = (outer(a, b).to(cotangent.dtype) for a, b in ((rows, for_narrow), (narrow, for_inner)))
         return for_z, for_down, for_up, for_bias, for_scale, cotangent.sum(1), None, None
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.gates import FastGate
 from rledit_env.lm.norms import FastNorm
 from rledit_env.lm.products import FastConv1D, FastLinear
 from rledit_env.reward import RewardConfig, ScoredBatch
@@ -40,8 +41,8 @@ class Scored:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Within it, the model's norms and products are those of its own library."""
-    ours = {m: type(m) for m in model.modules() if isinstance(m, FastNorm | FastLinear | FastConv1D)}
+    """Within it, the model's norms, gates and products are those of its own library."""
+    ours = {m: type(m) for m in model.modules() if isinstance(m, FastNorm | FastGate | FastLinear | FastConv1D)}
     for module, faster in ours.items():
         module.__class__ = faster.__bases__[-1]
     try:

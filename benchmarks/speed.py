@@ -70,6 +70,8 @@ class Args:
     """Edits in the stream that shows whether a step slows down."""
     threads: int = 2
     """torch's threads."""
+    tokens_per_pass: int = 0
+    """The most padded tokens of a pass that takes gradients; 0 leaves the package's default."""
     device: str = "auto"
     """Where; "auto" takes an accelerator."""
     sections: tuple[Section, ...] = ("step", "edit", "solve", "memory", "growth")
@@ -179,7 +181,9 @@ class Benchmark:
 
     def load(self, dtype: torch.dtype) -> EditableLM:
         """A model of its own, so that what is compared shares no cache."""
-        return EditableLM.load(self.args.model, self.args.edit_modules, dtype, self.args.device)
+        lm = EditableLM.load(self.args.model, self.args.edit_modules, dtype, self.args.device)
+        lm.max_tokens_per_pass = self.args.tokens_per_pass or lm.max_tokens_per_pass
+        return lm
 
     def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
         """Run and time something under a name."""

@@ -27,11 +27,12 @@ from rledit_env.lm.forward import (
     decoder_layers,
     even_shape,
 )
+from rledit_env.lm.gates import prefer_fast_gates
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.placement import resolve_device, resolve_dtype
-from rledit_env.lm.products import prefer_fast_products, product
+from rledit_env.lm.products import outer, prefer_fast_products
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 
 
@@ -105,6 +106,7 @@ class EditableLM:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         prefer_fast_attention(model)
         prefer_fast_norms(model)
+        prefer_fast_gates(model)
         prefer_fast_products(model)
         self.max_tokens_per_pass = max_tokens_per_pass or (384 if model.device.type == "cpu" else 4096)
         _, layers = decoder_layers(model)
@@ -123,9 +125,12 @@ class EditableLM:
             weight = self._oriented(module).detach()
             self.module_shapes[n] = (weight.shape[1], weight.shape[0])
             self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
-        self._original = {n: w.clone() for n, w in self._master.items()}
-        self._norms = {n: float(w.norm()) for n, w in self._original.items()}
         self._original_run = {n: m.weight.detach().clone() for n, m in self._modules.items()}
+        self._original = {  # the same tensor where the model's precision is enough
+            n: at_least_float32(w.t() if isinstance(self._modules[n], Conv1D) else w)
+            for n, w in self._original_run.items()
+        }
+        self._norms = {n: float(w.norm()) for n, w in self._original.items()}
         edited = [layer_of[n] for n in names]
         self.forward = SuffixForward(model, min(edited), max(edited))
         self.prefix_cache = PrefixCache(cache_bytes)
@@ -601,9 +606,9 @@ class EditableLM:
                 u, delta = keys[rows].flatten(0, -2), gradient[rows].flatten(0, -2)
                 total = sums[stream].get(name)
                 if total is None:
-                    sums[stream][name] = product(delta.t(), u).to(self.edit_dtype)
+                    sums[stream][name] = outer(delta, u).to(self.edit_dtype)
                 else:
-                    total.add_(product(delta.t(), u))
+                    total.add_(outer(delta, u))
 
         handles = [m.register_forward_hook(partial(watch, n)) for n, m in self._modules.items() if wanted]
         try:

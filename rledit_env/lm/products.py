@@ -1,8 +1,11 @@
-"""Matrix products in float32 on a CPU.
+"""Matrix products on a CPU.
 
 PyTorch multiplies float32 matrices by Intel's MKL, which uses half of the vector units of other makers' processors.
 oneDNN, which PyTorch brings along and multiplies bfloat16 with, uses all of them: 490 instead of 215 GFLOP/s on two
 cores of an AMD EPYC, to the same rounding.
+
+oneDNN makes code for every new size (some milliseconds, and 1 MB that is kept). So numbers of rows, which change from
+one product to the next, are filled up with zeros to few different ones.
 """
 
 from __future__ import annotations
@@ -17,21 +20,42 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-WORTHWHILE = 2**20  # multiplications from which on oneDNN's overhead (10 µs) is made up for
+WORTHWHILE = 2**20  # multiplications in float32 from which on oneDNN's overhead (10 µs) is made up for
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, differentiable once: (…, k), (n, k), (n,) → (…, n)."""
-    if not _served(x, weight):
+    """x Wᵀ + b, differentiable once: (…, k), (n, k), (n,) → (…, n). The weight may be a transposed view."""
+    if not compiled(weight, x.numel() * len(weight)) or x.dtype != weight.dtype or not x.numel():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return _evenly(x, weight, bias)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices (m, k) and (k, n), either of which may be a transposed view, differentiable once."""
-    return linear(a, b.t())
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b, the sum of the rows' outer products: (m, k), (m, n) → (k, n); no gradient."""
+    if not compiled(a, a.numel() * b.shape[1]) or a.dtype != b.dtype or not a.numel():
+        return a.t() @ b
+    more = even(len(a)) - len(a)
+    a, b = (F.pad(rows, (0, 0, 0, more)) if more else rows for rows in (a, b))
+    return _multiplied(a.t(), b.t(), None)
+
+
+def compiled(operand: Tensor, multiplications: int) -> bool:
+    """Whether oneDNN makes code for products of this size with operands like this one."""
+    if operand.device.type != "cpu":
+        return False
+    if operand.dtype == torch.float32:
+        return multiplications >= WORTHWHILE and _available()
+    return operand.dtype == torch.bfloat16
+
+
+def even(rows: int) -> int:
+    """The next of the numbers of rows that products are kept to."""
+    if rows <= 16:
+        return 1 << max(rows - 1, 0).bit_length()
+    quantum = 16 if rows <= 512 else 64
+    return -(-rows // quantum) * quantum
 
 
 class FastLinear(nn.Linear):
@@ -66,7 +90,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _onednn(x, weight, bias)
+        return _evenly(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -76,23 +100,21 @@ class _Linear(torch.autograd.Function):
         rows = cotangent.flatten(0, -2)
         return (
             linear(cotangent, weight.t()) if for_x else None,
-            product(rows.t(), x.flatten(0, -2)) if for_weight else None,
+            outer(rows, x.flatten(0, -2)) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
 
 
-def _served(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply these."""
-    return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() * len(weight) >= WORTHWHILE
-        and _available()
-    )
+def _evenly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    more = even(len(rows)) - len(rows)
+    output = _multiplied(F.pad(rows, (0, 0, 0, more)) if more else rows, weight, bias)
+    return output[: len(rows)].view(*x.shape[:-1], -1)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x if x.dim() == 2 else x.contiguous()
+def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if rows.dtype == torch.bfloat16:
+        return F.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
@@ -104,7 +126,7 @@ def _available() -> bool:
     numbers = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(0))
     x, weight, bias = numbers[0], numbers[1][:24].t(), numbers[2, 0]
     try:
-        got = _onednn(x[:, :24], weight, bias)
+        got = _multiplied(x[:, :24], weight, bias)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.allclose(got, F.linear(x[:, :24], weight, bias), rtol=1e-5, atol=1e-5)

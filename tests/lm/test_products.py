@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm import products
-from rledit_env.lm.products import FASTER, FastConv1D, FastLinear, linear, prefer_fast_products, product
+from rledit_env.lm.products import FASTER, FastConv1D, FastLinear, even, linear, outer, prefer_fast_products
 from rledit_env.lm.registry import load_model
 
 
@@ -31,8 +31,8 @@ def by_onednn(monkeypatch):
     if not products._available():
         pytest.skip("this PyTorch has no oneDNN")
     calls = []
-    original = products._onednn
-    monkeypatch.setattr(products, "_onednn", lambda *a: calls.append(a) or original(*a))
+    original = products._multiplied
+    monkeypatch.setattr(products, "_multiplied", lambda *a: calls.append(a) or original(*a))
     return calls
 
 
@@ -60,9 +60,23 @@ def test_views_and_gradients_without_memory_of_their_own_are_multiplied_right(by
     torch.testing.assert_close(output, F.linear(x, weight))
     (gradient,) = torch.autograd.grad(output.sum(), x)  # its cotangent is one number, expanded
     torch.testing.assert_close(gradient, weight.sum(0).expand(2, 4, 24))
-    a, b = numbers(24, 7).t(), numbers(9, 24, seed=1).t()
-    torch.testing.assert_close(product(a, b), a @ b)
+    a, b = numbers(7, 43).t(), numbers(43, 9, seed=1)
+    torch.testing.assert_close(outer(a, b), a.t() @ b)
     assert len(by_onednn) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_numbers_of_rows_make_few_sizes(by_onednn, dtype):
+    weight = numbers(10, 24).to(dtype)
+    for rows in range(1, 700):
+        x = numbers(rows, 24, seed=rows).to(dtype)
+        wanted = x.double() @ weight.double().T
+        atol = 0.05 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(linear(x, weight).double(), wanted, rtol=0.02, atol=atol)
+        outer(x, x)
+    assert len(by_onednn) == 2 * 699
+    assert len({len(x) for x, *_ in by_onednn[::2]}) == len({x.shape[1] for x, *_ in by_onednn[1::2]}) == 39
+    assert all(rows <= even(rows) < rows + max(rows, 16) and even(even(rows)) == even(rows) for rows in range(1, 3000))
 
 
 def test_a_weight_without_gradient_keeps_no_input(by_onednn):
@@ -74,13 +88,14 @@ def test_a_weight_without_gradient_keeps_no_input(by_onednn):
 
 
 def test_what_onednn_is_not_for_is_left_to_pytorch(by_onednn, monkeypatch):
-    for dtype in (torch.float64, torch.bfloat16):
-        x, weight = numbers(4, 24).to(dtype), numbers(10, 24, seed=1).to(dtype)
-        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    x, weight = numbers(4, 24).double(), numbers(10, 24, seed=1).double()
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(outer(x, x), x.T @ x)
+    assert linear(numbers(0, 24), numbers(10, 24)).shape == (0, 10)
+    assert not outer(numbers(0, 24), numbers(0, 10)).any()
     monkeypatch.setattr(products, "WORTHWHILE", 2**20)
     x, weight = numbers(4, 24), numbers(10, 24, seed=1)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
-    assert linear(x[:0], weight).shape == (0, 10)
     assert not by_onednn
 
 

@@ -1,0 +1,76 @@
+"""Gated feed-forward layers of models that run on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) ⊙ up, which keeps nothing but the two for its gradient: two thirds of what the single operations
+    keep, to the same rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        for_up = F.silu(gate).mul_(cotangent)
+        return torch.ops.aten.silu_backward(cotangent * up, gate), for_up
+
+
+class FastGate(nn.Module):
+    """Mixed into the class of a model's gated feed-forward layers by :func:`prefer_fast_gates`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Any = self
+        return parts.down_proj(_Gate.apply(parts.gate_proj(x), parts.up_proj(x)))
+
+
+def prefer_fast_gates(model: PreTrainedModel) -> None:
+    """Let a model on a CPU compute its gated feed-forward layers by :class:`_Gate`, where that gives what it had.
+
+    Each class of layer is tried on numbers of a seed first; one that computes something else stays as it is.
+    """
+    if model.device.type != "cpu":
+        return
+    known: dict[type[nn.Module], type[nn.Module] | None] = {}
+    for module in model.modules():
+        cls = type(module)
+        if set(module._modules) != set(PARTS) or issubclass(cls, FastGate) or hasattr(module, "_hf_hook"):
+            continue
+        if cls not in known:
+            known[cls] = _faster(module)
+        if (faster := known[cls]) is not None:
+            module.__class__ = faster
+
+
+@torch.no_grad()
+def _faster(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a layer that computes what this one does, or None."""
+    cls = type(module)
+    faster = type(f"Fast{cls.__name__}", (FastGate, cls), {"__module__": cls.__module__})
+    generator = torch.Generator().manual_seed(0)
+    small = {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}
+    for part in small.values():
+        for parameter in part.parameters():
+            parameter.normal_(generator=generator)
+    trial = copy.copy(module)
+    trial._modules = {**small, "act_fn": module.act_fn}
+    x = torch.randn(3, 4, generator=generator)
+    wanted = trial(x)
+    trial.__class__ = faster
+    got = trial(x)
+    return faster if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-5) else None
