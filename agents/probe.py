@@ -1,11 +1,12 @@
-"""Which weights to edit: every linear module alone, and runs of neighbouring layers, at a few step sizes."""
+"""Which weights to edit: every linear module alone, runs of neighbouring layers, and a final of the best."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rledit_env.report import module_kind, module_layer
 SCORES = ("efficacy", "generalization", "specificity", "mean")
 MOST = 2  # paraphrases and unrelated facts of a record that are scored
 NO_EDIT = "no edit"
+FINAL = "final: "  # how the names of the final's cells begin
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class ProbeConfig:
         steps_per_batch, token: as in `LifelongEditEnv`.
         aggregation: the editor's rule.
         run_lengths: layers in a run.
+        run_kinds: kinds of module, the best ones alone, of which runs are tried: each, and every pair.
         layer_stride: one in this many layers is tried alone.
+        finalists: how many of the best are tried on more facts, which tells them apart; 0 leaves that out.
+        final_batches, final_batch_size: T and n of the final's stream, of facts that nobody has edited before. A
+            finalist edits it with its best step size, with a third and with three times that.
         seed: of the facts' choice.
     """
 
@@ -52,15 +58,22 @@ class ProbeConfig:
     token: str = "subject"
     aggregation: Aggregation = "recursive"
     run_lengths: tuple[int, ...] = (7,)
+    run_kinds: int = 3
     layer_stride: int = 3
+    finalists: int = 8
+    final_batches: int = 5
+    final_batch_size: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.step_sizes or not all(size > 0 for size in self.step_sizes):
             raise ValueError(f"step_sizes are {self.step_sizes}; give positive numbers")
-        for name in ("num_batches", "batch_size", "steps_per_batch", "layer_stride"):
+        for name in ("num_batches", "batch_size", "steps_per_batch", "layer_stride", "run_kinds", "final_batches",
+                     "final_batch_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.finalists < 0:
+            raise ValueError(f"finalists is {self.finalists}; give 0 (no final) or more")
         if any(length < 2 for length in self.run_lengths):
             raise ValueError(f"run_lengths are {self.run_lengths}; give 2 or more each")
 
@@ -77,7 +90,7 @@ class Probe:
     """Edits the same few facts with candidate after candidate and keeps the scores in a file.
 
     What the file holds already is not computed again. The modules alone come first; runs of neighbouring layers follow,
-    of the two kinds of module that did best alone, apart and together.
+    of the kinds of module that did best alone, apart and in pairs. The best of all are then compared on more facts.
 
     Args:
         model: a causal LM; every candidate gets it as it was.
@@ -87,6 +100,7 @@ class Probe:
         config: what is tried.
         name: what to call the model.
         among: names or globs that restrict the modules tried; None means every linear module of a decoder layer.
+        beside: names or globs of modules that are tried together in any case, and come to the final.
 
     Raises:
         ValueError: the file holds scores of other settings, there are too few facts, or a pattern matches nothing.
@@ -101,19 +115,23 @@ class Probe:
         config: ProbeConfig | None = None,
         name: str = "",
         among: Sequence[str] | None = None,
+        beside: Sequence[str] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name, self.path = model, tokenizer, name, Path(path)
         self.config = config = config or ProbeConfig()
-        wanted = config.num_batches * config.batch_size
-        if len(facts) < wanted:
-            raise ValueError(f"{facts.source} has {len(facts)} facts, and {wanted} are needed; give a smaller "
-                             "num_batches or batch_size")
-        chosen = np.random.default_rng(config.seed).permutation(len(facts))[:wanted]
-        records = [facts.records[i] for i in chosen]
-        records = [replace(r, paraphrases=r.paraphrases[:MOST], unrelated=r.unrelated[:MOST]) for r in records]
-        self.facts = replace(facts, records=tuple(records))
+        first = config.num_batches * config.batch_size
+        final = config.final_batches * config.final_batch_size if config.finalists else 0
+        if len(facts) < first + final:
+            raise ValueError(f"{facts.source} has {len(facts)} facts, and {first + final} are needed; give a smaller "
+                             "num_batches or batch_size, of the final perhaps")
+        chosen = [facts.records[i] for i in np.random.default_rng(config.seed).permutation(len(facts))[: first + final]]
+        chosen = [replace(r, paraphrases=r.paraphrases[:MOST], unrelated=r.unrelated[:MOST]) for r in chosen]
+        self.facts = replace(facts, records=tuple(chosen[:first]))
+        self.final_facts = replace(facts, records=tuple(chosen[first:]))
         linear = linear_modules(model)
         self.modules = linear if among is None else expand_globs(among, linear)
+        together = tuple(expand_globs(beside, linear)) if beside else ()
+        self.beside = [Candidate(run_glob(together), together)] if together else []
         settings = {"model": name, "dtype": str(model.dtype), "data": facts.source, **asdict(config)}
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.cells: dict[str, dict[str, float]] = self._stored()
@@ -136,21 +154,45 @@ class Probe:
             progress: called after every candidate with how many are done, and how many there are in all.
         """
         singles = list(self.singles())
-        expected = len(singles) + 3 * len(self._runs_of(self._kinds()[:1]))
+        kinds = min(self.config.run_kinds, len(self._kinds()))
+        runs = (kinds + math.comb(kinds, 2)) * len(self._runs_of(self._kinds()[:1])) + len(self.beside)
+        expected = len(singles) + runs + min(self.config.finalists, len(singles) + runs)
         done = 0
-        self._cell(NO_EDIT, lambda: self._unedited(singles[0]))
-        for stage in (lambda: singles, self.runs):  # which runs are tried depends on the singles' scores
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, max(expected, done))
+
+        self._cell(NO_EDIT, lambda: self._unedited(singles[0], self.facts))
+        for stage in (lambda: singles, self.runs, lambda: self.beside):  # runs depend on the singles' scores
             for candidate in stage():
-                self._score(candidate)
-                done += 1
-                if progress is not None:
-                    progress(done, max(expected, done))
+                self._score(candidate, {_key(candidate.glob, size): size for size in self.config.step_sizes})
+                advance()
+        finalists = self._finalists()
+        if finalists:
+            self._cell(FINAL + NO_EDIT, lambda: self._unedited(singles[0], self.final_facts))
+        for candidate, best in finalists:
+            self._score(candidate, {FINAL + _key(candidate.glob, s): s for s in (best / 3, best, 3 * best)}, final=True)
+            advance()
         return self.result
 
     @property
     def result(self) -> ProbeResult:
         """What is known so far."""
-        return ProbeResult(self.settings, dict(self.cells), {c.glob: c for c in [*self.singles(), *self.runs()]})
+        candidates = [*self.singles(), *self.runs(), *self.beside]
+        return ProbeResult(self.settings, dict(self.cells), {c.glob: c for c in candidates})
+
+    def _finalists(self) -> list[tuple[Candidate, float]]:
+        """Who takes part in the final, and the best step size of each so far."""
+        result = self.result
+        places = result.ranked(first=True)
+        chosen = places[: self.config.finalists]
+        if chosen:
+            names = {glob for glob, _, _ in chosen}
+            chosen += [p for p in places if p[0] in {c.glob for c in self.beside} - names]
+        return [(result.candidates[glob], size) for glob, size, _ in chosen]
 
     def singles(self) -> Iterator[Candidate]:
         """Each module alone."""
@@ -160,7 +202,8 @@ class Probe:
     def runs(self) -> list[Candidate]:
         """Runs of neighbouring layers; none before the singles are scored."""
         kinds = self._best_kinds()
-        return [run for group in (kinds[:1], kinds[1:], kinds) if group for run in self._runs_of(group)]
+        groups = [*((kind,) for kind in kinds), *combinations(kinds, 2)]
+        return [run for group in groups for run in self._runs_of(group)]
 
     def _layers(self) -> list[int]:
         return sorted({module_layer(name) for name in self.modules})
@@ -183,46 +226,51 @@ class Probe:
         return list(found.values())
 
     def _best_kinds(self) -> list[str]:
-        """The two kinds of module with the best single one; none while a single one is not scored."""
+        """The kinds of module with the best single ones; none while a single one is not scored."""
         best: dict[str, float] = {}
         for candidate in self.singles():
-            values = [self.cells.get(_key(candidate, size)) for size in self.config.step_sizes]
+            values = [self.cells.get(_key(candidate.glob, size)) for size in self.config.step_sizes]
             if None in values:
                 return []
             kind = module_kind(candidate.glob)
             best[kind] = max(best.get(kind, -math.inf), *(value["mean"] for value in values if value))
-        return sorted(best, key=best.__getitem__, reverse=True)[:2]
+        return sorted(best, key=best.__getitem__, reverse=True)[: self.config.run_kinds]
 
-    def _score(self, candidate: Candidate) -> None:
-        missing = [size for size in self.config.step_sizes if _key(candidate, size) not in self.cells]
+    def _score(self, candidate: Candidate, step_sizes: Mapping[str, float], final: bool = False) -> None:
+        """Fill the cells named that are missing, each with its step size."""
+        missing = {key: size for key, size in step_sizes.items() if key not in self.cells}
         if not missing:
             return
         lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name)
-        env = self._environment(lm)
+        env = self._environment(lm, final)
         try:
-            for size in missing:
-                self._cell(_key(candidate, size), lambda size=size: self._edited(env, size))  # type: ignore[misc]
+            for key, size in missing.items():
+                self._cell(key, lambda size=size: self._edited(env, size))  # type: ignore[misc]
         finally:  # the next candidate gets the model as it was
             lm.restore()
 
-    def _environment(self, lm: EditableLM) -> LifelongEditEnv:
-        config = self.config
+    def _environment(self, lm: EditableLM, final: bool) -> LifelongEditEnv:
+        config, facts = self.config, self.final_facts if final else self.facts
+        batches, size = config.num_batches, config.batch_size
+        if final:
+            batches, size = config.final_batches, config.final_batch_size
         return LifelongEditEnv(
-            self.facts.kind, lm, data=self.facts, num_batches=config.num_batches, batch_size=config.batch_size,
-            token=config.token, steps_per_batch=config.steps_per_batch, reward="none", array_backend="torch",
+            facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=config.token,
+            steps_per_batch=config.steps_per_batch, reward="none", array_backend="torch",
         )  # fmt: skip
 
     def _edited(self, env: LifelongEditEnv, step_size: float) -> dict[str, float]:
         network = HypernetworkConfig(blocks=0, step_size=step_size, aggregation=self.config.aggregation)
         agent = RLEditAgent(env, RLEditConfig(network=network), seed=0)
-        log = edit_stream(env, agent, seed=0, options={"indices": list(range(len(self.facts)))})
+        facts = env.dataset
+        log = edit_stream(env, agent, seed=0, options={"indices": list(range(len(facts)))})
         if log.diverged:
             return {**dict.fromkeys(SCORES, 0.0), "drift": math.inf}
-        return _scores(evaluate(env.lm, self.facts.records, self.facts.kind, generate=False)) | {"drift": log.drift}
+        return _scores(evaluate(env.lm, facts.records, facts.kind, generate=False)) | {"drift": log.drift}
 
-    def _unedited(self, candidate: Candidate) -> dict[str, float]:
+    def _unedited(self, candidate: Candidate, facts: KnowledgeDataset) -> dict[str, float]:
         lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name)
-        return _scores(evaluate(lm, self.facts.records, self.facts.kind, generate=False)) | {"drift": 0.0}
+        return _scores(evaluate(lm, facts.records, facts.kind, generate=False)) | {"drift": 0.0}
 
     def _cell(self, key: str, compute: Callable[[], dict[str, float]]) -> None:
         if key not in self.cells:
@@ -236,7 +284,8 @@ class ProbeResult:
 
     Attributes:
         settings: what they were measured with.
-        cells: "glob @ step size" → scores in percent, and the drift; "no edit" → those of the model as it is.
+        cells: "glob @ step size" → scores in percent, and the drift; "no edit" → those of the model as it is. The
+            final's begin with "final: ".
         candidates: glob → its modules.
     """
 
@@ -244,22 +293,33 @@ class ProbeResult:
     cells: dict[str, dict[str, float]]
     candidates: dict[str, Candidate]
 
-    def ranked(self) -> list[tuple[str, float, dict[str, float]]]:
+    def ranked(self, first: bool = False) -> list[tuple[str, float, dict[str, float]]]:
         """(glob, its best step size, scores), the best mean of Efficacy, Generalization and Specificity first; of equal
-        ones the one with fewer modules."""
-        best = []
-        for glob, candidate in self.candidates.items():
-            tried = {size: self.cells.get(_key(candidate, size)) for size in self.settings["step_sizes"]}
-            scored = {size: cell for size, cell in tried.items() if cell is not None}
-            if scored:
-                size = max(scored, key=lambda s: scored[s]["mean"])
-                best.append((glob, size, scored[size]))
-        return sorted(best, key=lambda entry: (-entry[2]["mean"], len(self.candidates[entry[0]].modules)))
+        ones the one with fewer modules.
+
+        Args:
+            first: everybody, by the scores of the first facts; otherwise the finalists, by those of the final, if
+                there was one.
+        """
+        final = not first and FINAL + NO_EDIT in self.cells
+        best: dict[str, tuple[str, float, dict[str, float]]] = {}
+        for key, cell in self.cells.items():
+            if key.startswith(FINAL) != final or key.endswith(NO_EDIT):
+                continue
+            glob, size = key.removeprefix(FINAL).split(" @ ")
+            if glob in self.candidates and (glob not in best or cell["mean"] > best[glob][2]["mean"]):
+                best[glob] = glob, float(size), cell
+        return sorted(best.values(), key=lambda entry: (-entry[2]["mean"], len(self.candidates[entry[0]].modules)))
+
+    @property
+    def unedited(self) -> dict[str, float]:
+        """The scores of the model as it is, on the facts of `ranked`."""
+        return self.cells.get(FINAL + NO_EDIT, self.cells[NO_EDIT])
 
     def maps(self) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
         """Scores of the modules alone, each at its best step size: the kinds of module, the layers, and score →
         (kinds, layers), NaN where a module was not tried."""
-        alone = [(g, cell) for g, _, cell in self.ranked() if len(self.candidates[g].modules) == 1]
+        alone = [(g, cell) for g, _, cell in self.ranked(first=True) if len(self.candidates[g].modules) == 1]
         kinds = list(dict.fromkeys(module_kind(g) for g in self.candidates if len(self.candidates[g].modules) == 1))
         layers = sorted({module_layer(g) for g, _ in alone})
         maps = {score: np.full((len(kinds), len(layers)), np.nan) for score in SCORES}
@@ -293,8 +353,8 @@ def run_glob(modules: Sequence[str]) -> str:
     return f"{head}{place}.{tail}"
 
 
-def _key(candidate: Candidate, step_size: float) -> str:
-    return f"{candidate.glob} @ {step_size:g}"
+def _key(glob: str, step_size: float) -> str:
+    return f"{glob} @ {step_size:g}"
 
 
 def _scores(metrics: Metrics) -> dict[str, float]:

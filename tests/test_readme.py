@@ -35,7 +35,8 @@ SHORT_RLEDIT = {
     "train": "--model tiny-llama --num-batches 2 --batch-size 2 --trajectories 1",
     "evaluate": "--model tiny-llama --num-batches 2 --batch-size 2",
     "edit": "--model tiny-llama",
-    "probe": "--model tiny-llama --num-batches 1 --batch-size 2 --step-sizes 0.01 --layer-stride 4 --run-lengths 2",
+    "probe": "--model tiny-llama --num-batches 1 --batch-size 2 --step-sizes 0.01 --layer-stride 4 --run-lengths 2 "
+             "--finalists 1",
     "compare": "--model tiny-llama --batches 2 --batch-size 2 --seeds 1 --no-generate",
     "report": "",
     "ledger": "",

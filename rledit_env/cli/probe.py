@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-lengths", type=int, nargs="*", default=list(config.run_lengths), help="layers in a run")
     parser.add_argument("--layer-stride", type=int, default=config.layer_stride, metavar="k",
                         help="try one in k layers alone")
+    parser.add_argument("--finalists", type=int, default=config.finalists, metavar="K",
+                        help=f"the best K are compared on {config.final_batches} × {config.final_batch_size} other "
+                             "facts, beside the modules edited by default; 0: no final")
     parser.add_argument("--seed", type=int, default=config.seed, help="of the facts' choice")
 
 
@@ -44,15 +47,16 @@ def run(options: argparse.Namespace) -> int:
     config = ProbeConfig(
         step_sizes=tuple(options.step_sizes), num_batches=options.num_batches, batch_size=options.batch_size,
         steps_per_batch=options.steps_per_batch, token=options.token, run_lengths=tuple(options.run_lengths),
-        layer_stride=options.layer_stride, seed=options.seed,
+        layer_stride=options.layer_stride, finalists=options.finalists, seed=options.seed,
     )
     facts = load_knowledge(kind_of(options.env), options.data, "train", options.on_error)
     say_loading(options.model)
     device = resolve_device(options.device)
     model, tokenizer = load_model(options.model, resolve_dtype(options.dtype, device), device)
     probe = Probe(
-        model, tokenizer, facts, options.out / "probe.json", config, options.model, options.edit_modules
-    )
+        model, tokenizer, facts, options.out / "probe.json", config, options.model, options.edit_modules,
+        None if options.edit_modules else _by_default(options.model, model),
+    )  # fmt: skip
     print(f"data   {facts.source}: {config.num_batches} × {config.batch_size} of {len(facts):,} facts",
           *skipped_rows(facts))
     print(f"model  {options.model}: {len(list(probe.singles()))} modules alone, then runs of layers, at step sizes "
@@ -68,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
     glob, size, _ = result.ranked()[0]
     settings = f"--edit-modules {shlex.quote(glob)} --token {config.token} --steps-per-batch {config.steps_per_batch}"
     print(f"recommended: {settings} --step-size {size:g}")
-    if size in (min(config.step_sizes), max(config.step_sizes)) and len(config.step_sizes) > 1:
-        warn(f"note: {size:g} is the last step size tried; the best may lie beyond it (--step-sizes)")
+    if not min(config.step_sizes) < size < max(config.step_sizes) and len(config.step_sizes) > 1:
+        warn(f"note: {size:g} is at the end of the step sizes tried; the best may lie beyond it (--step-sizes)")
     print(f"next: rledit train --env {options.env} --model {options.model} --data {options.data} {settings} "
           f"--step-size {size:g} --out RUN")
     return OK
@@ -81,12 +85,22 @@ def _bar() -> Any:
     return tqdm(desc="probing", unit="candidate")
 
 
+def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
+    """The modules that are edited where none are named; None if the model's are not known."""
+    from rledit_env.lm.registry import ModelError, default_edit_modules
+
+    try:
+        return default_edit_modules(name, model)
+    except ModelError:
+        return None
+
+
 def _tell(result: ProbeResult) -> None:
     """The best candidates, beside the unedited model."""
     from agents.probe import NO_EDIT, SCORES
     from rledit_env.report import text_table
 
-    rows: list[list[Any]] = [[NO_EDIT, None, *(result.cells[NO_EDIT][score] for score in SCORES)]]
+    rows: list[list[Any]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
     rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:TOLD]]
     print(text_table(["modules", "step size", *SCORES], rows, widest=72))
 
@@ -115,7 +129,8 @@ COMMAND = Command(
     "probe",
     "find out which weights to edit",
     "Edit the same few facts with every linear module alone, then with runs of neighbouring layers, at a few step\n"
-    "sizes, and recommend modules and a step size. No agent is needed: the editor is the untrained policy.\n"
+    "sizes; compare the best of them on more facts, and recommend modules and a step size. No agent is needed: the\n"
+    "editor is the untrained policy.\n"
     "An interrupted probe is continued by the same command.",
     """\
 examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,31 @@ import numpy as np
 import pytest
 import torch
 
-from agents.probe import NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, linear_modules, run_glob
+from agents.probe import FINAL, NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, linear_modules, run_glob
 from rledit_env import cli, report
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import load_model
 
 SMALL = ProbeConfig(
-    step_sizes=(1e-2, 1.0), num_batches=1, batch_size=2, steps_per_batch=1, run_lengths=(2,), layer_stride=1
+    step_sizes=(1e-2, 1.0), num_batches=1, batch_size=2, steps_per_batch=1, run_lengths=(2,), layer_stride=1,
+    finalists=0,
 )  # fmt: skip
 MLP = ["model.layers.[0-2].mlp.{up,down}_proj"]
 
 
 @pytest.fixture
 def make_probe(facts: Callable[..., KnowledgeDataset], tmp_path: Path) -> Callable[..., Probe]:
-    def make(config: ProbeConfig = SMALL, among: Any = MLP, kind: str = "counterfact") -> Probe:
+    def make(config: ProbeConfig = SMALL, among: Any = MLP, beside: Any = None) -> Probe:
         model, tokenizer = load_model("tiny-llama")
-        return Probe(model, tokenizer, facts(kind), tmp_path / "probe.json", config, "tiny-llama", among)
+        path = tmp_path / "probe.json"
+        return Probe(model, tokenizer, facts("counterfact"), path, config, "tiny-llama", among, beside)
 
     return make
+
+
+def at_every_step_size(candidate: Candidate) -> dict[str, float]:
+    return {f"{candidate.glob} @ {size:g}": size for size in SMALL.step_sizes}
 
 
 def test_every_module_is_tried_alone_then_runs_of_the_best_kinds(make_probe: Callable[..., Probe]) -> None:
@@ -50,12 +57,34 @@ def test_every_module_is_tried_alone_then_runs_of_the_best_kinds(make_probe: Cal
     assert min(drifts) == 0 and sum(drift > 0 for drift in drifts) == 24
 
 
+def test_the_best_meet_on_other_facts_with_what_is_edited_by_default(make_probe: Callable[..., Probe]) -> None:
+    config = replace(SMALL, finalists=2, final_batches=2, final_batch_size=2)
+    probe = make_probe(config, beside=["model.layers.[1-3].mlp.{up,down}_proj"])
+    before = {k: v.clone() for k, v in probe.model.state_dict().items()}
+    calls: list[tuple[int, int]] = []
+    result = probe.run(lambda done, total: calls.append((done, total)))
+    assert all(torch.equal(v, before[k]) for k, v in probe.model.state_dict().items())
+    assert not {id(r) for r in probe.facts.records} & {id(r) for r in probe.final_facts.records}
+    assert len(probe.facts) == 2 and len(probe.final_facts) == 4
+    (default,) = probe.beside
+    first = result.ranked(first=True)
+    assert default.glob in {glob for glob, _, _ in first}
+    finalists = {glob: size for glob, size, _ in [*first[:2], *(p for p in first if p[0] == default.glob)]}
+    finals = {key for key in result.cells if key.startswith(FINAL)} - {FINAL + NO_EDIT}
+    assert finals == {f"{FINAL}{g} @ {s:g}" for g, best in finalists.items() for s in (best / 3, best, 3 * best)}
+    assert {glob for glob, _, _ in result.ranked()} == set(finalists)
+    assert result.ranked()[0][2]["mean"] == max(result.cells[key]["mean"] for key in finals)
+    assert result.unedited == result.cells[FINAL + NO_EDIT] != result.cells[NO_EDIT]
+    assert calls[-1][0] == calls[-1][1] == 12 + 1 + len(finalists)
+    assert make_probe(config, beside=["model.layers.[1-3].mlp.{up,down}_proj"]).run().cells == result.cells
+
+
 def test_nothing_is_computed_twice_and_other_settings_are_refused(
     make_probe: Callable[..., Probe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_probe()
     for candidate in list(first.singles())[:2]:
-        first._score(candidate)
+        first._score(candidate, at_every_step_size(candidate))
     assert len(first.cells) == 4
     whole = make_probe().run()
 
@@ -75,7 +104,7 @@ def test_cells_do_not_depend_on_what_was_tried_before(make_probe: Callable[..., 
     (tmp_path / "probe.json").unlink()
     alone = make_probe()
     last = list(alone.singles())[-1]
-    alone._score(last)
+    alone._score(last, at_every_step_size(last))
     assert alone.cells[f"{last.glob} @ 1"] == whole.cells[f"{last.glob} @ 1"]
 
 
@@ -117,6 +146,7 @@ def test_the_best_is_recommended_at_its_best_step_size_and_the_smaller_of_equals
         ({"step_sizes": (0.0,)}, "step_sizes"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"run_lengths": (1,)}, "run_lengths"),
+        ({"finalists": -1}, "finalists is -1"),
     ],
 )
 def test_unusable_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -125,7 +155,7 @@ def test_unusable_settings_are_refused(wrong: dict[str, Any], message: str) -> N
 
 
 def test_too_few_facts_are_refused(make_probe: Callable[..., Probe]) -> None:
-    with pytest.raises(ValueError, match="has 12 facts, and 16 are needed"):
+    with pytest.raises(ValueError, match="has 12 facts, and 116 are needed"):
         make_probe(ProbeConfig())
 
 
@@ -133,7 +163,8 @@ def test_the_command_recommends_what_the_other_commands_accept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["probe", "--model", "tiny-llama", "--edit-modules", *MLP, "--num-batches", "1", "--batch-size", "2"]
-    arguments += ["--steps-per-batch", "1", "--step-sizes", "0.1", "--run-lengths", "2", "--out", str(tmp_path / "p")]
+    arguments += ["--steps-per-batch", "1", "--step-sizes", "0.1", "--run-lengths", "2", "--finalists", "1"]
+    arguments += ["--out", str(tmp_path / "p")]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "no edit" in out and {"probe.json", "probe.png", "probe.pdf"} == {p.name for p in (tmp_path / "p").iterdir()}
