@@ -68,7 +68,7 @@ def _faster(module: nn.Module) -> type[nn.Module] | None:
         for parameter in part.parameters():
             parameter.normal_(generator=generator)
     trial = copy.copy(module)
-    trial._modules = {**small, "act_fn": module.act_fn}
+    trial._modules = {**small, "act_fn": module.get_submodule("act_fn")}
     x = torch.randn(3, 4, generator=generator)
     wanted = trial(x)
     trial.__class__ = faster
