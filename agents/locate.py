@@ -38,6 +38,7 @@ class LocateConfig:
         context_length: their tokens.
         key: k*, the module's input at the subject: "mean", over the prompt alone and after each context, as published,
             or "prompt", alone. With the mean, v* reaches the prompt itself only as far as its key is like the mean's.
+            "mixed" is for ROME only, see there.
         corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file.
         corpus_tokens: how much of it.
         norm_anchor: NAS (arXiv 2602.02543): every v* is rescaled to ``‖v*‖``'s mean in the original model, which the
@@ -48,15 +49,17 @@ class LocateConfig:
     value: ValueConfig = field(default_factory=ValueConfig)
     contexts: int = 5
     context_length: int = 10
-    key: Literal["mean", "prompt"] = "mean"
+    key: Literal["mean", "prompt", "mixed"] = "mean"
     corpus: str = GENERATED
     corpus_tokens: int = 65_536
     norm_anchor: bool = False
     anchor_facts: int = 32
 
+    KEYS: ClassVar[tuple[str, ...]] = ("mean", "prompt")
+
     def __post_init__(self) -> None:
-        if self.key not in ("mean", "prompt"):
-            raise ValueError(f"key is {self.key!r}; give 'mean' or 'prompt'")
+        if self.key not in self.KEYS:
+            raise ValueError(f"key is {self.key!r}; give {' or '.join(map(repr, self.KEYS))}")
 
 
 class LocateAgent(Agent):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
@@ -21,7 +21,10 @@ RECOMMENDED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ROMEConfig(LocateConfig):
-    """ROME's settings; see `LocateConfig`. ``value`` has the values published for GPT-J."""
+    """ROME's settings; see `LocateConfig`. ``value`` has the values published for GPT-J. With ``key="mixed"`` the
+    formula is that of the published code (see `ROMEAgent`)."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("mean", "prompt", "mixed")
 
 
 class ROMEAgent(LocateAgent):
@@ -32,8 +35,9 @@ class ROMEAgent(LocateAgent):
     v* is optimised under the weights at the batch's beginning, and its v* − W k* counts the edits before it. (Keys of
     one layer do not depend on the layer's own weight.)
 
-    The published code takes k* in one place from the contexts' mean and in another from the plain prompt, which breaks
-    W k* = v* and with it, now and then, the model (Gupta et al., "Rebuilding ROME", 2024). Here k* is the same in both.
+    The published code takes k* from the contexts' mean in the direction C⁻¹k* and from the plain prompt elsewhere, so
+    that k*ᵀC⁻¹k* may be small and the edit huge, which breaks the model now and then (Gupta et al., "Rebuilding ROME",
+    2024). Here k* is the same everywhere, unless ``config.key`` is "mixed".
 
     Args:
         env, config, seed: see `LocateAgent`; the environment edits a single module.
@@ -52,19 +56,22 @@ class ROMEAgent(LocateAgent):
 
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         (module,) = self.modules
-        keys = mean_keys(self.lm, self.modules, requests)[0][module].double()
+        keys = directed = mean_keys(self.lm, self.modules, requests)[0][module].double()
+        if self.config.key == "mixed":
+            alone = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
+            keys = mean_keys(self.lm, self.modules, alone)[0][module].double()
         # v* is the module's whole output, a bias included, which W k* is not.
         bias = getattr(self.lm.model.get_submodule(module), "bias", None)
         targets = values.solved.double() - (0 if bias is None else bias.double())
         update_keys, residuals = sequential_rank_one(
-            self.lm.weight(module).double(), keys, targets, self.second_moment(module)
+            self.lm.weight(module).double(), keys, targets, self.second_moment(module), directed
         )
         dtype = self.lm.edit_dtype
         return {module: update_keys.to(dtype)}, {module: residuals.to(dtype)}
 
 
 def sequential_rank_one(
-    weight: Tensor, keys: Tensor, targets: Tensor, second_moment: Tensor
+    weight: Tensor, keys: Tensor, targets: Tensor, second_moment: Tensor, directed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors ũ (N, d_in) and ṽ (N, d_out) of N rank-one edits, each made after those before it.
 
@@ -76,12 +83,14 @@ def sequential_rank_one(
         keys: (N, d_in).
         targets: v* without the module's bias, (N, d_out).
         second_moment: C, (d_in, d_in), positive semidefinite.
+        directed: what takes the place of k in C⁻¹k, (N, d_in); None means the keys.
     """
     size = len(second_moment)
     # A trace of ridge, for a corpus that leaves directions out.
     ridge = 1e-8 * second_moment.trace() / size
     system = second_moment + ridge * torch.eye(size, dtype=keys.dtype, device=keys.device)
-    directions = torch.cholesky_solve(keys.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
+    directed = keys if directed is None else directed
+    directions = torch.cholesky_solve(directed.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
     update_keys = directions / (directions * keys).sum(1, keepdim=True)
     before = (keys @ update_keys.T).tril(-1)  # (i, j): how much of edit j reaches key i
     residuals = torch.linalg.solve_triangular(before, targets - keys @ weight.T, upper=False, unitriangular=True)

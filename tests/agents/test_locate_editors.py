@@ -112,8 +112,20 @@ def test_a_batch_is_the_sequence_of_its_single_edits() -> None:
     torch.testing.assert_close(weight + residuals.T @ update_keys, expected)
 
 
+def test_the_published_formula_gives_the_value_at_the_key_in_the_mean_keys_direction() -> None:
+    weight, keys, mean, targets, c = random(6, 9), random(3, 9, seed=1), random(3, 9, seed=2), random(3, 6), moment(9)
+    update_keys, residuals = sequential_rank_one(weight, keys, targets, c, mean)
+    expected = weight.clone()
+    for key, other, target in zip(keys, mean, targets, strict=True):
+        direction = torch.linalg.solve(c, other)
+        expected += torch.outer(target - expected @ key, direction) / (key @ direction)
+        torch.testing.assert_close(expected @ key, target)
+    torch.testing.assert_close(weight + residuals.T @ update_keys, expected)
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-@pytest.mark.parametrize("key", [{"key": "prompt"}, {"contexts": 0}])  # without contexts the mean is the prompt's key
+# Without contexts the mean is the prompt's key.
+@pytest.mark.parametrize("key", [{"key": "prompt"}, {"key": "mixed"}, {"contexts": 0}])
 def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any], make: Callable[..., Any]) -> None:
     env = make(ROMEAgent, name, batch_size=1)
     agent = ROMEAgent(env, ROMEConfig(**{**QUICK, **key}))
@@ -135,8 +147,10 @@ def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any]
 
 
 def test_an_unknown_kind_of_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean' or 'prompt'"):
+    with pytest.raises(ValueError, match="'mean' or 'prompt' or 'mixed'"):
         ROMEConfig(key="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'mixed'; give 'mean' or 'prompt'"):
+        MEMITConfig(key="mixed")
 
 
 def test_rome_refuses_several_modules(make: Callable[..., Any]) -> None:
