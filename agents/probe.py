@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ class Probe:
         env = self._environment(lm, final)
         try:
             for key, size in missing.items():
-                self._cell(key, lambda size=size: self._edited(env, size))  # type: ignore[misc]
+                self._cell(key, partial(self._edited, env, size))
         finally:  # the next candidate gets the model as it was
             lm.restore()
 

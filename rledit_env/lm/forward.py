@@ -210,7 +210,7 @@ class SuffixForward:
         weight = self.norm.weight
         if not compiled(weight, 16 * len(weight) ** 2):
             return 1
-        return 16 if weight.dtype == torch.bfloat16 else 32
+        return 16 if weight.dtype.itemsize == 2 else 32
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from rledit_env.lm.forward import SuffixForward, at_least_float32
 
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
-BLOCK_BYTES = 2**25  # and what they take at most: glibc gives larger blocks back, and the next are new memory
+BLOCK_BYTES = 2**25  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory
 ROWS = 16  # of them, those worked on at once in float32: few enough to stay in a processor's cache
 
 # Log-probabilities (r, |V|) of a few positions, their place among all, and what the output head gives (r, |V|) for
@@ -74,7 +74,7 @@ class _Losses(torch.autograd.Function):
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
         sides = 1 if len(beside) == 0 else 2
         most = BLOCK_BYTES // (sides * forward.head.weight.shape[0] * hidden.element_size()) // 16 * 16
-        size = max(16, min(BLOCK, most))
+        size = max(16, min(BLOCK, most)) if hidden.device.type == "cpu" else BLOCK
         for begin in range(0, len(hidden), size):
             block = slice(begin, min(begin + size, len(hidden)))
             states = torch.cat([hidden[block], beside[block]])

@@ -4,8 +4,8 @@ PyTorch multiplies float32 matrices by Intel's MKL, which uses half of the vecto
 oneDNN, which PyTorch brings along and multiplies bfloat16 with, uses all of them: 490 instead of 215 GFLOP/s on two
 cores of an AMD EPYC, to the same rounding.
 
-oneDNN makes code for every new size (some milliseconds, and 1 MB that is kept). So numbers of rows, which change from
-one product to the next, are filled up with zeros to few different ones.
+oneDNN makes code for every new size (which takes time, and up to 1 MB that is kept). So numbers of rows, which change
+from one product to the next, are filled up with zeros to few different ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compiled(operand: Tensor, multiplications: int) -> bool:
         return False
     if operand.dtype == torch.float32:
         return multiplications >= WORTHWHILE and _available()
-    return operand.dtype == torch.bfloat16
+    return operand.dtype in (torch.bfloat16, torch.float16)
 
 
 def even(rows: int) -> int:
@@ -113,7 +113,7 @@ def _evenly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if rows.dtype == torch.bfloat16:
+    if rows.dtype != torch.float32:
         return F.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
