@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from rledit_env.lm.classes import prefer
+
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
@@ -44,23 +46,15 @@ def prefer_fast_gates(model: PreTrainedModel) -> None:
 
     Each class of layer is tried on numbers of a seed first; one that computes something else stays as it is.
     """
-    if model.device.type != "cpu":
-        return
-    known: dict[type[nn.Module], type[nn.Module] | None] = {}
-    for module in model.modules():
-        cls = type(module)
-        if set(module._modules) != set(PARTS) or issubclass(cls, FastGate) or hasattr(module, "_hf_hook"):
-            continue
-        if cls not in known:
-            known[cls] = _faster(module)
-        if (faster := known[cls]) is not None:
-            module.__class__ = faster
+    prefer(model, _faster)
 
 
 @torch.no_grad()
 def _faster(module: nn.Module) -> type[nn.Module] | None:
     """The class of a layer that computes what this one does, or None."""
     cls = type(module)
+    if set(module._modules) != set(PARTS) or issubclass(cls, FastGate):
+        return None
     faster = type(f"Fast{cls.__name__}", (FastGate, cls), {"__module__": cls.__module__})
     generator = torch.Generator().manual_seed(0)
     small = {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}

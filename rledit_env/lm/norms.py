@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from rledit_env.lm.classes import prefer
 from rledit_env.lm.forward import at_least_float32
 
 
@@ -56,17 +57,7 @@ def prefer_fast_norms(model: PreTrainedModel) -> None:
 
     Each class of norm is tried on numbers of a seed first; one that computes something else stays as it is.
     """
-    if model.device.type != "cpu":
-        return
-    known: dict[type[nn.Module], type[nn.Module] | None] = {}
-    for module in model.modules():
-        cls = type(module)
-        if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm) or hasattr(module, "_hf_hook"):
-            continue  # a hook: the weight may rest elsewhere
-        if cls not in known:
-            known[cls] = _faster(module)
-        if (faster := known[cls]) is not None:
-            module.__class__ = faster
+    prefer(model, _faster)
 
 
 def _epsilon(module: Any) -> float:
@@ -77,6 +68,8 @@ def _epsilon(module: Any) -> float:
 def _faster(module: Any) -> type[nn.Module] | None:
     """The class of a norm that computes what this one does, or None."""
     cls, weight = type(module), getattr(module, "weight", None)
+    if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm):
+        return None
     if weight is None or weight.dim() != 1 or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
     trial = copy.deepcopy(module)

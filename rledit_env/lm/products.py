@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rledit_env.lm.classes import prefer
+
 WORTHWHILE = 2**20  # multiplications in float32 from which on oneDNN's overhead (10 µs) is made up for
 
 
@@ -77,11 +79,8 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D:
 
 def prefer_fast_products(model: PreTrainedModel) -> None:
     """Let a float32 model on a CPU multiply by :func:`linear`."""
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        return
-    for module in model.modules():
-        if type(module) in FASTER and not hasattr(module, "_hf_hook"):  # a hook: the weight may rest elsewhere
-            module.__class__ = FASTER[type(module)]
+    if model.dtype == torch.float32:
+        prefer(model, lambda module: FASTER.get(type(module)))
 
 
 class _Linear(torch.autograd.Function):
