@@ -207,7 +207,7 @@ class _Pass:
         rewrites = [p for request in requests for p in request.rewrites]
         self.passages = [*rewrites, *(request.essence for request in requests)]
         self.forward = ContinuedForward(lm, self.passages, layer_of(module))
-        self.rows, self.columns = self.forward.positions(self.passages)
+        self.places = self.forward.places(self.passages)
         counts = [len(request.rewrites) for request in requests]
         owner = [i for i, n in enumerate(counts) for _ in range(n)]
         device = lm.device
@@ -231,7 +231,7 @@ class _Pass:
 
         handle = self.site.register_forward_hook(add)
         try:
-            states = self.forward.norm(self.forward.run_to(self.forward.hidden, self.rows, self.columns))
+            states = self.forward.norm(self.forward.run_to(self.forward.hidden, self.places, self.forward.layout))
         finally:
             handle.remove()
         return states, seen[0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +17,88 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "short_float32"
 SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
+
+
+class Packing:
+    """Sequences that lie end to end in one row, and attend each to itself.
+
+    Those of similar length attend together, padded to the longest of them: the row's tokens are put in their place
+    in (b, heads, l, d) and taken from there again.
+
+    Args:
+        lengths: of the sequences, in their order.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        starts = [0, *accumulate(lengths)]
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        self.tokens = starts[-1]
+        self._groups: list[tuple[int, int, slice | Tensor, Tensor]] = []
+        back = torch.zeros(self.tokens, dtype=torch.long)
+        place = 0
+        while order:
+            longest = lengths[order[0]]
+            members = sorted(i for i in order if lengths[i] >= LIKE * longest)
+            order = [i for i in order if lengths[i] < LIKE * longest]
+            first = torch.tensor([starts[i] for i in members])[:, None]
+            own = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
+            source = torch.where(own, first + torch.arange(longest), first).flatten()
+            padding = (~own).flatten().nonzero()[:, 0]
+            places = place + own.flatten().nonzero()[:, 0]
+            back[source[places - place]] = places
+            whole = not len(padding) and int(source[-1] - source[0]) == len(source) - 1
+            self._groups.append(
+                (len(members), longest, slice(int(source[0]), int(source[-1]) + 1) if whole else source, padding)
+            )
+            place += len(source)
+        self._back = back
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def apart(self, row: Tensor, zero: bool = False) -> list[Tensor]:
+        """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d); what is no token is zero if
+        asked for, and some number otherwise."""
+        _, heads, length, width = row.shape
+        tokens = row.transpose(1, 2).reshape(length, heads * width)
+        dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
+        parts = []
+        for batch, longest, source, padding in self._groups:
+            part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
+            if zero and len(padding):
+                part.index_fill_(0, padding, 0)
+            part = part.view(batch, longest, heads, width).transpose(1, 2)
+            parts.append(part.to(dtype, memory_format=torch.contiguous_format))
+        return [part.contiguous() for part in parts]
+
+    def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype) -> Tensor:
+        """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``."""
+        _, heads, _, width = parts[0].shape
+        rows = [part.transpose(1, 2).to(dtype).reshape(-1, heads * width) for part in parts]
+        tokens = rows[0].new_empty(length, heads * width)
+        torch.index_select(rows[0] if len(rows) == 1 else torch.cat(rows), 0, self._back, out=tokens[: self.tokens])
+        tokens[self.tokens :] = 0
+        return tokens.view(1, length, heads, width).transpose(1, 2)
+
+    def mask(self, query: Tensor, key: Tensor) -> Tensor:
+        """What is added to scores (b, r · l, l): −∞ where a key is later than the query."""
+        longest, rows = key.shape[1], query.shape[1]
+        kind = (longest, rows, query.dtype)
+        if kind not in self._masks:
+            self._masks[kind] = _causal_mask(query, key)
+        return self._masks[kind]
+
+
+LIKE = 0.5  # sequences attend together whose lengths differ by no more than this factor
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+
+
+@contextmanager
+def packed(packing: Packing | None) -> Iterator[None]:
+    """Within it, :func:`short_attention` takes a row for sequences that lie so in it."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
 
 
 def short_attention(
@@ -41,10 +127,15 @@ def short_attention(
         (B, L, heads, d), and None in place of the weights.
     """
     dtype, (batch, heads, length, width) = query.dtype, query.shape
-    if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
-        query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
+    scale = width**-0.5 if scaling is None else scaling
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     plain = not dropout and all(options.get(name) is None for name in ("position_bias", "softcap"))
+    if (packing := _packing.get()) is not None:
+        if not (causal and plain and key.shape[2] == length and value.shape[3] == width):
+            raise ValueError("this attention is not of the kind that keeps packed sequences apart")
+        return _PackedAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+    if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
+        query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
     if not (causal and plain and length <= SHORT and key.shape[2] == length and value.shape[3] == width):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
@@ -55,7 +146,7 @@ def short_attention(
         query.reshape(batch * groups, heads // groups * length, width),
         key.reshape(batch * groups, length, width),
         value.reshape(batch * groups, length, width),
-        width**-0.5 if scaling is None else scaling,
+        scale,
     )
     output = output.view(batch, heads, length, width).transpose(1, 2)
     return output.to(dtype, memory_format=torch.contiguous_format), None
@@ -70,12 +161,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        length = key.shape[1]
-        future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
-        mask = future.repeat(query.shape[1] // length, 1).expand(len(query), query.shape[1], length)
-        weights = torch.baddbmm(mask, query, key.mT, alpha=scale)  # (b, r · L, L)
-        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-        weights.div_(weights.sum(-1, keepdim=True))
+        weights = _weights(query, key, scale, _causal_mask(query, key))
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale = scale
         return torch.bmm(weights, value)
@@ -83,16 +169,71 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        query, key, value, weights = ctx.saved_tensors
-        for_value = torch.bmm(weights.mT, cotangent)
-        for_scores = torch.bmm(cotangent, value.mT).mul_(weights)
-        for_scores.addcmul_(weights, for_scores.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
-        return torch.bmm(for_scores, key), torch.bmm(for_scores.mT, query), for_value, None
+        return *_gradients(cotangent, *ctx.saved_tensors, ctx.scale), None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The same of sequences in one row: query (1, heads, N, d), key, value (1, key-value heads, N, d), each group of
+    them (see :class:`Packing`) by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
+        groups = key.shape[1]
+        outputs, kept = [], []
+        for q, k, v in zip(packing.apart(query), packing.apart(key), packing.apart(value), strict=True):
+            shape = (len(q) * groups, -1, q.shape[3])
+            rows = [x.view(shape) for x in (q, k, v)]
+            weights = _weights(rows[0], rows[1], scale, packing.mask(rows[0], rows[1]))
+            outputs.append(torch.bmm(weights, rows[2]).view(q.shape))
+            kept += [*rows, weights]
+        ctx.save_for_backward(*kept)
+        ctx.scale, ctx.packing = scale, packing
+        return packing.joined(outputs, query.shape[2], query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        packing, parts = ctx.packing, []
+        for i, part in enumerate(packing.apart(cotangent, zero=True)):
+            of_group = ctx.saved_tensors[4 * i : 4 * i + 4]
+            found = _gradients(part.view(of_group[0].shape), *of_group, ctx.scale)
+            parts.append([g.view(len(part), -1, *part.shape[2:]) for g in found])
+        joined = (packing.joined(of_one, cotangent.shape[2], cotangent.dtype) for of_one in zip(*parts, strict=True))
+        return *joined, None, None
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """(r · L, L), −∞ where a key is later than the query."""
+    length = key.shape[1]
+    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+    return future.repeat(query.shape[1] // length, 1)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """softmax(s · q kᵀ + mask) (b, r · L, L)."""
+    weights = torch.baddbmm(mask.expand(len(query), *mask.shape), query, key.mT, alpha=scale)
+    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _gradients(
+    cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value of the output's."""
+    for_value = torch.bmm(weights.mT, cotangent)
+    for_scores = torch.bmm(cotangent, value.mT).mul_(weights)
+    for_scores.addcmul_(weights, for_scores.sum(-1, keepdim=True), value=-1).mul_(scale)
+    return torch.bmm(for_scores, key), torch.bmm(for_scores.mT, query), for_value
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """PyTorch's mask; none for packed sequences, which are kept apart without."""
+    return sdpa_mask(*args, **kwargs) if _packing.get() is None else None
 
 
 def prefer_fast_attention(model: PreTrainedModel) -> None:
     """Let a model on a CPU use :func:`short_attention` where it uses PyTorch's."""
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, short_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, _mask)
         model.set_attn_implementation(NAME)

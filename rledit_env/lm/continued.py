@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, SuffixForward, _Stub, at_least_float32
+from rledit_env.lm.layout import Layout, cheapest_chunks
 
 
 class _FixedPast(DynamicCache):
@@ -58,6 +59,7 @@ class ContinuedForward(SuffixForward):
     Attributes:
         hidden: states (B, S, d) that enter that layer at the passages' tails, padded on the right; the subject's last
             token comes first.
+        layout: how the tails lie in it.
     """
 
     def __init__(self, lm: EditableLM, passages: Sequence[Passage], layer: int) -> None:
@@ -87,16 +89,16 @@ class ContinuedForward(SuffixForward):
         )  # fmt: skip
         hidden = self._stubs[0].hidden
         assert hidden is not None
-        self.hidden = hidden
+        self.hidden, self.layout = hidden, Layout.padded([len(tail) for tail in tails])
 
-    def _layer_arguments(self, batch: int, length: int) -> list[_Stub]:
+    def _layer_arguments(self, layout: Layout) -> list[_Stub]:
         return self._stubs
 
-    def positions(self, passages: Sequence[Passage]) -> tuple[Tensor, Tensor]:
-        """Row and column in ``hidden`` of these passages' answer positions (the first passages of those run)."""
-        index = [(r, c - s) for r, (p, s) in enumerate(zip(passages, self._starts, strict=False)) for c in p.positions]
-        both = torch.tensor(index, device=self.hidden.device)
-        return both[:, 0], both[:, 1]
+    def places(self, passages: Sequence[Passage]) -> Tensor:
+        """Where these passages' answer positions (the first passages of those run) lie among the tokens of
+        ``hidden``."""
+        found = [[c - s for c in p.positions] for p, s in zip(passages, self._starts, strict=False)]
+        return self.layout.places(found + [[]] * (len(self._starts) - len(found)), self.hidden.device)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def subject_states(
     handles.append(lm.forward.layers[last].register_forward_hook(leave))
     try:
         with with_updates(lm, updates or {}):
-            for chunk in lm._cut([len(p) for p in heads], [0] * len(heads)):
+            for chunk in cheapest_chunks([len(p) for p in heads], lm._tokens_now):
                 members = [heads[i] for i in chunk]
                 place.append(torch.tensor([len(p) - 1 for p in members], device=lm.device))
                 lm.forward.run_below(lm.pad_ids([p.input_ids for p in members]), last + 1)

@@ -23,11 +23,10 @@ from rledit_env.lm.forward import (
     PrefixCache,
     SuffixForward,
     at_least_float32,
-    cheapest_chunks,
     decoder_layers,
-    even_shape,
 )
 from rledit_env.lm.gates import prefer_fast_gates
+from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.norms import prefer_fast_norms
@@ -254,13 +253,11 @@ class EditableLM:
         found = [self.prefix_cache.get(p.input_ids) for p in passages]
         missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
         fresh: dict[tuple[int, ...], Tensor] = {}
-        quantum = self.forward.quantum
-        for chunk in cheapest_chunks([len(passages[i]) for i in missing], self._tokens_now, quantum=quantum):
-            members = [passages[missing[i]] for i in chunk]
-            ids = self.pad_ids([p.input_ids for p in members])
-            hidden = self.forward.prefix(_evened(ids, quantum))
-            for row, passage in zip(hidden, members, strict=False):
-                fresh[passage.input_ids] = row[: len(passage)].clone()
+        for chunk, layout in self._passes([len(passages[i]) for i in missing], [0] * len(missing)):
+            ids = [passages[missing[i]].input_ids for i in chunk]
+            hidden = self.forward.prefix(layout.batch([torch.tensor(row) for row in ids]).to(self.device), layout)
+            for row, states in zip(ids, layout.split(hidden), strict=True):
+                fresh[row] = states.clone()
         for key, value in fresh.items():
             self.prefix_cache.put(key, value)
         return [fresh[p.input_ids] if state is None else state for p, state in zip(passages, found, strict=True)]
@@ -274,28 +271,45 @@ class EditableLM:
 
     def _suffix_chunks(
         self, passages: Sequence[Passage], streams: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Chunks of passage indices with their normalised final states at the answer positions (P, d), and which
-        passage of the chunk each position is of, (P,).
+    ) -> Iterator[tuple[list[int], Layout, Tensor]]:
+        """Chunks of passage indices, how they lie in the pass's batch, and their normalised final states at the answer
+        positions (P, d).
 
         ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`).
         """
         states = self._prefix_states(passages)
         streams, quantum = [0] * len(passages) if streams is None else streams, self.forward.quantum
-        for chunk in self._cut([len(p) for p in passages], streams):
-            padded = _evened(nn.utils.rnn.pad_sequence([states[i] for i in chunk], batch_first=True), quantum)
-            rows, columns = _positions([passages[i] for i in chunk], "answer", self.device)
-            more = -len(rows) % quantum  # positions that nobody asks for
-            with self._routed([streams[i] for i in chunk] + [streams[chunk[-1]]] * (len(padded) - len(chunk))):
-                final = self.forward.run_to(padded, F.pad(rows, (0, more)), F.pad(columns, (0, more)))
-            yield chunk, rows, self.forward.norm(final)[: len(rows)]
+        for chunk, layout in self._passes([len(p) for p in passages], streams):
+            batch = layout.batch([states[i] for i in chunk])
+            places = layout.places([passages[i].positions for i in chunk], self.device)
+            more = -len(places) % quantum  # positions that nobody asks for
+            with self._routed([streams[i] for i in chunk], layout.sizes):
+                final = self.forward.run_to(batch, F.pad(places, (0, more)), layout)
+            yield chunk, layout, self.forward.norm(final)[: len(places)]
 
-    def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of passages of these lengths in chunks for one pass each."""
-        return cheapest_chunks(lengths, self._tokens_now, streams, quantum=self.forward.quantum)
+    def _passes(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[tuple[list[int], Layout]]:
+        """Indices of passages of these lengths in chunks for one pass each, and how they lie in its batch."""
+        limit, quantum = self._tokens_now, self.forward.quantum
+        longest = min(self.forward.longest_packed, limit)
+        short = [i for i, length in enumerate(lengths) if length <= longest]
+        for chunk in even_chunks([lengths[i] for i in short], limit, self._meeting([streams[i] for i in short])):
+            members = [short[i] for i in chunk]
+            yield members, Layout.end_to_end([lengths[i] for i in members], quantum)
+        other = [i for i, length in enumerate(lengths) if length > longest]
+        chunks = cheapest_chunks(
+            [lengths[i] for i in other], limit, self._meeting([streams[i] for i in other]), quantum=quantum
+        )
+        for chunk in chunks:
+            members = [other[i] for i in chunk]
+            yield members, Layout.padded([lengths[i] for i in members], quantum)
 
-    def _routed(self, streams: Sequence[int]) -> AbstractContextManager[None]:
-        """Within it, rows of a batch whose streams are these meet their stream's weights: here, the model's own."""
+    def _meeting(self, streams: Sequence[int]) -> Sequence[int]:
+        """The streams by whose weights passages are to be sorted: here, there is one."""
+        return [0] * len(streams)
+
+    def _routed(self, streams: Sequence[int], sizes: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it, the tokens of a batch meet their stream's weights, the first ``sizes[0]`` those of ``streams[0]``
+        and so on: here, the model's own."""
         return nullcontext()
 
     @property
@@ -310,7 +324,7 @@ class EditableLM:
 
     @property
     def _route(self) -> Sequence[tuple[int, int]]:
-        """Of the pass that runs now: the stream of the first rows and their number, and so on; empty where there is
+        """Of the pass that runs now: the stream of the first tokens and their number, and so on; empty where there is
         one stream."""
         return ()
 
@@ -432,22 +446,23 @@ class EditableLM:
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         try:
             with torch.enable_grad():
-                for chunk, rows, states in self._suffix_chunks(passages, batch_of):
+                for chunk, layout, states in self._suffix_chunks(passages, batch_of):
                     members = [passages[i] for i in chunk]
                     targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
                     losses = negative_log_likelihood(self.forward, states, targets)
-                    whose = [batch_of[chunk[r]] for r in rows.tolist()]
+                    whose = [batch_of[i] for i in chunk for _ in passages[i].targets]
                     share = torch.tensor([1 / totals[b] for b in whose], dtype=losses.dtype, device=self.device)
                     grads = torch.autograd.grad((share * losses).sum(), [outputs[n] for n in self._modules])
                     theirs = torch.tensor(whose, device=self.device)
                     for b in sorted(set(whose)):
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
-                    rows, columns = _positions(members, token, self.device)
+                    chosen = [p.chosen_positions(token) for p in members]
+                    places = layout.places(chosen, self.device)
                     for n, g in zip(self._modules, grads, strict=True):
-                        place = (rows.to(g.device), columns.to(g.device))
-                        keys[n].append(at_least_float32(inputs[n][place]).to(self.device))
-                        gradients[n].append(at_least_float32(g[place]).to(self.device))
-                    order.extend(chunk[r] for r in rows.tolist())
+                        for parts, whole in ((keys, inputs[n]), (gradients, g)):
+                            part = whole.flatten(0, -2)[places.to(whole.device)]
+                            parts[n].append(at_least_float32(part).to(self.device))
+                    order.extend(i for i, positions in zip(chunk, chosen, strict=True) for _ in positions)
         finally:
             for handle in handles:
                 handle.remove()
@@ -600,10 +615,10 @@ class EditableLM:
             return output
 
         def add(name: str, keys: Tensor, gradient: Tensor, route: Sequence[tuple[int, int]]) -> None:
-            first = 0
+            keys, gradient, first = keys.flatten(0, -2), gradient.flatten(0, -2), 0
             for stream, count in route or [(0, len(keys))]:
                 rows = slice(first, first := first + count)
-                u, delta = keys[rows].flatten(0, -2), gradient[rows].flatten(0, -2)
+                u, delta = keys[rows], gradient[rows]
                 total = sums[stream].get(name)
                 if total is None:
                     sums[stream][name] = outer(delta, u).to(self.edit_dtype)
@@ -634,16 +649,3 @@ class EditableLM:
             self.model.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
         return Path(folder)
-
-
-def _evened(batch: Tensor, quantum: int) -> Tensor:
-    """The batch (B, L, …) padded with zeros to :func:`even_shape`."""
-    rows, length = even_shape(batch.shape[0], batch.shape[1], quantum)
-    padding = [0, 0] * (batch.dim() - 2) + [0, length - batch.shape[1], 0, rows - batch.shape[0]]
-    return F.pad(batch, padding)
-
-
-def _positions(passages: Sequence[Passage], token: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column indices of the chosen positions in a padded batch of these passages."""
-    index = torch.tensor([(r, c) for r, p in enumerate(passages) for c in p.chosen_positions(token)], device=device)
-    return index[:, 0], index[:, 1]

@@ -7,19 +7,19 @@ applied at the positions that predict an answer token only.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import chain
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rledit_env.lm.attention import NAME, SHORT, packed
+from rledit_env.lm.layout import Layout
 from rledit_env.lm.products import compiled, linear
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
@@ -60,57 +60,6 @@ class Passage:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@cache
-def even_shape(rows: int, length: int, quantum: int) -> tuple[int, int]:
-    """The smallest batch (rows, length) that holds this one and whose tokens are a multiple of ``quantum``, or of four
-    times as many where there are more than 32 of them."""
-    if rows * length > 32 * quantum > 32:
-        quantum *= 4
-    shapes = [
-        (-(-rows // step) * step, wide)
-        for wide in range(length, length + quantum)
-        for step in [quantum // math.gcd(wide, quantum)]
-    ]
-    return min(shapes, key=lambda shape: shape[0] * shape[1])
-
-
-def cheapest_chunks(
-    lengths: Sequence[int],
-    max_tokens: int,
-    streams: Sequence[int] | None = None,
-    pass_tokens: int = 64,
-    quantum: int = 1,
-) -> Iterator[list[int]]:
-    """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens (or one passage), each stream's members
-    side by side.
-
-    Of the ways to cut the passages, sorted by length, into chunks, the one whose passes cost least is taken. A pass
-    costs its tokens, padded to :func:`even_shape`, and as much as ``pass_tokens`` more for being one (measured with
-    135M parameters in bfloat16 on a CPU). Passages of one length are sorted by stream, so that a chunk meets few
-    streams' weights. Chunks of more than 32 passages are multiples of 16, which keeps the search short.
-    """
-    streams = [0] * len(lengths) if streams is None else streams
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], streams[i]))
-    cost, first = [0], [0]  # of the first k passages: the least cost, and where the last chunk of that begins
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        best, chosen = -1, end - 1
-        most = min(end, max(1, max_tokens // longest))
-        for size in chain(range(1, min(most, 32) + 1), range(48, most + 1, 16)):
-            begin = end - size
-            rows, wide = even_shape(size, longest, quantum)
-            if best < 0 or cost[begin] + rows * wide < best:
-                best, chosen = cost[begin] + rows * wide, begin
-        cost.append(best + pass_tokens)
-        first.append(chosen)
-    chunks: list[list[int]] = []
-    end = len(order)
-    while end:
-        chunks.append(sorted(order[first[end] : end], key=streams.__getitem__))
-        end = first[end]
-    yield from reversed(chunks)
 
 
 class PrefixCache:
@@ -179,7 +128,8 @@ class SuffixForward:
 
     The arguments that the model gives its layers (masks, rotary embeddings, windows) are recorded from the model's own
     forward with its layers replaced by stubs, so that nothing of an architecture is written again here. Passages are
-    padded on the right: with causal attention no real token sees the padding, hence no padding mask is needed.
+    padded on the right (with causal attention no real token sees the padding, hence no padding mask is needed), or lie
+    end to end in one row where the attention is known to keep them apart (:attr:`longest_packed`).
 
     Args:
         model: a causal LM in evaluation mode.
@@ -198,7 +148,7 @@ class SuffixForward:
         self.norm = getattr(self.base, norm_name)
         self.head: Any = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
+        self._arguments: OrderedDict[Any, list[_Stub]] = OrderedDict()
 
     @property
     def quantum(self) -> int:
@@ -233,40 +183,47 @@ class SuffixForward:
         """Run the layers below one, and no others, on token ids (B, L): for what hooks on their modules see."""
         self._run_stubbed(input_ids, layer)
 
-    def prefix(self, input_ids: Tensor) -> Tensor:
+    def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """States that enter the first suffix layer, for token ids (B, L): (B, L, d)."""
-        stubs = self._run_stubbed(input_ids, self.first_layer)
-        hidden = stubs[0].hidden
+        hidden = self._run_laid_out(input_ids, self.first_layer, layout)[0].hidden
         assert hidden is not None
         return hidden
 
-    def _layer_arguments(self, batch: int, length: int) -> list[_Stub]:
-        shape = (batch, length)
-        stubs = self._arguments.get(shape)
+    def _run_laid_out(self, input_ids: Tensor, first_stub: int, layout: Layout) -> list[_Stub]:
+        """:meth:`_run_stubbed` of passages that lie so in the batch."""
+        options = {"position_ids": layout.position_ids(input_ids.device)} if layout.packed else {}
+        with packed(layout.packing):
+            return self._run_stubbed(input_ids, first_stub, **options)
+
+    def _layer_arguments(self, layout: Layout) -> list[_Stub]:
+        key = (layout.shape, tuple(layout.lengths) if layout.packed else ())
+        stubs = self._arguments.get(key)
         if stubs is None:
-            stubs = self._run_stubbed(torch.zeros(shape, dtype=torch.long, device=self.device), 0)[self.first_layer :]
+            ids = torch.zeros(layout.shape, dtype=torch.long, device=self.device)
+            stubs = self._run_laid_out(ids, 0, layout)[self.first_layer :]
             for stub in stubs:
                 stub.hidden = None
-            self._arguments[shape] = stubs
+            self._arguments[key] = stubs
             if len(self._arguments) > 256:
                 self._arguments.popitem(last=False)
         else:
-            self._arguments.move_to_end(shape)
+            self._arguments.move_to_end(key)
         return stubs
 
-    def run(self, hidden: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Final states before the last norm, from states (B, L, d) that enter the first suffix layer."""
-        arguments = self._layer_arguments(hidden.shape[0], hidden.shape[1])
-        return self._through(self.layers[self.first_layer :], arguments, hidden)
+        with packed(layout.packing):
+            return self._through(self.layers[self.first_layer :], self._layer_arguments(layout), hidden)
 
-    def run_to(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """:meth:`run` at some positions only, (P, d): in the last layer, whatever follows the attention is computed
-        for them alone."""
+    def run_to(self, hidden: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        """:meth:`run` at some of the batch's tokens only, (P, d), counted row by row: in the last layer, whatever
+        follows the attention is computed for them alone."""
         if not self.narrows:
-            return self.run(hidden)[rows, columns]
-        arguments = self._layer_arguments(hidden.shape[0], hidden.shape[1])
-        hidden = self._through(self.layers[self.first_layer : -1], arguments, hidden)
-        return self._last_at(hidden, arguments[-1], rows, columns)
+            return self.run(hidden, layout).flatten(0, 1)[places]
+        arguments = self._layer_arguments(layout)
+        with packed(layout.packing):
+            hidden = self._through(self.layers[self.first_layer : -1], arguments, hidden)
+            return self._last_at(hidden, arguments[-1], places)
 
     @staticmethod
     def _through(layers: Iterable[Any], arguments: Iterable[_Stub], hidden: Tensor) -> Tensor:
@@ -275,11 +232,11 @@ class SuffixForward:
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _last_at(self, hidden: Tensor, stub: _Stub, rows: Tensor, columns: Tensor) -> Tensor:
-        """The last layer's states (P, d) at some positions, from those (B, L, d) that enter it.
+    def _last_at(self, hidden: Tensor, stub: _Stub, places: Tensor) -> Tensor:
+        """The last layer's states (P, d) at some tokens, from those (B, L, d) that enter it.
 
-        The layer runs twice: for all positions as far as its attention, which alone looks at other positions, and for
-        the chosen ones (as one sequence) with the attention's output given.
+        The layer runs twice: for all tokens as far as its attention, which alone looks at other tokens, and for the
+        chosen ones (as one sequence) with the attention's output given.
         """
         layer: Any = self.layers[-1]
         attention: Any = getattr(layer, self._attention)
@@ -292,10 +249,10 @@ class SuffixForward:
         with replaced_forward(attention, stop), suppress(_Reached):
             layer(hidden, *stub.args, **stub.kwargs)
         output = attention(*called[0], **called[1])
-        chosen = (output[0] if isinstance(output, tuple) else output)[rows, columns][None]
+        chosen = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
         given = (chosen, *output[1:]) if isinstance(output, tuple) else chosen
         with replaced_forward(attention, lambda *_args, **_kwargs: given):
-            return self._through([layer], [stub], hidden[rows, columns][None])[0]
+            return self._through([layer], [stub], hidden.flatten(0, 1)[places][None])[0]
 
     @cached_property
     def narrows(self) -> bool:
@@ -305,18 +262,50 @@ class SuffixForward:
         if self.last_edited >= len(self.layers) - 1 or not found:
             return False
         self._attention = found[0]
-        weight = self.norm.weight
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(2, 3, len(weight), generator=generator).to(self.device, weight.dtype)
-        rows, columns = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
-        stub = self._layer_arguments(2, 3)[-1]
+        layout = Layout.padded([3, 3])
+        hidden, places = self._numbers(layout), torch.tensor([2, 3, 4])
+        stub = self._layer_arguments(layout)[-1]
         with torch.no_grad():
-            whole = self._through(self.layers[-1:], [stub], hidden)[rows, columns]
+            whole = self._through(self.layers[-1:], [stub], hidden).flatten(0, 1)[places]
             try:
-                mine = self._last_at(hidden, stub, rows, columns)
+                mine = self._last_at(hidden, stub, places)
             except (IndexError, RuntimeError, TypeError, ValueError):  # a layer of another make
                 return False
-        tolerance = 0.05 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return self._agree(mine, whole)
+
+    @cached_property
+    def longest_packed(self) -> int:
+        """Tokens of the longest passages that may lie end to end in one row; 0 where none may.
+
+        The attention must be `rledit_env.lm.attention`'s, and the layers give passages that lie so what they give
+        each alone (tried once, on this very model).
+        """
+        config = self.model.config.get_text_config()
+        if config._attn_implementation != NAME or any(hasattr(layer, "_hf_hook") for layer in self.layers):
+            return 0
+        lengths = [5, 2, 7]
+        row, rows = Layout.end_to_end(lengths), Layout.padded(lengths)
+        hidden = self._numbers(row)
+        apart = rows.batch(row.split(hidden))
+        with torch.no_grad():
+            try:
+                mine = self.run(hidden, row)
+            except (IndexError, RuntimeError, TypeError, ValueError):  # a model of another make
+                return 0
+            whole = self.run(apart, rows)
+        same = self._agree(torch.cat(row.split(mine)), torch.cat(rows.split(whole)))
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        return min([SHORT, *(w for w in windows if w)]) if same else 0
+
+    def _numbers(self, layout: Layout) -> Tensor:
+        """States (B, L, d) to try something on."""
+        weight = self.norm.weight
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(*layout.shape, len(weight), generator=generator).to(self.device, weight.dtype)
+
+    @staticmethod
+    def _agree(mine: Tensor, whole: Tensor) -> bool:
+        tolerance = 0.05 if mine.dtype in (torch.bfloat16, torch.float16) else 1e-4
         return mine.shape == whole.shape and float((mine - whole).abs().max()) <= tolerance * float(whole.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:

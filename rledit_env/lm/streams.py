@@ -53,26 +53,25 @@ class StreamLM(EditableLM):
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 
-    def _cut(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[list[int]]:
-        if self._at_original or len(self._members) == 1:
-            streams = [0] * len(lengths)
-        return super()._cut(lengths, streams)
+    def _meeting(self, streams: Sequence[int]) -> Sequence[int]:
+        return super()._meeting(streams) if self._at_original or len(self._members) == 1 else streams
 
     @contextmanager
-    def _routed(self, streams: Sequence[int]) -> Iterator[None]:
-        groups = [0] if self._at_original or len(self._members) == 1 else list(dict.fromkeys(streams))
-        counts = [len(streams)] if len(groups) == 1 else [streams.count(s) for s in groups]
-        weights = [self._original_oriented if self._at_original else self._members[s]._run for s in groups]
+    def _routed(self, streams: Sequence[int], sizes: Sequence[int]) -> Iterator[None]:
+        counts: dict[int, int] = {}  # tokens of each stream, in the batch's order
+        for stream, size in zip(self._meeting(streams), sizes, strict=True):
+            counts[stream] = counts.get(stream, 0) + size
+        weights = [self._original_oriented if self._at_original else self._members[s]._run for s in counts]
         with ExitStack() as stack:
             stack.callback(setattr, self, "_now", self._now)
-            self._now = list(zip(groups, counts, strict=True))
+            self._now = list(counts.items())
             for name, module in self._modules.items():
-                forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, counts)
+                forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, list(counts.values()))
                 stack.enter_context(replaced_forward(module, forward))
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
-        with self._routed([0]):
+        with self._routed([0], [0]):
             return super().generate(*args, **kwargs)
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -124,8 +123,10 @@ def together(streams: Sequence[StreamLM]) -> EditableLM:
 
 
 def _grouped_linear(weights: Sequence[Tensor], bias: Tensor | None, counts: Sequence[int], x: Tensor) -> Tensor:
-    """x (b, L, d_in) times its stream's weight (d_out, d_in): the first ``counts[0]`` rows the first one, and so on."""
+    """x (b, L, d_in) times its stream's weight (d_out, d_in): the first ``counts[0]`` tokens the first one, and so
+    on."""
     if len(weights) == 1:
         return linear(x, weights[0], bias)
-    pieces = [linear(rows, weight, bias) for rows, weight in zip(x.split(list(counts)), weights, strict=True)]
-    return torch.cat(pieces)
+    tokens = x.flatten(0, -2).split(list(counts))
+    pieces = [linear(rows, weight, bias) for rows, weight in zip(tokens, weights, strict=True)]
+    return torch.cat(pieces).view(*x.shape[:-1], -1)

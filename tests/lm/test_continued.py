@@ -38,8 +38,8 @@ def test_a_continued_pass_gives_the_whole_models_states_in_every_architecture(
     given = passages(lm)
     with torch.no_grad():
         forward = ContinuedForward(lm, given, 1)
-        rows, columns = forward.positions(given)
-        logits = forward.logits(forward.norm(forward.run_to(forward.hidden, rows, columns)))
+        final = forward.run_to(forward.hidden, forward.places(given), forward.layout)
+        logits = forward.logits(forward.norm(final))
         whole = torch.cat([full_logits(lm, p) for p in given])
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(logits, whole.to(logits), atol=tolerance * float(whole.abs().max()), rtol=0)
@@ -49,7 +49,7 @@ def test_a_continued_pass_can_be_run_again_with_the_same_result(tiny_lm: Callabl
     lm = tiny_lm("tiny-llama", output_projection("tiny-llama"))
     with torch.no_grad():
         forward = ContinuedForward(lm, passages(lm), 1)
-        once, twice = forward.run(forward.hidden), forward.run(forward.hidden)
+        once, twice = (forward.run(forward.hidden, forward.layout) for _ in range(2))
     assert torch.equal(once, twice)
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rledit_env.encoding import encode
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import TOKEN_CHOICES, cheapest_chunks
+from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.lm.layout import cheapest_chunks
 from rledit_env.lm.streams import StreamLM, together
 from rledit_env.metrics import evaluate
 from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
