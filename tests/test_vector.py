@@ -447,7 +447,7 @@ def test_an_lm_that_is_handed_over_keeps_its_own_edits(tiny_lm, facts):
 def test_passes_serve_several_streams_and_are_fewer_than_those_of_streams_alone(both, monkeypatch):
     served: list[set[int]] = []
     routed = StreamLM._routed
-    monkeypatch.setattr(StreamLM, "_routed", lambda lm, streams, sizes: served.append(set(streams)) or routed(lm, streams, sizes))
+    monkeypatch.setattr(StreamLM, "_routed", lambda lm, s, *rest: served.append(set(s)) or routed(lm, s, *rest))
     passes = {}
     for num_envs in (1, 3):
         vector, _ = both(num_envs=num_envs)

@@ -112,15 +112,16 @@ def short_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention in plain matrix products for short sequences without padding, in float32, returned in the
-    query's precision; everything else is PyTorch's scaled dot product attention, in float32 too.
+    """Attention in plain matrix products for short sequences, causal or by a mask, in float32, returned in the query's
+    precision; everything else is PyTorch's scaled dot product attention, in float32 too.
 
     The sequences of edits have some dozen tokens. PyTorch's kernel, made for long ones, takes 1.7 times as long on them
     in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16.
 
     Args:
         query: (B, heads, L, d).
-        key, value: (B, key-value heads, L, d).
+        key, value: (B, key-value heads, K, d).
+        attention_mask: (B or 1, 1, L, K) bool, whether a query may see a key; None is causal, with K = L.
         others: as transformers gives them to an attention function.
 
     Returns:
@@ -136,32 +137,45 @@ def short_attention(
         return _PackedAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
     if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
         query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
-    if not (causal and plain and length <= SHORT and key.shape[2] == length and value.shape[3] == width):
+    masked = (
+        attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
+        and attention_mask.shape[1] == 1 and key.shape[2] <= 4 * SHORT
+    )  # fmt: skip
+    if not ((masked or causal and key.shape[2] == length) and plain and length <= SHORT and value.shape[3] == width):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
         return output.to(dtype), None
     groups = key.shape[1]  # each serves heads / groups queries, whose rows make one product with it
-    output = _CausalAttention.apply(
+    output = _ShortAttention.apply(
         query.reshape(batch * groups, heads // groups * length, width),
-        key.reshape(batch * groups, length, width),
-        value.reshape(batch * groups, length, width),
+        key.reshape(batch * groups, -1, width),
+        value.reshape(batch * groups, -1, width),
         scale,
+        attention_mask if masked else None,
     )
     output = output.view(batch, heads, length, width).transpose(1, 2)
     return output.to(dtype, memory_format=torch.contiguous_format), None
 
 
-class _CausalAttention(torch.autograd.Function):
-    """softmax(s · q kᵀ + mask) v with its gradient written out; q is (b, r · L, d), r queries a key; k, v (b, L, d).
+class _ShortAttention(torch.autograd.Function):
+    """softmax(s · q kᵀ + mask) v with its gradient written out; q is (b, r · L, d), r queries a key; k, v (b, K, d).
+
+    Without a mask (B or 1, 1, L, K), of B sequences with b / B key-value heads each, it is causal.
 
     PyTorch's softmax takes ten times as long over rows of a dozen numbers as over rows that fill the processor's
     vectors, hence single operations here.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        weights = _weights(query, key, scale, _causal_mask(query, key))
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
+        if seen is None:
+            weights = _weights(query, key, scale, _causal_mask(query, key))
+        else:
+            scores = torch.bmm(query, key.mT).mul_(scale)
+            batch, length = len(seen), seen.shape[2]
+            by_sequence = scores.view(batch, -1, length, key.shape[1])  # all heads of a sequence, and of all with one
+            weights = _softmax(by_sequence.masked_fill_(~seen, torch.finfo(scores.dtype).min)).view(scores.shape)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale = scale
         return torch.bmm(weights, value)
@@ -169,7 +183,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return *_gradients(cotangent, *ctx.saved_tensors, ctx.scale), None
+        return *_gradients(cotangent, *ctx.saved_tensors, ctx.scale), None, None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -211,9 +225,13 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
 
 def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
     """softmax(s · q kᵀ + mask) (b, r · L, L)."""
-    weights = torch.baddbmm(mask.expand(len(query), *mask.shape), query, key.mT, alpha=scale)
-    weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-    return weights.div_(weights.sum(-1, keepdim=True))
+    return _softmax(torch.baddbmm(mask.expand(len(query), *mask.shape), query, key.mT, alpha=scale))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In place, over the last axis."""
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True))
 
 
 def _gradients(

@@ -148,7 +148,7 @@ class SuffixForward:
         self.norm = getattr(self.base, norm_name)
         self.head: Any = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._arguments: OrderedDict[Any, list[_Stub]] = OrderedDict()
+        self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
 
     @property
     def quantum(self) -> int:
@@ -196,18 +196,19 @@ class SuffixForward:
             return self._run_stubbed(input_ids, first_stub, **options)
 
     def _layer_arguments(self, layout: Layout) -> list[_Stub]:
-        key = (layout.shape, tuple(layout.lengths) if layout.packed else ())
-        stubs = self._arguments.get(key)
+        stubs = None if layout.packed else self._arguments.get(layout.shape)
         if stubs is None:
             ids = torch.zeros(layout.shape, dtype=torch.long, device=self.device)
             stubs = self._run_laid_out(ids, 0, layout)[self.first_layer :]
             for stub in stubs:
                 stub.hidden = None
-            self._arguments[key] = stubs
+            if layout.packed:  # such a row hardly ever comes again
+                return stubs
+            self._arguments[layout.shape] = stubs
             if len(self._arguments) > 256:
                 self._arguments.popitem(last=False)
         else:
-            self._arguments.move_to_end(key)
+            self._arguments.move_to_end(layout.shape)
         return stubs
 
     def run(self, hidden: Tensor, layout: Layout) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rledit_env.lm.attention import NAME, short_attention
+from rledit_env.lm.attention import NAME, Packing, packed, short_attention
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.registry import load_model
 
@@ -25,14 +25,16 @@ def test_a_half_precision_model_attends_in_float32_and_gives_its_logits(name: st
 
 
 @pytest.mark.parametrize("heads, groups, length", [(4, 4, 7), (6, 2, 12), (4, 1, 1), (4, 2, 80)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_is_causal_attention_and_so_are_its_gradients(heads: int, groups: int, length: int, masked: bool) -> None:
+@pytest.mark.parametrize("masked", [None, 1, 3])
+def test_it_is_causal_or_masked_attention_and_so_are_its_gradients(
+    heads: int, groups: int, length: int, masked: int | None
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value, cotangent = (
         torch.randn(3, n, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for n in (heads, groups, groups, heads)
     )
-    mask = torch.rand(3, 1, length, length, generator=generator) < 0.5 if masked else None
+    mask = torch.rand(masked, 1, length, length, generator=generator) < 0.5 if masked else None
     if mask is not None:
         mask |= torch.eye(length, dtype=torch.bool)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
@@ -49,6 +51,38 @@ def test_it_is_causal_attention_and_so_are_its_gradients(heads: int, groups: int
     ]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("lengths", [[5], [4, 4], [3, 9, 1, 8, 2], [2, 64, 2]])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_packed_sequences_attend_each_to_itself_and_so_do_their_gradients(
+    lengths: list[int], heads: int, groups: int, padding: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, cotangent = (
+        torch.randn(1, n, sum(lengths) + padding, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (heads, groups, groups, heads)
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups
+    with packed(Packing(lengths)):
+        output, _ = short_attention(module, query, key, value, None, scaling=0.3)
+    parts = zip(*(x.split([*lengths, padding], dim=2)[: len(lengths)] for x in (query, key, value)), strict=True)
+    expected = torch.cat([short_attention(module, *part, None, scaling=0.3)[0] for part in parts], dim=1)
+    tokens = sum(lengths)
+    torch.testing.assert_close(output[:, :tokens], expected)
+    assert output.shape[1] == tokens + padding and not output[:, tokens:].any()
+    wanted = torch.autograd.grad(expected, (query, key, value), cotangent[:, :, :tokens].transpose(1, 2))
+    found = torch.autograd.grad(output, (query, key, value), cotangent.transpose(1, 2))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_what_cannot_keep_packed_sequences_apart_says_so() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with packed(Packing([1, 3])), pytest.raises(ValueError, match="keeps packed sequences apart"):
+        short_attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
 def test_models_with_other_attention_than_pytorchs_keep_it() -> None:

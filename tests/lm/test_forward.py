@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers
-from rledit_env.lm.layout import Layout, cheapest_chunks, even_shape
+from rledit_env.lm.layout import Layout
 from rledit_env.lm.tiny import TINY_NAMES
 
 TEXTS = [
@@ -43,6 +44,46 @@ def test_padding_on_the_right_and_other_passages_of_a_batch_change_nothing(tiny_
         torch.testing.assert_close(together.hidden[together.owner == index], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name, longest",
+    [("tiny-llama", 64), ("tiny-mistral", 12), ("tiny-gemma2", 0), ("tiny-gemma3", 8), ("tiny-qwen2", 64),
+     ("tiny-qwen3", 64), ("tiny-gpt2", 64)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_passages_lie_end_to_end_where_the_attention_keeps_them_apart(tiny_lm, name, longest, dtype):
+    """Within the sliding windows of Mistral and Gemma 3; Gemma 2's attention is not ours."""
+    assert tiny_lm(name, dtype=dtype).forward.longest_packed == longest
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("first", [0, 2])
+def test_passages_end_to_end_give_the_states_and_the_gradients_of_padded_ones(tiny_lm, monkeypatch, name, first):
+    lm = tiny_lm(name, f"{{model.layers,transformer.h}}.[{first}-3].mlp.*")
+    texts = [("A b", "c"), ("Ab", "d"), ("2 + 2 =", "5"), ("A b", "ce"), ("It", "is")]
+    texts += [("Rome is in the land of", "Peru and Chile"), ("x" * 70, "y")]
+    passages = [lm.tokenize(prompt, answer) for prompt, answer in texts]
+    longest, results = lm.forward.longest_packed, []
+    for most in (longest, 0):
+        monkeypatch.setitem(vars(lm.forward), "longest_packed", most)
+        lm.prefix_cache.clear()
+        layouts = [layout for _, layout in lm._passes([len(p) for p in passages], [0] * len(passages))]
+        assert sum(layout.packed for layout in layouts) == (most > 0)
+        results.append((lm.answer_states(passages).hidden, lm.trace(passages, "all")))
+    (states, trace), (padded_states, padded_trace) = results
+    torch.testing.assert_close(states, padded_states, atol=1e-5, rtol=1e-4)
+    assert trace.loss == pytest.approx(padded_trace.loss, rel=1e-5)
+    assert torch.equal(trace.owner, padded_trace.owner)
+    for part in ("keys", "value_gradients"):
+        torch.testing.assert_close(getattr(trace, part), getattr(padded_trace, part), atol=1e-5, rtol=1e-4)
+
+
+def test_passages_are_padded_where_a_layer_mixes_what_lies_end_to_end(tiny_lm):
+    lm = EditableLM.load("tiny-llama", dtype=torch.float32, device="cpu")
+    handle = lm.forward.layers[2].register_forward_hook(lambda _m, _a, out: out + out.roll(1, dims=1))
+    assert lm.forward.longest_packed == 0
+    handle.remove()
+
+
 @torch.no_grad()
 def test_many_small_passes_give_what_one_large_pass_gives(tiny_lm, monkeypatch):
     lm = tiny_lm("tiny-gemma2")
@@ -59,7 +100,12 @@ def test_layers_below_the_first_edited_one_run_once_a_passage(tiny_lm, monkeypat
     lm = tiny_lm()
     computed: list[int] = []
     prefix = lm.forward.prefix
-    monkeypatch.setattr(lm.forward, "prefix", lambda ids, layout: computed.extend(layout.lengths) or prefix(ids, layout))
+
+    def counted(ids, layout):
+        computed.extend(layout.lengths)
+        return prefix(ids, layout)
+
+    monkeypatch.setattr(lm.forward, "prefix", counted)
     passages = passages_of(lm)
     lm.answer_states([passages[0], *passages])
     lm.trace(passages)
@@ -82,43 +128,6 @@ def test_the_layers_are_put_back_when_the_stubbed_forward_fails(tiny_lm):
     with pytest.raises(IndexError):
         lm.forward.prefix(torch.tensor([[10**6]]), Layout.padded([1]))
     assert not any("forward" in vars(layer) for layer in lm.forward.layers)
-
-
-def test_chunks_hold_every_passage_once_within_the_bound():
-    lengths = [5, 90, 7, 7, 33, 6, 90, 1] * 5
-    chunks = list(cheapest_chunks(lengths, max_tokens=200))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
-    assert all(len(chunk) * max(lengths[i] for i in chunk) <= 200 for chunk in chunks)
-
-
-def test_a_passage_longer_than_the_bound_is_a_chunk_of_its_own():
-    assert list(cheapest_chunks([300, 2, 300], max_tokens=100)) == [[1], [0], [2]]
-
-
-@pytest.mark.parametrize("quantum", [1, 8, 16])
-def test_the_even_shape_is_the_smallest_whose_tokens_are_a_multiple(quantum):
-    for rows in range(1, 40):
-        for length in range(1, 30):
-            found = even_shape(rows, length, quantum)
-            step = 4 * quantum if quantum > 1 and rows * length > 32 * quantum else quantum
-            every = [
-                (r * w, r, w)
-                for r in range(rows, rows + step + 1)
-                for w in range(length, length + step + 1)
-                if r * w % step == 0
-            ]
-            assert found[0] >= rows and found[1] >= length and found[0] * found[1] == min(every)[0]
-
-
-def test_chunks_are_cut_where_it_costs_least():
-    # One pass of eight passages of 10 and one of a single long one, rather than one with 9 × 40 tokens.
-    assert list(cheapest_chunks([10] * 8 + [40], max_tokens=400, pass_tokens=16)) == [list(range(8)), [8]]
-    # A pass costs more than the two tokens of padding that it would save.
-    assert list(cheapest_chunks([10, 10, 11], max_tokens=400, pass_tokens=16)) == [[0, 1, 2]]
-
-
-def test_no_passages_give_no_chunks():
-    assert list(cheapest_chunks([], 100)) == []
 
 
 def test_the_cache_drops_what_was_used_least_recently():

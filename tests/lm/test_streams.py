@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from rledit_env.encoding import encode
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import TOKEN_CHOICES
-from rledit_env.lm.layout import cheapest_chunks
 from rledit_env.lm.streams import StreamLM, together
 from rledit_env.metrics import evaluate
 from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
@@ -142,16 +141,3 @@ def test_a_stream_adds_its_master_weights_and_the_copy_it_runs_with(tiny_lm, dty
 def test_streams_of_different_models_cannot_run_together(tiny_lm):
     with pytest.raises(ValueError, match="the 2 streams share no frozen model; make them from one EditableLM"):
         together([StreamLM(tiny_lm("tiny-llama")), StreamLM(tiny_lm("tiny-qwen2"))])
-
-
-def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the_limit():
-    generator = torch.Generator().manual_seed(0)
-    for count, most_streams, max_tokens in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
-        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
-        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
-        chunks = list(cheapest_chunks(lengths, max_tokens, streams))
-        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
-        for chunk in chunks:
-            assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
-            order = [streams[i] for i in chunk]
-            assert order == sorted(order)

@@ -1,0 +1,102 @@
+"""Tests of rledit_env.lm.layout: how the passages of a pass lie in its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, even_shape
+
+LENGTHS = [3, 1, 7, 3]
+
+
+@pytest.mark.parametrize("quantum", [1, 16])
+@pytest.mark.parametrize("kind", [Layout.padded, Layout.end_to_end])
+def test_what_is_laid_out_is_found_again(kind, quantum):
+    layout = kind(LENGTHS, quantum)
+    rows = [torch.randn(length, 2, generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
+    batch = layout.batch(rows)
+    assert batch.shape == (*layout.shape, 2)
+    assert batch[..., 0].numel() % quantum == 0
+    for found, row in zip(layout.split(batch), rows, strict=True):
+        assert torch.equal(found, row)
+    assert int((batch != 0).sum()) == 2 * sum(LENGTHS)  # the rest is zero
+    positions = [[0, 2], [], [6, 1], [0]]
+    found = batch.flatten(0, 1)[layout.places(positions, torch.device("cpu"))]
+    assert torch.equal(found, torch.cat([row[p] for row, p in zip(rows, positions, strict=True)]))
+    assert sum(layout.sizes) == layout.shape[0] * layout.shape[1]
+    assert layout.starts == [sum(layout.sizes[:i]) for i in range(len(LENGTHS))]
+
+
+def test_passages_end_to_end_take_no_more_than_their_tokens():
+    layout = Layout.end_to_end(LENGTHS)
+    assert layout.shape == (1, 14)
+    assert layout.position_ids(torch.device("cpu")).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2]]
+    assert Layout.padded(LENGTHS).shape == (4, 7)
+    assert Layout.padded(LENGTHS).packing is None
+
+
+def test_chunks_of_passages_end_to_end_are_even_and_meet_few_streams():
+    generator = torch.Generator().manual_seed(0)
+    for count, most_streams, most in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
+        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
+        chunks = list(even_chunks(lengths, most, streams))
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
+        order = [(streams[i], lengths[i]) for chunk in chunks for i in chunk]
+        assert order == sorted(order)
+        sizes = [sum(lengths[i] for i in chunk) for chunk in chunks]
+        assert max(sizes) <= most
+        assert len(chunks) <= -(-sum(lengths) // (most - 39)) and max(sizes) - min(sizes) <= 2 * 39
+    assert list(even_chunks([], 64, [])) == []
+    assert list(even_chunks([3, 5], 1, [0, 0])) == [[0], [1]]  # a passage longer than the bound is alone
+
+
+def test_chunks_hold_every_passage_once_within_the_bound():
+    lengths = [5, 90, 7, 7, 33, 6, 90, 1] * 5
+    chunks = list(cheapest_chunks(lengths, max_tokens=200))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
+    assert all(len(chunk) * max(lengths[i] for i in chunk) <= 200 for chunk in chunks)
+
+
+def test_a_passage_longer_than_the_bound_is_a_chunk_of_its_own():
+    assert list(cheapest_chunks([300, 2, 300], max_tokens=100)) == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize("quantum", [1, 8, 16])
+def test_the_even_shape_is_the_smallest_whose_tokens_are_a_multiple(quantum):
+    for rows in range(1, 40):
+        for length in range(1, 30):
+            found = even_shape(rows, length, quantum)
+            step = 4 * quantum if quantum > 1 and rows * length > 32 * quantum else quantum
+            every = [
+                (r * w, r, w)
+                for r in range(rows, rows + step + 1)
+                for w in range(length, length + step + 1)
+                if r * w % step == 0
+            ]
+            assert found[0] >= rows and found[1] >= length and found[0] * found[1] == min(every)[0]
+
+
+def test_chunks_are_cut_where_it_costs_least():
+    # One pass of eight passages of 10 and one of a single long one, rather than one with 9 × 40 tokens.
+    assert list(cheapest_chunks([10] * 8 + [40], max_tokens=400, pass_tokens=16)) == [list(range(8)), [8]]
+    # A pass costs more than the two tokens of padding that it would save.
+    assert list(cheapest_chunks([10, 10, 11], max_tokens=400, pass_tokens=16)) == [[0, 1, 2]]
+
+
+def test_no_passages_give_no_chunks():
+    assert list(cheapest_chunks([], 100)) == []
+
+
+def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the_limit():
+    generator = torch.Generator().manual_seed(0)
+    for count, most_streams, max_tokens in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
+        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
+        chunks = list(cheapest_chunks(lengths, max_tokens, streams))
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
+        for chunk in chunks:
+            assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
+            order = [streams[i] for i in chunk]
+            assert order == sorted(order)
