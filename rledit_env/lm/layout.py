@@ -40,8 +40,10 @@ class Layout:
 
     @classmethod
     def end_to_end(cls, lengths: Sequence[int], quantum: int = 1) -> Layout:
-        """One row, filled up to a multiple of ``quantum``, or of four times as much as :func:`even_shape` has it."""
-        return cls(lengths, even_shape(1, sum(lengths), quantum), packed=True)
+        """One row, filled up to a multiple of ``quantum`` (see :func:`whole_quantum`)."""
+        tokens = sum(lengths)
+        quantum = whole_quantum(tokens, quantum)
+        return cls(lengths, (1, -(-tokens // quantum) * quantum), packed=True)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -106,12 +108,17 @@ def even_chunks(lengths: Sequence[int], max_tokens: int, streams: Sequence[int])
         yield chunk
 
 
+def whole_quantum(tokens: int, quantum: int) -> int:
+    """What numbers of about so many tokens are kept to multiples of: four times as much where there are more than 32
+    of them, so that their different sizes stay few."""
+    return 4 * quantum if tokens > 32 * quantum > 32 else quantum
+
+
 @cache
 def even_shape(rows: int, length: int, quantum: int) -> tuple[int, int]:
-    """The smallest batch (rows, length) that holds this one and whose tokens are a multiple of ``quantum``, or of four
-    times as many where there are more than 32 of them."""
-    if rows * length > 32 * quantum > 32:
-        quantum *= 4
+    """The smallest batch (rows, length) that holds this one and whose tokens are a multiple of ``quantum`` (see
+    :func:`whole_quantum`)."""
+    quantum = whole_quantum(rows * length, quantum)
     shapes = [
         (-(-rows // step) * step, wide)
         for wide in range(length, length + quantum)

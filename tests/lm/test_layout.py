@@ -12,20 +12,22 @@ LENGTHS = [3, 1, 7, 3]
 
 @pytest.mark.parametrize("quantum", [1, 16])
 @pytest.mark.parametrize("kind", [Layout.padded, Layout.end_to_end])
-def test_what_is_laid_out_is_found_again(kind, quantum):
-    layout = kind(LENGTHS, quantum)
-    rows = [torch.randn(length, 2, generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
+@pytest.mark.parametrize("lengths", [LENGTHS, [4, 1, 1, 2], [9, 7, 7, 600]])
+def test_what_is_laid_out_is_found_again(kind, quantum, lengths):
+    layout = kind(lengths, quantum)
+    rows = [torch.randn(length, 2, generator=torch.Generator().manual_seed(length)) for length in lengths]
     batch = layout.batch(rows)
     assert batch.shape == (*layout.shape, 2)
     assert batch[..., 0].numel() % quantum == 0
     for found, row in zip(layout.split(batch), rows, strict=True):
         assert torch.equal(found, row)
-    assert int((batch != 0).sum()) == 2 * sum(LENGTHS)  # the rest is zero
-    positions = [[0, 2], [], [6, 1], [0]]
+    assert int((batch != 0).sum()) == 2 * sum(lengths)  # the rest is zero
+    assert not layout.packed or layout.shape[0] == 1
+    positions = [[0, 2], [], [0], [1, 0]]
     found = batch.flatten(0, 1)[layout.places(positions, torch.device("cpu"))]
     assert torch.equal(found, torch.cat([row[p] for row, p in zip(rows, positions, strict=True)]))
     assert sum(layout.sizes) == layout.shape[0] * layout.shape[1]
-    assert layout.starts == [sum(layout.sizes[:i]) for i in range(len(LENGTHS))]
+    assert layout.starts == [sum(layout.sizes[:i]) for i in range(len(lengths))]
 
 
 def test_passages_end_to_end_take_no_more_than_their_tokens():
