@@ -16,8 +16,9 @@ from rledit_env import render, spaces
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
 from rledit_env.ledger import Recorder
-from rledit_env.lm.editable import EditableLM, NotFiniteError, Trace
+from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
+from rledit_env.lm.weights import NotFiniteError
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.reward import (
     NO_SCORES,

@@ -10,7 +10,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rledit_env.lm.editable import NotFiniteError, Trace
+from rledit_env.lm.editable import Trace
+from rledit_env.lm.weights import NotFiniteError
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "short_float32"
 SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
+LIKE = 0.5  # packed sequences attend together whose lengths differ by no more than this factor
 
 
 class Packing:
@@ -87,7 +88,6 @@ class Packing:
         return self._masks[kind]
 
 
-LIKE = 0.5  # sequences attend together whose lengths differ by no more than this factor
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
@@ -183,7 +183,8 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return *_gradients(cotangent, *ctx.saved_tensors, ctx.scale), None, None
+        query, key, value, weights = ctx.saved_tensors
+        return *_gradients(cotangent, query, key, value, weights, ctx.scale), None, None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -209,8 +210,8 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         packing, parts = ctx.packing, []
         for i, part in enumerate(packing.apart(cotangent, zero=True)):
-            of_group = ctx.saved_tensors[4 * i : 4 * i + 4]
-            found = _gradients(part.view(of_group[0].shape), *of_group, ctx.scale)
+            query, key, value, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
+            found = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
             parts.append([g.view(len(part), -1, *part.shape[2:]) for g in found])
         joined = (packing.joined(of_one, cotangent.shape[2], cotangent.dtype) for of_one in zip(*parts, strict=True))
         return *joined, None, None
