@@ -67,8 +67,9 @@ class Packing:
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
             part = part.view(batch, longest, heads, width).transpose(1, 2)
-            parts.append(part.to(dtype, memory_format=torch.contiguous_format))
-        return [part.contiguous() for part in parts]
+            # Where the precision stays, `to` leaves the order, too.
+            parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
+        return parts
 
     def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype) -> Tensor:
         """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``."""

@@ -84,6 +84,13 @@ def test_passages_are_padded_where_a_layer_mixes_what_lies_end_to_end(tiny_lm):
     handle.remove()
 
 
+def test_passages_are_padded_where_embeddings_do_not_ask_for_places():
+    lm = EditableLM.load("tiny-gpt2", dtype=torch.float32, device="cpu")
+    places = lm.model.transformer.wpe
+    places.forward = lambda ids: places.weight[torch.arange(ids.shape[-1])].expand(*ids.shape, -1)
+    assert lm.forward.longest_packed == 0
+
+
 @torch.no_grad()
 def test_many_small_passes_give_what_one_large_pass_gives(tiny_lm, monkeypatch):
     lm = tiny_lm("tiny-gemma2")

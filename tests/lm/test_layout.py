@@ -10,6 +10,14 @@ from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, even_shap
 LENGTHS = [3, 1, 7, 3]
 
 
+def many_passages():
+    """Lengths of 3 to 39 tokens, the passages' streams, and the most tokens of a pass."""
+    generator = torch.Generator().manual_seed(0)
+    for count, most_streams, most in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
+        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
+        yield lengths, torch.randint(0, most_streams, (count,), generator=generator).tolist(), most
+
+
 @pytest.mark.parametrize("quantum", [1, 16])
 @pytest.mark.parametrize("kind", [Layout.padded, Layout.end_to_end])
 @pytest.mark.parametrize("lengths", [LENGTHS, [4, 1, 1, 2], [9, 7, 7, 600]])
@@ -39,12 +47,9 @@ def test_passages_end_to_end_take_no_more_than_their_tokens():
 
 
 def test_chunks_of_passages_end_to_end_are_even_and_meet_few_streams():
-    generator = torch.Generator().manual_seed(0)
-    for count, most_streams, most in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
-        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
-        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
+    for lengths, streams, most in many_passages():
         chunks = list(even_chunks(lengths, most, streams))
-        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
         order = [(streams[i], lengths[i]) for chunk in chunks for i in chunk]
         assert order == sorted(order)
         sizes = [sum(lengths[i] for i in chunk) for chunk in chunks]
@@ -92,12 +97,9 @@ def test_no_passages_give_no_chunks():
 
 
 def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the_limit():
-    generator = torch.Generator().manual_seed(0)
-    for count, most_streams, max_tokens in ((1, 1, 64), (50, 3, 64), (200, 16, 256), (40, 40, 256), (300, 2, 4096)):
-        lengths = torch.randint(3, 40, (count,), generator=generator).tolist()
-        streams = torch.randint(0, most_streams, (count,), generator=generator).tolist()
+    for lengths, streams, max_tokens in many_passages():
         chunks = list(cheapest_chunks(lengths, max_tokens, streams))
-        assert sorted(i for chunk in chunks for i in chunk) == list(range(count))
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
         for chunk in chunks:
             assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
             order = [streams[i] for i in chunk]
