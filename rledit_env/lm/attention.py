@@ -81,7 +81,7 @@ class Packing:
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """What is added to scores (b, r · l, l): −∞ where a key is later than the query."""
+        """What is added to scores (b, l, r · l): −∞ where a key is later than the query."""
         longest, rows = key.shape[1], query.shape[1]
         kind = (longest, rows, query.dtype)
         if kind not in self._masks:
@@ -164,8 +164,8 @@ class _ShortAttention(torch.autograd.Function):
 
     Without a mask (B or 1, 1, L, K), of B sequences with b / B key-value heads each, it is causal.
 
-    PyTorch's softmax takes ten times as long over rows of a dozen numbers as over rows that fill the processor's
-    vectors, hence single operations here.
+    The scores are held as (b, K, r · L): PyTorch's softmax over the last axis takes ten times as long for a dozen
+    numbers as for rows that fill the processor's vectors, but over another axis it fills them with many queries.
     """
 
     @staticmethod
@@ -173,13 +173,15 @@ class _ShortAttention(torch.autograd.Function):
         if seen is None:
             weights = _weights(query, key, scale, _causal_mask(query, key))
         else:
-            scores = torch.bmm(query, key.mT).mul_(scale)
+            scores = torch.bmm(key, query.mT).mul_(scale)
             batch, length = len(seen), seen.shape[2]
-            by_sequence = scores.view(batch, -1, length, key.shape[1])  # all heads of a sequence, and of all with one
-            weights = _softmax(by_sequence.masked_fill_(~seen, torch.finfo(scores.dtype).min)).view(scores.shape)
+            # All heads of a sequence, and of all sequences with one mask, as (…, K, r, L).
+            by_sequence = scores.view(batch, -1, key.shape[1], query.shape[1] // length, length)
+            by_sequence.masked_fill_(~seen.mT.unsqueeze(3), torch.finfo(scores.dtype).min)
+            weights = scores.softmax(1)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale = scale
-        return torch.bmm(weights, value)
+        return torch.bmm(weights.mT, value)
 
     @staticmethod
     @once_differentiable
@@ -200,7 +202,7 @@ class _PackedAttention(torch.autograd.Function):
             shape = (len(q) * groups, -1, q.shape[3])
             rows = [x.view(shape) for x in (q, k, v)]
             weights = _weights(rows[0], rows[1], scale, packing.mask(rows[0], rows[1]))
-            outputs.append(torch.bmm(weights, rows[2]).view(q.shape))
+            outputs.append(torch.bmm(weights.mT, rows[2]).view(q.shape))
             kept += [*rows, weights]
         ctx.save_for_backward(*kept)
         ctx.scale, ctx.packing = scale, packing
@@ -219,31 +221,24 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """(r · L, L), −∞ where a key is later than the query."""
+    """(L, r · L), −∞ where a key is later than the query."""
     length = key.shape[1]
-    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
-    return future.repeat(query.shape[1] // length, 1)
+    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).tril(-1)
+    return future.repeat(1, query.shape[1] // length)
 
 
 def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """softmax(s · q kᵀ + mask) (b, r · L, L)."""
-    return _softmax(torch.baddbmm(mask.expand(len(query), *mask.shape), query, key.mT, alpha=scale))
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """In place, over the last axis."""
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    return scores.div_(scores.sum(-1, keepdim=True))
+    """softmax(s · k qᵀ + mask) over the keys, (b, L, r · L)."""
+    return torch.baddbmm(mask.expand(len(key), *mask.shape), key, query.mT, alpha=scale).softmax(1)
 
 
 def _gradients(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value of the output's."""
-    for_value = torch.bmm(weights.mT, cotangent)
-    for_scores = torch.bmm(cotangent, value.mT).mul_(weights)
-    for_scores.addcmul_(weights, for_scores.sum(-1, keepdim=True), value=-1).mul_(scale)
-    return torch.bmm(for_scores, key), torch.bmm(for_scores.mT, query), for_value
+    for_weights = torch.bmm(value, cotangent.mT)
+    for_scores = torch._softmax_backward_data(for_weights, weights, 1, weights.dtype).mul_(scale)
+    return torch.bmm(for_scores.mT, key), torch.bmm(for_scores, query), torch.bmm(weights, cotangent)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
