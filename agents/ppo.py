@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +17,15 @@ import torch
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
 from agents.files import built_from, check_counters, read_description, read_tensors
-from agents.settings import environment_settings
+from agents.logs import log, summary_writer
+from agents.settings import environment_settings, setting_differences
+from agents.standard_state import load_training_state, training_state
 from rledit_env.files import write_tensors, write_text
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
@@ -41,6 +45,7 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
 }  # fmt: skip
 MAX_SIZE = 10**7  # of buffers and the like, in what a saved agent asks for
+TRAINING_STATE = "training.safetensors"
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -148,8 +153,12 @@ class StandardAgent(Agent):
         eval_env: gym.Env[Any, Any] | None = None,
         eval_every: int = 10,
         eval_seed: int = 12345,
+        resume: bool = True,
     ) -> StandardAgent:
         """Train for this many environment steps, in addition to those taken.
+
+        A run in ``log_dir`` that was interrupted, however roughly, goes on from its last rollout (SAC and TD3: from its
+        last ``eval_every`` streams), and from the beginning of a stream.
 
         Args:
             total_timesteps: environment steps, those that measure the zero action among them.
@@ -160,28 +169,35 @@ class StandardAgent(Agent):
                 LLM with the training environment.
             eval_every: streams between two evaluations.
             eval_seed: the seed that ``eval_env`` is always reset with.
+            resume: go on from ``last`` in ``log_dir``, where an interrupted run has left it; False starts anew.
 
         Raises:
-            ValueError: there are not more steps than measuring the zero action takes.
+            ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` holds an
+                interrupted run with other settings.
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
-        total_timesteps -= self._prepare(total_timesteps)
-        self.model.learn(total_timesteps, callback=watch, reset_num_timesteps=False)
-        watch.evaluate()
-        watch.close()
+        if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
+            watch.resume(folder / "last")
+        self._prepare(total_timesteps)
+        left = watch.begun + total_timesteps - self.timesteps
+        try:
+            if left > 0:
+                self.model.learn(left, callback=watch, reset_num_timesteps=False)
+            watch.evaluate()
+        finally:
+            watch.close()
         if watch.best is not None:
             self.model.policy.load_state_dict(watch.best)
+        if folder is not None:
+            shutil.rmtree(folder / "last", ignore_errors=True)  # nothing is left to go on from
         return self
 
-    def _prepare(self, total_timesteps: int) -> int:
-        """Measure the zero action on the training streams and fit the features' scale, before the first step of all.
-
-        Returns:
-            The environment steps it took.
-        """
+    def _prepare(self, total_timesteps: int) -> None:
+        """Measure the zero action on the training streams, which takes environment steps, and fit the features' scale,
+        before the first step of all."""
         if self.relative is None or self.relative.baseline_steps:
-            return 0
+            return
         inner: Any = self.env.unwrapped
         needed = self.relative.streams * inner.episode_steps
         if total_timesteps <= needed:
@@ -195,7 +211,6 @@ class StandardAgent(Agent):
                 if isinstance(module, Standardised):
                     module.fit(observations)
         self.model.num_timesteps += self.relative.baseline_steps
-        return self.relative.baseline_steps
 
     @property
     def timesteps(self) -> int:
@@ -208,7 +223,10 @@ class StandardAgent(Agent):
         folder.mkdir(parents=True, exist_ok=True)
         # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
         write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
-        description = {
+        write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
+
+    def _description(self) -> dict[str, Any]:
+        return {
             "agent": "standard",
             "format": 1,
             "seed": self.seed,
@@ -217,7 +235,6 @@ class StandardAgent(Agent):
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "environment": environment_settings(self.env),
         }
-        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> StandardAgent:
@@ -276,7 +293,7 @@ def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardC
 
 
 class _Watch(BaseCallback):
-    """Logs our numbers after every stream, evaluates, and keeps the best policy."""
+    """Logs our numbers after every stream, evaluates, keeps the best policy, and writes down what to go on from."""
 
     def __init__(
         self,
@@ -293,19 +310,25 @@ class _Watch(BaseCallback):
         self.show = progress_bar
         self.eval_env, self.eval_every, self.eval_seed = eval_env, eval_every, eval_seed
         self.best: dict[str, torch.Tensor] | None = None
-        self.streams, self._evaluated = 0, -1
+        self.begun = agent.timesteps  # environment steps before this training
+        self.streams, self._evaluated, self._kept = 0, -1, -1
         self._numbers: dict[str, list[float]] = {}
         self._return = 0.0  # of the stream so far, the environment's own
         self._writer: Any = None
         self._bar: Any = None
 
     def _on_training_start(self) -> None:
-        if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        done = self.num_timesteps - self.begun
+        self._writer = summary_writer(self.folder, self.num_timesteps)
+        total = self.locals["total_timesteps"] - self.begun
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=not self.show)
+        if self._evaluated < 0:
+            self.evaluate()
 
-            self._writer = SummaryWriter(str(self.folder))
-        self._bar = tqdm(total=self.locals["total_timesteps"] - self.num_timesteps, unit="step", disable=not self.show)
-        self.evaluate()
+    def _on_rollout_start(self) -> None:
+        due = isinstance(self.model, OnPolicyAlgorithm) or self.streams >= self._kept + self.eval_every
+        if self.folder is not None and (due or self._kept < 0):
+            self._keep(self.folder / "last")
 
     def _on_step(self) -> bool:
         self._bar.update(1)
@@ -325,9 +348,6 @@ class _Watch(BaseCallback):
         if self.streams % self.eval_every == 0:
             self.evaluate()
         return self.user_callback is None or self.user_callback(numbers) is not False
-
-    def _on_training_end(self) -> None:
-        self._bar.close()
 
     def evaluate(self) -> None:
         """Score the policy on the held-out stream and keep it if it is the best so far."""
@@ -349,12 +369,56 @@ class _Watch(BaseCallback):
             if self.folder is not None:
                 self.agent.save(self.folder / "best")
 
+    def _keep(self, folder: Path) -> None:
+        """Write what :meth:`resume` goes on from, in one file: a process killed at any moment leaves the earlier or
+        this one."""
+        self._kept = self.streams
+        tensors, numbers = training_state(self.model)
+        numbers |= {"begun": self.begun, "streams": self.streams, "evaluated": self._evaluated}
+        if self.agent.relative is not None:
+            numbers["relative"] = self.agent.relative.state()
+        tensors |= {f"best/{k}": v for k, v in (self.best or {}).items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"agent": json.dumps(self.agent._description()), "training": json.dumps(numbers)}
+        write_tensors(folder / TRAINING_STATE, tensors, described)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from what an interrupted run left.
+
+        Raises:
+            ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since.
+        """
+        agent, mend = self.agent, "give another log_dir, or resume=False to start anew"
+        try:
+            tensors, metadata = read_tensors(folder / TRAINING_STATE)
+        except ValueError as error:
+            raise ValueError(f"{error}; {mend}") from error
+        with built_from(folder):
+            theirs, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
+            mine = json.loads(json.dumps(agent._description()))
+            different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in setting_differences(theirs, mine)]
+            if agent.timesteps != numbers["begun"]:
+                different.append(f"steps before it: {numbers['begun']} there, {agent.timesteps} here")
+            if different:
+                raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
+                                 f"give the same settings, {mend}")
+            assert agent.model.env is not None
+            agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
+            load_training_state(agent.model, tensors, numbers)
+            if agent.relative is not None:
+                agent.relative.load_state(numbers["relative"])
+            agent.model._last_obs = agent.model.env.reset()
+            agent.model._last_episode_starts = np.ones((1,), dtype=bool)
+            agent.best_score = -math.inf if theirs["best_score"] is None else theirs["best_score"]
+            self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+            self.begun, self.streams, self._evaluated = numbers["begun"], numbers["streams"], numbers["evaluated"]
+        tqdm.write(f"going on from {folder} (step {agent.timesteps})")
+
     def close(self) -> None:
         """Write out what TensorBoard still holds back."""
-        if self._writer is not None:
-            self._writer.close()
+        for one in (self._writer, self._bar):
+            if one is not None:
+                one.close()
 
     def _log(self, group: str, numbers: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(f"{group}/{name}", value, self.num_timesteps)
+        log(self._writer, group, numbers, self.num_timesteps)

@@ -21,6 +21,7 @@ from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
 from agents.files import built_from, check_counters, check_size, read_description, read_tensors
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
+from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
 
@@ -197,8 +198,8 @@ class RLEditAgent(Agent):
             theirs = processes.from_first(self._training_state() if processes.first else None)
             if not processes.first:
                 self._load_training_state(*theirs)
-        writer = _summary_writer(folder, self.updates)
-        step_writer = _summary_writer(folder and folder / "steps", self.timesteps)
+        writer = summary_writer(folder, self.updates)
+        step_writer = summary_writer(folder and folder / "steps", self.timesteps)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
         horizon = _inner(env).episode_steps
         state = self._training_state()
@@ -225,13 +226,13 @@ class RLEditAgent(Agent):
                     gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + place)
                     gradients.append(gradient)
                     for step, numbers_of_step in enumerate(_inner(env).history):
-                        _log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
+                        log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
                     self.timesteps += horizon * processes.count
                     bar.update(horizon * processes.count)
                 numbers = _averaged(processes.gathered(numbers)) | self._update(gradients, processes)
                 state = self._training_state()
                 bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
-                _log(writer, "train", numbers, self.updates)
+                log(writer, "train", numbers, self.updates)
                 judge()
                 if self.updates % checkpoint_every == 0:
                     self._checkpoint(folder, state)
@@ -403,7 +404,7 @@ class RLEditAgent(Agent):
         inner = _inner(eval_env)
         metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
         score = -math.inf if info["diverged"] else metrics.mean
-        _log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
+        log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
              self.updates)
         say = tqdm.write if processes.first else (lambda _: None)
         say(
@@ -597,18 +598,3 @@ def _forget_states(env: gym.Env) -> None:
     lm = _inner(env).lm
     lm.prefix_cache.clear()
     lm.reference_cache.clear()
-
-
-def _summary_writer(folder: Path | None, done: int) -> Any:
-    """TensorBoard's writer; what an interrupted run logged beyond its checkpoint at ``done`` is dropped."""
-    if folder is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-
-
-def _log(writer: Any, group: str, numbers: Mapping[str, float], step: int) -> None:
-    if writer is not None:
-        for name, value in numbers.items():
-            writer.add_scalar(f"{group}/{name}", value, step)

@@ -302,6 +302,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._rng = np.random.default_rng(seed)
         self._seeds = [int(s) for s in self._rng.choice(2**31, self.streams, replace=False)]
         self._queue: list[int] = []
+        self._current: int | None = None
 
     def measure(self, seed: int | None = None) -> np.ndarray:
         """Run the zero action on all streams of the set; returns the observations it met, one a row.
@@ -312,6 +313,21 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         if seed is not None:
             self._begin(seed)
         return np.concatenate([self._measure(seed) for seed in self._seeds])
+
+    def state(self) -> dict[str, Any]:
+        """The set of streams, which of them are still to come, and what was measured, as JSON takes it; a stream that
+        has begun is still to come."""
+        begun = [] if self._current is None else [self._current]
+        return {
+            "rng": self._rng.bit_generator.state, "seeds": self._seeds, "queue": [*self._queue, *begun],
+            "baselines": [[seed, rewards] for seed, rewards in self._baselines.items()], "steps": self.baseline_steps,
+        }  # fmt: skip
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned, with the next `reset`."""
+        self._rng.bit_generator.state = state["rng"]
+        self._seeds, self._queue, self._current = list(state["seeds"]), list(state["queue"]), None
+        self._baselines, self.baseline_steps = dict(state["baselines"]), state["steps"]
 
     def _measure(self, seed: int) -> np.ndarray:
         observation, _ = self.env.reset(seed=seed)
@@ -341,7 +357,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             self._begin(seed)
         if not self._queue:
             self._queue = [self._seeds[i] for i in self._rng.permutation(self.streams)]
-        stream = self._queue.pop()
+        self._current = stream = self._queue.pop()
         if stream not in self._baselines:
             self._measure(stream)
         self._baseline, self._step = self._baselines[stream], 0

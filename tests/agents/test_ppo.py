@@ -167,3 +167,61 @@ def test_what_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
         StandardAgent.load(tmp_path, other)
     with pytest.raises(FileNotFoundError, match="holds no agent"):
         StandardAgent.load(tmp_path / "nowhere", other)
+
+
+def interrupted_at(stream: int) -> Any:
+    """A callback that is Ctrl-C at the end of a stream."""
+    left = [stream]
+
+    def callback(_numbers: dict[str, float]) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+@pytest.mark.parametrize("algorithm", SMALL)
+def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(algorithm: str, tmp_path: Path) -> None:
+    config = StandardConfig(algorithm, baseline_streams=3, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
+
+    def learned(folder: str, callback: Any = None) -> StandardAgent:
+        env = make()
+        held_out = make(env.unwrapped.lm, split="eval", reward="none")  # type: ignore[attr-defined]
+        agent = StandardAgent(env, config, seed=5)
+        return agent.learn(
+            6 + 16, callback, progress_bar=False, log_dir=tmp_path / folder, eval_env=held_out, eval_every=2
+        )
+
+    returns: list[float] = []
+    whole = learned("whole", lambda numbers: returns.append(numbers["return"]))
+    with pytest.raises(KeyboardInterrupt):
+        learned("cut", interrupted_at(5))
+    assert (tmp_path / "cut" / "last").is_dir()
+    seen: list[float] = []
+    going_on = learned("cut", lambda numbers: seen.append(numbers["return"]))
+    assert 0 < len(seen) < len(returns) == 8, "it goes on, and does not start anew"
+    assert seen == pytest.approx(returns[-len(seen) :], rel=1e-4)
+    assert going_on.timesteps == whole.timesteps == 22
+    assert going_on.best_score == pytest.approx(whole.best_score)
+    for name, value in whole.model.policy.state_dict().items():
+        torch.testing.assert_close(going_on.model.policy.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not (tmp_path / "cut" / "last").exists(), "nothing is left to go on from"
+
+
+def test_an_interrupted_run_is_gone_on_with_under_its_own_settings_only(tmp_path: Path) -> None:
+    config = StandardConfig("ppo", baseline_streams=0, hyperparameters=SMALL["ppo"])
+    with pytest.raises(KeyboardInterrupt):
+        StandardAgent(make(), config).learn(16, interrupted_at(4), progress_bar=False, log_dir=tmp_path)
+    other = StandardAgent(make(), config, seed=1)
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 here\).*resume=False"):
+        other.learn(16, progress_bar=False, log_dir=tmp_path)
+    assert other.timesteps == 0
+    trained = StandardAgent(make(), config).learn(4, progress_bar=False)
+    with pytest.raises(ValueError, match="steps before it: 0 there, 4 here"):
+        trained.learn(16, progress_bar=False, log_dir=tmp_path)
+    (tmp_path / "last" / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"damaged.*resume=False"):
+        StandardAgent(make(), config).learn(16, progress_bar=False, log_dir=tmp_path)
+    anew = StandardAgent(make(), config).learn(16, progress_bar=False, log_dir=tmp_path, resume=False)
+    assert anew.timesteps == 16
