@@ -7,6 +7,7 @@ asks for them, and the network's own products. Two operations a multiplication a
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import ATTENTIONS, Passage
-from rledit_env.lm.products import linear
+from rledit_env.lm.products import linear, outer
 
 
 class Floor:
@@ -115,6 +116,36 @@ def matmul_rate(dtype: torch.dtype, device: str, shape: tuple[int, int, int]) ->
         _wait(device)
         best = max(best, count * 2 * m * k * n / (time.perf_counter() - start))
     return best
+
+
+@torch.no_grad()
+def pass_rate(lm: EditableLM, tokens: int, answers: int) -> float:
+    """Operations a second of a pass's own products, the median of several tries.
+
+    Those of one pass of so many tokens, with so many answer positions: through the layers above the first edited one
+    and the output head, forward and backward, and the gradients of the edited weights. Unlike :func:`matmul_rate`'s,
+    they are of the shapes that a step has, and their weights come from memory, one after another.
+    """
+    layers, head = lm.forward.layers[lm.forward.first_layer :], lm.forward.head.weight
+    weights = [(p, tokens) for layer in layers for p in layer.parameters() if p.dim() == 2] + [(head, answers)]
+    edited = [lm.model.get_submodule(name).weight for name in lm.module_shapes]
+    numbers = {
+        (rows, width): torch.randn(rows, width, device=head.device, dtype=head.dtype)
+        for weight, rows in [*weights, *((w, tokens) for w in edited)] for width in weight.shape
+    }  # fmt: skip
+    operations = sum(4 * rows * w.numel() for w, rows in weights) + sum(2 * tokens * w.numel() for w in edited)
+    rates = []
+    for _ in range(7):
+        _wait(head.device)
+        start = time.perf_counter()
+        for weight, rows in weights:
+            linear(numbers[rows, weight.shape[1]], weight)
+            linear(numbers[rows, weight.shape[0]], weight.t())
+        for weight in edited:
+            outer(numbers[tokens, weight.shape[0]], numbers[tokens, weight.shape[1]])
+        _wait(head.device)
+        rates.append(operations / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def _wait(device: Any) -> None:

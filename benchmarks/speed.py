@@ -24,7 +24,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
-from floor import Floor, matmul_rate
+from floor import Floor, matmul_rate, pass_rate
 from reference import Reference
 from torch import Tensor
 from tqdm import tqdm
@@ -237,20 +237,22 @@ class Benchmark:
                     }.items():
                         deviations.setdefault(what, []).append(max(_deviation(a, b) for a, b in pairs))
         rates = self._rates(ours.lm)
+        own = {name: self._own_rate(steppers[f"{name}, exact"]) for name in rates}
         rows = {}
         for name in steppers:
-            rate = rates[name.split(",")[0]]
-            seconds = [sum(counts.values()) / rate for counts in floors[name]]
+            operations = statistics.median(sum(counts.values()) for counts in floors[name])
+            dtype = name.split(",")[0]
             rows[name] = {
                 "seconds": self.median(name),
                 "times the reference's speed": self.median("reference") / self.median(name),
-                "floor": statistics.median(seconds),
-                "over the floor": self.median(name) / statistics.median(seconds),
+                "floor": operations / rates[dtype],
+                "over the floor": self.median(name) * rates[dtype] / operations,
+                "over that of its own products": self.median(name) * own[dtype] / operations,
             }
         return {
             "rows": {"reference": {"seconds": self.median("reference")}, **rows},
             "greatest relative deviation": {what: max(values) for what, values in deviations.items()},
-            "operations a second": rates,
+            "operations a second": {"one large product": rates, "a pass's own products": own},
             "operations": {name: floors[name][-1] for name in list(steppers)[:2]},
         }
 
@@ -260,6 +262,12 @@ class Benchmark:
             name: matmul_rate(dtype, str(lm.device), (1024, d_in, d_out))
             for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
         }
+
+    def _own_rate(self, stepper: Stepper) -> float:
+        """:func:`pass_rate` of the step's passes."""
+        tokens, answers = (sum(len(x) for x in seen) for seen in ([*stepper.edits], [p.targets for p in stepper.edits]))
+        most = stepper.lm.max_tokens_per_pass
+        return pass_rate(stepper.lm, most, max(1, round(most * answers / tokens)))
 
     def _floor(self, stepper: Stepper, config: RewardConfig, sampled: bool) -> dict[str, float]:
         """Operations of the step to come, by part: its reward and the next batch's state."""
@@ -452,7 +460,7 @@ def plot_growth(result: Mapping[str, Any], path: Path) -> None:
 def shown(section: str, result: Mapping[str, Any]) -> str:
     """A section's numbers as text."""
     if section == "step":
-        columns = ["seconds", "times the reference's speed", "floor", "over the floor"]
+        columns = ["seconds", "times the reference's speed", "floor", "over the floor", "over that of its own products"]
         rows = [[name, *(f"{row[c]:.3g}" if c in row else "" for c in columns)] for name, row in result["rows"].items()]
         parts = [[part, *(f"{counts[part] / 1e9:.0f}" for counts in result["operations"].values())]
                  for part in next(iter(result["operations"].values()))]  # fmt: skip
