@@ -7,7 +7,7 @@ whole reward and its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -270,11 +270,18 @@ def score_streams(
     weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names], dtype=torch.float64)
     coefficient = (weight / tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
     referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
-    reference = dict(zip(referenced, lm.reference_states([passages[i] for i in referenced]), strict=True))
+    chunks: Iterable[tuple[list[int], AnswerStates]]
+    if gradient:
+        theirs = lm.reference_states([passages[i] for i in referenced])
+        chunks = _passes(lm, passages, streams, [s % len(names) for s in slot])
+    else:  # final states are small: all of them are held
+        states, theirs = lm.states_beside_reference(passages, streams, referenced)
+        chunks = [(list(range(len(passages))), states)]
+    reference = dict(zip(referenced, theirs, strict=True))
 
     sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
     with lm.collecting(gradient) as gradients:
-        for chunk, states in _passes(lm, passages, streams, [s % len(names) for s in slot]):
+        for chunk, states in chunks:
             position_slot = slots[chunk].to(lm.device)[states.owner]
             position_component = position_slot % len(names)
             chunk_loss = torch.zeros((), dtype=lm.edit_dtype, device=lm.device)
@@ -283,10 +290,10 @@ def score_streams(
                 if not len(rows):
                     continue
                 component = config.components[name][1]
-                theirs = None
+                beside = None
                 if component.needs_reference:
-                    theirs = torch.cat([reference[i] for i in chunk if slot[i] % len(names) == c])
-                losses = at_least_float32(component.loss(lm, states.hidden[rows], states.targets[rows], theirs))
+                    beside = torch.cat([reference[i] for i in chunk if slot[i] % len(names) == c])
+                losses = at_least_float32(component.loss(lm, states.hidden[rows], states.targets[rows], beside))
                 sums.index_add_(0, position_slot[rows], losses.detach())
                 chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
             if gradient:

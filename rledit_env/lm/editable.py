@@ -313,11 +313,11 @@ class EditableLM(EditedWeights):
             owner=torch.tensor([i for i, p in enumerate(passages) for _ in p.targets], device=self.device),
         )
 
-    def answer_states(self, passages: Sequence[Passage]) -> AnswerStates:
+    def answer_states(self, passages: Sequence[Passage], streams: Sequence[int] | None = None) -> AnswerStates:
         """Final states at the answer positions of all passages, in their order; no gradients."""
         pieces: list[Tensor | None] = [None] * len(passages)
         with torch.no_grad():
-            for chunk, states in self.answer_chunks(passages):
+            for chunk, states in self.answer_chunks(passages, streams):
                 for index, piece in zip(
                     chunk, states.hidden.split([len(passages[i].targets) for i in chunk]), strict=True
                 ):
@@ -331,16 +331,32 @@ class EditableLM(EditedWeights):
     def reference_states(self, passages: Sequence[Passage]) -> list[Tensor]:
         """θ₀'s final states at each passage's answer positions, (answer tokens, d) each: what the KL is measured
         against. Cached."""
-        keys = [(p.input_ids, len(p.targets)) for p in passages]
-        found = [self.reference_cache.get(k) for k in keys]
+        found = self._known_references(passages)
         missing = [i for i, state in enumerate(found) if state is None]
         if missing:
+            theirs = [passages[i] for i in missing]
             with self.original_weights():
-                states = self.answer_states([passages[i] for i in missing])
-            for i, piece in zip(missing, states.hidden.split([len(passages[i].targets) for i in missing]), strict=True):
-                found[i] = state = piece.clone()
-                self.reference_cache.put(keys[i], state)
+                states = self.answer_states(theirs)
+            for i, state in zip(missing, self._keep_references(theirs, states.hidden), strict=True):
+                found[i] = state
         return [state for state in found if state is not None]
+
+    def states_beside_reference(
+        self, passages: Sequence[Passage], streams: Sequence[int], referenced: Sequence[int]
+    ) -> tuple[AnswerStates, list[Tensor]]:
+        """:meth:`answer_states`, and :meth:`reference_states` of the passages with these indices."""
+        reference = self.reference_states([passages[i] for i in referenced])
+        return self.answer_states(passages, streams), reference
+
+    def _known_references(self, passages: Sequence[Passage]) -> list[Tensor | None]:
+        return [self.reference_cache.get((p.input_ids, len(p.targets))) for p in passages]
+
+    def _keep_references(self, passages: Sequence[Passage], hidden: Tensor) -> list[Tensor]:
+        """θ₀'s states (P, d) of passages by passage, which are cached."""
+        pieces = [piece.clone() for piece in hidden.split([len(p.targets) for p in passages])]
+        for passage, piece in zip(passages, pieces, strict=True):
+            self.reference_cache.put((passage.input_ids, len(passage.targets)), piece)
+        return pieces
 
     @torch.no_grad()
     def generate(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import replaced_forward
+from rledit_env.lm.editable import AnswerStates, EditableLM
+from rledit_env.lm.forward import Passage, replaced_forward
 from rledit_env.lm.products import linear
+
+ORIGINAL = -1  # a stream whose weights are the pre-trained ones
 
 
 class StreamLM(EditableLM):
@@ -54,14 +56,17 @@ class StreamLM(EditableLM):
     # -- a pass ----------------------------------------------------------------------------------------------------
 
     def _meeting(self, streams: Sequence[int]) -> Sequence[int]:
-        return super()._meeting(streams) if self._at_original or len(self._members) == 1 else streams
+        alone = len(self._members) == 1 and ORIGINAL not in streams
+        return super()._meeting(streams) if self._at_original or alone else streams
 
     @contextmanager
     def _routed(self, streams: Sequence[int], sizes: Sequence[int]) -> Iterator[None]:
         counts: dict[int, int] = {}  # tokens of each stream, in the batch's order
         for stream, size in zip(self._meeting(streams), sizes, strict=True):
             counts[stream] = counts.get(stream, 0) + size
-        weights = [self._original_oriented if self._at_original else self._members[s]._run for s in counts]
+        weights = [
+            self._original_oriented if self._at_original or s == ORIGINAL else self._members[s]._run for s in counts
+        ]
         with ExitStack() as stack:
             stack.callback(setattr, self, "_now", self._now)
             self._now = list(counts.items())
@@ -69,6 +74,18 @@ class StreamLM(EditableLM):
                 forward = partial(_grouped_linear, [w[name] for w in weights], module.bias, list(counts.values()))
                 stack.enter_context(replaced_forward(module, forward))
             yield
+
+    def states_beside_reference(
+        self, passages: Sequence[Passage], streams: Sequence[int], referenced: Sequence[int]
+    ) -> tuple[AnswerStates, list[Tensor]]:
+        """As `EditableLM`'s, in one pass: θ₀ is one more stream in it."""
+        found = self._known_references([passages[i] for i in referenced])
+        missing = [passages[i] for i, state in zip(referenced, found, strict=True) if state is None]
+        states = self.answer_states([*passages, *missing], [*streams, *[ORIGINAL] * len(missing)])
+        own = sum(len(p.targets) for p in passages)
+        fresh = iter(self._keep_references(missing, states.hidden[own:]))
+        reference = [next(fresh) if state is None else state for state in found]
+        return AnswerStates(states.hidden[:own], states.targets[:own], states.owner[:own]), reference
 
     def generate(self, *args: Any, **kwargs: Any) -> list[str]:
         with self._routed([0], [0]):

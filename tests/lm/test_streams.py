@@ -65,6 +65,28 @@ def test_a_pass_of_several_streams_traces_each_at_its_own_weights(streams, uneve
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_unedited_model_is_one_more_stream_of_a_pass(streams, uneven_facts, name, count):
+    three, alone = streams(name)
+    lm = three[0]
+    passages = [encode(lm, r).edit for r in uneven_facts]
+    whose = [i % count for i in range(len(passages))]
+    lm.reference_cache.clear()
+    lm.reference_states(passages[2:3])  # one of those below is known already
+    referenced = [0, 2, len(passages) - 1]
+    states, reference = together(three[:count]).states_beside_reference(passages, whose, referenced)
+    everywhere = [alone(seed, lambda lm: lm.answer_states(passages)) for seed in range(count)]
+    assert torch.equal(states.targets, everywhere[0].targets) and torch.equal(states.owner, everywhere[0].owner)
+    for i, seed in enumerate(whose):
+        rows = states.owner == i
+        torch.testing.assert_close(states.hidden[rows], everywhere[seed].hidden[rows], rtol=1e-4, atol=1e-5)
+    lm.reference_cache.clear()
+    wanted = lm.reference_states([passages[i] for i in referenced])
+    torch.testing.assert_close(reference, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted[0], everywhere[0].hidden[everywhere[0].owner == 0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("max_tokens", [40, 4096])
 def test_a_pass_of_several_streams_scores_each_at_its_own_weights(streams, uneven_facts, name, max_tokens, monkeypatch):
     three, alone = streams(name)
