@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
+TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: what an interrupted training goes on from
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.files import built_from, check_counters, read_description, read_tensors
+from agents.files import TRAINING_STATE, built_from, check_counters, read_description, read_tensors
 from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from agents.standard_state import load_training_state, training_state
@@ -45,7 +45,6 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
 }  # fmt: skip
 MAX_SIZE = 10**7  # of buffers and the like, in what a saved agent asks for
-TRAINING_STATE = "training.safetensors"
 Callback = Callable[[dict[str, float]], bool | None]
 
 

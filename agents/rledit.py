@@ -19,13 +19,12 @@ from tqdm.auto import tqdm, trange
 from agents.base import Agent, factor_action, module_shapes, run_stream, used_rows
 from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
-from agents.files import built_from, check_counters, check_size, read_description, read_tensors
+from agents.files import TRAINING_STATE, built_from, check_counters, check_size, read_description, read_tensors
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
 
-TRAINING_STATE = "training.safetensors"
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
 POLICY = ("network.", "prior.", "stream.")  # what the names of a policy's tensors begin with

@@ -28,7 +28,8 @@ def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, A
     if isinstance(buffer := getattr(model, "replay_buffer", None), ReplayBuffer):
         tensors |= {f"buffer/{name}": torch.tensor(getattr(buffer, name)[: buffer.size()]) for name in BUFFER}
         numbers |= {"position": buffer.pos, "full": buffer.full}
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - Stable-Baselines3 draws from it
+    # Stable-Baselines3 draws from NumPy's global numbers.
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     tensors |= {"random/torch": torch.get_rng_state(), "random/numpy": torch.tensor(np.asarray(keys, np.int64))}
     return tensors, {**numbers, "numpy": [kind, place, has_gauss, gauss]}
 
