@@ -282,8 +282,9 @@ def test_a_component_may_compare_with_the_pre_trained_states(make_env, uneven_fa
 
 def test_a_component_that_finds_nothing_to_score_costs_nothing(make_env, random_action):
     only = RewardConfig(components={"nothing": (1.0, Nothing())}, regularisation=0.0)
-    for config in (RewardConfig().replace("nothing", 1.0, Nothing()), only):
-        env = make_env(reward=config, reward_gradient=True)
+    both = RewardConfig().replace("nothing", 1.0, Nothing())
+    for config, gradient in ((both, True), (both, False), (only, True), (only, False)):
+        env = make_env(reward=config, reward_gradient=gradient)
         env.reset(seed=0)
         _, reward, terminated, _, info = env.step(random_action(env))
         assert not terminated and not info["diverged"]

@@ -307,10 +307,13 @@ class EditableLM(EditedWeights):
             yield chunk, self._joined([states], [passages[i] for i in chunk])
 
     def _joined(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
+        scale = self.forward.norm.weight
         return AnswerStates(
-            hidden=torch.cat(list(pieces)),
-            targets=torch.tensor([t for p in passages for t in p.targets], device=self.device),
-            owner=torch.tensor([i for i, p in enumerate(passages) for _ in p.targets], device=self.device),
+            hidden=torch.cat(list(pieces)) if pieces else scale.new_zeros(0, len(scale)),
+            targets=torch.tensor([t for p in passages for t in p.targets], dtype=torch.long, device=self.device),
+            owner=torch.tensor(
+                [i for i, p in enumerate(passages) for _ in p.targets], dtype=torch.long, device=self.device
+            ),
         )
 
     def answer_states(self, passages: Sequence[Passage], streams: Sequence[int] | None = None) -> AnswerStates:
