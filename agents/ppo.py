@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,8 +187,8 @@ class StandardAgent(Agent):
             watch.close()
         if watch.best is not None:
             self.model.policy.load_state_dict(watch.best)
-        if folder is not None:
-            shutil.rmtree(folder / "last", ignore_errors=True)  # nothing is left to go on from
+        if folder is not None:  # nothing is left to go on from
+            (folder / "last" / TRAINING_STATE).unlink(missing_ok=True)
         return self
 
     def _prepare(self, total_timesteps: int) -> None:

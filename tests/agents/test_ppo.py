@@ -31,9 +31,12 @@ def make(lm: Any = "tiny-llama", **arguments: Any) -> gym.Env[Any, Any]:
     return gym.make("RLEdit-CounterFact-v0", model=lm, disable_env_checker=True, **settings)
 
 
+def config_of(algorithm: Any, baseline_streams: int = 0) -> StandardConfig:
+    return StandardConfig(algorithm, baseline_streams=baseline_streams, hyperparameters=SMALL[algorithm])
+
+
 def agent_of(algorithm: str, env: gym.Env[Any, Any]) -> StandardAgent:
-    config = StandardConfig(algorithm, baseline_streams=0, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
-    return StandardAgent(env, config)
+    return StandardAgent(env, config_of(algorithm))
 
 
 @pytest.mark.parametrize("algorithm", SMALL)
@@ -63,7 +66,7 @@ def scales_of(agent: StandardAgent) -> list[Standardised]:
 @pytest.mark.parametrize("algorithm", SMALL)
 def test_every_algorithm_learns_from_rewards_relative_to_the_zero_action_s(algorithm: str, tmp_path: Path) -> None:
     env = make()
-    config = StandardConfig(algorithm, baseline_streams=3, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
+    config = config_of(algorithm, baseline_streams=3)
     agent = StandardAgent(env, config)
     seen: list[float] = []
     agent.learn(6 + 8, callback=lambda n: seen.append(n["return"]), progress_bar=False)
@@ -183,11 +186,12 @@ def interrupted_at(stream: int) -> Any:
 
 @pytest.mark.parametrize("algorithm", SMALL)
 def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(algorithm: str, tmp_path: Path) -> None:
-    config = StandardConfig(algorithm, baseline_streams=3, hyperparameters=SMALL[algorithm])  # type: ignore[arg-type]
+    config = config_of(algorithm, baseline_streams=3)
 
     def learned(folder: str, callback: Any = None) -> StandardAgent:
         env = make()
-        held_out = make(env.unwrapped.lm, split="eval", reward="none")  # type: ignore[attr-defined]
+        inner: Any = env.unwrapped
+        held_out = make(inner.lm, split="eval", reward="none")
         agent = StandardAgent(env, config, seed=5)
         return agent.learn(
             6 + 16, callback, progress_bar=False, log_dir=tmp_path / folder, eval_env=held_out, eval_every=2
@@ -197,7 +201,9 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(algorithm:
     whole = learned("whole", lambda numbers: returns.append(numbers["return"]))
     with pytest.raises(KeyboardInterrupt):
         learned("cut", interrupted_at(5))
-    assert (tmp_path / "cut" / "last").is_dir()
+    unfinished = tmp_path / "cut" / "last" / "training.safetensors"
+    assert unfinished.exists()
+    (unfinished.parent / "another's").touch()
     seen: list[float] = []
     going_on = learned("cut", lambda numbers: seen.append(numbers["return"]))
     assert 0 < len(seen) < len(returns) == 8, "it goes on, and does not start anew"
@@ -206,11 +212,12 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(algorithm:
     assert going_on.best_score == pytest.approx(whole.best_score)
     for name, value in whole.model.policy.state_dict().items():
         torch.testing.assert_close(going_on.model.policy.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    assert not (tmp_path / "cut" / "last").exists(), "nothing is left to go on from"
+    assert not unfinished.exists(), "nothing is left to go on from"
+    assert (unfinished.parent / "another's").exists(), "files that are not its own stay"
 
 
 def test_an_interrupted_run_is_gone_on_with_under_its_own_settings_only(tmp_path: Path) -> None:
-    config = StandardConfig("ppo", baseline_streams=0, hyperparameters=SMALL["ppo"])
+    config = config_of("ppo")
     with pytest.raises(KeyboardInterrupt):
         StandardAgent(make(), config).learn(16, interrupted_at(4), progress_bar=False, log_dir=tmp_path)
     other = StandardAgent(make(), config, seed=1)
