@@ -174,5 +174,5 @@ class Reference:
         self.apply(updates)
         scored = self.score(batches, config)
         parameters = [p for p in network.parameters() if p.requires_grad]
-        credit = [scored.gradient[m] for m in updates]
+        credit = [scored.gradient[m].to(update.dtype) for m, update in updates.items()]
         return updates, scored, list(torch.autograd.grad(list(updates.values()), parameters, credit))

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py
     python benchmarks/speed.py --sections step memory --threads 1
+    python benchmarks/speed.py --model random-llama-3-8b --dtypes bfloat16 --sections step memory edit
 
 `benchmarks/reference.py` is the straightforward implementation; both get the same batches and weights, and what they
 compute is compared. Everything that is compared runs in turn, `--repeats` times in one process, and medians count. The
@@ -26,6 +27,7 @@ import torch
 import tyro
 from floor import Floor, matmul_rate, pass_rate
 from reference import Reference
+from shapes import SHAPES, random_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,11 +35,13 @@ from agents import Hypernetwork, HypernetworkConfig
 from agents.credit import CreditAccumulator
 from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.placement import resolve_device
 from rledit_env.report import text_table, versions
 from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
 GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
 Section = Literal["step", "edit", "solve", "memory", "growth"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,13 @@ class Args:
     """Times the package beside a plain implementation."""
 
     model: str = "smollm2-135m"
-    """Registry name, hub id or folder of the model."""
+    """Registry name, hub id or folder of the model; or a shape of benchmarks/shapes.py, with random weights."""
     edit_modules: tuple[str, ...] = ("model.layers.[20-27].mlp.{gate,up}_proj",)
-    """Modules to edit."""
+    """Modules to edit; a shape has its own."""
+    tokenizer: str = "smollm2-135m"
+    """Whose tokenizer a model with random weights reads with."""
+    dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
+    """Precisions of the frozen weights to measure the package in; the reference runs in the first."""
     data: str = "bundled"
     """CounterFact's facts, as the environment takes them."""
     batch_size: int = 20
@@ -79,7 +87,7 @@ class Args:
     out: Path = Path("runs/speed")
     """Folder of speed.json and growth.png."""
     peak_of: Literal["", "reference", "package"] = ""
-    """Only print the peak memory of one path above the model, in bytes; used by the memory section."""
+    """Only print bytes in use before a step of one path, and its peak above them; used by the memory section."""
 
 
 class Stepper:
@@ -179,10 +187,14 @@ class Benchmark:
         self.args = args
         self.seconds: dict[str, list[float]] = {}
 
-    def load(self, dtype: torch.dtype) -> EditableLM:
+    def load(self, precision: Precision) -> EditableLM:
         """A model of its own, so that what is compared shares no cache."""
-        lm = EditableLM.load(self.args.model, self.args.edit_modules, dtype, self.args.device)
-        lm.max_tokens_per_pass = self.args.tokens_per_pass or lm.max_tokens_per_pass
+        args, dtype = self.args, getattr(torch, precision)
+        if args.model in SHAPES:
+            lm = random_model(args.model, args.tokenizer, dtype, resolve_device(args.device))
+        else:
+            lm = EditableLM.load(args.model, args.edit_modules, dtype, args.device)
+        lm.max_tokens_per_pass = args.tokens_per_pass or lm.max_tokens_per_pass
         return lm
 
     def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
@@ -203,13 +215,13 @@ class Benchmark:
         sampled = replace(exact, backtracking_samples=args.samples)
         batches = args.depth + args.repeats + 1
         steppers = {
-            f"{name}, {reward}": Stepper(args, self.load(dtype), config, batches, args.batch_size)
-            for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+            f"{name}, {reward}": Stepper(args, self.load(name), config, batches, args.batch_size)
+            for name in args.dtypes
             for reward, config in (("exact", exact), (f"{args.samples} of {args.depth} sampled", sampled))
         }
         for stepper in tqdm(steppers.values(), desc="first batches"):
             stepper.edit_quickly(args.depth)
-        ours = steppers["float32, exact"]
+        ours = steppers[f"{args.dtypes[0]}, exact"]
         ours.compared = True
         reference = Reference(ours.lm)
         deviations: dict[str, list[float]] = {}
@@ -254,13 +266,14 @@ class Benchmark:
             "greatest relative deviation": {what: max(values) for what, values in deviations.items()},
             "operations a second": {"one large product": rates, "a pass's own products": own},
             "operations": {name: floors[name][-1] for name in list(steppers)[:2]},
+            "seconds a fact": {name: row["seconds"] / args.batch_size for name, row in rows.items()},
         }
 
     def _rates(self, lm: EditableLM) -> dict[str, float]:
         d_in, d_out = next(iter(lm.module_shapes.values()))
+        rows = max(1024, lm.max_tokens_per_pass)
         return {
-            name: matmul_rate(dtype, str(lm.device), (1024, d_in, d_out))
-            for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+            name: matmul_rate(getattr(torch, name), str(lm.device), (rows, d_in, d_out)) for name in self.args.dtypes
         }
 
     def _own_rate(self, stepper: Stepper) -> float:
@@ -294,12 +307,10 @@ class Benchmark:
         args = self.args
         n, batches = args.edit_batch_size, args.repeats + 1
         small = replace(args, rank=256, blocks=2)
-        steppers = {
-            "editing, float32": Stepper(args, self.load(torch.float32), "none", batches, n),
-            "editing, bfloat16": Stepper(args, self.load(torch.bfloat16), "none", batches, n),
-            "editing, bfloat16, rank 256, 2 blocks": Stepper(small, self.load(torch.bfloat16), "none", batches, n),
-        }
-        ours = steppers["editing, float32"]
+        steppers = {f"editing, {name}": Stepper(args, self.load(name), "none", batches, n) for name in args.dtypes}
+        last = args.dtypes[-1]
+        steppers[f"editing, {last}, rank 256, 2 blocks"] = Stepper(small, self.load(last), "none", batches, n)
+        ours = steppers[f"editing, {args.dtypes[0]}"]
         reference = Reference(ours.lm)
 
         def plain(edits: Sequence[Any]) -> None:
@@ -328,7 +339,7 @@ class Benchmark:
         """The ridge least squares of one module by its dual and by its normal equations, random factors."""
         results = {}
         rows, d_out, damping = 300, 4096, 1.0
-        device = EditableLM.load("tiny-llama", device=self.args.device).device
+        device = resolve_device(self.args.device)
         for d_in in self.args.solve_widths:
             generator = torch.Generator(device=device).manual_seed(0)
             u = torch.randn(rows, d_in, device=device, generator=generator)
@@ -365,14 +376,15 @@ class Benchmark:
         for path in ("reference", "package"):
             command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", path]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            result[path] = int(output.split()[-1])
+            result["model and network"], result[path] = map(int, output.split()[-2:])
         return {**result, "package / reference": result["package"] / result["reference"]}
 
-    def peak(self, path: str) -> int:
-        """Bytes that one path's step needs above what was there before it."""
+    def peak(self, path: str) -> tuple[int, int]:
+        """Bytes that were there before a step of one path (on a GPU its tensors, on a CPU the process), and those that
+        the step needs above."""
         args = self.args
         config = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
-        stepper = Stepper(args, self.load(torch.float32), config, args.depth + 1, args.batch_size)
+        stepper = Stepper(args, self.load(args.dtypes[0]), config, args.depth + 1, args.batch_size)
         device = stepper.lm.device
         if path == "package":  # its caches are part of what it needs: they fill from here on
             start = _reset_peak(device)
@@ -382,7 +394,7 @@ class Benchmark:
             stepper.steps = args.depth
             start = _reset_peak(device)
             Reference(stepper.lm).training_step(stepper.network, stepper.edits, stepper.batches(config), config)
-        return _peak(device) - start
+        return start, _peak(device) - start
 
     def growth(self) -> dict[str, Any]:
         """Seconds of a step by n, by k, and by the number of edits so far."""
@@ -393,7 +405,7 @@ class Benchmark:
             for size in sizes:
                 n, k = (size, args.depth) if what == "n" else (args.batch_size, size)
                 config = replace(base, backtracking_depth=k)
-                stepper = Stepper(args, self.load(torch.bfloat16), config, k + args.repeats + 1, n)
+                stepper = Stepper(args, self.load(args.dtypes[-1]), config, k + args.repeats + 1, n)
                 stepper.edit_quickly(k)
                 for _ in range(args.repeats):
                     self.clock(f"{what} = {size}", stepper.lm, stepper.learn)
@@ -401,7 +413,7 @@ class Benchmark:
             result[f"seconds by {what}"] = found
         config = replace(base, backtracking_samples=args.samples)
         steps = args.growth_edits // args.batch_size
-        stepper = Stepper(args, self.load(torch.bfloat16), config, steps, args.batch_size)
+        stepper = Stepper(args, self.load(args.dtypes[-1]), config, steps, args.batch_size)
         with torch.no_grad():
             stepper.network.log_step_size -= 2.3  # so small that the model stays whole for thousands of edits
         seconds = [timed(stepper.lm.device, stepper.learn)[0] for _ in tqdm(range(steps), desc="edits", unit="batch")]
@@ -483,7 +495,7 @@ def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     benchmark = Benchmark(args)
     if args.peak_of:
-        print(benchmark.peak(args.peak_of))
+        print(*benchmark.peak(args.peak_of))
         return
     results: dict[str, Any] = {}
     for section in args.sections:

@@ -1,16 +1,18 @@
-"""Attention of models that run on a CPU."""
+"""Attention of short sequences, padded or end to end in one row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -18,6 +20,9 @@ from transformers.masking_utils import sdpa_mask
 NAME = "short_float32"
 SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
 LIKE = 0.5  # packed sequences attend together whose lengths differ by no more than this factor
+# PyTorch's kernels for a GPU but cuDNN's, which plans for every new length anew: 1.4 ms a call on a Hopper.
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+Group = tuple[int, int, slice | Tensor, Tensor]  # sequences, the longest's tokens, where they lie, what is padding
 
 
 class Packing:
@@ -33,8 +38,9 @@ class Packing:
     def __init__(self, lengths: Sequence[int]) -> None:
         starts = [0, *accumulate(lengths)]
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.tokens = starts[-1]
-        self._groups: list[tuple[int, int, slice | Tensor, Tensor]] = []
+        self.tokens, self.longest = starts[-1], max(lengths)
+        self._ends = torch.tensor(starts, dtype=torch.int32)
+        groups: list[Group] = []
         back = torch.zeros(self.tokens, dtype=torch.long)
         place = 0
         while order:
@@ -48,12 +54,28 @@ class Packing:
             places = place + own.flatten().nonzero()[:, 0]
             back[source[places - place]] = places
             whole = not len(padding) and int(source[-1] - source[0]) == len(source) - 1
-            self._groups.append(
+            groups.append(
                 (len(members), longest, slice(int(source[0]), int(source[-1]) + 1) if whole else source, padding)
             )
             place += len(source)
-        self._back = back
+        self._placed = {torch.device("cpu"): (groups, back)}
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def _on(self, device: torch.device) -> tuple[list[Group], Tensor]:
+        """The groups, and where each token lies in them, for tensors of a device."""
+        if device not in self._placed:
+            groups, back = self._placed[torch.device("cpu")]
+            moved = [
+                (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
+                for count, longest, source, padding in groups
+            ]
+            self._placed[device] = moved, back.to(device)
+        return self._placed[device]
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32."""
+        self._ends = self._ends.to(device)
+        return self._ends
 
     def apart(self, row: Tensor, zero: bool = False) -> list[Tensor]:
         """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d); what is no token is zero if
@@ -62,7 +84,7 @@ class Packing:
         tokens = row.transpose(1, 2).reshape(length, heads * width)
         dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
         parts = []
-        for batch, longest, source, padding in self._groups:
+        for batch, longest, source, padding in self._on(row.device)[0]:
             part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
@@ -76,7 +98,8 @@ class Packing:
         _, heads, _, width = parts[0].shape
         rows = [part.transpose(1, 2).to(dtype).reshape(-1, heads * width) for part in parts]
         tokens = rows[0].new_empty(length, heads * width)
-        torch.index_select(rows[0] if len(rows) == 1 else torch.cat(rows), 0, self._back, out=tokens[: self.tokens])
+        back = self._on(tokens.device)[1]
+        torch.index_select(rows[0] if len(rows) == 1 else torch.cat(rows), 0, back, out=tokens[: self.tokens])
         tokens[self.tokens :] = 0
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
@@ -117,7 +140,8 @@ def short_attention(
     precision; everything else is PyTorch's scaled dot product attention, in float32 too.
 
     The sequences of edits have some dozen tokens. PyTorch's kernel, made for long ones, takes 1.7 times as long on them
-    in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16.
+    in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16. That
+    is on a CPU; on a GPU it is PyTorch's kernels in the query's precision, those of packed sequences too if they can.
 
     Args:
         query: (B, heads, L, d).
@@ -135,7 +159,14 @@ def short_attention(
     if (packing := _packing.get()) is not None:
         if not (causal and plain and key.shape[2] == length and value.shape[3] == width):
             raise ValueError("this attention is not of the kind that keeps packed sequences apart")
+        if query.is_cuda and _has_packed_kernel(query, key, packing):
+            return _by_packed_kernel(query, key, value, scale, packing).transpose(1, 2), None
         return _PackedAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+    if query.is_cuda:
+        with sdpa_kernel(PLANLESS):
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
+            )
     if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
         query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
     masked = (
@@ -220,6 +251,42 @@ class _PackedAttention(torch.autograd.Function):
         return *joined, None, None
 
 
+def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
+    """Whether PyTorch's flash attention takes a row (1, heads, N, d) of packed sequences."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+        and query.shape[1] % key.shape[1] == 0 and query.shape[2] == packing.tokens
+        and _packed_kernel_works(query.device, query.dtype)
+    )  # fmt: skip
+
+
+def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
+    """What :class:`_PackedAttention` gives, by PyTorch's flash attention."""
+    ends, longest = packing.ends(query.device), packing.longest
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
+    output = torch.ops.aten._flash_attention_forward(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scale)
+    return output[0].transpose(0, 1)[None]
+
+
+@cache
+def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and GPU have the kernel, and it gives what :class:`_PackedAttention` does."""
+    packing = Packing([3, 17, 9])
+    numbers = torch.randn(4, 29, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    query, key, value = numbers[None], numbers[None, :2], numbers[None, 2:]
+    ways: list[Callable[..., Any]] = [_by_packed_kernel, _PackedAttention.apply]
+    try:
+        found = []
+        for attention in ways:
+            leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+            with torch.enable_grad():
+                output = attention(*leaves, 0.3, packing)
+                found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+    return all(bool((a - b).norm() <= 0.03 * b.norm()) for a, b in zip(*found, strict=True))
+
+
 def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
     """(L, r · L), −∞ where a key is later than the query."""
     length = key.shape[1]
@@ -247,8 +314,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def prefer_fast_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU use :func:`short_attention` where it uses PyTorch's."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    """Let a model on a CPU or a GPU use :func:`short_attention` where it uses PyTorch's."""
+    if model.device.type in ("cpu", "cuda") and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, short_attention)
         AttentionMaskInterface.register(NAME, _mask)
         model.set_attn_implementation(NAME)

@@ -1,4 +1,4 @@
-"""Modules of a model on a CPU that compute the same faster."""
+"""Modules of a model that compute the same faster."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 
 def prefer(model: PreTrainedModel, faster: Callable[[nn.Module], type[nn.Module] | None]) -> None:
-    """Give modules of a model on a CPU another class, which keeps their weights and names.
+    """Give modules of a model on a CPU or a GPU another class, which keeps their weights and names.
 
     Args:
         model: the model; on other devices it stays as it is.
         faster: the class for a module, or None; asked once for each class of module.
     """
-    if model.device.type != "cpu":
+    if model.device.type not in ("cpu", "cuda"):
         return
     known: dict[type[nn.Module], type[nn.Module] | None] = {}
     for module in model.modules():

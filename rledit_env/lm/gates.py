@@ -1,4 +1,4 @@
-"""Gated feed-forward layers of models that run on a CPU."""
+"""Gated feed-forward layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FastGate(nn.Module):
 
 
 def prefer_fast_gates(model: PreTrainedModel) -> None:
-    """Let a model on a CPU compute its gated feed-forward layers by :class:`_Gate`, where that gives what it had.
+    """Let a model compute its gated feed-forward layers by :class:`_Gate`, where that gives what it had.
 
     Each class of layer is tried on numbers of a seed first; one that computes something else stays as it is.
     """

@@ -19,6 +19,7 @@ from rledit_env.lm.forward import SuffixForward, at_least_float32
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
 BLOCK_BYTES = 2**25  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory
 ROWS = 16  # of them, those worked on at once in float32: few enough to stay in a processor's cache
+GPU_BLOCK = 256  # the same of other devices, which work on all of a block at once
 
 # Log-probabilities (r, |V|) of a few positions, their place among all, and what the output head gives (r, |V|) for
 # the states beside theirs → losses (r,) and, if wanted, their gradient for the logits (r, |V|), which may be written
@@ -74,15 +75,17 @@ class _Losses(torch.autograd.Function):
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
         sides = 1 if len(beside) == 0 else 2
         most = BLOCK_BYTES // (sides * forward.head.weight.shape[0] * hidden.element_size()) // 16 * 16
-        size = max(16, min(BLOCK, most)) if hidden.device.type == "cpu" else BLOCK
+        size, step = GPU_BLOCK, GPU_BLOCK
+        if hidden.device.type == "cpu":
+            size, step = max(16, min(BLOCK, most)), ROWS
         for begin in range(0, len(hidden), size):
             block = slice(begin, min(begin + size, len(hidden)))
             states = torch.cat([hidden[block], beside[block]])
             # (p or 2p and up to a quantum, |V|) in the head's precision
             both = forward.head(F.pad(states, (0, 0, 0, -len(states) % forward.quantum)))
             raw = both[: block.stop - begin]  # the gradient is written over it
-            for start in range(0, len(raw), ROWS):
-                rows = raw[start : start + ROWS]
+            for start in range(0, len(raw), step):
+                rows = raw[start : start + step]
                 place = slice(begin + start, begin + start + len(rows))
                 logits = forward.capped(rows)
                 slope = forward.softcap_slope(logits) if wanted else None

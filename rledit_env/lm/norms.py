@@ -1,4 +1,4 @@
-"""Root mean square norms of models that run on a CPU."""
+"""Root mean square norms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -49,11 +50,18 @@ class FastNorm(nn.Module):
         if args or kwargs or self.weight.requires_grad:
             return super().forward(hidden_states, *args, **kwargs)
         scale = 1.0 + at_least_float32(self.weight) if self.one_more else self.weight
-        return _RMSNorm.apply(hidden_states, scale, _epsilon(self))
+        return _normalised(hidden_states, scale, _epsilon(self))
+
+
+def _normalised(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) · scale as :class:`_RMSNorm` has it; on a GPU by PyTorch's one kernel, which rounds once."""
+    if x.is_cuda:
+        return F.rms_norm(x.to(scale.dtype), scale.shape, scale, epsilon).to(x.dtype)
+    return _RMSNorm.apply(x, scale, epsilon)
 
 
 def prefer_fast_norms(model: PreTrainedModel) -> None:
-    """Let a model on a CPU compute its root mean square norms by :class:`_RMSNorm`, where that gives what it had.
+    """Let a model compute its root mean square norms by :func:`_normalised`, where that gives what it had.
 
     Each class of norm is tried on numbers of a seed first; one that computes something else stays as it is.
     """
@@ -78,7 +86,7 @@ def _faster(module: Any) -> type[nn.Module] | None:
     wanted = trial(x)
     for one_more in (False, True):
         scale = 1.0 + at_least_float32(trial.weight) if one_more else trial.weight
-        got = _RMSNorm.apply(x, scale, _epsilon(module))
+        got = _normalised(x, scale, _epsilon(module))
         tolerance = 0.01 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
         if got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=tolerance, atol=tolerance):
             return type(f"Fast{cls.__name__}", (FastNorm, cls), {"one_more": one_more, "__module__": cls.__module__})

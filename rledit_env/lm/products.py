@@ -79,7 +79,7 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D:
 
 def prefer_fast_products(model: PreTrainedModel) -> None:
     """Let a float32 model on a CPU multiply by :func:`linear`."""
-    if model.dtype == torch.float32:
+    if model.dtype == torch.float32 and model.device.type == "cpu":
         prefer(model, lambda module: FASTER.get(type(module)))
 
 
