@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -224,7 +225,7 @@ class LifelongEditEnv(gym.Env):
         self._step = 0
         self._over = True  # an episode must be begun with reset
         self._rows = 0
-        self._kept: dict[str, Tensor] = {}  # the weights before the update, while a step is being taken
+        self._undo: Callable[[], None] | None = None  # takes the update back, while a step is being taken
         self._at: tuple[int, Any] = (0, None)  # the rows in use and the random state then
         self._refused = False  # whether the action was not finite, and is skipped
         self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
@@ -326,19 +327,19 @@ class LifelongEditEnv(gym.Env):
         """Apply an accepted action; returns the change made, noise included: the factors, or, by the action's own key,
         the dense ΔW."""
         self._before = self._answers() if self.render_mode in ("ansi", "human") else None
-        self._kept = self.lm.snapshot()
         self._at = self._rows, self.np_random.bit_generator.state
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
+        if self.recorder is None and "accumulated" not in action:
+            self._undo = self.lm.add(action["updates"]) if "updates" in action else self.lm.apply(**action)
+            return action
+        before = self.lm.snapshot()
+        self._undo = partial(self.lm.restore, before)
         if self.recorder is not None:
             self.lm.restore(self.recorder.record(action))
-        elif "accumulated" in action:
-            self.lm.replace(action["accumulated"])
-        elif "updates" in action:
-            self.lm.add(action["updates"])
         else:
-            self.lm.apply(action["keys"], action["values"])
+            self.lm.replace(action["accumulated"])
         if "accumulated" in action:
-            return {"accumulated": {m: self.lm.weight(m) - self._kept[m] for m in action["accumulated"]}}
+            return {"accumulated": {m: self.lm.weight(m) - before[m] for m in action["accumulated"]}}
         return action
 
     def _broken(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -349,7 +350,8 @@ class LifelongEditEnv(gym.Env):
         """
         if self.recorder is not None:
             self.recorder.roll_back()
-        self.lm.restore(self._kept)
+        assert self._undo is not None
+        self._undo()
         batch = info["batch"]
         if self.on_divergence == "raise":
             self._over = False
@@ -406,7 +408,7 @@ class LifelongEditEnv(gym.Env):
         if not spaces.is_finite(observation) or (info["diverged"] and self.on_divergence == "end"):
             self._over = True
             observation = self._observe(None)
-        self._kept = {}  # nothing is taken back any more; what comes next, such as training, has the memory
+        self._undo = None  # nothing is taken back any more; what comes next, such as training, has the memory
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
         if self._before is not None:
             batch = info["batch"]
@@ -539,7 +541,7 @@ class LifelongEditEnv(gym.Env):
     def close(self) -> None:
         """Restore the pre-trained weights and drop the caches."""
         self.lm.restore()
-        self._kept = {}
+        self._undo = None
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()
 

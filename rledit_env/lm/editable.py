@@ -484,6 +484,7 @@ class EditableLM(EditedWeights):
         themselves need no gradient and no pass leaves one to be added up. Unless ``wanted``, nothing takes gradients.
         """
         sums: list[dict[str, Tensor]] = [{} for _ in range(self._streams)]
+        places: list[dict[str, Tensor]] = [{} for _ in range(self._streams)]
 
         def watch(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
@@ -500,7 +501,9 @@ class EditableLM(EditedWeights):
                 u, delta = keys[rows], gradient[rows]
                 total = sums[stream].get(name)
                 if total is None:
-                    sums[stream][name] = outer(delta, u).to(self.edit_dtype)
+                    if not places[stream]:
+                        places[stream] = self._side_by_side()
+                    sums[stream][name] = places[stream].pop(name).copy_(outer(delta, u))
                 else:
                     total.add_(outer(delta, u))
 
@@ -511,6 +514,14 @@ class EditableLM(EditedWeights):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _side_by_side(self) -> dict[str, Tensor]:
+        """Room for a number of each edited weight's, (d_out, d_in) by module, in one piece of memory: many smaller ones,
+        made between a pass's activations, would leave holes that nothing else fits in."""
+        sizes = {n: d_in * d_out for n, (d_in, d_out) in self.module_shapes.items()}
+        whole = torch.empty(sum(sizes.values()), dtype=self.edit_dtype, device=self.device)
+        pieces = zip(self.module_shapes.items(), whole.split(list(sizes.values())), strict=True)
+        return {n: piece.view(d_out, d_in) for (n, (d_in, d_out)), piece in pieces}
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model with its current weights, and its tokenizer, for ``from_pretrained`` to load anywhere.

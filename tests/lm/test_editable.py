@@ -200,6 +200,43 @@ def test_a_snapshot_comes_back_bit_for_bit_and_is_no_view(tiny_lm, name, dtype):
     assert all(torch.equal(state[n], p) for n, p in lm.model.state_dict().items())
 
 
+def bits(tensor):
+    return tensor.contiguous().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+
+
+# Little has to be kept, much, all, and all of what an update without finite numbers replaced.
+@pytest.mark.parametrize("dense, scale", [(d, s) for d in (0, 1) for s in (1e-3, 1.0, 1e12)] + [(0, 1e30)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_an_update_is_taken_back_bit_for_bit(tiny_lm, name, dtype, dense, scale):
+    lm = tiny_lm(name, dtype=dtype)
+    lm.apply(*random_factors(lm, seed=1))
+    for m in lm.module_shapes:  # minus zero, which is zero and yet is not, and what is lost in any sum
+        lm.weight(m)[0, :2] = torch.tensor([-0.0, 1e-42])
+    lm.restore(lm.snapshot())  # the model's own copies, too
+    before, state = lm.snapshot(), {n: p.clone() for n, p in lm.model.state_dict().items()}
+    keys, values = random_factors(lm, scale=scale)
+    undo = lm.add({m: values[m].T @ keys[m] for m in keys}) if dense else lm.apply(keys, values)
+    assert not any(torch.equal(before[m], lm.weight(m)) for m in lm.module_shapes)
+    undo()
+    assert all(torch.equal(bits(before[m]), bits(lm.weight(m))) for m in lm.module_shapes)
+    assert all(torch.equal(state[n], p) for n, p in lm.model.state_dict().items())
+
+
+def test_what_takes_a_small_update_back_is_small_itself(tiny_lm):
+    lm = tiny_lm()
+    undo = lm.apply(*random_factors(lm, scale=0.01))
+    assert undo.nbytes < 0.2 * sum(lm.weight(m).nbytes for m in lm.module_shapes)
+
+
+def test_weights_that_changed_since_are_not_taken_for_the_update_s(tiny_lm):
+    lm = tiny_lm()
+    undo = lm.apply(*random_factors(lm, scale=0.01))
+    lm.apply(*random_factors(lm, seed=1))
+    with pytest.raises(RuntimeError, match="changed by something else"):
+        undo()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 def test_within_original_weights_the_model_is_the_pre_trained_one_and_afterwards_the_edited_one(
