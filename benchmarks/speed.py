@@ -70,6 +70,8 @@ class Args:
     """Inner width of the network's blocks."""
     blocks: int = 4
     """Residual blocks of the network."""
+    reference_solve: Literal["float32", "float64"] = "float32"
+    """Precision of the reference's normal equations; wide modules need float64 to be compared with."""
     repeats: int = 3
     """Runs of everything that is timed; the median counts."""
     solve_widths: tuple[int, ...] = (4096, 14336)
@@ -197,6 +199,10 @@ class Benchmark:
         lm.max_tokens_per_pass = args.tokens_per_pass or lm.max_tokens_per_pass
         return lm
 
+    def reference(self, lm: EditableLM) -> Reference:
+        """The plain path over a model."""
+        return Reference(lm, solve_in=getattr(torch, self.args.reference_solve))
+
     def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
         """Run and time something under a name."""
         seconds, result = timed(lm.device, work)
@@ -223,7 +229,7 @@ class Benchmark:
             stepper.edit_quickly(args.depth)
         ours = steppers[f"{args.dtypes[0]}, exact"]
         ours.compared = True
-        reference = Reference(ours.lm)
+        reference = self.reference(ours.lm)
         deviations: dict[str, list[float]] = {}
         floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}
         for _ in range(args.repeats):
@@ -311,7 +317,7 @@ class Benchmark:
         last = args.dtypes[-1]
         steppers[f"editing, {last}, rank 256, 2 blocks"] = Stepper(small, self.load(last), "none", batches, n)
         ours = steppers[f"editing, {args.dtypes[0]}"]
-        reference = Reference(ours.lm)
+        reference = self.reference(ours.lm)
 
         def plain(edits: Sequence[Any]) -> None:
             with torch.no_grad():
@@ -393,7 +399,7 @@ class Benchmark:
         else:
             stepper.steps = args.depth
             start = _reset_peak(device)
-            Reference(stepper.lm).training_step(stepper.network, stepper.edits, stepper.batches(config), config)
+            self.reference(stepper.lm).training_step(stepper.network, stepper.edits, stepper.batches(config), config)
         return start, _peak(device) - start
 
     def growth(self) -> dict[str, Any]:

@@ -70,6 +70,24 @@ def test_bfloat16_streams_end_with_metrics_and_start_anew_bit_for_bit(model: str
     assert all(torch.equal(weight, before[m]) for m, weight in env.lm.snapshot().items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_that_breaks_the_llm_is_taken_back_bit_for_bit(dtype: str) -> None:
+    env = make(dtype=dtype)
+    observation, _ = env.reset(seed=0)
+    observation, *_ = env.step(fine_tuning(observation))
+    before = env.unwrapped.lm.snapshot()
+    action = fine_tuning(observation)
+    for factor in action["values"].values():
+        factor.mul_(1e18)
+    *_, info = env.step(action)
+    assert info["diverged"]
+    assert all(torch.equal(weight, before[m]) for m, weight in env.unwrapped.lm.snapshot().items())
+    undo = env.unwrapped.lm.apply(**fine_tuning(observation))
+    assert undo.nbytes < sum(weight.nbytes for weight in before.values())
+    undo()
+    assert all(torch.equal(weight, before[m]) for m, weight in env.unwrapped.lm.snapshot().items())
+
+
 def test_vectorised_streams_are_separate_ones() -> None:
     settings: dict[str, Any] = {"num_batches": 2, "batch_size": 2, "array_backend": "torch", "reward": REWARD}
     lm = EditableLM.load("tiny-llama", MODULES, "float32", DEVICE)

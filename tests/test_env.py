@@ -187,19 +187,19 @@ def test_a_model_that_breaks_only_on_the_next_batch_ends_the_episode_too(make_en
     assert observation in env.observation_space and not observation["mask"].any()
 
 
-def test_the_copy_of_the_weights_that_takes_an_update_back_is_gone_after_the_step(make_env, monkeypatch):
+def test_what_takes_an_update_back_is_gone_after_the_step(make_env, monkeypatch):
     env = make_env()
     observation, _ = env.reset(seed=0)
-    snapshot, copies = env.lm.snapshot, []
+    apply, made = env.lm.apply, []
 
-    def watched():
-        copy = snapshot()
-        copies.extend(map(weakref.ref, copy.values()))
-        return copy
+    def watched(keys, values):
+        undo = apply(keys, values)
+        made.append(weakref.ref(undo))
+        return undo
 
-    monkeypatch.setattr(env.lm, "snapshot", watched)
+    monkeypatch.setattr(env.lm, "apply", watched)
     env.step(fine_tuning(observation))
-    assert copies and not any(copy() is not None for copy in copies)
+    assert made and not any(undo() is not None for undo in made)
 
 
 def test_closing_restores_the_weights_and_may_be_done_twice(make_env):

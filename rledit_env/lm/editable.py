@@ -516,8 +516,8 @@ class EditableLM(EditedWeights):
                 handle.remove()
 
     def _side_by_side(self) -> dict[str, Tensor]:
-        """Room for a number of each edited weight's, (d_out, d_in) by module, in one piece of memory: many smaller ones,
-        made between a pass's activations, would leave holes that nothing else fits in."""
+        """Room for as many numbers as each edited weight has, (d_out, d_in) by module, in one piece of memory: many
+        smaller ones, made between a pass's activations, would leave holes that nothing else fits in."""
         sizes = {n: d_in * d_out for n, (d_in, d_out) in self.module_shapes.items()}
         whole = torch.empty(sum(sizes.values()), dtype=self.edit_dtype, device=self.device)
         pieces = zip(self.module_shapes.items(), whole.split(list(sizes.values())), strict=True)
