@@ -87,7 +87,7 @@ def memory(parameters: int, shapes: Mapping[str, tuple[int, int]], network: Hype
     factors = sum(t.rows * (d_in + d_out) for d_in, d_out in shapes.values())
     return {
         "frozen weights, bfloat16": 2.0 * parameters,
-        "edited weights: float32 W, W₀ and the one before the step; bfloat16 W₀": 14.0 * edited,
+        "edited weights: float32 W and W₀, bfloat16 W₀": 10.0 * edited,
         "gradient of the reward, float32": 4.0 * edited,
         "recursion: S⁻¹, its start, C": 12.0 * square,
         "policy, its gradient and Adam's moments": 16.0 * policy,
@@ -123,8 +123,9 @@ def report(t: Training | None = None) -> str:
     lines = [
         "# Large models on several devices, on paper",
         "",
-        "Written by `python benchmarks/scaling.py`; nothing here was measured. Shapes and counts are computed from the",
-        "models' architectures; the speeds below are assumptions, to be replaced by one's own.",
+        "Written by `python benchmarks/scaling.py`; nothing here was measured (a step of 8B parameters on one GPU was:",
+        "RESULTS.md). Shapes and counts are computed from the models' architectures; the speeds below are assumptions,",
+        "to be replaced by one's own.",
         "",
         "Each process holds a whole LLM (on one device or, with `device_map=\"auto\"`, on several), edits its own",
         "streams, and sends the hypernetwork's gradient once an update. The LLM's weights and updates never travel.",

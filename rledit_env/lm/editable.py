@@ -79,8 +79,8 @@ class EditableLM(EditedWeights):
         name: what to call the model in logs.
         cache_bytes: bound on the cached prefix states.
         max_tokens_per_pass: bound on the padded tokens of one pass that takes gradients (four times as many where none
-            are taken); None means what suits the device: 384 on a CPU (matrix products gain little by more, and memory
-            grows with it) and 4096 elsewhere.
+            are taken); None means what suits the device: on a CPU, where matrix products gain little by more and memory
+            grows with it, 384, or 256 in float32; 4096 elsewhere.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class EditableLM(EditedWeights):
         prefer_fast_norms(model)
         prefer_fast_gates(model)
         prefer_fast_products(model)
-        self.max_tokens_per_pass = max_tokens_per_pass or (384 if model.device.type == "cpu" else 4096)
+        on_cpu = 384 if model.dtype.itemsize < 4 else 256
+        self.max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
         _, layers = decoder_layers(model)
         linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}

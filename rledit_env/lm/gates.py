@@ -57,7 +57,8 @@ def _faster(module: nn.Module) -> type[nn.Module] | None:
         return None
     faster = type(f"Fast{cls.__name__}", (FastGate, cls), {"__module__": cls.__module__})
     generator = torch.Generator().manual_seed(0)
-    small = {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}
+    sizes = {"gate_proj": (4, 6), "up_proj": (4, 6), "down_proj": (6, 4)}
+    small = {name: nn.utils.skip_init(nn.Linear, *size) for name, size in sizes.items()}  # no random number is drawn
     for part in small.values():
         for parameter in part.parameters():
             parameter.normal_(generator=generator)

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from rledit_env.lm.forward import SuffixForward, at_least_float32
 
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
-BLOCK_BYTES = 2**25  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory
-ROWS = 16  # of them, those worked on at once in float32: few enough to stay in a processor's cache
+BLOCK_BYTES = 2**24  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory
+ROWS = 8  # of them, those worked on at once in float32: few enough to stay in a processor's cache
 GPU_BLOCK = 256  # the same of other devices, which work on all of a block at once
 
 # Log-probabilities (r, |V|) of a few positions, their place among all, and what the output head gives (r, |V|) for

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rledit_env.lm.editable import EditableLM
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed.py"
 MODULES = {
@@ -46,3 +49,27 @@ def test_every_section_writes_its_numbers(tmp_path: Path) -> None:
     assert results["memory"]["reference"] > 0 and results["memory"]["package"] > 0
     assert len(results["growth"]["seconds by edits so far"]) == 12
     assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_a_shape_s_model_is_the_same_every_time_and_reads_with_a_tokenizer_it_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SPEED.parent))
+    import shapes
+
+    numbers, _ = shapes.SHAPES["random-llama-3-8b"]
+    assert numbers["num_hidden_layers"] == 32
+    small = {**numbers, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 300, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip
+    monkeypatch.setitem(shapes.SHAPES, "small", (small, ("model.layers.[1-2].mlp.up_proj",)))
+    folder = str(EditableLM.load("tiny-llama", device="cpu").save_pretrained(tmp_path / "tiny"))
+    state = torch.random.get_rng_state()
+    first, second = (shapes.random_model("small", folder, torch.bfloat16, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert first.dtype == torch.bfloat16 and set(first.module_shapes.values()) == {(32, 48)}
+    weights = second.model.state_dict()
+    assert all(torch.equal(weight, weights[n]) for n, weight in first.model.state_dict().items())
+    assert first.trace([first.tokenize("Rome is in", "Peru")]).loss > 0
+    monkeypatch.setitem(shapes.SHAPES, "small", ({**small, "vocab_size": 200}, ("model.layers.1.mlp.up_proj",)))
+    with pytest.raises(ValueError, match="has 259 tokens; small has fewer"):
+        shapes.random_model("small", folder, torch.bfloat16, torch.device("cpu"))
