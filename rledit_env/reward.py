@@ -19,6 +19,7 @@ from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
+from rledit_env.lm.placement import release_free_memory
 
 
 class Component(Protocol):
@@ -272,6 +273,9 @@ def score_streams(
     referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
     chunks: Iterable[tuple[list[int], AnswerStates]]
     if gradient:
+        several = sum(map(len, passages)) > lm.max_tokens_per_pass
+        if several and lm.device.type == "cpu" and lm.dtype.itemsize >= 4:  # the step's most is held from here on
+            release_free_memory()
         theirs = lm.reference_states([passages[i] for i in referenced])
         chunks = _passes(lm, passages, streams, [s % len(names) for s in slot])
     else:  # final states are small: all of them are held

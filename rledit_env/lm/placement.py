@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 
@@ -41,3 +45,22 @@ def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices natively."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def release_free_memory() -> None:
+    """Let the C library give back to the system what was freed; nothing where it cannot.
+
+    glibc keeps up to 64 MB of it, in pieces of sizes that what comes next may not have.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return None
+    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
+    return found
