@@ -330,7 +330,8 @@ class LifelongEditEnv(gym.Env):
         self._at = self._rows, self.np_random.bit_generator.state
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
         if self.recorder is None and "accumulated" not in action:
-            self._undo = self.lm.add(action["updates"]) if "updates" in action else self.lm.apply(**action)
+            change = self.lm.add if "updates" in action else self.lm.apply
+            self._undo = change(**action, sparing=self.reward_gradient)  # the most memory is held for gradients
             return action
         before = self.lm.snapshot()
         self._undo = partial(self.lm.restore, before)

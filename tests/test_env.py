@@ -192,8 +192,8 @@ def test_what_takes_an_update_back_is_gone_after_the_step(make_env, monkeypatch)
     observation, _ = env.reset(seed=0)
     apply, made = env.lm.apply, []
 
-    def watched(keys, values):
-        undo = apply(keys, values)
+    def watched(*args, **options):
+        undo = apply(*args, **options)
         made.append(weakref.ref(undo))
         return undo
 

@@ -74,7 +74,8 @@ class _Losses(torch.autograd.Function):
         losses = at_least_float32(hidden.new_zeros(len(hidden)))
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
         sides = 1 if len(beside) == 0 else 2
-        most = BLOCK_BYTES // (sides * forward.head.weight.shape[0] * hidden.element_size()) // 16 * 16
+        room = BLOCK_BYTES if wanted else 2 * BLOCK_BYTES  # without gradients, little else is held
+        most = room // (sides * forward.head.weight.shape[0] * hidden.element_size()) // 16 * 16
         size, step = GPU_BLOCK, GPU_BLOCK
         if hidden.device.type == "cpu":
             size, step = max(16, min(BLOCK, most)), ROWS

@@ -75,17 +75,22 @@ class EditedWeights:
         """The pre-trained weight W₀ (d_out, d_in), float32; not a copy: read only."""
         return self._original[name]
 
-    def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Undo:
+    def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor], sparing: bool = True) -> Undo:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out).
+
+        ``sparing``: whether what takes it back spares memory; a copy of the weights takes half the time.
 
         Returns:
             What takes it back, as long as no other change came after.
         """
         like = next(iter(self._master.values()))
-        return self._add({n: partial(_product, values[n].to(like), keys[n].to(like)) for n in self._modules})
+        updates = {n: partial(_product, values[n].to(like), keys[n].to(like)) for n in self._modules}
+        return self._add(updates, sparing)
 
-    def add(self, updates: Mapping[str, Any]) -> Undo:
+    def add(self, updates: Mapping[str, Any], sparing: bool = True) -> Undo:
         """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
+
+        ``sparing``: as for :meth:`apply`.
 
         Returns:
             What takes it back, as long as no other change came after.
@@ -93,13 +98,13 @@ class EditedWeights:
         Raises:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
-        return self._add({n: partial(_same, update) for n, update in self.matrices(updates, "updates").items()})
+        return self._add({n: partial(_same, u) for n, u in self.matrices(updates, "updates").items()}, sparing)
 
     @torch.no_grad()
-    def _add(self, updates: Mapping[str, Callable[[], Tensor]]) -> Undo:
+    def _add(self, updates: Mapping[str, Callable[[], Tensor]], sparing: bool) -> Undo:
         changes = {}
         for name, update in updates.items():
-            changes[name] = _Change.made(self._master[name], update)
+            changes[name] = _Change.made(self._master[name], update, sparing)
             self._refresh(name, self._modules[name])
         return Undo(self, changes)
 
@@ -196,7 +201,7 @@ class EditedWeights:
 
 
 class Undo:
-    """Takes an update of edited weights back, bit for bit, without a copy of what was before.
+    """Takes an update of edited weights back, bit for bit, without a copy of what was before if it is to spare memory.
 
     Where W' − ΔW is W again, nothing is kept; for a typical update these are 98 of 100 numbers. The others, whose sum
     was rounded, are kept as they were.
@@ -237,10 +242,12 @@ class _Change:
     check: int
 
     @classmethod
-    def made(cls, weight: Tensor, update: Callable[[], Tensor]) -> _Change:
+    def made(cls, weight: Tensor, update: Callable[[], Tensor], sparing: bool) -> _Change:
         """Add ΔW to a weight (d_out, d_in)."""
         change, before = update(), weight.clone()
         weight += change
+        if not sparing:
+            return cls(update, None, before, 0)
         rows, columns = (_bits(weight - change) != _bits(before)).nonzero(as_tuple=True)
         if 3 * len(rows) > before.numel():  # a number that is kept takes three times its bytes, with its place
             return cls(update, None, before, 0)

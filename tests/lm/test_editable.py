@@ -211,9 +211,10 @@ def bits(tensor):
 
 # Little has to be kept, much, all, and all of what an update without finite numbers replaced.
 @pytest.mark.parametrize("dense, scale", [(d, s) for d in (0, 1) for s in (1e-3, 1.0, 1e12)] + [(0, 1e30)])
+@pytest.mark.parametrize("sparing", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-def test_an_update_is_taken_back_bit_for_bit(tiny_lm, name, dtype, dense, scale):
+def test_an_update_is_taken_back_bit_for_bit(tiny_lm, name, dtype, sparing, dense, scale):
     lm = tiny_lm(name, dtype=dtype)
     lm.apply(*random_factors(lm, seed=1))
     for m in lm.module_shapes:  # minus zero, which is zero and yet is not, and what is lost in any sum
@@ -221,7 +222,8 @@ def test_an_update_is_taken_back_bit_for_bit(tiny_lm, name, dtype, dense, scale)
     lm.restore(lm.snapshot())  # the model's own copies, too
     before, state = lm.snapshot(), {n: p.clone() for n, p in lm.model.state_dict().items()}
     keys, values = random_factors(lm, scale=scale)
-    undo = lm.add({m: values[m].T @ keys[m] for m in keys}) if dense else lm.apply(keys, values)
+    dense_update = {m: values[m].T @ keys[m] for m in keys} if dense else {}
+    undo = lm.add(dense_update, sparing) if dense else lm.apply(keys, values, sparing)
     assert not any(torch.equal(before[m], lm.weight(m)) for m in lm.module_shapes)
     undo()
     assert all(torch.equal(bits(before[m]), bits(lm.weight(m))) for m in lm.module_shapes)
