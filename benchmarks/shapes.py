@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def random_model(name: str, tokenizer: str, dtype: torch.dtype, device: torch.device) -> EditableLM:
+def random_model(
+    name: str, tokenizer: str, dtype: torch.dtype, device: torch.device, edit_modules: Sequence[str] = ()
+) -> EditableLM:
     """A Llama of a shape of :data:`SHAPES`, its weights drawn on the device itself from a seed.
 
     Args:
@@ -32,6 +35,7 @@ def random_model(name: str, tokenizer: str, dtype: torch.dtype, device: torch.de
         tokenizer: model name or folder whose tokenizer it reads with, which must not have more tokens.
         dtype: precision of the weights.
         device: where they are.
+        edit_modules: instead of the shape's own.
     """
     numbers, modules = SHAPES[name]
     devices = [device] if device.type == "cuda" else []
@@ -41,4 +45,4 @@ def random_model(name: str, tokenizer: str, dtype: torch.dtype, device: torch.de
     reader = AutoTokenizer.from_pretrained(fetch(tokenizer), local_files_only=True)
     if len(reader) > numbers["vocab_size"]:
         raise ValueError(f"the tokenizer of {tokenizer!r} has {len(reader)} tokens; {name} has fewer")
-    return EditableLM(model, reader, modules, name)
+    return EditableLM(model, reader, edit_modules or modules, name)

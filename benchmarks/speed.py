@@ -39,6 +39,7 @@ from rledit_env.lm.placement import resolve_device
 from rledit_env.report import text_table, versions
 from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
+EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model
 GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
 Section = Literal["step", "edit", "solve", "memory", "growth"]
 Precision = Literal["float32", "bfloat16"]
@@ -50,8 +51,8 @@ class Args:
 
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model; or a shape of benchmarks/shapes.py, with random weights."""
-    edit_modules: tuple[str, ...] = ("model.layers.[20-27].mlp.{gate,up}_proj",)
-    """Modules to edit; a shape has its own."""
+    edit_modules: tuple[str, ...] = ()
+    """Modules to edit; by default gate and up of layers 20 to 27, and of a shape those that the paper edits."""
     tokenizer: str = "smollm2-135m"
     """Whose tokenizer a model with random weights reads with."""
     dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -193,9 +194,9 @@ class Benchmark:
         """A model of its own, so that what is compared shares no cache."""
         args, dtype = self.args, getattr(torch, precision)
         if args.model in SHAPES:
-            lm = random_model(args.model, args.tokenizer, dtype, resolve_device(args.device))
+            lm = random_model(args.model, args.tokenizer, dtype, resolve_device(args.device), args.edit_modules)
         else:
-            lm = EditableLM.load(args.model, args.edit_modules, dtype, args.device)
+            lm = EditableLM.load(args.model, args.edit_modules or EDIT_MODULES, dtype, args.device)
         lm.max_tokens_per_pass = args.tokens_per_pass or lm.max_tokens_per_pass
         return lm
 

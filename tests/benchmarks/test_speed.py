@@ -67,6 +67,8 @@ def test_a_shape_s_model_is_the_same_every_time_and_reads_with_a_tokenizer_it_ha
     first, second = (shapes.random_model("small", folder, torch.bfloat16, torch.device("cpu")) for _ in range(2))
     assert torch.equal(state, torch.random.get_rng_state())
     assert first.dtype == torch.bfloat16 and set(first.module_shapes.values()) == {(32, 48)}
+    other = shapes.random_model("small", folder, torch.bfloat16, torch.device("cpu"), ["model.layers.0.mlp.gate_proj"])
+    assert list(other.module_shapes) == ["model.layers.0.mlp.gate_proj"]
     weights = second.model.state_dict()
     assert all(torch.equal(weight, weights[n]) for n, weight in first.model.state_dict().items())
     assert first.trace([first.tokenize("Rome is in", "Peru")]).loss > 0
