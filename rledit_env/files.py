@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,8 +38,9 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(folder)
     check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    token = secrets.token_hex(4)  # what a killed process left is in nobody's way; in a container all have the same id
+    work = path.with_name(f".{path.name}.partial-{token}")
+    replaced = path.with_name(f".{path.name}.replaced-{token}")
     work.mkdir()
     try:
         yield work
@@ -96,10 +98,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors makes private files
 
 
+def partial_of(path: str | Path) -> Path:
+    """Where a file is written before it takes its place: what a process that was killed meanwhile leaves."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")  # one name: these can be large
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A path to write in, which takes the place of ``path`` once it is safe on the disk."""
-    partial = path.with_name(f".{path.name}.partial")  # one name: these can be large, and a killed process leaves one
+    partial = partial_of(path)
     try:
         yield partial
         sync(partial)

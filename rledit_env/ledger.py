@@ -30,10 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rledit_env.files import sha256_of, sync, write_bytes, write_text
+from rledit_env.files import partial_of, sha256_of, sync, write_bytes, write_text
 from rledit_env.lm.editable import EditableLM
 
 HEADER = "ledger.json"
+LOCK = ".lock"
 FORMAT = 1
 FORMS = ({"keys", "values"}, {"updates"}, {"accumulated"}, set[str]())  # the parts of an update; none changes nothing
 ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
@@ -144,7 +145,7 @@ class EditLedger:
         self.header = _read_header(self.folder)
         self.shapes: dict[str, tuple[int, int]] = {m: (s[0], s[1]) for m, s in self.header["shapes"].items()}
         self.names, self.damage = self._scan()
-        self._lock: Any = None
+        self._lock: filelock.BaseFileLock | None = None
         self._checked: dict[int, Entry] = {}  # entries whose file has been read whole, without their tensors
 
     @classmethod
@@ -158,14 +159,11 @@ class EditLedger:
 
         Raises:
             FileExistsError: the folder is not empty.
+            LedgerError: another process begins a ledger there.
             OSError: it cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(
-                f"{folder} is there already and not empty; name another folder for the ledger, or go on with it: "
-                "resume (--resume)"
-            )
+        _check_new(folder)
         header = {
             "format": FORMAT,
             "model": lm.name,
@@ -174,9 +172,16 @@ class EditLedger:
             "original": _original_hash(lm),
             "settings": dict(settings or {}),
         }
-        write_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
-        ledger = cls(folder)
-        ledger.lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _reserved(folder)
+        try:
+            _check_new(folder)  # another process may have begun and ended one meanwhile
+            write_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
+            ledger = cls(folder)
+        except BaseException:
+            lock.release()
+            raise
+        ledger._lock = lock
         return ledger
 
     @classmethod
@@ -212,12 +217,7 @@ class EditLedger:
         Raises:
             LedgerError: another process has it.
         """
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise LedgerError(f"{self.folder} is being written by another process; wait for it to end") from error
-        self._lock = lock
+        self._lock = _reserved(self.folder)
         self.names, self.damage = self._scan()
 
     def close(self) -> None:
@@ -519,6 +519,34 @@ class EditLedger:
             elif path.name.endswith(".partial"):
                 path.unlink()
         sync(self.folder)
+
+
+def _check_new(folder: Path) -> None:
+    """Make sure that a ledger may begin there; what one leaves that was killed before its header was whole is nothing.
+
+    Raises:
+        FileExistsError: the folder is a file, or not empty.
+    """
+    unfinished = {LOCK, partial_of(HEADER).name}
+    if folder.exists() and (not folder.is_dir() or any(path.name not in unfinished for path in folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is there already and not empty; name another folder for the ledger, or go on with it: "
+            "resume (--resume)"
+        )
+
+
+def _reserved(folder: Path) -> filelock.BaseFileLock:
+    """The folder's lock, held by this process until it is released or the process dies.
+
+    Raises:
+        LedgerError: another process has it.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise LedgerError(f"{folder} is being written by another process; wait for it to end") from error
+    return lock
 
 
 def _original_hash(lm: EditableLM) -> str:

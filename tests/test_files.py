@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,27 @@ def test_a_folder_with_something_in_it_is_overwritten_only_when_asked(tmp_path: 
         (work / "new").touch()
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_what_a_killed_process_left_stops_no_later_one_with_its_id(tmp_path: Path) -> None:
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        from rledit_env.files import whole_folder
+        os.getpid = lambda: 7  # as in a container, where a program's process has the same number at every start
+        for end in sys.argv[2:]:
+            process = os.fork()
+            if process == 0:
+                with whole_folder(Path(sys.argv[1])) as work:
+                    (work / "file").touch()
+                    if end == "killed":
+                        os._exit(9)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "b"), "killed", "killed", "whole"]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split() == ["9", "9", "0"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["file"]
 
 
 def test_a_file_is_no_folder_even_to_overwrite(tmp_path: Path) -> None:

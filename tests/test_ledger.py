@@ -252,7 +252,11 @@ def test_two_writers_never_share_a_ledger(lm: EditableLM, tmp_path: Path) -> Non
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert "is being written by another process" in run.stderr
+    (tmp_path / "l" / "ledger.json").unlink()  # as long as the other process has not written it
+    with pytest.raises(LedgerError, match="is being written by another process"):
+        EditLedger.create(tmp_path / "l", lm)
     ledger.close()
+    EditLedger.create(tmp_path / "l", lm).close()
     with pytest.raises(LedgerError, match="reading only"):
         EditLedger(tmp_path / "l").append("edit", {}, original(lm), 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
 from agents.base import Agent
 from agents.editing import EditLog
+from rledit_env import files
 from rledit_env.env import LifelongEditEnv
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
@@ -239,6 +241,34 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
     with capsys.disabled():
         print(f"\nediting: {kills} kills in {runs} runs, {identical} of {runs} ended with identical weights")
     assert identical == runs
+
+
+def edit_and_die(folder: Path) -> str:
+    """:func:`edit_many`, killed in a folder "at N" at the N-th time that something is to be safe on the disk."""
+    left = int(folder.name.split()[1])
+    sync = files.sync
+
+    def killed(path: str | Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    files.sync = killed
+    return edit_many(folder)
+
+
+def test_a_run_killed_at_its_first_writes_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    with forked("test_recording", "edit_and_die") as runner:
+        code, wanted = runner.run(tmp_path / "at 0")
+        assert code == 0
+        for moment in range(1, 7):  # the header, the first memory and the first entry: the file and its folder
+            assert runner.run(tmp_path / f"at {moment}")[0] == -signal.SIGKILL
+            left = sorted(path.name for path in (tmp_path / f"at {moment}").iterdir())
+            assert moment > 1 or left == [".ledger.json.partial", ".lock"], "killed before the header was in its place"
+            (tmp_path / f"at {moment}").rename(tmp_path / f"at -{moment}")
+            assert runner.run(tmp_path / f"at -{moment}") == (0, wanted)
 
 
 # -- numerical safety -------------------------------------------------------------------------------------------------
