@@ -1,4 +1,4 @@
-"""Runs a task in processes that are killed at random moments, and once to its end.
+"""Runs a task in processes that are killed at random moments or at given writes, and once to its end.
 
 The processes are forked from one that has imported all it needs, so that a kill costs no start of Python; that one has
 run nothing, so that no thread is lost in the fork.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SERVER = """
@@ -73,6 +74,24 @@ def forked(module: str, task: str) -> Iterator[Runner]:
     finally:
         server.kill()
         server.wait()
+
+
+def die_at(folder: Path, change: int) -> None:
+    """Let this process die just before its change-th change of a file in the folder (from 1; 0 or less: never)."""
+    left = change
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event == "open":
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        else:
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if changes and str(folder) in str(arguments[0]):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 def kill_at_random(runner: Runner, folder: Path, kills: int, per_run: int = 4, seed: int = 0) -> tuple[int, int, int]:

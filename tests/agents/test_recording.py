@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killing import forked, kill_at_random
+from killing import die_at, forked, kill_at_random
 from torch import Tensor
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
 from agents.base import Agent
 from agents.editing import EditLog
-from rledit_env import files
 from rledit_env.env import LifelongEditEnv
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
@@ -244,31 +243,25 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
 
 
 def edit_and_die(folder: Path) -> str:
-    """:func:`edit_many`, killed in a folder "at N" at the N-th time that something is to be safe on the disk."""
-    left = int(folder.name.split()[1])
-    sync = files.sync
-
-    def killed(path: str | Path) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(path)
-
-    files.sync = killed
+    """:func:`edit_many`, killed in a folder "at N" just before its N-th change of that folder's files."""
+    die_at(folder, int(folder.name.split()[1]))
     return edit_many(folder)
 
 
-def test_a_run_killed_at_its_first_writes_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_of_its_first_writes_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    found: list[set[str]] = []
     with forked("test_recording", "edit_and_die") as runner:
         code, wanted = runner.run(tmp_path / "at 0")
         assert code == 0
-        for moment in range(1, 7):  # the header, the first memory and the first entry: the file and its folder
-            assert runner.run(tmp_path / f"at {moment}")[0] == -signal.SIGKILL
-            left = sorted(path.name for path in (tmp_path / f"at {moment}").iterdir())
-            assert moment > 1 or left == [".ledger.json.partial", ".lock"], "killed before the header was in its place"
-            (tmp_path / f"at {moment}").rename(tmp_path / f"at -{moment}")
-            assert runner.run(tmp_path / f"at -{moment}") == (0, wanted)
+        for moment in range(2, 20):  # from the folder on, through the header, to the second entry
+            folder = tmp_path / f"at {moment}"
+            assert runner.run(folder)[0] == -signal.SIGKILL
+            found.append({path.name.split("-")[0] for path in folder.iterdir()})
+            folder = folder.rename(tmp_path / f"at -{moment}")
+            assert runner.run(folder) == (0, wanted)
+            assert EditLedger(folder).verify() is None
+    assert set() in found and {".lock", ".ledger.json.partial"} in found and {".lock", "ledger.json"} in found
+    assert {".lock", "ledger.json", "memory", "00000000"} in found
 
 
 # -- numerical safety -------------------------------------------------------------------------------------------------
