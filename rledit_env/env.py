@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -226,7 +227,6 @@ class LifelongEditEnv(gym.Env):
         self._over = True  # an episode must be begun with reset
         self._rows = 0
         self._undo: Callable[[], None] | None = None  # takes the update back, while a step is being taken
-        self._at: tuple[int, Any] = (0, None)  # the rows in use and the random state then
         self._refused = False  # whether the action was not finite, and is skipped
         self._before: list[str] | None = None  # the LLM's answers before the step, where they are shown
         self._scene: render.Scene | None = None
@@ -263,14 +263,37 @@ class LifelongEditEnv(gym.Env):
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
             DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun.
+            Exception: whatever else ends a step before its end, such as Ctrl-C or a device without memory; nothing has
+                changed, and the step can be taken again. (With a ledger the update is on the disk already: go on by
+                resuming from it.)
         """
-        made = self._transition(self._accept(action))
-        scored, config = self._scored_now(), self.reward_config
-        scores = NO_SCORES if config is None else score(self.lm, scored, config, gradient=self.reward_gradient)
-        reward, info = self._rewarded(made, scores)
-        trace = None if self._over else self.lm.trace(self._edits(), self.token)
-        observation, reward, info = self._conclude(reward, info, trace)
-        return self._presented(observation), reward, self._over, False, info
+        accepted = self._accept(action)
+        with self._all_or_nothing():
+            made = self._transition(accepted)
+            scored, config = self._scored_now(), self.reward_config
+            scores = NO_SCORES if config is None else score(self.lm, scored, config, gradient=self.reward_gradient)
+            reward, info = self._rewarded(made, scores)
+            trace = None if self._over else self.lm.trace(self._edits(), self.token)
+            observation, reward, info = self._conclude(reward, info, trace)
+            return self._presented(observation), reward, self._over, False, info
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Within it a step is taken; what ends it early leaves the environment as it was before."""
+        before = self._step, self._over, self._rows, len(self.history)
+        random = self.np_random.bit_generator.state
+        try:
+            yield
+        except BaseException as error:
+            if self.recorder is None or isinstance(error, DivergenceError):  # whose taking back has been recorded, too
+                if self._undo is not None:
+                    self._undo()
+                self._step, self._over, self._rows, length = before
+                self.np_random.bit_generator.state = random
+                del self.history[length:]
+            raise
+        finally:
+            self._undo = None  # nothing is taken back any more; what comes next, such as training, has the memory
 
     # What `reset` and `step` consist of. `rledit_env.vector` runs the same pieces for many streams, with one
     # `trace` and one `score` for all of them.
@@ -327,7 +350,6 @@ class LifelongEditEnv(gym.Env):
         """Apply an accepted action; returns the change made, noise included: the factors, or, by the action's own key,
         the dense ΔW."""
         self._before = self._answers() if self.render_mode in ("ansi", "human") else None
-        self._at = self._rows, self.np_random.bit_generator.state
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
         if self.recorder is None and "accumulated" not in action:
             change = self.lm.add if "updates" in action else self.lm.apply
@@ -347,16 +369,15 @@ class LifelongEditEnv(gym.Env):
         """The reward and info of an update that broke the LLM, once the weights of before it have been put back.
 
         Raises:
-            DivergenceError: if that is asked for; the environment is then as before the step.
+            DivergenceError: if that is asked for.
         """
         if self.recorder is not None:
             self.recorder.roll_back()
         assert self._undo is not None
         self._undo()
+        self._undo = None
         batch = info["batch"]
         if self.on_divergence == "raise":
-            self._over = False
-            self._rows, self.np_random.bit_generator.state = self._at
             first = self.stream.batch(batch)[0]
             raise DivergenceError(
                 f"the update of batch {batch} (its first fact: {first.origin}, {first.prompt!r}) broke the LLM: a "
@@ -409,7 +430,6 @@ class LifelongEditEnv(gym.Env):
         if not spaces.is_finite(observation) or (info["diverged"] and self.on_divergence == "end"):
             self._over = True
             observation = self._observe(None)
-        self._undo = None  # nothing is taken back any more; what comes next, such as training, has the memory
         self.history.append({"reward": reward, **{k: v for k, v in info.items() if isinstance(v, float)}})
         if self._before is not None:
             batch = info["batch"]

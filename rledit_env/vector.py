@@ -178,6 +178,7 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
             nonlocal infos
             env = self.envs[i]
             observation, rewards[i], info = env._conclude(*outcomes[i], trace)
+            env._undo = None
             info = self._padded(info)
             ended[i] = env._over
             if ended[i] and mode is AutoresetMode.SAME_STEP:

@@ -14,8 +14,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
+from gymnasium.utils.env_checker import check_env, data_equivalence
 
+from rledit_env import env as env_module
 from rledit_env.encoding import encode
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import TOKEN_CHOICES
@@ -221,6 +222,55 @@ def test_what_takes_an_update_back_is_gone_after_the_step(make_env, monkeypatch)
     monkeypatch.setattr(env.lm, "apply", watched)
     env.step(fine_tuning(observation))
     assert made and not any(undo() is not None for undo in made)
+
+
+def dense_update(observation):
+    factors = fine_tuning(observation)
+    return {"updates": {m: factors["values"][m].T @ u for m, u in factors["keys"].items()}}
+
+
+def accumulated_change(observation):
+    return {"accumulated": dense_update(observation)["updates"]}
+
+
+def interrupt_at(monkeypatch, owner, name, call):
+    """Let Ctrl-C come when a function or method is called for the call-th time."""
+    real, left = getattr(owner, name), [call]
+
+    def interrupted(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("action_of", [fine_tuning, dense_update, accumulated_change])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("where", ["score", "trace", "_presented"])
+def test_a_step_that_is_interrupted_changes_nothing_and_can_be_taken_again(
+    make_env, monkeypatch, where, gradient, action_of
+):
+    env = make_env(reward_gradient=gradient, action_noise_std=1e-3)
+    owner = {"score": env_module, "trace": env.lm, "_presented": env}[where]
+    steps = []
+    for interrupted in (False, False, True):  # the first time nothing is cached, which changes last bits
+        observation, _ = env.reset(seed=0)
+        observation, *_ = env.step(fine_tuning(observation))
+        action, before = action_of(observation), env.lm.snapshot()
+        if interrupted:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                interrupt_at(patch, owner, where, call=1)
+                env.step(action)
+            assert len(env.history) == 1
+            for m, weight in env.lm.snapshot().items():
+                assert torch.equal(weight, before[m])
+                assert torch.equal(env.lm.model.get_submodule(m).weight, weight)
+        observation, reward, terminated, _, info = env.step(action)
+        weights = {m: w.numpy() for m, w in env.lm.snapshot().items()}
+        steps.append((observation, reward, terminated, info, weights, env.np_random.bit_generator.state))
+    assert data_equivalence(steps[1], steps[2], exact=True)
 
 
 def test_closing_restores_the_weights_and_may_be_done_twice(make_env):

@@ -82,6 +82,9 @@ class EditedWeights:
 
         Returns:
             What takes it back, as long as no other change came after.
+
+        Raises:
+            RuntimeError: factors do not fit a weight; none has changed.
         """
         like = next(iter(self._master.values()))
         updates = {n: partial(_product, values[n].to(like), keys[n].to(like)) for n in self._modules}
@@ -102,10 +105,14 @@ class EditedWeights:
 
     @torch.no_grad()
     def _add(self, updates: Mapping[str, Callable[[], Tensor]], sparing: bool) -> Undo:
-        changes = {}
-        for name, update in updates.items():
-            changes[name] = _Change.made(self._master[name], update, sparing)
-            self._refresh(name, self._modules[name])
+        changes: dict[str, _Change] = {}
+        try:
+            for name, update in updates.items():
+                changes[name] = _Change.made(self._master[name], update, sparing)
+                self._refresh(name, self._modules[name])
+        except BaseException:  # such as Ctrl-C, or a device without memory for the next one
+            self._take_back(changes)
+            raise
         return Undo(self, changes)
 
     @torch.no_grad()
@@ -243,15 +250,19 @@ class _Change:
 
     @classmethod
     def made(cls, weight: Tensor, update: Callable[[], Tensor], sparing: bool) -> _Change:
-        """Add ΔW to a weight (d_out, d_in)."""
+        """Add ΔW to a weight (d_out, d_in); where that fails, the weight is as it was."""
         change, before = update(), weight.clone()
-        weight += change
-        if not sparing:
-            return cls(update, None, before, 0)
-        rows, columns = (_bits(weight - change) != _bits(before)).nonzero(as_tuple=True)
-        if 3 * len(rows) > before.numel():  # a number that is kept takes three times its bytes, with its place
-            return cls(update, None, before, 0)
-        return cls(update, rows * weight.shape[1] + columns, before[rows, columns], _checksum(before))
+        try:
+            weight += change
+            if not sparing:
+                return cls(update, None, before, 0)
+            rows, columns = (_bits(weight - change) != _bits(before)).nonzero(as_tuple=True)
+            if 3 * len(rows) > before.numel():  # a number that is kept takes three times its bytes, with its place
+                return cls(update, None, before, 0)
+            return cls(update, rows * weight.shape[1] + columns, before[rows, columns], _checksum(before))
+        except BaseException:
+            weight.copy_(before)
+            raise
 
     def take_back(self, weight: Tensor) -> None:
         """Subtract it from a weight."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rledit_env.lm import weights
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.placement import release_free_memory, resolve_dtype
@@ -227,6 +228,31 @@ def test_an_update_is_taken_back_bit_for_bit(tiny_lm, name, dtype, sparing, dens
     assert not any(torch.equal(before[m], lm.weight(m)) for m in lm.module_shapes)
     undo()
     assert all(torch.equal(bits(before[m]), bits(lm.weight(m))) for m in lm.module_shapes)
+    assert all(torch.equal(state[n], p) for n, p in lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["a factor that does not fit", "_checksum", "_bits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_that_fails_at_a_later_module_leaves_all_as_they_were(tiny_lm, monkeypatch, dtype, what):
+    lm = tiny_lm(dtype=dtype)
+    before, state = lm.snapshot(), {n: p.clone() for n, p in lm.model.state_dict().items()}
+    keys, values = random_factors(lm, scale=0.01)
+    last = list(keys)[-1]
+    if what in vars(weights):
+        real = getattr(weights, what)
+
+        def fails(numbers):
+            if not torch.equal(lm.weight(last), before[last]):
+                raise RuntimeError("out of memory")
+            return real(numbers)
+
+        monkeypatch.setattr(weights, what, fails)
+    else:
+        keys[last] = keys[last][:, 1:]
+    with pytest.raises(RuntimeError):
+        lm.apply(keys, values)
+    monkeypatch.undo()
+    assert all(torch.equal(before[m], lm.weight(m)) for m in lm.module_shapes)
     assert all(torch.equal(state[n], p) for n, p in lm.model.state_dict().items())
 
 
