@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -82,3 +83,21 @@ def check_size(needed: int, tensors: Mapping[str, Tensor]) -> None:
     held = sum(t.numel() for t in tensors.values())
     if needed > held:
         raise ValueError(f"its description asks for {needed:,} numbers, its tensors hold {held:,}")
+
+
+def moments_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """An optimiser's moments, by the place of their parameter, from tensors named ``PLACE.NAME``.
+
+    Raises:
+        ValueError: one is of no parameter, or of another shape than its parameter.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        place, name = key.split(".", 1)
+        wanted = parameters[int(place)].shape if int(place) < len(parameters) else None
+        if wanted is None or (value.dim() and value.shape != wanted):
+            needed = "absent" if wanted is None else tuple(wanted)
+            raise ValueError(f"the optimiser's {key} has shape {tuple(value.shape)}; it must be {needed}")
+        moments.setdefault(int(place), {})[name] = value
+    return moments

@@ -384,7 +384,8 @@ class _Watch(BaseCallback):
         """Go on from what an interrupted run left.
 
         Raises:
-            ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since.
+            ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since;
+                the agent is as it was.
         """
         agent, mend = self.agent, "give another log_dir, or resume=False to start anew"
         try:
@@ -402,13 +403,23 @@ class _Watch(BaseCallback):
                                  f"give the same settings, {mend}")
             assert agent.model.env is not None
             agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
-            load_training_state(agent.model, tensors, numbers)
-            if agent.relative is not None:
-                agent.relative.load_state(numbers["relative"])
+            best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+            before = training_state(agent.model), agent.relative.state() if agent.relative is not None else {}
+            try:
+                if best is not None:
+                    agent.model.policy.load_state_dict(best)  # at the end of the training it must fit
+                load_training_state(agent.model, tensors, numbers)
+                if agent.relative is not None:
+                    agent.relative.load_state(numbers["relative"])
+            except BaseException:
+                load_training_state(agent.model, *before[0])
+                if agent.relative is not None:
+                    agent.relative.load_state(before[1])
+                raise
             agent.model._last_obs = agent.model.env.reset()
             agent.model._last_episode_starts = np.ones((1,), dtype=bool)
             agent.best_score = -math.inf if theirs["best_score"] is None else theirs["best_score"]
-            self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+            self.best = best
             self.begun, self.streams, self._evaluated = numbers["begun"], numbers["streams"], numbers["evaluated"]
         tqdm.write(f"going on from {folder} (step {agent.timesteps})")
 

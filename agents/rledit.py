@@ -19,7 +19,15 @@ from tqdm.auto import tqdm, trange
 from agents.base import Agent, factor_action, module_shapes, run_stream, used_rows
 from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
-from agents.files import TRAINING_STATE, built_from, check_counters, check_size, read_description, read_tensors
+from agents.files import (
+    TRAINING_STATE,
+    built_from,
+    check_counters,
+    check_size,
+    moments_of,
+    read_description,
+    read_tensors,
+)
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
 from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
@@ -516,13 +524,14 @@ class RLEditAgent(Agent):
         return next(i for i, p in enumerate(flat) if p is parameter)
 
     def _load_training_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        self._load_policy({k: v for k, v in tensors.items() if k.startswith(POLICY)})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under("optimizer.", tensors).items():
-            place, name = key.split(".", 1)
-            moments.setdefault(int(place), {})[name] = value
+        policy = {k: v for k, v in tensors.items() if k.startswith(POLICY)}
+        best = _under("best.", tensors)
+        if best and {k: v.shape for k, v in best.items()} != {k: v.shape for k, v in policy.items()}:
+            raise ValueError("the best policy has other tensors than the last one")
+        moments = moments_of(self.optimizer, _under("optimizer.", tensors))
+        self._load_policy(policy)
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self._best = _under("best.", tensors) or None
+        self._best = best or None
         self.best_score = -math.inf if counters["best_score"] is None else counters["best_score"]
         self.updates, self.timesteps = counters["updates"], counters["timesteps"]
         self._waited, self._evaluated = counters["waited"], counters["evaluated"]
@@ -531,7 +540,8 @@ class RLEditAgent(Agent):
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: it is of a run with other settings, or this agent has been trained further elsewhere.
+            ValueError: it is damaged, or of a run with other settings, or this agent has been trained further
+                elsewhere; the agent is as it was.
         """
         try:
             tensors, metadata = read_tensors(path)
@@ -552,7 +562,12 @@ class RLEditAgent(Agent):
                     f"{run} holds a run of {counters['timesteps']} steps, but this agent has already "
                     f"taken {self.timesteps}; {mend} ({path.parent})"
                 )
-            self._load_training_state(tensors, counters)
+            before = self._training_state()
+            try:
+                self._load_training_state(tensors, counters)
+            except BaseException:
+                self._load_training_state(*before)
+                raise
         tqdm.write(f"going on from {path.parent} (update {self.updates}, step {self.timesteps})")
 
     def _checkpoint(self, folder: Path | None, state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:

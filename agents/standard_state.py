@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch import Tensor
+
+from agents.files import moments_of
 
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
@@ -35,15 +38,16 @@ def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def load_training_state(model: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Make the model, a new one of the same settings, go on from what :func:`training_state` returned."""
+    """Make the model, a new one of the same settings, go on from what :func:`training_state` returned.
+
+    Raises:
+        ValueError: an optimiser's moments do not fit its parameters; nothing has changed.
+    """
     parameters: dict[str, Any] = {}
     for name, own in model.get_parameters().items():
         saved = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
         if "param_groups" in own:
-            moments: dict[int, dict[str, Tensor]] = {}
-            for key, value in saved.items():
-                place, what = key.split(".", 1)
-                moments.setdefault(int(place), {})[what] = value
+            moments = moments_of(attrgetter(name)(model), saved)
             parameters[name] = {"state": moments, "param_groups": own["param_groups"]}
         else:
             parameters[name] = saved

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from agents import RandomSearchAgent, StandardAgent, StandardConfig, edit_stream, load_agent
+from agents.files import read_tensors
 from agents.ppo import Standardised
+from agents.standard_state import training_state
+from rledit_env.files import write_tensors
 from rledit_env.lm.editable import EditableLM
 from rledit_env.reward import RewardConfig
 
@@ -227,7 +230,19 @@ def test_an_interrupted_run_is_gone_on_with_under_its_own_settings_only(tmp_path
     trained = StandardAgent(make(), config).learn(4, progress_bar=False)
     with pytest.raises(ValueError, match="steps before it: 0 there, 4 here"):
         trained.learn(16, progress_bar=False, log_dir=tmp_path)
-    (tmp_path / "last" / "training.safetensors").write_bytes(b"nothing")
+    path = tmp_path / "last" / "training.safetensors"
+    tensors, metadata = read_tensors(path)
+    for name in ("policy/", "policy.optimizer/", "random/numpy"):  # readable, but not the model's
+        spoilt = next(k for k, v in reversed(tensors.items()) if k.startswith(name) and v.dim())
+        write_tensors(path, {**tensors, spoilt: tensors[spoilt][1:].contiguous()}, metadata)
+        fresh = StandardAgent(make(), config)
+        before = training_state(fresh.model)
+        with pytest.raises(ValueError, match="is damaged, or of another version"):
+            fresh.learn(16, progress_bar=False, log_dir=tmp_path)
+        after = training_state(fresh.model)
+        assert before[1] == after[1] and before[0].keys() == after[0].keys()
+        assert all(torch.equal(tensor, after[0][key]) for key, tensor in before[0].items())
+    path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"damaged.*resume=False"):
         StandardAgent(make(), config).learn(16, progress_bar=False, log_dir=tmp_path)
     anew = StandardAgent(make(), config).learn(16, progress_bar=False, log_dir=tmp_path, resume=False)

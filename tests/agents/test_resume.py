@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents.files import read_tensors
+from rledit_env.files import write_tensors
 from rledit_env.knowledge import load_knowledge
 from rledit_env.ledger import weights_hash
 
@@ -272,6 +274,29 @@ def test_a_policy_gradient_that_is_not_finite_leaves_the_policy_as_it_was() -> N
     with pytest.warns(UserWarning, match="gradient of update 1 is not finite"):
         agent._update([spoilt])
     assert all(torch.equal(before[k], v) for k, v in agent.network.state_dict().items())
+
+
+@pytest.mark.parametrize("where", ["network", "stream", "optimizer", "best", "counters"])
+def test_a_checkpoint_that_can_be_read_but_does_not_fit_leaves_the_agent_as_it_was(tmp_path: Path, where: str) -> None:
+    env, eval_env = environments()
+    run: dict[str, Any] = {**SETTINGS, "log_dir": tmp_path, "eval_env": eval_env}
+    new_agent(env, normaliser="lifetime").learn(**{**run, "total_timesteps": 4})
+    path = tmp_path / "last" / "training.safetensors"
+    tensors, metadata = read_tensors(path)
+    counters = json.loads(metadata["training"])
+    if where == "counters":
+        del counters["waited"]
+    else:
+        name = [n for n, t in tensors.items() if n.startswith(where) and t.dim()][-1]
+        tensors[name] = tensors[name][..., 1:].contiguous()
+    write_tensors(path, tensors, {"training": json.dumps(counters)})
+    agent = new_agent(env, normaliser="lifetime")
+    before, settings = agent._training_state()
+    with pytest.raises(ValueError, match="is damaged, or of another version"):
+        agent.learn(**run)
+    after, settings_after = agent._training_state()
+    assert before.keys() == after.keys() and settings == settings_after
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("what", ["cut short", "emptied", "no safetensors"])
