@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,69 +24,109 @@ SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
 LIKE = 0.5  # packed sequences attend together whose lengths differ by no more than this factor
 # PyTorch's kernels for a GPU but cuDNN's, which plans for every new length anew: 1.4 ms a call on a Hopper.
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-Group = tuple[int, int, slice | Tensor, Tensor]  # sequences, the longest's tokens, where they lie, what is padding
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tokens of a row lie in groups of sequences padded to their longest.
+
+    Attributes:
+        groups: of each, its sequences; the longest's tokens; which token of the row is in each place, as a slice where
+            they follow each other, and some token in padding; and which places are padding.
+        copies: token by token, its places, counted through all groups.
+        firsts: where in ``copies`` each token's places begin; None where every token has one.
+    """
+
+    groups: list[tuple[int, int, slice | Tensor, Tensor]]
+    copies: Tensor
+    firsts: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
+        """Of groups of sequences, given as the places of their tokens in the row."""
+        found: list[tuple[int, int, slice | Tensor, Tensor]] = []
+        tokens, held = [], []
+        for members in groups:
+            longest = max(map(len, members))
+            source = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in members]).flatten()
+            own = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
+            begin, end = int(source[0]), int(source[-1]) + 1
+            whole = bool(own.all()) and end - begin == len(source)
+            found.append((len(members), longest, slice(begin, end) if whole else source, (~own).nonzero()[:, 0]))
+            tokens.append(source)
+            held.append(own)
+        places = torch.cat(held).nonzero()[:, 0]
+        theirs = torch.cat(tokens)[places]
+        counts = theirs.bincount()
+        firsts = counts.cumsum(0) - counts
+        return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
+
+    def to(self, device: torch.device) -> _Places:
+        """The same for tensors of a device."""
+        groups = [
+            (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
+            for count, longest, source, padding in self.groups
+        ]
+        return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
 
 
 class Packing:
     """Sequences that lie end to end in one row, and attend each to itself.
 
     Those of similar length attend together, padded to the longest of them: the row's tokens are put in their place
-    in (b, heads, l, d) and taken from there again.
+    in (b, heads, l, d) and taken from there again. A token that several sequences begin with is a key of each of them,
+    and a query of the first.
 
     Args:
         lengths: of the sequences, in their order.
+        paths: places of each sequence's tokens in the row, as `Layout.paths`; None: one after the other.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        starts = [0, *accumulate(lengths)]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.tokens, self.longest = starts[-1], max(lengths)
-        self._ends = torch.tensor(starts, dtype=torch.int32)
-        groups: list[Group] = []
-        back = torch.zeros(self.tokens, dtype=torch.long)
-        place = 0
-        while order:
-            longest = lengths[order[0]]
-            members = sorted(i for i in order if lengths[i] >= LIKE * longest)
-            order = [i for i in order if lengths[i] < LIKE * longest]
-            first = torch.tensor([starts[i] for i in members])[:, None]
-            own = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
-            source = torch.where(own, first + torch.arange(longest), first).flatten()
-            padding = (~own).flatten().nonzero()[:, 0]
-            places = place + own.flatten().nonzero()[:, 0]
-            back[source[places - place]] = places
-            whole = not len(padding) and int(source[-1] - source[0]) == len(source) - 1
-            groups.append(
-                (len(members), longest, slice(int(source[0]), int(source[-1]) + 1) if whole else source, padding)
-            )
-            place += len(source)
-        self._placed = {torch.device("cpu"): (groups, back)}
-        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+    def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
+        self._starts = [0, *accumulate(lengths)]
+        self.longest, self.shares = max(lengths), paths is not None
+        self.tokens = self._starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
+        self._paths = paths or [range(begin, end) for begin, end in pairwise(self._starts)]
+        self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def _on(self, device: torch.device) -> tuple[list[Group], Tensor]:
-        """The groups, and where each token lies in them, for tensors of a device."""
+    @cached_property
+    def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
+        """Groups of sequences of similar length: the places of their tokens, and how many of these are another's."""
+        ends = accumulate((path[-1] + 1 for path in self._paths), max)
+        begins = [0, *ends]  # a sequence's own tokens follow all of the sequences before it
+        found = [
+            (path, sum(1 for _ in takewhile(begin.__gt__, path)))
+            for path, begin in zip(self._paths, begins, strict=False)
+        ]
+        order = sorted((one for one in found if one[1] < len(one[0])), key=lambda one: -len(one[0]))
+        groups = []
+        while order:
+            bound = LIKE * len(order[0][0])
+            groups.append(sorted((one for one in order if len(one[0]) >= bound), key=lambda one: one[0][-1]))
+            order = [one for one in order if len(one[0]) < bound]
+        return groups
+
+    def _on(self, device: torch.device) -> tuple[_Places, _Places]:
+        """Where queries and keys lie, for tensors of a device."""
         if device not in self._placed:
-            groups, back = self._placed[torch.device("cpu")]
-            moved = [
-                (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
-                for count, longest, source, padding in groups
-            ]
-            self._placed[device] = moved, back.to(device)
+            keys = _Places.of([[path for path, _ in group] for group in self._groups])
+            queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
+            self._placed[device] = queries.to(device), keys.to(device)
         return self._placed[device]
 
     def ends(self, device: torch.device) -> Tensor:
         """Where the sequences begin, and where the last one ends, (sequences + 1,) int32."""
-        self._ends = self._ends.to(device)
-        return self._ends
+        return torch.tensor(self._starts, dtype=torch.int32, device=device)
 
-    def apart(self, row: Tensor, zero: bool = False) -> list[Tensor]:
-        """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d); what is no token is zero if
-        asked for, and some number otherwise."""
+    def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
+        """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d) of queries or keys; padding is
+        zero if asked for, and some number otherwise."""
         _, heads, length, width = row.shape
         tokens = row.transpose(1, 2).reshape(length, heads * width)
         dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
         parts = []
-        for batch, longest, source, padding in self._on(row.device)[0]:
+        for batch, longest, source, padding in self._on(row.device)[keys].groups:
             part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
@@ -93,23 +135,38 @@ class Packing:
             parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
         return parts
 
-    def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype) -> Tensor:
-        """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``."""
+    def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
+        """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``. A token that
+        is in several places is their sum."""
         _, heads, _, width = parts[0].shape
-        rows = [part.transpose(1, 2).to(dtype).reshape(-1, heads * width) for part in parts]
-        tokens = rows[0].new_empty(length, heads * width)
-        back = self._on(tokens.device)[1]
-        torch.index_select(rows[0] if len(rows) == 1 else torch.cat(rows), 0, back, out=tokens[: self.tokens])
+        places = self._on(parts[0].device)[keys]
+        precision = dtype if places.firsts is None else parts[0].dtype
+        rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        tokens = whole.new_empty(length, heads * width, dtype=dtype)
+        if places.firsts is None:
+            torch.index_select(whole, 0, places.copies, out=tokens[: self.tokens])
+        else:
+            tokens[: self.tokens] = F.embedding_bag(places.copies, whole, places.firsts, mode="sum")
         tokens[self.tokens :] = 0
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
-    def mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """What is added to scores (b, l, r · l): −∞ where a key is later than the query."""
-        longest, rows = key.shape[1], query.shape[1]
-        kind = (longest, rows, query.dtype)
+    def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
+        """What is added to the scores (b, K, r · L) of a group: −∞ where a key is later than the query."""
+        kind = (*((group, len(key)) if self.shares else ()), query.shape[1], key.shape[1], query.dtype)
         if kind not in self._masks:
-            self._masks[kind] = _causal_mask(query, key)
+            self._masks[kind] = self._shared_mask(group, query, key) if self.shares else _causal_mask(query, key)
         return self._masks[kind]
+
+    def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
+        members = self._groups[group]
+        length = self._on(key.device)[0].groups[group][1]  # queries of a sequence, of r heads
+        first = torch.tensor([[shared] for _, shared in members], device=key.device)
+        last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
+        unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
+        mask = torch.zeros(unseen.shape, dtype=query.dtype, device=key.device).masked_fill_(unseen, -torch.inf)
+        repeated = mask.repeat(1, 1, query.shape[1] // length)
+        return repeated.repeat_interleave(len(key) // len(members), 0)
 
 
 _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
@@ -229,10 +286,11 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
         groups = key.shape[1]
         outputs, kept = [], []
-        for q, k, v in zip(packing.apart(query), packing.apart(key), packing.apart(value), strict=True):
+        parts = packing.apart(query), packing.apart(key, keys=True), packing.apart(value, keys=True)
+        for group, (q, k, v) in enumerate(zip(*parts, strict=True)):
             shape = (len(q) * groups, -1, q.shape[3])
             rows = [x.view(shape) for x in (q, k, v)]
-            weights = _weights(rows[0], rows[1], scale, packing.mask(rows[0], rows[1]))
+            weights = _weights(rows[0], rows[1], scale, packing.mask(group, rows[0], rows[1]))
             outputs.append(torch.bmm(weights.mT, rows[2]).view(q.shape))
             kept += [*rows, weights]
         ctx.save_for_backward(*kept)
@@ -242,12 +300,14 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        packing, parts = ctx.packing, []
+        packing, length, dtype = ctx.packing, cotangent.shape[2], cotangent.dtype
+        found: list[list[Tensor]] = [[], [], []]
         for i, part in enumerate(packing.apart(cotangent, zero=True)):
             query, key, value, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
-            found = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
-            parts.append([g.view(len(part), -1, *part.shape[2:]) for g in found])
-        joined = (packing.joined(of_one, cotangent.shape[2], cotangent.dtype) for of_one in zip(*parts, strict=True))
+            three = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
+            for parts, gradient, each in zip(found, three, (part, key, value), strict=True):
+                parts.append(gradient.view(len(part), -1, *each.shape[-2:]))
+        joined = (packing.joined(parts, length, dtype, keys=place > 0) for place, parts in enumerate(found))
         return *joined, None, None
 
 
@@ -255,7 +315,7 @@ def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
     """Whether PyTorch's flash attention takes a row (1, heads, N, d) of packed sequences."""
     return (
         query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
-        and query.shape[1] % key.shape[1] == 0 and query.shape[2] == packing.tokens
+        and query.shape[1] % key.shape[1] == 0 and query.shape[2] == packing.tokens and not packing.shares
         and _packed_kernel_works(query.device, query.dtype)
     )  # fmt: skip
 
@@ -297,8 +357,8 @@ def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """softmax(s · k qᵀ + mask) over the keys, (b, L, r · L)."""
-    return torch.baddbmm(mask.expand(len(key), *mask.shape), key, query.mT, alpha=scale).softmax(1)
+    """softmax(s · k qᵀ + mask) over the keys, (b, K, r · L); the mask may be (K, r · L)."""
+    return torch.baddbmm(mask.expand(len(key), *mask.shape[-2:]), key, query.mT, alpha=scale).softmax(1)
 
 
 def _gradients(

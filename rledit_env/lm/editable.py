@@ -26,7 +26,7 @@ from rledit_env.lm.forward import (
     decoder_layers,
 )
 from rledit_env.lm.gates import prefer_fast_gates
-from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks
+from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.norms import prefer_fast_norms
@@ -222,7 +222,7 @@ class EditableLM(EditedWeights):
         found = [self.prefix_cache.get(p.input_ids) for p in passages]
         missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
         fresh: dict[tuple[int, ...], Tensor] = {}
-        for chunk, layout in self._passes([len(passages[i]) for i in missing], [0] * len(missing)):
+        for chunk, layout in self._passes([passages[i].input_ids for i in missing], [0] * len(missing)):
             ids = [passages[missing[i]].input_ids for i in chunk]
             hidden = self.forward.prefix(layout.batch([torch.tensor(row) for row in ids]).to(self.device), layout)
             for row, states in zip(ids, layout.split(hidden), strict=True):
@@ -239,16 +239,17 @@ class EditableLM(EditedWeights):
         return ids.to(self.device)
 
     def _suffix_chunks(
-        self, passages: Sequence[Passage], streams: Sequence[int] | None = None
+        self, passages: Sequence[Passage], streams: Sequence[int] | None = None, sharing: bool = True
     ) -> Iterator[tuple[list[int], Layout, Tensor]]:
         """Chunks of passage indices, how they lie in the pass's batch, and their normalised final states at the answer
         positions (P, d).
 
-        ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`).
+        ``streams`` says whose weights each passage meets, where there are several (see `rledit_env.lm.streams`);
+        ``sharing`` whether what passages begin with may be in the batch once.
         """
         states = self._prefix_states(passages)
         streams, quantum = [0] * len(passages) if streams is None else streams, self.forward.quantum
-        for chunk, layout in self._passes([len(p) for p in passages], streams):
+        for chunk, layout in self._passes([p.input_ids for p in passages], streams, sharing):
             batch = layout.batch([states[i] for i in chunk])
             places = layout.places([passages[i].positions for i in chunk], self.device)
             more = -len(places) % quantum  # positions that nobody asks for
@@ -256,19 +257,26 @@ class EditableLM(EditedWeights):
                 final = self.forward.run_to(batch, F.pad(places, (0, more)), layout)
             yield chunk, layout, self.forward.norm(final)[: len(places)]
 
-    def _passes(self, lengths: Sequence[int], streams: Sequence[int]) -> Iterator[tuple[list[int], Layout]]:
-        """Indices of passages of these lengths in chunks for one pass each, and how they lie in its batch."""
+    def _passes(
+        self, rows: Sequence[Sequence[int]], streams: Sequence[int], sharing: bool = True
+    ) -> Iterator[tuple[list[int], Layout]]:
+        """Indices of passages, given as token ids, in chunks for one pass each, and how they lie in its batch."""
         limit, quantum = self._tokens_now, self.forward.quantum
         longest = min(self.forward.longest_packed, limit)
+        meeting, lengths = self._meeting(streams), [len(row) for row in rows]
         short = [i for i, length in enumerate(lengths) if length <= longest]
-        for chunk in even_chunks([lengths[i] for i in short], limit, self._meeting([streams[i] for i in short])):
-            members = [short[i] for i in chunk]
-            yield members, Layout.end_to_end([lengths[i] for i in members], quantum)
+        theirs, whose = [rows[i] for i in short], [meeting[i] for i in short]
+        if sharing and self.device.type == "cpu":
+            for chunk in sharing_chunks(theirs, limit, whose, quantum):
+                layout = Layout.sharing([theirs[i] for i in chunk], [whose[i] for i in chunk], quantum)
+                yield [short[i] for i in chunk], layout
+        else:
+            for chunk in even_chunks([len(row) for row in theirs], limit, whose, quantum):
+                yield [short[i] for i in chunk], Layout.end_to_end([len(theirs[i]) for i in chunk], quantum)
         other = [i for i, length in enumerate(lengths) if length > longest]
-        chunks = cheapest_chunks(
-            [lengths[i] for i in other], limit, self._meeting([streams[i] for i in other]), quantum=quantum
-        )
-        for chunk in chunks:
+        for chunk in cheapest_chunks(
+            [lengths[i] for i in other], limit, [meeting[i] for i in other], quantum=quantum
+        ):
             members = [other[i] for i in chunk]
             yield members, Layout.padded([lengths[i] for i in members], quantum)
 
@@ -434,7 +442,7 @@ class EditableLM(EditedWeights):
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         try:
             with torch.enable_grad():
-                for chunk, layout, states in self._suffix_chunks(passages, batch_of):
+                for chunk, layout, states in self._suffix_chunks(passages, batch_of, sharing=False):
                     members = [passages[i] for i in chunk]
                     targets = torch.tensor([t for p in members for t in p.targets], device=self.device)
                     losses = negative_log_likelihood(self.forward, states, targets)

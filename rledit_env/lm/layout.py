@@ -2,6 +2,10 @@
 
 Passages of a dozen tokens, padded to the longest and split by length so that padding stays small, make many small
 passes. Laid end to end in one row they are all tokens, and of any number; only attention has to keep them apart.
+
+A token's states depend on the tokens before it and on nothing else. So what several passages begin with ("The capital
+of") needs to lie in the row once: a tenth of the tokens of CounterFact's passages, a fifth of ZsRE's and a third of
+FEVER's are such.
 """
 
 from __future__ import annotations
@@ -10,13 +14,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise, takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rledit_env.lm.attention import Packing
+
+WORTH_SHARING = 0.95  # of the tokens, those that must be left for passages that begin alike to lie side by side
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,15 @@ class Layout:
         lengths: tokens of each passage.
         shape: (B, L).
         packed: whether they lie end to end in one row; otherwise each has a row of its own.
+        paths: places of each passage's tokens in that row, where passages share what they begin with: those of its
+            beginning, which lies with an earlier passage, then its own, which follow each other; None where nothing is
+            shared.
     """
 
     lengths: Sequence[int]
     shape: tuple[int, int]
     packed: bool = False
+    paths: Sequence[Sequence[int]] | None = None
 
     @classmethod
     def padded(cls, lengths: Sequence[int], quantum: int = 1) -> Layout:
@@ -45,65 +55,134 @@ class Layout:
         quantum = whole_quantum(tokens, quantum)
         return cls(lengths, (1, -(-tokens // quantum) * quantum), packed=True)
 
+    @classmethod
+    def sharing(cls, rows: Sequence[Sequence[int]], streams: Sequence[int], quantum: int = 1) -> Layout:
+        """:meth:`end_to_end`, with what passages of one stream begin with in the row once.
+
+        Args:
+            rows: the passages' token ids.
+            streams: of the passages; each stream's lie side by side.
+            quantum: as there.
+        """
+        places: dict[tuple[int, int], int] = {}  # (the place of the token before it, a token) → its place
+        paths: list[list[int]] = []
+        for row, stream in zip(rows, streams, strict=True):
+            before, path = -2 - stream, []  # streams count from −1, and tokens' places from 0
+            for token in row:
+                before = places.setdefault((before, token), len(places))
+                path.append(before)
+            paths.append(path)
+        lengths = [len(row) for row in rows]
+        shape = cls.end_to_end([len(places)], quantum).shape
+        return cls(lengths, shape, True, None if len(places) == sum(lengths) else paths)
+
+    @cached_property
+    def own(self) -> list[int]:
+        """Tokens of each passage that lie with no earlier one."""
+        if self.paths is None:
+            return list(self.lengths)
+        ends = list(accumulate((path[-1] + 1 for path in self.paths), max))
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
     @cached_property
     def starts(self) -> list[int]:
-        """Place of each passage's first token among the batch's tokens, counted row by row."""
+        """Place of each passage's first own token among the batch's tokens, counted row by row."""
         if self.packed:
-            return [0, *accumulate(self.lengths)][:-1]
+            return [0, *accumulate(self.own)][:-1]
         return [row * self.shape[1] for row in range(len(self.lengths))]
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Tokens of the batch from each passage's first to the next one's, so that they add up to the batch."""
+        """Tokens of the batch from each passage's first own to the next one's, so that they add up to the batch."""
         ends = [*self.starts[1:], self.shape[0] * self.shape[1]]
         return [end - start for start, end in zip(self.starts, ends, strict=True)]
 
     @cached_property
     def packing(self) -> Packing | None:
         """What attention has to know; None where every row is one passage."""
-        return Packing(self.lengths) if self.packed else None
+        return Packing(self.lengths, self.paths) if self.packed else None
 
     def position_ids(self, device: torch.device) -> Tensor:
         """Place of each token in its passage (1, L), of passages end to end; padding is at 0."""
-        places = [place for length in self.lengths for place in range(length)]
+        lengths = zip(self.lengths, self.own, strict=True)
+        places = [place for length, own in lengths for place in range(length - own, length)]
         return torch.tensor([places + [0] * (self.shape[1] - len(places))], device=device)
 
     def batch(self, rows: Sequence[Tensor]) -> Tensor:
         """The batch (B, L, …) of the passages' own numbers (length, …), zero elsewhere."""
-        whole = torch.cat(list(rows))[None] if self.packed else nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        if self.packed:
+            whole = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
+        else:
+            whole = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         missing = [wanted - have for wanted, have in zip(self.shape, whole.shape, strict=False)]
         return F.pad(whole, [0, 0] * (whole.dim() - 2) + [0, missing[1], 0, missing[0]])
 
     def split(self, batch: Tensor) -> list[Tensor]:
-        """Views (length, …) of each passage's part of a batch (B, L, …)."""
+        """Each passage's part (length, …) of a batch (B, L, …); views where nothing is shared."""
         flat = batch.flatten(0, 1)
+        if self.paths is not None:
+            return [flat[torch.tensor(path, device=batch.device)] for path in self.paths]
         return [flat[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
 
     def places(self, positions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """Where the given positions of each passage lie among the batch's tokens, one after the other."""
-        found = [start + p for start, chosen in zip(self.starts, positions, strict=True) for p in chosen]
+        tokens = self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        found = [path[p] for path, chosen in zip(tokens, positions, strict=True) for p in chosen]
         return torch.tensor(found, dtype=torch.long, device=device)
 
 
-def even_chunks(lengths: Sequence[int], max_tokens: int, streams: Sequence[int]) -> Iterator[list[int]]:
+def even_chunks(
+    lengths: Sequence[int], max_tokens: int, streams: Sequence[int], quantum: int = 1
+) -> Iterator[list[int]]:
     """Indices of ``lengths`` in chunks of at most ``max_tokens`` tokens (or one passage) and about the same size.
 
     They are sorted by stream, so that a chunk meets few streams' weights, then by length, so that its attention meets
-    few lengths.
+    few lengths. Tokens that a multiple of ``quantum`` leaves room for are taken, too.
     """
     order = sorted(range(len(lengths)), key=lambda i: (streams[i], lengths[i]))
-    left = sum(lengths)
-    wanted = left / max(1, -(-left // max_tokens))  # tokens a chunk
+    yield from _cut(order, lengths, lengths, max_tokens, quantum)
+
+
+def sharing_chunks(
+    rows: Sequence[Sequence[int]], max_tokens: int, streams: Sequence[int], quantum: int = 1
+) -> Iterator[list[int]]:
+    """:func:`even_chunks` of passages given as token ids, whose tokens count once where a chunk's passages of one
+    stream begin alike: those that do lie side by side.
+
+    Where so little is shared that passages of one length in a chunk are worth more, these are even chunks by length.
+    """
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (streams[i], rows[i]))
+    own = list(lengths)  # tokens that each does not share with the one before it
+    for before, i in pairwise(order):
+        if streams[before] == streams[i]:
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(rows[before], rows[i], strict=False))
+            own[i] -= sum(1 for _ in alike)
+    if sum(own) > WORTH_SHARING * sum(lengths):
+        yield from even_chunks(lengths, max_tokens, streams, quantum)
+    else:
+        yield from _cut(order, lengths, own, max_tokens, quantum)
+
+
+def _cut(
+    order: Sequence[int], first: Sequence[int], then: Sequence[int], max_tokens: int, quantum: int
+) -> Iterator[list[int]]:
+    """The passages in this order in chunks; each takes ``first`` tokens where it begins one, ``then`` where not."""
+    left = sum(then[i] for i in order)
     chunk: list[int] = []
-    tokens = 0
+    tokens, wanted, step = 0, 0.0, 1
     for i in order:
-        if chunk and (tokens + lengths[i] > max_tokens or tokens + lengths[i] / 2 > wanted):
+        over = tokens + then[i] > wanted if step > 1 else tokens + then[i] / 2 > wanted
+        if chunk and (tokens + then[i] > max_tokens or over):
             yield chunk
-            left -= tokens
-            wanted = left / max(1, -(-left // max_tokens))
+            left += first[i] - then[i] - tokens
             chunk, tokens = [], 0
+        if not chunk:
+            wanted = left / max(1, -(-left // max_tokens))  # tokens a chunk
+            step = whole_quantum(math.ceil(wanted), quantum)
+            wanted = wanted if step == 1 else -(-math.ceil(wanted) // step) * step
+        tokens += then[i] if chunk else first[i]
         chunk.append(i)
-        tokens += lengths[i]
     if chunk:
         yield chunk
 

@@ -66,7 +66,7 @@ def test_passages_end_to_end_give_the_states_and_the_gradients_of_padded_ones(ti
     for most in (longest, 0):
         monkeypatch.setitem(vars(lm.forward), "longest_packed", most)
         lm.prefix_cache.clear()
-        layouts = [layout for _, layout in lm._passes([len(p) for p in passages], [0] * len(passages))]
+        layouts = [layout for _, layout in lm._passes([p.input_ids for p in passages], [0] * len(passages))]
         assert sum(layout.packed for layout in layouts) == (most > 0)
         results.append((lm.answer_states(passages).hidden, lm.trace(passages, "all")))
     (states, trace), (padded_states, padded_trace) = results
