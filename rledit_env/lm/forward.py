@@ -284,10 +284,11 @@ class SuffixForward:
         config = self.model.config.get_text_config()
         if config._attn_implementation != NAME or any(hasattr(layer, "_hf_hook") for layer in self.layers):
             return 0
-        texts = [torch.arange(1, 6), torch.arange(6, 8), torch.arange(8, 15)]  # of tokens that are all different
-        lengths = [len(text) for text in texts]
+        # Of tokens that are all different, but for one beginning that the row holds once.
+        texts = [torch.arange(1, 6), torch.tensor([1, 2, 6, 7]), torch.arange(8, 15)]
+        rows, lengths = [text.tolist() for text in texts], [len(text) for text in texts]
         found = []
-        for layout in (Layout.end_to_end(lengths), Layout.padded(lengths)):
+        for layout in (Layout.sharing(rows, [0] * len(rows)), Layout.padded(lengths)):
             with torch.no_grad():
                 try:
                     final = self.run(self.prefix(layout.batch(texts).to(self.device), layout), layout)

@@ -79,6 +79,42 @@ def test_packed_sequences_attend_each_to_itself_and_so_do_their_gradients(
         torch.testing.assert_close(mine, theirs)
 
 
+PATHS = [[0, 1, 2], [0, 1, 3, 4, 5, 6, 7], [0, 1, 2], [8], [0, 1], [0, 1, 3, 9], [10, 11, 12]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_sequences_that_share_tokens_attend_as_they_do_apart(
+    heads: int, groups: int, padding: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = 13
+    query, key, value, cotangent = (
+        torch.randn(1, n, tokens + padding, 8, generator=generator).to(dtype).requires_grad_()
+        for n in (heads, groups, groups, heads)
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups
+    with packed(Packing([len(path) for path in PATHS], PATHS)):
+        output, _ = short_attention(module, query, key, value, None, scaling=0.3)
+    assert not output[:, tokens:].any()
+    expected, seen = torch.zeros(1, tokens + padding, heads, 8, dtype=dtype), 0
+    for path in PATHS:
+        alone, _ = short_attention(module, *(x[:, :, path] for x in (query, key, value)), None, scaling=0.3)
+        own = [place for place in path if place >= seen]
+        seen = max(seen, path[-1] + 1)
+        if own:
+            expected = expected.index_copy(1, torch.tensor(own), alone[:, len(path) - len(own) :])
+    tolerance = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(output, expected, **tolerance)
+    found, wanted = (
+        torch.autograd.grad(x, (query, key, value), cotangent.transpose(1, 2)) for x in (output, expected)
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
 def test_what_cannot_keep_packed_sequences_apart_says_so() -> None:
     query = torch.randn(1, 2, 4, 8)
     with packed(Packing([1, 3])), pytest.raises(ValueError, match="keeps packed sequences apart"):

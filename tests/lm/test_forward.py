@@ -9,6 +9,7 @@ from torch import nn
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers
 from rledit_env.lm.layout import Layout
+from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.tiny import TINY_NAMES
 
 TEXTS = [
@@ -75,6 +76,48 @@ def test_passages_end_to_end_give_the_states_and_the_gradients_of_padded_ones(ti
     assert torch.equal(trace.owner, padded_trace.owner)
     for part in ("keys", "value_gradients"):
         torch.testing.assert_close(getattr(trace, part), getattr(padded_trace, part), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_passages_that_begin_alike_give_the_states_and_the_gradients_of_those_apart(tiny_lm, monkeypatch, name, dtype):
+    lm = tiny_lm(name, dtype=dtype)
+    texts = [("A b", "cd"), ("A b", "cef"), ("A b c", "de"), ("A", "b"), ("A b", "cd"), ("It", "is")]
+    passages, passes = [lm.tokenize(prompt, answer) for prompt, answer in texts], lm._passes
+    assert passages[0].input_ids == passages[4].input_ids
+    results = []
+    for apart in (False, True):
+        monkeypatch.setattr(
+            lm, "_passes", lambda rows, streams, sharing=True, apart=apart: passes(rows, streams, sharing and not apart)
+        )
+        lm.prefix_cache.clear()
+        layouts = [layout for _, layout in lm._passes([p.input_ids for p in passages], [0] * len(passages))]
+        tokens = sum(sum(layout.own) for layout in layouts)
+        whole = sum(map(len, passages))
+        assert tokens == whole if apart or not lm.forward.longest_packed else tokens < 0.6 * whole
+        losses = []
+        with lm.collecting(True) as gradients:
+            for chunk, states in lm.answer_chunks(passages):
+                weights = torch.tensor([1.0 + chunk[i] for i in states.owner], dtype=dtype)  # each passage another
+                loss = (weights * negative_log_likelihood(lm.forward, states.hidden, states.targets)).sum()
+                loss.backward()
+                losses.append(loss.detach())
+        results.append((lm.answer_states(passages).hidden, sum(losses), dict(gradients[0])))
+    tolerance = {"atol": 5e-5, "rtol": 1e-4} if dtype == torch.float32 else {}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+def test_a_traced_gradient_is_of_its_passage_alone_where_passages_begin_alike(tiny_lm):
+    lm = tiny_lm()
+    passages = [lm.tokenize("The sea", answer) for answer in ("is", "air")]
+    both = lm.trace(passages, "all")
+    for i, passage in enumerate(passages):
+        alone = lm.trace([passage], "all")
+        for part in ("keys", "value_gradients"):
+            for m, rows in getattr(both, part).items():
+                # The batch's loss is the mean over its answer tokens.
+                share = len(passage.targets) / sum(len(p.targets) for p in passages) if part != "keys" else 1
+                torch.testing.assert_close(rows[both.owner == i], getattr(alone, part)[m] * share)
 
 
 def test_passages_are_padded_where_a_layer_mixes_what_lies_end_to_end(tiny_lm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, even_shape
+from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, even_shape, sharing_chunks
 
 LENGTHS = [3, 1, 7, 3]
 
@@ -44,6 +44,61 @@ def test_passages_end_to_end_take_no_more_than_their_tokens():
     assert layout.position_ids(torch.device("cpu")).tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2]]
     assert Layout.padded(LENGTHS).shape == (4, 7)
     assert Layout.padded(LENGTHS).packing is None
+
+
+ROWS = [(5, 6, 7), (5, 6, 8, 9), (5, 6, 7), (4,), (5, 6), (5, 6, 8, 1), (5, 6, 7)]
+STREAMS = [0, 0, 0, 0, 0, 0, -1]  # the last one begins as others do, but meets other weights
+
+
+def test_what_passages_begin_with_lies_in_the_row_once_for_each_stream():
+    layout = Layout.sharing(ROWS, STREAMS, quantum=16)
+    assert layout.shape == (1, 16) and layout.packed
+    assert layout.paths == [[0, 1, 2], [0, 1, 3, 4], [0, 1, 2], [5], [0, 1], [0, 1, 3, 6], [7, 8, 9]]
+    assert layout.own == [3, 2, 0, 1, 0, 1, 3] and sum(layout.sizes) == 16
+    assert layout.starts == [0, 3, 5, 5, 6, 6, 7]
+    assert layout.position_ids(torch.device("cpu")).tolist() == [[0, 1, 2, 2, 3, 0, 3, 0, 1, 2] + [0] * 6]
+    batch = layout.batch([torch.tensor(row)[:, None].float() for row in ROWS])
+    assert batch.flatten().tolist() == [5, 6, 7, 8, 9, 4, 1, 5, 6, 7] + [0] * 6
+    assert [part.flatten().tolist() for part in layout.split(batch)] == [list(row) for row in ROWS]
+    positions = [[2], [0, 3], [], [0], [1], [3], [0]]
+    assert layout.places(positions, torch.device("cpu")).tolist() == [2, 0, 4, 5, 1, 6, 7]
+
+
+def test_passages_that_share_nothing_lie_as_they_did():
+    assert Layout.sharing([(1, 2), (3,)], [0, 0], 16) == Layout.end_to_end([2, 1], 16)
+
+
+@pytest.mark.parametrize("quantum", [1, 16])
+def test_chunks_of_passages_that_begin_alike_hold_each_once_and_share_nearly_all_there_is(quantum):
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (*[kind] * 8, *torch.randint(10, 99, (int(n),), generator=generator).tolist())
+        for kind, n in torch.randint(1, 9, (300, 2), generator=generator).tolist()
+    ]
+    streams = [i % 2 for i in range(len(rows))]
+    chunks = list(sharing_chunks(rows, 256, streams, quantum))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(rows)))
+    order = [streams[i] for chunk in chunks for i in chunk]
+    assert order == sorted(order)
+    layouts = [Layout.sharing([rows[i] for i in chunk], [streams[i] for i in chunk], quantum) for chunk in chunks]
+    assert max(layout.shape[1] for layout in layouts) <= 256
+    once = len({(s, row[: n + 1]) for s, row in zip(streams, rows, strict=True) for n in range(len(row))})
+    assert once < 0.5 * sum(map(len, rows))
+    assert once <= sum(sum(layout.own) for layout in layouts) <= once + 8 * len(chunks)
+    assert len(chunks) <= -(-once // (256 - 24))
+
+
+def test_where_little_is_shared_passages_of_one_length_lie_together():
+    rows = [(100 + i, *range(i % 7)) for i in range(50)]
+    lengths = [len(row) for row in rows]
+    assert list(sharing_chunks(rows, 64, [0] * 50)) == list(even_chunks(lengths, 64, [0] * 50))
+
+
+def test_room_up_to_a_multiple_is_used():
+    sizes = [10 * len(chunk) for chunk in even_chunks([10] * 41, 256, [0] * 41, quantum=32)]
+    assert sizes == [220, 190]  # of 410: two chunks of 205 would take 224 tokens each
+    sizes = [4 * len(chunk) for chunk in even_chunks([4] * 123, 256, [0] * 123, quantum=32)]
+    assert sizes == [256, 236]
 
 
 def test_chunks_of_passages_end_to_end_are_even_and_meet_few_streams():
