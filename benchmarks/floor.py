@@ -3,6 +3,9 @@
 Matrix products only, of real tokens only: the layers above the first edited one forward and backward, the layers below
 it for passages never seen before, the output head at answer positions, gradients of the edited weights where a reward
 asks for them, and the network's own products. Two operations a multiplication and addition.
+
+Counted passage by passage. What several passages begin with can be computed once, as the package does on a CPU; with
+``once`` it is counted so, over a whole step, and the floor is lower.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ class Floor:
 
     Args:
         lm: the model.
+        once: whether tokens with the same tokens before them count once, but for those of the state, where each
+            passage's gradient is wanted.
     """
 
-    def __init__(self, lm: EditableLM) -> None:
+    def __init__(self, lm: EditableLM, once: bool = False) -> None:
+        self.once = once
         forward = self.forward = lm.forward
         self.first = forward.first_layer
         self.layers = len(forward.layers)
@@ -47,8 +53,17 @@ class Floor:
 
     def layers_forward(self, passages: Sequence[Passage], layers: int) -> float:
         """The products of this many layers."""
-        tokens, pairs = sum(map(len, passages)), sum(len(p) * (len(p) + 1) / 2 for p in passages)
-        return layers * (2 * self.layer * tokens + self.attention * pairs)
+        pairs = sum(self._depths(passages))  # of a query and a key
+        return layers * (2 * self.layer * self._tokens(passages) + self.attention * pairs)
+
+    def _depths(self, passages: Sequence[Passage]) -> list[int]:
+        """Of each token that is computed, its place in its passage, from 1."""
+        if self.once:
+            return [len(t) for t in {p.input_ids[:n] for p in passages for n in range(1, len(p) + 1)}]
+        return [n for p in passages for n in range(1, len(p) + 1)]
+
+    def _tokens(self, passages: Sequence[Passage]) -> int:
+        return len(self._depths(passages))
 
     def prefix(self, passages: Sequence[Passage]) -> float:
         """Of passages never seen before."""
@@ -59,15 +74,15 @@ class Floor:
         answers = sum(len(p.targets) for p in passages)
         whole = self.layers_forward(passages, self.layers - self.first) + 2 * self.head * answers
         if self.forward.narrows:
-            whole -= 2 * self.outside_attention * (sum(map(len, passages)) - answers)
+            whole -= 2 * self.outside_attention * (self._tokens(passages) - answers)
         return whole
 
     def backward(self, passages: Sequence[Passage], weights: bool) -> float:
         """The gradient of the edited modules' outputs and, if asked for, of their weights."""
         inputs = self.suffix(passages)
         if not self.attention_is_edited:  # nothing below the first edited module is needed
-            inputs -= self.layers_forward(passages, 1) - 2 * self.outside_attention * sum(map(len, passages))
-        return inputs + (2 * self.edited * sum(map(len, passages)) if weights else 0)
+            inputs -= self.layers_forward(passages, 1) - 2 * self.outside_attention * self._tokens(passages)
+        return inputs + (2 * self.edited * self._tokens(passages) if weights else 0)
 
     def step(
         self, edits: Sequence[Passage], new: Sequence[Passage], unrelated: Sequence[Passage], scored: Sequence[Passage]
@@ -80,9 +95,12 @@ class Floor:
             unrelated: those of them whose divergence from θ₀ is scored.
             scored: all passages of the reward, of the current and of earlier batches.
         """
+        once, self.once = self.once, False
+        state = self.suffix(edits) + self.backward(edits, weights=False)
+        self.once = once
         return {
             "layers below the first edited one, for passages not seen before": self.prefix([*edits, *new]),
-            "state": self.suffix(edits) + self.backward(edits, weights=False),
+            "state": state,
             "θ₀'s states": self.suffix(unrelated),
             "reward": self.suffix(scored),
             "reward's gradient": self.backward(scored, weights=True),

@@ -41,6 +41,7 @@ from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
 EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model
 GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
+ONCE = "over theirs, equal beginnings once"  # a column's name
 Section = Literal["step", "edit", "solve", "memory", "growth"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -233,9 +234,11 @@ class Benchmark:
         reference = self.reference(ours.lm)
         deviations: dict[str, list[float]] = {}
         floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}
+        shared: dict[str, list[float]] = {name: [] for name in steppers}
         for _ in range(args.repeats):
             for name, stepper in steppers.items():
                 floors[name].append(self._floor(stepper, exact, "sampled" in name))
+                shared[name].append(sum(self._floor(stepper, exact, "sampled" in name, once=True).values()))
             scored, edits = ours.batches(exact), ours.edits
             weights, moments = ours.lm.snapshot(), ours.network.memory_state()
             updates, theirs, gradient = self.clock(
@@ -267,6 +270,7 @@ class Benchmark:
                 "floor": operations / rates[dtype],
                 "over the floor": self.median(name) * rates[dtype] / operations,
                 "over that of its own products": self.median(name) * own[dtype] / operations,
+                ONCE: self.median(name) * own[dtype] / statistics.median(shared[name]),
             }
         return {
             "rows": {"reference": {"seconds": self.median("reference")}, **rows},
@@ -289,9 +293,11 @@ class Benchmark:
         most = stepper.lm.max_tokens_per_pass
         return pass_rate(stepper.lm, most, max(1, round(most * answers / tokens)))
 
-    def _floor(self, stepper: Stepper, config: RewardConfig, sampled: bool) -> dict[str, float]:
+    def _floor(
+        self, stepper: Stepper, config: RewardConfig, sampled: bool, once: bool = False
+    ) -> dict[str, float]:
         """Operations of the step to come, by part: its reward and the next batch's state."""
-        floor = Floor(stepper.lm)
+        floor = Floor(stepper.lm, once)
         batches = stepper.batches(config)
         if sampled:
             batches = batches[: self.args.samples + 1]
@@ -479,7 +485,9 @@ def plot_growth(result: Mapping[str, Any], path: Path) -> None:
 def shown(section: str, result: Mapping[str, Any]) -> str:
     """A section's numbers as text."""
     if section == "step":
-        columns = ["seconds", "times the reference's speed", "floor", "over the floor", "over that of its own products"]
+        columns = [
+            "seconds", "times the reference's speed", "floor", "over the floor", "over that of its own products", ONCE
+        ]  # fmt: skip
         rows = [[name, *(f"{row[c]:.3g}" if c in row else "" for c in columns)] for name, row in result["rows"].items()]
         parts = [[part, *(f"{counts[part] / 1e9:.0f}" for counts in result["operations"].values())]
                  for part in next(iter(result["operations"].values()))]  # fmt: skip

@@ -83,10 +83,11 @@ class Packing:
     """
 
     def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
-        self._starts = [0, *accumulate(lengths)]
+        starts = [0, *accumulate(lengths)]
         self.longest, self.shares = max(lengths), paths is not None
-        self.tokens = self._starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
-        self._paths = paths or [range(begin, end) for begin, end in pairwise(self._starts)]
+        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
+        self._ends = torch.tensor(starts, dtype=torch.int32)
+        self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
         self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
@@ -116,8 +117,10 @@ class Packing:
         return self._placed[device]
 
     def ends(self, device: torch.device) -> Tensor:
-        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32."""
-        return torch.tensor(self._starts, dtype=torch.int32, device=device)
+        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32; of sequences that share
+        nothing."""
+        self._ends = self._ends.to(device)
+        return self._ends
 
     def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
         """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d) of queries or keys; padding is

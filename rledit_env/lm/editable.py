@@ -266,7 +266,7 @@ class EditableLM(EditedWeights):
         meeting, lengths = self._meeting(streams), [len(row) for row in rows]
         short = [i for i, length in enumerate(lengths) if length <= longest]
         theirs, whose = [rows[i] for i in short], [meeting[i] for i in short]
-        if sharing and self.device.type == "cpu":
+        if sharing and self.forward.shares:
             for chunk in sharing_chunks(theirs, limit, whose, quantum):
                 layout = Layout.sharing([theirs[i] for i in chunk], [whose[i] for i in chunk], quantum)
                 yield [short[i] for i in chunk], layout

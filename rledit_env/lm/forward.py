@@ -274,6 +274,12 @@ class SuffixForward:
                 return False
         return self._agree(mine, whole)
 
+    @property
+    def shares(self) -> bool:
+        """Whether passages end to end may hold once what they begin with: on a CPU; a GPU has a kernel of its own for
+        sequences end to end, and no time to gain that was measured."""
+        return self.device.type == "cpu"
+
     @cached_property
     def longest_packed(self) -> int:
         """Tokens of the longest passages that may lie end to end in one row; 0 where none may.
@@ -284,11 +290,12 @@ class SuffixForward:
         config = self.model.config.get_text_config()
         if config._attn_implementation != NAME or any(hasattr(layer, "_hf_hook") for layer in self.layers):
             return 0
-        # Of tokens that are all different, but for one beginning that the row holds once.
+        # Of tokens that are all different, but for one beginning, which the row holds once where rows may.
         texts = [torch.arange(1, 6), torch.tensor([1, 2, 6, 7]), torch.arange(8, 15)]
-        rows, lengths = [text.tolist() for text in texts], [len(text) for text in texts]
+        lengths = [len(text) for text in texts]
+        row = Layout.sharing([text.tolist() for text in texts], [0] * 3) if self.shares else Layout.end_to_end(lengths)
         found = []
-        for layout in (Layout.sharing(rows, [0] * len(rows)), Layout.padded(lengths)):
+        for layout in (row, Layout.padded(lengths)):
             with torch.no_grad():
                 try:
                     final = self.run(self.prefix(layout.batch(texts).to(self.device), layout), layout)
