@@ -404,6 +404,7 @@ class _Watch(BaseCallback):
             assert agent.model.env is not None
             agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+            best_score, streams, evaluated = theirs["best_score"], numbers["streams"], numbers["evaluated"]
             before = training_state(agent.model), agent.relative.state() if agent.relative is not None else {}
             try:
                 if best is not None:
@@ -418,9 +419,9 @@ class _Watch(BaseCallback):
                 raise
             agent.model._last_obs = agent.model.env.reset()
             agent.model._last_episode_starts = np.ones((1,), dtype=bool)
-            agent.best_score = -math.inf if theirs["best_score"] is None else theirs["best_score"]
+            agent.best_score = -math.inf if best_score is None else best_score
             self.best = best
-            self.begun, self.streams, self._evaluated = numbers["begun"], numbers["streams"], numbers["evaluated"]
+            self.begun, self.streams, self._evaluated = numbers["begun"], streams, evaluated
         tqdm.write(f"going on from {folder} (step {agent.timesteps})")
 
     def close(self) -> None:

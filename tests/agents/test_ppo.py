@@ -232,9 +232,13 @@ def test_an_interrupted_run_is_gone_on_with_under_its_own_settings_only(tmp_path
         trained.learn(16, progress_bar=False, log_dir=tmp_path)
     path = tmp_path / "last" / "training.safetensors"
     tensors, metadata = read_tensors(path)
-    for name in ("policy/", "policy.optimizer/", "random/numpy"):  # readable, but not the model's
-        spoilt = next(k for k, v in reversed(tensors.items()) if k.startswith(name) and v.dim())
-        write_tensors(path, {**tensors, spoilt: tensors[spoilt][1:].contiguous()}, metadata)
+    for name in ("policy/", "policy.optimizer/", "random/numpy", "streams"):  # readable, but not the model's
+        if name == "streams":
+            numbers = {k: v for k, v in json.loads(metadata["training"]).items() if k != name}
+            write_tensors(path, tensors, {**metadata, "training": json.dumps(numbers)})
+        else:
+            spoilt = next(k for k, v in reversed(tensors.items()) if k.startswith(name) and v.dim())
+            write_tensors(path, {**tensors, spoilt: tensors[spoilt][1:].contiguous()}, metadata)
         fresh = StandardAgent(make(), config)
         before = training_state(fresh.model)
         with pytest.raises(ValueError, match="is damaged, or of another version"):
