@@ -10,6 +10,7 @@ Counted passage by passage. What several passages begin with can be computed onc
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -95,12 +96,11 @@ class Floor:
             unrelated: those of them whose divergence from θ₀ is scored.
             scored: all passages of the reward, of the current and of earlier batches.
         """
-        once, self.once = self.once, False
-        state = self.suffix(edits) + self.backward(edits, weights=False)
-        self.once = once
+        apart = copy.copy(self)
+        apart.once = False
         return {
             "layers below the first edited one, for passages not seen before": self.prefix([*edits, *new]),
-            "state": state,
+            "state": apart.suffix(edits) + apart.backward(edits, weights=False),
             "θ₀'s states": self.suffix(unrelated),
             "reward": self.suffix(scored),
             "reward's gradient": self.backward(scored, weights=True),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ class _Places:
         return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
 
 
+def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
+    """How many of each sequence's tokens lie with no earlier one; they follow, in the row, all that lies before them.
+
+    Args:
+        paths: places of each sequence's tokens in the row.
+    """
+    ends = list(accumulate((path[-1] + 1 for path in paths), max))
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
 class Packing:
     """Sequences that lie end to end in one row, and attend each to itself.
 
@@ -94,13 +104,8 @@ class Packing:
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
         """Groups of sequences of similar length: the places of their tokens, and how many of these are another's."""
-        ends = accumulate((path[-1] + 1 for path in self._paths), max)
-        begins = [0, *ends]  # a sequence's own tokens follow all of the sequences before it
-        found = [
-            (path, sum(1 for _ in takewhile(begin.__gt__, path)))
-            for path, begin in zip(self._paths, begins, strict=False)
-        ]
-        order = sorted((one for one in found if one[1] < len(one[0])), key=lambda one: -len(one[0]))
+        found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
+        order = sorted(found, key=lambda one: -len(one[0]))
         groups = []
         while order:
             bound = LIKE * len(order[0][0])

@@ -276,8 +276,8 @@ class SuffixForward:
 
     @property
     def shares(self) -> bool:
-        """Whether passages end to end may hold once what they begin with: on a CPU; a GPU has a kernel of its own for
-        sequences end to end, and no time to gain that was measured."""
+        """Whether passages end to end may hold once what they begin with: on a CPU. A GPU has a kernel of its own for
+        sequences end to end, which takes each whole; what sharing would gain there was not measured."""
         return self.device.type == "cpu"
 
     @cached_property

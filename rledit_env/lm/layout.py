@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rledit_env.lm.attention import Packing
+from rledit_env.lm.attention import Packing, own_tokens
 
 WORTH_SHARING = 0.95  # of the tokens, those that must be left for passages that begin alike to lie side by side
 
@@ -79,10 +79,7 @@ class Layout:
     @cached_property
     def own(self) -> list[int]:
         """Tokens of each passage that lie with no earlier one."""
-        if self.paths is None:
-            return list(self.lengths)
-        ends = list(accumulate((path[-1] + 1 for path in self.paths), max))
-        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        return list(self.lengths) if self.paths is None else own_tokens(self.paths)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -109,7 +106,8 @@ class Layout:
         return torch.tensor([places + [0] * (self.shape[1] - len(places))], device=device)
 
     def batch(self, rows: Sequence[Tensor]) -> Tensor:
-        """The batch (B, L, …) of the passages' own numbers (length, …), zero elsewhere."""
+        """The batch (B, L, …) of each passage's numbers (length, …), those of :attr:`own` tokens where some are shared;
+        zero elsewhere."""
         if self.packed:
             whole = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
         else:
