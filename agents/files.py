@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rledit_env.files import mark, read_marker
+from rledit_env.files import MARKER, mark, read_marker
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
@@ -67,12 +67,24 @@ def run_folder(log_dir: str | Path, command: str | None = None) -> Path:
     return folder
 
 
+def remove_run(log_dir: str | Path) -> None:
+    """Delete what training wrote into a folder, and nothing else."""
+    folder = Path(log_dir)
+    for checkpoint in (folder / "best", folder / "last"):
+        for name in (*AGENT_FILES, MARKER):
+            (checkpoint / name).unlink(missing_ok=True)
+    for logs in (folder, folder / "steps"):
+        for file in logs.glob("events.out.tfevents.*"):
+            file.unlink()
+
+
 def _holds_agent(folder: Path) -> bool:
-    """Whether a folder holds an agent that was saved before there were markers."""
-    try:
+    """Whether a folder holds an agent, or an interrupted training, that was saved before there were markers."""
+    with suppress(OSError, ValueError):
         return {"agent", "format"} <= set(read_description(folder))
-    except (OSError, ValueError):
-        return False
+    with suppress(OSError, SafetensorError), safe_open(folder / TRAINING_STATE, "pt") as file:
+        return "training" in (file.metadata() or {})
+    return False
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

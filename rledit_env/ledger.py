@@ -33,6 +33,7 @@ from torch import Tensor
 from rledit_env.files import MARKER, mark, partial_of, sha256_of, sync, write_bytes, write_text
 from rledit_env.lm.editable import EditableLM
 
+LEDGER = "edit ledger"  # what its folder is called in the marker
 HEADER = "ledger.json"
 LOCK = ".lock"
 FORMAT = 1
@@ -176,7 +177,7 @@ class EditLedger:
         lock = _reserved(folder)
         try:
             _check_new(folder)  # another process may have begun and ended one meanwhile
-            mark(folder, "edit ledger")
+            mark(folder, LEDGER)
             write_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
             ledger = cls(folder)
         except BaseException:

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ def growing(option: str, path: Path, what: str, parts: tuple[str, ...] = ()) -> 
     return Output(option, path, lambda place: check_growing(place, what), parts=parts)
 
 
+def added(option: str, path: str | Path) -> Output:
+    """A folder that files are added to, whatever it holds."""
+    return Output(option, Path(path), lambda place: None, apart=False)
+
+
 def result(option: str, path: Path, form: str) -> Output:
     """A JSON file, see `rledit_env.files.check_result`."""
     return Output(option, path, lambda place: check_result(place, form), folder=False)
@@ -104,6 +110,15 @@ def try_outputs(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None
         output.check(output.path)
         with _named(output):
             _try(output)
+
+
+def try_or_exit(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None:
+    """:func:`try_outputs` for a script: what is wrong is said in one line, and ends the program with exit code 2."""
+    try:
+        try_outputs(outputs, inputs)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -154,13 +169,24 @@ def _check_is(output: Output, path: Path, folder: bool) -> None:
     if not _exists(path):
         return
     here = output if path == Path(os.path.realpath(output.path)) else f"{output}: {path}"
-    mode = path.stat().st_mode
-    if folder and not stat.S_ISDIR(mode):
+    status = path.stat()
+    if folder and not stat.S_ISDIR(status.st_mode):
         raise PathError(f"{here} is a file; name a folder")
-    if not folder and stat.S_ISDIR(mode):
+    if not folder and stat.S_ISDIR(status.st_mode):
         raise PathError(f"{here} is a folder; name a file in it")
-    if not folder and not stat.S_ISREG(mode):
+    if not folder and not stat.S_ISREG(status.st_mode):
         raise PathError(f"{here} is a device or a pipe, which cannot be replaced by a file; name a regular file")
+    if _is_printed_into(status):
+        raise PathError(f"{here} is what this process prints into, and would be replaced; name another file")
+
+
+def _is_printed_into(status: os.stat_result) -> bool:
+    """Whether a file is the standard output or the error output."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # a closed one
+            if os.path.samestat(os.fstat(descriptor), status):
+                return True
+    return False
 
 
 # -- whether it is apart from everything else ----------------------------------------------------------------------

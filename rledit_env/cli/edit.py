@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import secrets
 import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,13 +194,14 @@ def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
     from rledit_env.files import whole_folder
     from rledit_env.lm.delta import save_delta
 
-    with suppress(OSError):
-        folder = Path(tempfile.mkdtemp(prefix="rledit-edit-"))
+    folder = Path(tempfile.gettempdir()) / f"rledit-edit-{secrets.token_hex(4)}"
+    try:
         with whole_folder(folder, what="weight change") as work:
             save_delta(lm, work)
             _write_report(work, report | {"saved": {}})
-        return folder
-    return None
+    except OSError:
+        return None
+    return folder
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:

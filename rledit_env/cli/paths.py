@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rledit_env.outputs import Input, Output, PathError, try_outputs
@@ -54,6 +55,15 @@ def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[I
         OSError: one cannot be written, or something would be lost by it.
     """
     try_outputs(outputs, [*inputs_of(options), *reads])
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Within it, the message of an error in writing says that the same command goes on from what was written."""
+    try:
+        yield
+    except OSError as error:
+        raise PathError(f"{error}; the same command then goes on from what was written") from error
 
 
 def inputs_of(options: argparse.Namespace) -> list[Input]:

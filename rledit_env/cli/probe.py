@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rledit_env.cli.command import OK, Command, environment_arguments, kind_of, say_loading, skipped_rows, warn
-from rledit_env.cli.paths import check_paths, written_path
+from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
           f"{', '.join(f'{size:g}' for size in config.step_sizes)}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     mark(options.out, PROBE, command=options.command_line, files=FILES)
-    with _bar() as bar:
+    with going_on(), _bar() as bar:
         def update(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)

@@ -7,7 +7,7 @@ import argparse
 from rledit_env.cli.command import OK, Command
 from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.files import FIGURES
-from rledit_env.outputs import Output, page
+from rledit_env.outputs import added, page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
         outputs = [page("--out" if options.out else "the page", place)]
         if options.figures:
             # Of a picture's name nothing is known yet; whose it is, is checked before any is written.
-            outputs.append(Output("the pictures' folder", place.parent / FIGURES, lambda folder: None))
+            outputs.append(added("the pictures' folder", place.parent / FIGURES))
         check_paths(options, *outputs)
     for path in RunReport(options.run_folder).write(options.out, options.figures):
         print(path)

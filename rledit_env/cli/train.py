@@ -20,7 +20,7 @@ from rledit_env.cli.command import (
     say_loading,
     skipped_rows,
 )
-from rledit_env.cli.paths import check_paths, written_path
+from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
@@ -145,10 +145,11 @@ def run(options: argparse.Namespace) -> int:
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
     run_folder(options.out, options.command_line)
     horizon = options.num_batches * options.steps_per_batch
-    agent.learn(
-        options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
-        patience=options.patience, resume=options.resume,
-    )
+    with going_on():
+        agent.learn(
+            options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
+            patience=options.patience, resume=options.resume,
+        )
     if longer is not None:
         scores = agent.calibrate(longer)
         tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
