@@ -11,6 +11,7 @@ import gymnasium as gym
 from torch import Tensor
 
 from agents.base import Agent
+from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 
@@ -108,4 +109,4 @@ class FineTuningAgent(Agent):
 
 def _write(path: str | Path, name: str, env: gym.Env | None, config: dict[str, Any]) -> None:
     description = {"agent": name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(env)}
-    write_text(Path(path) / "agent.json", json.dumps(description, indent=1) + "\n")
+    write_text(agent_folder(path) / "agent.json", json.dumps(description, indent=1) + "\n")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
+from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
@@ -98,8 +99,7 @@ class FTLAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the numbers as JSON."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": "ft-l", "format": 1, "seed": self.seed, "config": asdict(self.config),
             "environment": environment_settings(self.env),

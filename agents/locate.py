@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.base import Agent, NotApplicable
+from agents.files import agent_folder
 from agents.key_statistics import GENERATED, KeyStatistics, key_statistics, sample_continuations
 from agents.settings import environment_settings
 from agents.value_optimisation import Request, ValueConfig, Values, encode_request, optimise_values
@@ -175,8 +176,7 @@ class LocateAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the settings, what was computed once (the statistics stay in the cache), and the stream's memory."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": self.name,
             "format": 1,

@@ -21,7 +21,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.files import TRAINING_STATE, built_from, check_counters, read_description, read_tensors
+from agents.files import (
+    TRAINING_STATE,
+    agent_folder,
+    built_from,
+    check_counters,
+    read_description,
+    read_tensors,
+    run_folder,
+)
 from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from agents.standard_state import load_training_state, training_state
@@ -172,11 +180,14 @@ class StandardAgent(Agent):
         Raises:
             ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` holds an
                 interrupted run with other settings.
+            FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
         if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
             watch.resume(folder / "last")
+        if folder is not None:
+            run_folder(folder)
         self._prepare(total_timesteps)
         left = watch.begun + total_timesteps - self.timesteps
         try:
@@ -217,8 +228,7 @@ class StandardAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
         write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
@@ -376,7 +386,7 @@ class _Watch(BaseCallback):
         if self.agent.relative is not None:
             numbers["relative"] = self.agent.relative.state()
         tensors |= {f"best/{k}": v for k, v in (self.best or {}).items()}
-        folder.mkdir(parents=True, exist_ok=True)
+        agent_folder(folder)
         described = {"agent": json.dumps(self.agent._description()), "training": json.dumps(numbers)}
         write_tensors(folder / TRAINING_STATE, tensors, described)
 

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.files import built_from, check_counters, read_description
+from agents.files import agent_folder, built_from, check_counters, read_description
 from agents.ppo import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
@@ -101,8 +101,7 @@ class RandomSearchAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the action and the view as JSON."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": "random search",
             "format": 1,

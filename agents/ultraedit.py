@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from agents.base import Agent, factor_action, module_shapes, used_rows
+from agents.files import agent_folder
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
@@ -102,8 +103,7 @@ class UltraEditAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the numbers as JSON, and the stream's moments and memory as safetensors."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         write_tensors(folder / "agent.safetensors", self.network.memory_state())
         description = {
             "agent": "ultraedit",

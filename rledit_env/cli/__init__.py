@@ -19,6 +19,7 @@ import gymnasium as gym
 
 from rledit_env.cli import compare, edit, evaluate, fetch, ledger, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
+from rledit_env.outputs import PathError
 
 COMMANDS = (
     fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, ledger.COMMAND, compare.COMMAND,
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(given)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    except PathError as error:  # an argument is no path
+        warn(f"rledit {given[0]}: error: {error}")
+        return USAGE
     options.command_line = shlex.join(["rledit", *given])
     with _short_warnings():
         try:

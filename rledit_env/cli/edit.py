@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import secrets
+import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ from rledit_env.cli.command import (
     skipped_rows,
     warn,
 )
+from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.cli.results import (
     finite,
     name_untaken,
@@ -34,6 +38,7 @@ from rledit_env.cli.results import (
     warn_without_effect,
     without_effect,
 )
+from rledit_env.outputs import Output, PathError, whole
 
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from rledit_env.lm.editable import EditableLM
 
 FORMS = ("model", "delta", "lora")
+REPORT = "edit_report.json"
+REPORT_FORMAT = "rledit-edit-report-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,19 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
                         help="how to read the file (default: told by its fields)")
     agent_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited model")
+    parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
                         "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
                         "in DIR")
     parser.add_argument("--lora-rank", type=int, metavar="R",
                         help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace DIR, if it is not empty and rledit wrote all that is in it")
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
     override_arguments(parser, dtype="stored")
     group = parser.add_argument_group("safety")
-    group.add_argument("--ledger", type=Path, metavar="DIR",
+    group.add_argument("--ledger", type=written_path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
     group.add_argument("--resume", action="store_true", help="go on with the run that --ledger recorded")
     group.add_argument("--on-divergence", choices=("end", "skip"), default="end",
@@ -73,13 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_facts, find_agent, load_agent
     from rledit_env.env import LifelongEditEnv
-    from rledit_env.files import check_free, whole_folder
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
     from rledit_env.lm.editable import EditableLM
     from rledit_env.report import versions
 
-    check_free(options.out, options.overwrite)
+    check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
     if options.resume and options.ledger is None:
@@ -131,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
     if facts.without_unrelated:
         scores |= {"specificity": None, "specificity_answer": None, "mean": None}
     report: dict[str, Any] = {
+        "format": REPORT_FORMAT,
         "facts_file": str(options.facts),
         "data_source": facts.dataset.source,
         "agent": str(folder),
@@ -149,18 +157,57 @@ def run(options: argparse.Namespace) -> int:
             for r, answer in zip(records, answers, strict=True)
         ],
     }
-    print(f"writing {options.out} …", file=sys.stderr)
-    with whole_folder(options.out, options.overwrite) as work:
-        report["saved"] = _save(lm, work, options.save, options.lora_rank)
-        (work / "edit_report.json").write_text(
-            json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
     print_metrics(scores, log, print)
-    name_untaken(report["not_taken"], len(records), print, str(options.out / "edit_report.json"))
+    name_untaken(report["not_taken"], len(records), print, str(options.out / REPORT))
     warn_without_effect(report["batches_without_effect"], log)
+    sys.stdout.flush()
+    print(f"writing {options.out} …", file=sys.stderr)
+    _write(lm, report, options)
     for saved in report["saved"].values():
         print(f"written: {options.out / saved['folder']}, {saved['what']}")
     return OK
+
+
+def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the forms asked for and the report, which is told where each one is; or, where that fails, the change.
+
+    Raises:
+        OSError: it cannot be written; the message names what was kept instead.
+    """
+    from rledit_env.files import whole_folder
+
+    try:
+        with whole_folder(options.out, options.overwrite, "edited model", options.command_line) as work:
+            report["saved"] = _save(lm, work, options.save, options.lora_rank)
+            _write_report(work, report)
+    except OSError as error:
+        kept = _keep_change(lm, report)
+        ways = [f"the change and the report are in {kept} (see rledit_env.lm.delta.load_delta)"] if kept else []
+        if options.ledger is not None:
+            ways.append(f"write the model with: rledit ledger replay {shlex.quote(str(options.ledger))} --out MODEL")
+        raise PathError("; ".join([str(error), *(ways or ["nothing of this run was kept but the scores above"])]))\
+            from error
+
+
+def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
+    """Write the change and the report into the system's folder of temporary files; None if that fails too."""
+    from rledit_env.files import whole_folder
+    from rledit_env.lm.delta import save_delta
+
+    folder = Path(tempfile.gettempdir()) / f"rledit-edit-{secrets.token_hex(4)}"
+    try:
+        with whole_folder(folder, what="weight change") as work:
+            save_delta(lm, work)
+            _write_report(work, report | {"saved": {}})
+    except OSError:
+        return None
+    return folder
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    from rledit_env.files import write_text
+
+    write_text(folder / REPORT, json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n")
 
 
 def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, dict[str, Any]]:
@@ -191,6 +238,15 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
 
 def _given(option: int | None, otherwise: int) -> int:
     return otherwise if option is None else option
+
+
+def _ledger_output(options: argparse.Namespace) -> list[Output]:
+    """The ledger as a path to be tried."""
+    from rledit_env.ledger import check_ledger
+
+    if options.ledger is None:
+        return []
+    return [Output("--ledger", options.ledger, lambda folder: check_ledger(folder, options.resume), apart=False)]
 
 
 def _ledger(

@@ -538,9 +538,10 @@ class EditableLM(EditedWeights):
         The weights are written as the model runs with them, in its precision; the folder appears when it is complete.
 
         Raises:
-            FileExistsError: the folder is not empty (unless ``overwrite``).
+            FileExistsError: the folder is not empty. With ``overwrite`` it is replaced, if rledit wrote all of it in
+                one piece, as its marker says (`rledit_env.files.check_free`).
         """
-        with whole_folder(folder, overwrite) as work:
+        with whole_folder(folder, overwrite, "edited model") as work:
             self.model.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
         return Path(folder)
