@@ -240,7 +240,7 @@ def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[s
     """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed."""
     if count == 0:
         return []
-    rows = [lm.tokenizer(word)["input_ids"] for word in _CONTEXT_WORDS]
+    rows = [lm.encode(word) for word in _CONTEXT_WORDS]
     shortest = min(map(len, rows))
     starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(count)])
     generator = torch.Generator().manual_seed(seed)
