@@ -385,7 +385,7 @@ class EditableLM(EditedWeights):
             batch_size: prompts decoded together.
         """
         tokenizer = self.tokenizer
-        answers = [len(self.encode(" " + text)) for text in longest] if longest else [0] * len(prompts)
+        answers = [len(self.encode(" " + text.strip(" "))) for text in longest] if longest else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rledit_env.knowledge.text import separator
 
+_TRAILING_SPACE = re.compile(r"(?<=\S) +\Z")
 _ANCHOR = "\n"  # no tokenizer joins a line end with the word behind it
 
 Offsets = Sequence[tuple[int, int]]
@@ -69,7 +71,9 @@ class TextEncoder:
 
     def _continuation(self, prompt: str, answer: str) -> str:
         """The answer with what parts it from the prompt. A space that it brings parts it from a word, and is left out
-        where white space or a special token does so already."""
+        where white space or a special token does so already. A space behind its last word is left out, too: a model
+        writes it before the next word."""
+        answer = _TRAILING_SPACE.sub("", answer)
         if prompt[-1:].isspace() or prompt.endswith(self.special_tokens):
             return answer.lstrip(" ")
         return separator(prompt, answer) + answer
