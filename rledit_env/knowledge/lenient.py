@@ -42,12 +42,13 @@ def read_fact(row: Row) -> LenientFact:
     if prompt_field is None or target_field is None:
         raise _missing(row, "prompt" if prompt_field is None else "target")
     wordings = fields.texts(prompt_field)
-    subject_field = fields.first(names.SUBJECT)
-    subject = None if subject_field is None else fields.text(subject_field).strip()
+    if not wordings:
+        raise row.error(prompt_field, "is empty", row.values[prompt_field])
+    subject = fields.optional_text(names.SUBJECT)
+    subject = None if subject is None else subject.strip()
     prompt, start = fill_in(row, prompt_field, wordings[0], subject)
     target = fields.text(target_field)
-    original_field = fields.first(names.ORIGINAL)
-    original = fields.text(original_field) if original_field and fields.has_text(original_field) else None
+    original = fields.optional_text(names.ORIGINAL)
     paraphrases = [*wordings[1:], *(text for field in fields.all(names.PARAPHRASES) for text in fields.texts(field))]
     unrelated = [UnrelatedFact(with_question_mark(asked), answer) for asked, answer in fields.unrelated(original)]
     implied = tuple(ImpliedFact(asked, answer) for asked, answer in fields.facts(names.IMPLIED, names.IMPLIED_PAIRS))
@@ -103,9 +104,10 @@ class _Fields:
         rest = {name: value for name, value in self.row.values.items() if name not in self.used and value}
         return tuple(str(name) for name in rest if names.plain(name) not in names.UNUSED)
 
-    def has_text(self, field: str) -> bool:
-        """Whether there is anything in it: the list of true answers is empty in some rows."""
-        return bool(_first(self.row.values[field]))
+    def optional_text(self, candidates: Sequence[str]) -> str | None:
+        """:meth:`text` of the first of these names, or None where there is none or nothing in it."""
+        field = self.first(candidates)
+        return self.text(field) if field is not None and _first(self.row.values[field]) else None
 
     def text(self, field: str) -> str:
         """The text of a field, or the first of a list or object of texts."""
