@@ -166,7 +166,7 @@ def generated_corpus(lm: EditableLM, tokens: int, seed: int = 0, progress: bool 
     """
     beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
     given = 4  # tokens of the beginning: of one number, so that no text needs padding
-    starts = torch.tensor([row[:given] for row in lm.tokenizer(beginnings)["input_ids"] if len(row) >= given])
+    starts = torch.tensor([row[:given] for row in map(lm.encode, beginnings) if len(row) >= given])
     count = max(1, tokens // ROW)
     starts = starts.repeat(-(-count // len(starts)), 1)[:count]
     generator = torch.Generator().manual_seed(seed)

@@ -90,7 +90,7 @@ class LocateAgent(Agent):
         self.env, self.inner, self.seed = env, inner, seed
         self.lm: EditableLM = inner.lm
         self.modules = output_projections(self.lm)
-        if not any(r.subject and r.subject in r.prompt for r in inner.dataset.records):
+        if not any(r.subject_span for r in inner.dataset.records):
             raise NotApplicable(
                 f"no fact of {inner.dataset.source} has a subject that occurs in its prompt, which {self.name} "
                 "edits at; take facts with subjects (ZsRE, CounterFact)"
@@ -127,7 +127,7 @@ class LocateAgent(Agent):
             self.one_off_seconds += self.statistics.seconds  # also where they were kept from an earlier run
             started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
-            records = [r for r in self.inner.dataset.records if r.subject and r.subject in r.prompt]
+            records = [r for r in self.inner.dataset.records if r.subject_span]
             requests = [encode_request(self.lm, r, self.contexts) for r in records[: self.config.anchor_facts]]
             with self.lm.original_weights():
                 solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
@@ -240,7 +240,7 @@ def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[s
     """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed."""
     if count == 0:
         return []
-    rows = [lm.tokenizer(word)["input_ids"] for word in _CONTEXT_WORDS]
+    rows = [lm.encode(word) for word in _CONTEXT_WORDS]
     shortest = min(map(len, rows))
     starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(count)])
     generator = torch.Generator().manual_seed(seed)

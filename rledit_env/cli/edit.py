@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from rledit_env.cli.command import (
     check_positive,
     dtype_name,
     model_name,
+    on_error_argument,
     override_arguments,
     progress_bar,
     say_loading,
@@ -51,9 +53,13 @@ REPORT_FORMAT = "rledit-edit-report-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--facts", type=Path, required=True, metavar="FILE", help="JSON Lines, one fact a line")
+    parser.add_argument("--facts", type=Path, required=True, metavar="FILE",
+                        help="the facts: JSON Lines, JSON, CSV, YAML or Parquet")
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
                         help="how to read the file (default: told by its fields)")
+    on_error_argument(parser)
+    parser.add_argument("--chat", action="store_true",
+                        help="put every prompt into the model's chat template, as a user's message")
     agent_argument(parser)
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
@@ -83,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.env import LifelongEditEnv
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
+    from rledit_env.lm.chat import in_chat
     from rledit_env.lm.editable import EditableLM
     from rledit_env.report import versions
 
@@ -91,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         check_positive(options, "lora_rank")
     if options.resume and options.ledger is None:
         raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
-    facts = load_facts(options.facts, options.kind)
+    facts = load_facts(options.facts, options.kind, options.on_error)
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
     settings = {
@@ -104,6 +111,9 @@ def run(options: argparse.Namespace) -> int:
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
     lm = EditableLM.load(model, modules, options.dtype, options.device)
+    if options.chat:
+        chats = in_chat(facts.dataset.records, lm.tokenizer, lm.name)
+        facts = replace(facts, dataset=replace(facts.dataset, records=chats))
     agent = load_agent(folder, LifelongEditEnv(
         facts.dataset.kind, lm, data=facts.dataset, num_batches=1, batch_size=1, token=settings["token"], reward="none",
         array_backend="torch",
@@ -146,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
         "settings": {**settings, "model": model, "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm),
-                     "device": str(lm.device), "kind": facts.dataset.kind},
+                     "device": str(lm.device), "kind": facts.dataset.kind, "chat": options.chat},
         "versions": versions(),
         "notes": notes,
         "taken": list(metrics.taken),
@@ -273,6 +283,9 @@ def _ledger(
 def _notes(facts: Any, token: str) -> list[str]:
     """What the user should know of how the facts were taken."""
     dataset, notes = facts.dataset, []
+    if facts.ignored:
+        named = [f"{n!r} (did you mean {meant!r}?)" if meant else f"{n!r}" for n, meant in facts.ignored.items()]
+        notes.append(f"fields that are not used: {', '.join(named)}")
     if facts.without_paraphrases:
         notes.append(f"{facts.without_paraphrases} facts have no paraphrases: their own prompt stands in, which "
                      "changes nothing in editing; generalization is not scored")
@@ -303,10 +316,14 @@ COMMAND = Command(
     "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision, or\n"
     "only the change, with edit_report.json. The facts whose answer did not change are named.",
     """\
-the file of facts: JSON Lines, one object a line, either a published schema of ZsRE, CounterFact or FEVER, or
+the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, told by what it holds. A fact is
   {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
+or has the names of ZsRE, CounterFact, FEVER, KnowEdit, MQuAKE or WikiBigEdit, or those of EasyEdit's, ROME's, MEMIT's
+and AlphaEdit's requests ("{}" in a prompt is the subject's place).
 "subject" is optional but helps; so are "paraphrases": [...] and "unrelated": [{"prompt": ..., "answer": ...}], which
 are only used to score the result.
+Texts are taken as they are. Prompt and target are joined by a space, but by none after white space or a chat
+template, or in scripts without spaces.
 
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.files import whole_folder
+from rledit_env.knowledge.text import find_subject
 from rledit_env.lm.attention import prefer_fast_attention
 from rledit_env.lm.forward import (
     Passage,
@@ -33,6 +34,7 @@ from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.placement import resolve_device, resolve_dtype
 from rledit_env.lm.products import outer, prefer_fast_products
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
+from rledit_env.lm.tokens import Offsets, TextEncoder
 from rledit_env.lm.weights import EditedWeights
 
 
@@ -98,6 +100,7 @@ class EditableLM(EditedWeights):
                 "covers; convert it with the tokenizers library or choose another model"
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.text = TextEncoder(tokenizer)
         prefer_fast_attention(model)
         prefer_fast_norms(model)
         prefer_fast_gates(model)
@@ -172,8 +175,20 @@ class EditableLM(EditedWeights):
 
     # -- text ----------------------------------------------------------------------------------------------------
 
-    def tokenize(self, prompt: str, answer: str, subject: str | None = None, origin: str = "") -> Passage:
-        """The passage ``prompt + " " + answer``.
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued (see :class:`TextEncoder`)."""
+        return self.text.encode(text)
+
+    def tokenize(
+        self, prompt: str, answer: str, subject: str | tuple[int, int] | None = None, origin: str = ""
+    ) -> Passage:
+        """The passage of a prompt and its answer, joined as :class:`TextEncoder` joins them.
+
+        Args:
+            prompt, answer: texts.
+            subject: what the prompt is about: its text, sought in the prompt (`find_subject`), or its first character
+                there and the one after its last.
+            origin: the place of the fact, for messages.
 
         Raises:
             ValueError: the passage is longer than the model's context, or the answer has no token.
@@ -184,36 +199,23 @@ class EditableLM(EditedWeights):
         self,
         prompts: Sequence[str],
         answers: Sequence[str],
-        subjects: Sequence[str | None],
+        subjects: Sequence[str | tuple[int, int] | None],
         origins: Sequence[str],
     ) -> list[Passage]:
         """:meth:`tokenize` for many texts at once."""
-        texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        encoding = self.tokenizer(texts, return_offsets_mapping=True)
-        rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        return [
-            self._passage(ids, offsets, prompt, answer, subject, origin)
-            for (ids, offsets), prompt, answer, subject, origin in zip(
-                rows, prompts, answers, subjects, origins, strict=True
-            )
-        ]
-
-    def _passage(
-        self, ids: list[int], offsets: list[tuple[int, int]], prompt: str, answer: str, subject: str | None, origin: str
-    ) -> Passage:
-        first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
-        if not first:  # no answer token, or no prompt token before it
-            raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
-        if len(ids) > self.context_length:
-            raise ValueError(
-                f"{origin}: prompt and answer have {len(ids)} tokens, but the context of {self.name or 'the model'} "
-                f"holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
-            )
-        position = None
-        if subject and (start := prompt.find(subject)) >= 0:
-            stop = start + len(subject)
-            position = max(i for i in range(first) if offsets[i][0] < stop and offsets[i][1] > offsets[i][0])
-        return Passage(tuple(ids[:-1]), tuple(ids[first:]), position)
+        passages = []
+        rows = zip(self.text.pairs(prompts, answers), prompts, answers, subjects, origins, strict=True)
+        for (ids, offsets, first), prompt, answer, subject, origin in rows:
+            if not 0 < first < len(ids):
+                raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
+            if len(ids) > self.context_length:
+                raise ValueError(
+                    f"{origin}: prompt and answer have {len(ids)} tokens, but the context of "
+                    f"{self.name or 'the model'} holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
+                )
+            position = _last_token(offsets[:first], _span(prompt, subject))
+            passages.append(Passage(tuple(ids[:-1]), tuple(ids[first:]), position))
+        return passages
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -383,12 +385,12 @@ class EditableLM(EditedWeights):
             batch_size: prompts decoded together.
         """
         tokenizer = self.tokenizer
-        answers = [len(tokenizer(" " + text)["input_ids"]) for text in longest] if longest else [0] * len(prompts)
+        answers = [len(self.encode(" " + text.strip(" "))) for text in longest] if longest else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            rows = [tokenizer(prompts[i])["input_ids"] for i in chunk]
+            rows = [self.encode(prompts[i]) for i in chunk]
             width = max(map(len, rows))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -545,3 +547,18 @@ class EditableLM(EditedWeights):
             self.model.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
         return Path(folder)
+
+
+def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Where the subject stands in the prompt."""
+    if not isinstance(subject, str):
+        return subject
+    start = find_subject(prompt, subject)
+    return None if start is None else (start, start + len(subject))
+
+
+def _last_token(offsets: Offsets, span: tuple[int, int] | None) -> int | None:
+    """The index of the last token that covers a character of the span."""
+    if span is None:
+        return None
+    return max((i for i, (start, end) in enumerate(offsets) if start < span[1] and end > start), default=None)
