@@ -13,6 +13,7 @@ from torch import Tensor
 from agents.base import Agent
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
 
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 
@@ -75,6 +76,8 @@ class FineTuningAgent(Agent):
     """
 
     def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FineTuningAgent", agent=True)
         self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
 
     def memory(self) -> dict[str, Tensor]:
