@@ -14,6 +14,7 @@ from agents.base import Agent
 from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
 
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 
@@ -76,6 +77,8 @@ class FineTuningAgent(Agent):
     """
 
     def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FineTuningAgent", agent=True)
         self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
 
     def memory(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
+from rledit_env.nesting import environment_inside
 
 # The environment's settings that the editor is used with; what is traced does not matter to it.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
@@ -73,6 +74,8 @@ class FTLAgent(Agent):
     """
 
     def __init__(self, env: gym.Env | None, config: FTLConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FTLAgent", agent=True)
         self.env, self.config, self.seed = env, config or FTLConfig(), seed
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:

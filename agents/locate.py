@@ -23,6 +23,7 @@ from agents.value_optimisation import Request, ValueConfig, Values, encode_reque
 from rledit_env.files import write_tensors, write_text
 from rledit_env.lm.continued import layer_of, subject_states
 from rledit_env.lm.editable import EditableLM
+from rledit_env.nesting import environment_inside
 
 MEMORY = "memory.safetensors"
 _CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -85,7 +86,7 @@ class LocateAgent(Agent):
     config_class: ClassVar[type[LocateConfig]]
 
     def __init__(self, env: gym.Env[Any, Any], config: Any = None, seed: int = 0) -> None:
-        inner: Any = env.unwrapped
+        inner = environment_inside(env, type(self).__name__, agent=True)
         self.config: Any = self.config_class() if config is None else config
         self.env, self.inner, self.seed = env, inner, seed
         self.lm: EditableLM = inner.lm

@@ -101,9 +101,8 @@ def main(args: Args) -> None:
 
         def callback(numbers: dict[str, float]) -> None:
             if streams[0] % every == 0 and args.curve_streams:
-                weights = lm.snapshot()  # the next training stream may be under way on the same LLM
-                points.append((steps(), float(np.mean(returns(held_out, on_held_out, on_curve)))))
-                lm.restore(weights)
+                with lm.preserved():  # the next training stream may be under way on the same LLM
+                    points.append((steps(), float(np.mean(returns(held_out, on_held_out, on_curve)))))
             streams[0] += 1
 
         callback({})

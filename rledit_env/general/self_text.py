@@ -55,7 +55,7 @@ def self_text(
     """
     rows = [lm.encode(text) for text in openings]
     width = max(map(len, rows))
-    pad, end = lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id
+    pad, end = lm.pad_token_id, lm.tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
     devices = [lm.device] if lm.device.type == "cuda" else []

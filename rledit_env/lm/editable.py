@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +35,7 @@ from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.placement import resolve_device, resolve_dtype
 from rledit_env.lm.products import outer, prefer_fast_products
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
+from rledit_env.lm.sharing import frozen_weights
 from rledit_env.lm.tokens import Offsets, TextEncoder
 from rledit_env.lm.weights import EditedWeights
 
@@ -153,6 +155,21 @@ class EditableLM(EditedWeights):
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
+        """A copy with edited weights of its own, equal to these, over the same frozen weights; the tokenizer and the
+        caches are shared."""
+        shared = [self.tokenizer, self.prefix_cache, self.reference_cache]
+        shared += [*self._original.values(), *self._original_run.values()]
+        memo |= frozen_weights(self.model, self._modules) | {id(part): part for part in shared}
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        parts = {name: part for name, part in self.__dict__.items() if name not in ("_master", "holder")}
+        other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in parts.items()})
+        other.holder = None
+        other._take_masters()
+        other.restore(self._master)
+        return other
+
     # -- names, places -------------------------------------------------------------------------------------------
 
     @property
@@ -172,6 +189,13 @@ class EditableLM(EditedWeights):
     @property
     def context_length(self) -> int:
         return self.model.config.get_text_config().max_position_embeddings
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are filled up with, which no token sees: the tokenizer's, its end token where it has none."""
+        known = len(self.model.get_input_embeddings().weight)
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in ids if token is not None and token < known), 0)
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -384,7 +408,7 @@ class EditableLM(EditedWeights):
             extra: tokens beyond that (or in all, without ``longest``).
             batch_size: prompts decoded together.
         """
-        tokenizer = self.tokenizer
+        tokenizer, pad = self.tokenizer, self.pad_token_id
         answers = [len(self.encode(" " + text.strip(" "))) for text in longest] if longest else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
         texts = [""] * len(prompts)
@@ -392,14 +416,14 @@ class EditableLM(EditedWeights):
             chunk = order[start : start + batch_size]
             rows = [self.encode(prompts[i]) for i in chunk]
             width = max(map(len, rows))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             output = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max(answers[i] for i in chunk) + extra,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
             )
             for i, row in zip(chunk, output[:, width:], strict=True):
                 texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
