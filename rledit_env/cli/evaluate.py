@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
+    from agents.saved import modules_of
     from rledit_env.general import GeneralAbility, GeneralEvery
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
@@ -87,10 +88,11 @@ def run(options: argparse.Namespace) -> int:
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
     }
     say_loading(settings["model"])
-    env = gym.make(
-        env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
-        reward="none", array_backend="torch", disable_env_checker=True, **settings,
-    )
+    with modules_of(folder, settings["model"]):
+        env = gym.make(
+            env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
+            reward="none", array_backend="torch", disable_env_checker=True, **settings,
+        )
     inner: Any = env.unwrapped
     agent = load_agent(folder, env)
     agent.reset()
