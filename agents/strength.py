@@ -174,7 +174,7 @@ class StrengthProbe:
             )
         if log.diverged or log.stopped:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)
-        metrics = evaluate(self.lm, self.facts.records, self.facts.kind, generate=False)
+        metrics = evaluate(self.lm, self.facts.records, self.facts.kind)
         kl = self_drift(self.lm, text).kl
         return Trial(step_size, steps_per_batch, sum(metrics.taken), metrics.top1, kl if math.isfinite(kl) else None)
 
