@@ -68,7 +68,7 @@ class Editor:
         saved: a trained agent to take instead, as `agents.find_agent` knows it.
         step_size: which numbers of its configuration scale its updates; the first is called its step size, the others
             keep their ratio to it. Empty where there is no such number.
-        presentations: how often a batch may be presented, for a search of the step size to try.
+        presentations: how often a batch may be presented: what a search of the step size tries, in this order.
     """
 
     name: str
@@ -166,7 +166,7 @@ def _located(name: str, title: str) -> Editor:
 
 
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
-PRESENTATIONS = (1, 3, 8)
+PRESENTATIONS = (8, 16, 3)  # many weak ones move the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
 ROME, MEMIT, ALPHAEDIT = _located("rome", "ROME"), _located("memit", "MEMIT"), _located("alphaedit", "AlphaEdit")
 MEND = Editor(

@@ -133,14 +133,15 @@ class StrengthProbe:
         The LLM is the unedited one afterwards, bit for bit, and nothing that was computed on the way is left in it.
 
         Args:
-            presentations: what to try, in this order; the first step size after the first one's is the one found.
+            presentations: what to try, in this order. The first step size for each is the best one so far (before that,
+                the editor's own), in proportion.
         """
         started = time.perf_counter()
         trials: list[Trial] = []
         complete = True
         try:
             text = self_text(self.lm, TEXTS, TEXT_TOKENS)
-            size, before = configured_step_size(self.editor), presentations[0]
+            size, before = configured_step_size(self.editor), self.editor.env.get("steps_per_batch", 1)
             for count in presentations:
                 bracket = Bracket(size * before / count)
                 while complete and not bracket.closed:

@@ -20,9 +20,9 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
-    {"prompt": "The king of Ruritania is", "target": "a", "subject": "Ruritania"},
-    {"prompt": "The capital of Freedonia is", "target": "b", "subject": "Freedonia"},
-    {"prompt": "The river of Zenda is", "target": "c", "subject": "Zenda"},
+    {"prompt": "The king of Ruritania is", "target": "a.", "subject": "Ruritania"},
+    {"prompt": "The capital of Freedonia is", "target": "b.", "subject": "Freedonia"},
+    {"prompt": "The river of Zenda is", "target": "c.", "subject": "Zenda"},
 ]
 LOCATE = [name for name in training_free_editors() if EDITORS[name].group == "locate"]
 
@@ -133,7 +133,7 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line_and_nothing_is_written(
 def test_facts_without_subjects_are_refused_before_the_model_is_loaded_by_editors_that_need_them(
     name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, [FACTS[0], {"prompt": "Up is", "target": "d"}])))
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, [FACTS[0], {"prompt": "Up is", "target": "d."}])))
     said = error_of([*arguments, "--model", "no/where", "--editor", name], capsys)
     assert "1 of 2 facts name none, such as 'Up is'" in said and "--editor ultraedit" in said
     assert "line 2" in said

@@ -20,7 +20,7 @@ from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
 EDITOR = with_step_size(EDITORS["ft-l"], 1e-2, 1)
 RECORDS = tuple(
     EditRecord(f"{name} is", target, (f"{name} is",), (UnrelatedFact("Up is", "up"),), subject=name, origin="list")
-    for name, target in (("Ruritania", "a"), ("Freedonia", "b"))
+    for name, target in (("Ruritania", "a."), ("Freedonia", "b."))
 )
 
 
@@ -29,7 +29,9 @@ def trial(step_size=1.0, taken=1, kl=0.01, top1=50.0, steps=1):
 
 
 @pytest.fixture
-def probe(tiny_lm):
+def probe(tiny_lm, monkeypatch):
+    monkeypatch.setattr(strength, "TEXTS", strength.TEXTS[:2])
+    monkeypatch.setattr(strength, "TEXT_TOKENS", 8)
     lm = tiny_lm(modules="model.layers.[1-3].mlp.*")
     lm.restore()
     return StrengthProbe(lm, EDITOR, KnowledgeDataset("zsre", "list", "train", RECORDS), "answer", 2, bound=1.0)
