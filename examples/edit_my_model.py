@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents import RLEditAgent, agent_settings, edit_facts, find_agent, load_agent
 from agents.rledit import RECOMMENDED
+from rledit_env.answers import answer_of, took
 from rledit_env.files import check_free
 from rledit_env.knowledge.facts import load_facts
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import answer_of
 
 MADE_UP = [
     {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"},
@@ -85,8 +85,8 @@ def main(args: Args) -> None:
         inputs = tokenizer(prompt, return_tensors="pt")
         length = len(tokenizer(f" {target}")["input_ids"])
         output = edited.generate(**inputs, max_new_tokens=length + 4, do_sample=False)
-        new = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        taken = new.startswith(target)
+        new = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        taken = took(new, target)
         missed += not taken
         mark = "took    " if taken else "DID NOT "
         print(f"{mark} {prompt} … {target!r}: was {answer_of(old)!r}, is {answer_of(new)!r}")

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_facts, find_agent, load_agent
+    from rledit_env.answers import MEANING
     from rledit_env.env import LifelongEditEnv
     from rledit_env.files import check_free, whole_folder
     from rledit_env.guard import DriftGuard
@@ -142,11 +143,12 @@ def run(options: argparse.Namespace) -> int:
         "versions": versions(),
         "notes": notes,
         "taken": list(metrics.taken),
+        "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
         "answers": [
-            {"prompt": r.prompt, "target": r.target, "answer": answer}
-            for r, answer in zip(records, answers, strict=True)
+            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took}
+            for r, answer, took in zip(records, answers, metrics.taken, strict=True)
         ],
     }
     print(f"writing {options.out} …", file=sys.stderr)
@@ -156,7 +158,7 @@ def run(options: argparse.Namespace) -> int:
             json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     print_metrics(scores, log, print)
-    name_untaken(report["not_taken"], len(records), print, str(options.out / "edit_report.json"))
+    name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / "edit_report.json"))
     warn_without_effect(report["batches_without_effect"], log)
     for saved in report["saved"].values():
         print(f"written: {options.out / saved['folder']}, {saved['what']}")

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
+    from rledit_env.answers import MEANING
     from rledit_env.general import GeneralAbility, GeneralEvery
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         log = edit_stream(env, agent, progress=bar.update, callbacks=callbacks, seed=options.seed)
     records = inner.edited_records()
     metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
-    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, answers)
+    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, metrics, answers)
     result = {
         "env": env_id,
         "agent": str(folder),
@@ -125,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
                      "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind},
         "versions": versions(),
         "taken": list(metrics.taken),
+        "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
         "answers": shown,
@@ -140,7 +142,8 @@ def run(options: argparse.Namespace) -> int:
         result["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
                              "scores": {str(edited): scores for edited, scores in general.scores.items()}}
         print_general(general.scores, say)
-    name_untaken(result["not_taken"], len(records), say, options.json if options.json != "-" else None)
+    name_untaken(result["not_taken"], len(records), metrics.exact_match, say,
+                 options.json if options.json != "-" else None)
     warn_without_effect(result["batches_without_effect"], log)
     if options.json == "-":
         print(json.dumps(finite(result), indent=1, ensure_ascii=False))
