@@ -93,26 +93,26 @@ def key_statistics(
     with lm.original_weights():
         model = fingerprint(lm)
         if str(corpus) == GENERATED:
-            key = _digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
+            key = digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
             path = cache / "corpora" / f"{key}.safetensors"
-            text = _cached(path)
+            text = cached_tensors(path)
             if "ids" not in text:
                 text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
-                _keep(path, text)
+                keep_tensors(path, text)
             ids, seconds = text["ids"], _seconds(text)
             source = f"text that the LLM wrote itself (seed {seed})"
         else:
             ids, seconds = text_corpus(lm, corpus, tokens), 0.0
             key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             source = f"the text file {Path(corpus).name}"
-        paths = {m: cache / "key_statistics" / f"{_digest(model, key, m)}.safetensors" for m in modules}
-        found = {m: _cached(path) for m, path in paths.items()}
+        paths = {m: cache / "key_statistics" / f"{digest(model, key, m)}.safetensors" for m in modules}
+        found = {m: cached_tensors(path) for m, path in paths.items()}
         missing = [m for m, kept in found.items() if "second_moment" not in kept]
         if missing:
             started = time.perf_counter()
             for m, c in second_moments(lm, missing, ids, progress).items():
                 found[m] = _timed(started, {"second_moment": c}, len(missing))
-                _keep(paths[m], found[m])
+                keep_tensors(paths[m], found[m])
     moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
     seconds += sum(map(_seconds, found.values()))
     return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
@@ -252,11 +252,11 @@ def fingerprint(lm: EditableLM) -> str:
     return digest.hexdigest()
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
-def _cached(path: Path) -> dict[str, Tensor]:
+def cached_tensors(path: Path) -> dict[str, Tensor]:
     """What the cache holds there: nothing where there is no file, or a damaged one."""
     try:
         return load_file(path) if path.exists() else {}
@@ -265,7 +265,7 @@ def _cached(path: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)

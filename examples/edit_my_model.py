@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents import RLEditAgent, agent_settings, edit_facts, find_agent, load_agent
+from agents.moments import start_warm
 from agents.rledit import RECOMMENDED
 from rledit_env.answers import answer_of, took
 from rledit_env.files import check_free
@@ -67,6 +68,7 @@ def main(args: Args) -> None:
     # "stored" keeps the model's own precision, so that what is not edited is written as it was, bit for bit.
     lm = EditableLM.load(model, settings.get("edit_modules"), dtype="stored")
     agent = load_agent(folder_of_agent) if folder_of_agent else RLEditAgent(shapes=lm.module_shapes)
+    start_warm(agent, lm, settings["token"])  # so that single facts take, too
 
     prompts, targets = [fact.prompt for fact in facts], [fact.target for fact in facts]
     before = lm.generate(prompts, longest=targets)

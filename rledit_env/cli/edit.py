@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
     override_arguments(parser, dtype="stored")
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
+                        help="let an agent that was saved without moments of training facts start from those of "
+                        "bundled facts, so that single facts take; --no-warm-up leaves it as published")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=Path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
@@ -72,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_facts, find_agent, load_agent
+    from agents.moments import MissingMomentsWarning, start_warm
     from rledit_env.answers import MEANING
     from rledit_env.env import LifelongEditEnv
     from rledit_env.files import check_free, whole_folder
@@ -98,20 +103,29 @@ def run(options: argparse.Namespace) -> int:
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
     lm = EditableLM.load(model, modules, options.dtype, options.device)
-    agent = load_agent(folder, LifelongEditEnv(
+    env = LifelongEditEnv(
         facts.dataset.kind, lm, data=facts.dataset, num_batches=1, batch_size=1, token=settings["token"], reward="none",
         array_backend="torch",
-    ))
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        if options.warm_up:
+            warnings.simplefilter("ignore", MissingMomentsWarning)
+        agent = load_agent(folder, env)
+    bundled_start = options.warm_up and start_warm(agent, lm, settings["token"])
     print(f"facts  {len(facts.dataset)} of {facts.dataset.source} (read as {facts.dataset.kind})",
           *skipped_rows(facts.dataset))
     print(f"model  {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules")
     print(f"agent  {folder}")
     notes = _notes(facts, settings["token"])
+    if bundled_start:
+        notes.append("the agent has no moments of training facts, and starts from those of bundled ones")
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
     guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
-    ledger = _ledger(options, lm, facts.dataset, folder, settings) if options.ledger is not None else None
+    ledger = None
+    if options.ledger is not None:
+        ledger = _ledger(options, lm, facts.dataset, folder, settings, bundled_start)
     try:
         with progress_bar(len(facts.dataset), "editing") as bar:
             log = edit_facts(lm, agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
@@ -196,7 +210,8 @@ def _given(option: int | None, otherwise: int) -> int:
 
 
 def _ledger(
-    options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, agent: Path, settings: dict[str, Any]
+    options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, agent: Path, settings: dict[str, Any],
+    bundled_start: bool,
 ) -> EditLedger:
     """The run's ledger, new or to be gone on with; only with the same facts, agent and settings."""
     from rledit_env.files import sha256_of
@@ -208,6 +223,7 @@ def _ledger(
         "facts": hashlib.sha256(texts.encode()).hexdigest(),
         "agent": {path.name: sha256_of(path) for path in sorted(agent.glob("agent.*"))},
         "on_divergence": options.on_divergence,
+        **({"warm_up": True} if bundled_start else {}),
     }
     if not options.resume:
         return EditLedger.create(options.ledger, lm, described)
