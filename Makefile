@@ -1,5 +1,5 @@
 # make demo    install, fetch the default model, train the agent, edit, write a report with pictures
-# make test    install and run the tests
+# make test    install and run the tests, on every core
 # make help    what else there is
 
 PYTHON     ?= python3
@@ -7,18 +7,22 @@ VENV       ?= .venv
 # torch comes first and pinned: on a machine without a GPU, other ways to ask for it may bring gigabytes of CUDA.
 TORCH      ?= torch==2.13.0
 DEMO_FLAGS ?=
+# Processes that share the tests, one thread of torch each; 0 runs them in one process.
+WORKERS    ?= auto
 TEST_FLAGS ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.rledit-installed
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv install demo test test-real lint types check clean
+.PHONY: help venv install demo test test-real test-slow lint types check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train the agent on the default model, edit, write runs/demo/report.html (DEMO_FLAGS=--help)"
 	@echo "make test       run the tests (TEST_FLAGS='-k stream')"
 	@echo "make test-real  run the tests that need the default model"
+	@echo "make test-slow  run the tests that take minutes each on an old processor"
 	@echo "make check      lint, types and tests"
 	@echo "make install    create $(VENV) and install the package (PYTHON=python3.12, TORCH='torch==2.13.0 ...')"
 	@echo "make clean      remove what make and the tools wrote, but not runs/"
@@ -44,10 +48,13 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(PYTEST) $(TEST_FLAGS)
 
 test-real: $(STAMP)
-	$(BIN)/python -m pytest -m real $(TEST_FLAGS)
+	$(PYTEST) -m "real and not slow" $(TEST_FLAGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(TEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -240,8 +240,8 @@ EDITORS: dict[str, Editor] = {
         ),
         _trajectory("malmen+rledit", "MALMEN+RLEdit", "agents.malmen:malmen_rledit", env=ANSWER, training=LONG),
         _trajectory(
-            "rledit-paper", "RLEdit (paper)", env=ANSWER, settings={"network": {"aggregation": "least_squares"}},
-            training=LONG,
+            "rledit-paper", "RLEdit (paper)", env=ANSWER, training=LONG,
+            settings={"network": {"aggregation": "least_squares", "warm_up": False}},
         ),
         _trajectory(
             "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},

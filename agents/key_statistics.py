@@ -97,10 +97,10 @@ def key_statistics(
         if str(corpus) == GENERATED:
             key = _corpus_key(model, tokens, seed)
             path = _corpus_path(cache, key)
-            text = _cached(path)
+            text = cached_tensors(path)
             if "ids" not in text:
                 text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
-                _keep(path, text)
+                keep_tensors(path, text)
             ids, seconds = text["ids"], _seconds(text)
             source = f"text that the LLM wrote itself (seed {seed})"
         else:
@@ -108,13 +108,13 @@ def key_statistics(
             key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             source = f"the text file {Path(corpus).name}"
         paths = {m: _moment_path(cache, model, key, m) for m in modules}
-        found = {m: _cached(path) for m, path in paths.items()}
+        found = {m: cached_tensors(path) for m, path in paths.items()}
         missing = [m for m, kept in found.items() if "second_moment" not in kept]
         if missing:
             started = time.perf_counter()
             for m, c in second_moments(lm, missing, ids, progress).items():
                 found[m] = _timed(started, {"second_moment": c}, len(missing))
-                _keep(paths[m], found[m])
+                keep_tensors(paths[m], found[m])
     moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
     seconds += sum(map(_seconds, found.values()))
     return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
@@ -149,7 +149,7 @@ def _texts_at_once(lm: EditableLM) -> int:
 
 
 def _corpus_key(model: str, tokens: int, seed: int) -> str:
-    return _digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
+    return digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
 
 
 def _corpus_path(cache: Path, key: str) -> Path:
@@ -157,7 +157,7 @@ def _corpus_path(cache: Path, key: str) -> Path:
 
 
 def _moment_path(cache: Path, model: str, key: str, module: str) -> Path:
-    return cache / "key_statistics" / f"{_digest(model, key, module)}.safetensors"
+    return cache / "key_statistics" / f"{digest(model, key, module)}.safetensors"
 
 
 def _timed(started: float, tensors: dict[str, Tensor], share: int = 1) -> dict[str, Tensor]:
@@ -294,11 +294,11 @@ def fingerprint(lm: EditableLM) -> str:
     return digest.hexdigest()
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
-def _cached(path: Path) -> dict[str, Tensor]:
+def cached_tensors(path: Path) -> dict[str, Tensor]:
     """What the cache holds there: nothing where there is no file, or a damaged one."""
     try:
         return load_file(path) if path.exists() else {}
@@ -307,7 +307,7 @@ def _cached(path: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)

@@ -166,7 +166,7 @@ class StrengthProbe:
             self.facts.kind, self.lm, data=self.facts, num_batches=1, batch_size=1, token=self.token, reward="none",
             array_backend="torch",
         )
-        agent = editor.agent_class()(env, editor.configuration())
+        agent = editor.agent_class()(env, editor.configuration()).learn(0, progress_bar=False)
         with warnings.catch_warnings():  # that a strength breaks the LLM is a finding here
             warnings.simplefilter("ignore")
             guard = DriftGuard(self.lm, self.bound, "stop") if self.guarded else None

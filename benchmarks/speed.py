@@ -80,6 +80,10 @@ class Args:
     """d_in of the least squares that are solved alone."""
     growth_edits: int = 5000
     """Edits in the stream that shows whether a step slows down."""
+    growth_batch_sizes: tuple[int, ...] = (5, 10, 20, 40)
+    """Values of n whose step is timed."""
+    growth_depths: tuple[int, ...] = (0, 2, 5, 10)
+    """Values of k whose step is timed."""
     threads: int = 2
     """torch's threads."""
     tokens_per_pass: int = 0
@@ -413,7 +417,7 @@ class Benchmark:
         """Seconds of a step by n, by k, and by the number of edits so far."""
         args, result = self.args, {}
         base = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
-        for what, sizes in (("n", (5, 10, 20, 40)), ("k", (0, 2, 5, 10))):
+        for what, sizes in (("n", args.growth_batch_sizes), ("k", args.growth_depths)):
             found = {}
             for size in sizes:
                 n, k = (size, args.depth) if what == "n" else (args.batch_size, size)

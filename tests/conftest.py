@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +19,9 @@ from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact, lo
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
+# Workers share the cores: one thread each, in this process and in those that it starts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 EVERY_LINEAR = "{model.layers,transformer.h}.[1-3].*"  # all linear modules of the tiny models' last three layers
 
@@ -88,6 +93,25 @@ def uneven_facts() -> KnowledgeDataset:
         ),
     )
     return KnowledgeDataset("counterfact", "list of 4 facts", "train", records)
+
+
+@pytest.fixture(scope="session")
+def few_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first 40 bundled facts of CounterFact's form in each split: what a script makes many
+    environments over."""
+    folder = tmp_path_factory.mktemp("few_facts")
+    for split in ("train", "eval"):
+        rows = [
+            {
+                "case_id": i, "prompt": r.prompt, "subject": r.subject, "target_new": r.target,
+                "ground_truth": r.original, "rephrase_prompt": list(r.paraphrases),
+                "locality_prompt": [u.prompt for u in r.unrelated],
+                "locality_ground_truth": [u.answer for u in r.unrelated],
+            }
+            for i, r in enumerate(load_knowledge("counterfact", split=split).records[:40])
+        ]  # fmt: skip
+        (folder / f"counterfact_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -176,7 +176,9 @@ def test_train_scales_the_step_sizes_for_longer_streams_when_asked(
     assert "mean scores: × 1: " in capsys.readouterr().out
 
 
-def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(tmp_path: Path) -> None:
+def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "rledit_env.cli", *TRAIN, "--patience", "999", "--out", str(out), "--trajectories"]
     process = subprocess.Popen(
@@ -197,8 +199,8 @@ def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(tmp_pat
     assert "Go on with the same command:\n  rledit train" in err
     assert "Traceback" not in err
     updates = json.loads((out / "last" / "agent.json").read_text())["updates"]
-    again = subprocess.run([*command, str(updates + 1)], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"update {updates}, step" in again.stdout
+    assert cli.main([*TRAIN, "--patience", "999", "--out", str(out), "--trajectories", str(updates + 1)]) == 0
+    assert f"update {updates}, step" in capsys.readouterr().out
     assert json.loads((out / "last" / "agent.json").read_text())["updates"] == updates + 1
 
 

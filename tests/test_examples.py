@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -16,12 +17,9 @@ SMALL = ["--model", "tiny-llama", "--num-batches", "2", "--batch-size", "2"]
 
 
 def example(name: str, *arguments: str, folder: Path = ROOT) -> str:
-    """The example's output, run as a user would from any folder (the package need not be installed)."""
-    code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; " \
-           "runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
-    command = [sys.executable, "-c", code, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+    """The example's output, run as a user would from any folder."""
+    result = run_script(ROOT / "examples" / f"{name}.py", *arguments, folder=folder)
+    assert result.code == 0, result.stderr[-2000:]
     return result.stdout
 
 
@@ -38,7 +36,13 @@ def test_an_example_is_one_file_of_under_150_lines(name: str) -> None:
 
 
 def test_quickstart_shows_the_answers_and_the_scores(tmp_path: Path) -> None:
-    shown = example("quickstart", *SMALL, folder=tmp_path)
+    # In a process of its own, from a folder of the user's; the package need not be installed.
+    code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv = sys.argv[1:]; " \
+           "runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    command = [sys.executable, "-c", code, str(ROOT / "examples" / "quickstart.py"), *SMALL]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shown = result.stdout
     assert "before" in shown
     assert "all 4 facts, after the whole stream" in shown
     assert "not the published CounterFact" in shown

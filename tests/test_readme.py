@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import rledit_env
+from rledit_env import cli
 from rledit_env.lm.registry import MODELS
 from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
 
@@ -68,7 +70,7 @@ def commands() -> list[str]:
 
 def dry_run_of_ci() -> str:
     """Everything that `.ci/run` does by way of the Makefile."""
-    targets = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^ *part make ([\w-]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
     return subprocess.run(["make", "-n", "-B", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -89,22 +91,28 @@ def test_python_of_the_readme_runs(block: Block, workplace: Path) -> None:
     exec(compile(code, f"README.md, line {block.line}", "exec"), {"__name__": "__main__"})
 
 
-def test_rledit_commands_of_the_readme_run_one_after_another(workplace: Path) -> None:
+def test_the_rledit_command_is_installed() -> None:
+    script = Path(sys.executable).with_name("rledit")
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "rledit_env.cli"]
+    done = subprocess.run(
+        [*program, "--version"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout == f"rledit-env {rledit_env.__version__}\n", done.stderr
+
+
+def test_rledit_commands_of_the_readme_run_one_after_another(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny = workplace / "tiny"
     tiny_model("tiny-llama").save_pretrained(tiny)
     tiny_tokenizer("tiny-llama").save_pretrained(tiny)
-    script = Path(sys.executable).with_name("rledit")
-    program = [str(script)] if script.exists() else [sys.executable, "-m", "rledit_env.cli"]
     mine = [shlex.split(command) for command in commands() if command.startswith("rledit ")]
     assert {arguments[1] for arguments in mine} == set(SHORT_RLEDIT), "every command is in the README once at least"
     for _, verb, *arguments in mine:
         if verb == "fetch":  # the tiny models are not fetched; a folder is the least that is
             arguments = [str(tiny)]
-        done = subprocess.run(
-            [*program, verb, *arguments, *shlex.split(SHORT_RLEDIT[verb])],
-            capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, f"rledit {verb} failed:\n{done.stdout}\n{done.stderr}"
+        code = cli.main([verb, *arguments, *shlex.split(SHORT_RLEDIT[verb])])
+        assert code == 0, f"rledit {verb} failed:\n{capsys.readouterr()}"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -120,7 +128,7 @@ def test_every_other_command_of_the_readme_is_run_by_ci(command: str) -> None:
         dry = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
         assert dry.returncode == 0, dry.stderr
         parts = set(dry.stdout.splitlines()) <= set(dry_run_of_ci().splitlines())
-        assert f"\n{command}" in ci or parts, f"CI runs no '{command}'"
+        assert f"\npart {command}" in ci or parts, f"CI runs no '{command}'"
     else:
         typed = dry_run_of_ci().replace(".venv/bin/python -m pip", "pip").replace(".venv/bin/python", "python")
         assert command in typed, f"CI runs no '{command}'"

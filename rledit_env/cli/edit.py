@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "smollm2-135m)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's, or 20)")
     override_arguments(parser, dtype="stored")
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
+                        help="let an agent that was saved without moments of training facts start from those of "
+                        "bundled facts, so that single facts take; --no-warm-up leaves it as published")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=Path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
@@ -85,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     facts = load_facts(options.facts, options.kind)
     editing = training_free(options, facts) if options.editor else trained_agent(options, facts)
     lm, settings = editing.lm, editing.settings
-    notes = _notes(facts, settings["token"])
+    notes = [*_notes(facts, settings["token"]), *editing.notes]
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import (
@@ -40,6 +41,7 @@ class Editing:
         settings: batch_size, token and steps_per_batch, as `agents.edit_facts` takes them.
         identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
         report: what edit_report.json says of the editor.
+        notes: what the user should know.
     """
 
     lm: EditableLM
@@ -47,22 +49,21 @@ class Editing:
     settings: dict[str, Any]
     identity: dict[str, Any]
     report: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def editor_arguments(parser: argparse.ArgumentParser) -> None:
     """--agent or --editor, and what belongs to an editor."""
-    from agents.strength import KL_BOUND, SECONDS
-
     parser.add_argument("--agent", metavar="RUN",
                         help="a trained agent: a run's folder (its best agent is taken), an agent's folder, or "
                         "'default', the agent that ships with the package for smollm2-135m")
     parser.add_argument("--editor", metavar="NAME",
-                        help=f"instead of an agent, an editor that needs no training, for any model: {_choices()}")
+                        help="instead of an agent, an editor that needs no training, for any model: ultraedit, "
+                        "recursion, ft-l, rome, memit, alphaedit or another one of 'rledit compare'")
     group = parser.add_argument_group("an editor's strength")
     group.add_argument("--step-size", type=float, metavar="X",
-                       help=f"of the editor (default: found in about {SECONDS:.0f} seconds on a few of the facts: the "
-                       "most of them take, and the model moves least, at most --drift-bound or "
-                       f"{KL_BOUND:g} nats a token)")
+                       help="of the editor (default: found in about a minute on a few of the facts: most of them take, "
+                       "and the model moves least, by no more than --drift-bound or 0.1 nats a token)")
     group.add_argument("--statistics-tokens", type=int, metavar="N",
                        help="tokens of text that a locate-then-edit method has the model write for its second moments "
                        "(default: 65,536)")
@@ -112,6 +113,7 @@ def _named_editor(options: argparse.Namespace) -> Editor:
 def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     """The agent of --agent, with the model and the settings that it was trained with unless others are given."""
     from agents import agent_settings, find_agent, load_agent
+    from agents.moments import MissingMomentsWarning, start_warm
     from agents.saved import modules_of
     from rledit_env.files import sha256_of
     from rledit_env.lm.editable import EditableLM
@@ -124,11 +126,19 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     say_loading(model)
     with modules_of(folder, model):
         lm = EditableLM.load(model, modules, options.dtype, options.device)
-    agent = load_agent(folder, _environment(lm, facts.dataset, settings["token"]))
+    with warnings.catch_warnings():
+        if options.warm_up:
+            warnings.simplefilter("ignore", MissingMomentsWarning)
+        agent = load_agent(folder, _environment(lm, facts.dataset, settings["token"]))
+    bundled_start = options.warm_up and start_warm(agent, lm, settings["token"])
     _say_what_is_edited(lm, facts.dataset)
     print(f"agent  {folder}", flush=True)
-    identity = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
-    return Editing(lm, agent, settings, identity, {"agent": str(folder)})
+    identity: dict[str, Any] = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
+    notes: tuple[str, ...] = ()
+    if bundled_start:
+        identity["warm_up"] = True
+        notes = ("the agent has no moments of training facts, and starts from those of bundled ones",)
+    return Editing(lm, agent, settings, identity, {"agent": str(folder)}, notes)
 
 
 def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
@@ -195,7 +205,10 @@ def _with_options(editor: Editor, options: argparse.Namespace) -> Editor:
     """The editor with what the options say of its configuration."""
     from agents.editors import merged
 
+    config = editor.configuration()
     more: dict[str, Any] = {}
+    if config is not None and "warm_up" in {f.name for f in fields(config)}:
+        more["warm_up"] = options.warm_up  # a single fact, too, is to take
     if options.statistics_tokens is not None:
         more["corpus_tokens"] = options.statistics_tokens
     return replace(editor, settings=merged(editor.settings, more))

@@ -44,7 +44,8 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices natively."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # ATEN_CPU_CAPABILITY=avx2 turns the instructions off
+    return allowed and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def release_free_memory() -> None:

@@ -1,4 +1,4 @@
-"""Runs a task in processes that are killed at random moments or at given writes, and once to its end.
+"""Runs a task in processes that are killed just before chosen changes of its files, and once to its end.
 
 The processes are forked from one that has imported all it needs, so that a kill costs no start of Python; that one has
 run nothing, so that no thread is lost in the fork.
@@ -7,12 +7,10 @@ run nothing, so that no thread is lost in the fork.
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then the process's id stays its own, whether it runs or has ended
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -46,15 +42,10 @@ class Runner:
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self.server = server
 
-    def run(self, folder: Path, kill_after: float | None = None) -> tuple[int, str | None]:
+    def run(self, folder: Path) -> tuple[int, str | None]:
         """The exit code, and what the task returned (None where it was killed)."""
         assert self.server.stdin is not None and self.server.stdout is not None
         print(folder, file=self.server.stdin, flush=True)
-        process = int(self.server.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(process, signal.SIGKILL)
-        print(file=self.server.stdin, flush=True)
         code = int(self.server.stdout.readline())
         result = folder.with_name(folder.name + ".result")
         return code, result.read_text() if code == 0 else None
@@ -94,29 +85,21 @@ def die_at(folder: Path, change: int) -> None:
     sys.addaudithook(watch)
 
 
-def kill_at_random(runner: Runner, folder: Path, kills: int, per_run: int = 4, seed: int = 0) -> tuple[int, int, int]:
-    """Kill the task ``kills`` times or more, at most ``per_run`` times a run, and let each run end.
+def assert_killed_runs_end_alike(runner: Runner, folder: Path, moments: Iterable[int]) -> list[set[str]]:
+    """Kill the task just before each of these changes of its files, then run it to its end: it returns what the
+    uninterrupted run returns.
+
+    The task is to call :func:`die_at` with the number in its folder's name, "at N".
 
     Returns:
-        Kills, runs, and how many of these ended with what the uninterrupted run returns.
+        For each kill, the beginnings (up to the first hyphen) of the names that it left in the folder.
     """
-    started = time.perf_counter()
-    code, wanted = runner.run(folder / "whole")
+    code, expected = runner.run(folder / "at 0")
     assert code == 0
-    duration = time.perf_counter() - started
-    rng = random.Random(seed)
-    done = runs = identical = 0
-    while done < kills:
-        result = None
-        for _ in range(per_run):
-            code, result = runner.run(folder / f"run {runs}", kill_after=rng.uniform(0, 0.6 * duration))
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL
-            done += 1
-        if result is None:
-            code, result = runner.run(folder / f"run {runs}")
-            assert code == 0
-        identical += result == wanted
-        runs += 1
-    return done, runs, identical
+    left = []
+    for moment in moments:
+        killed = folder / f"at {moment}"
+        assert runner.run(killed)[0] == -signal.SIGKILL, f"the run has fewer than {moment} changes of files"
+        left.append({path.name.split("-")[0] for path in killed.iterdir()})
+        assert runner.run(killed.rename(folder / f"at -{moment}")) == (0, expected), f"killed before change {moment}"
+    return left

@@ -21,7 +21,7 @@ from agents import (
 )
 from rledit_env.metrics import top_tokens
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 COUNTERFACT = "rledit_env:RLEdit-CounterFact-v0"
 COMMON = {"array_backend": "torch", "disable_env_checker": True}
 

@@ -11,6 +11,7 @@ import torch
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import (
     AlphaEditAgent,
+    AlphaEditConfig,
     MEMITAgent,
     MEMITConfig,
     PRUNEAgent,
@@ -18,6 +19,7 @@ from agents import (
     RECTAgent,
     RECTConfig,
     ROMEAgent,
+    ROMEConfig,
     memit,
     rome,
 )
@@ -34,19 +36,21 @@ FACT = {
     "locality_prompt": "The mother tongue of Léon Blum is",
     "locality_ground_truth": "French",
 }
+# An eighth of the default text for C, which the model writes in an eighth of the time.
+TEXT: dict[str, Any] = {"corpus_tokens": 8192}
 # λ for this model: at the published 15,000 a single edit is written to about 40 % (k'C⁻¹k is 3,000 to 4,500 here).
-SMALL: dict[str, Any] = {"covariance_weight": 300.0}
+SMALL: dict[str, Any] = {"covariance_weight": 300.0, **TEXT}
 
 
 @pytest.mark.parametrize(
     ("editor", "config"),
     [
-        (ROMEAgent, None),
+        (ROMEAgent, ROMEConfig(**TEXT)),
         (MEMITAgent, MEMITConfig(**SMALL)),
         (MEMITAgent, MEMITConfig(recursion=True, **SMALL)),
         (PRUNEAgent, PRUNEConfig(**SMALL)),
         (RECTAgent, RECTConfig(**SMALL)),
-        (AlphaEditAgent, None),
+        (AlphaEditAgent, AlphaEditConfig(**TEXT)),
     ],
     ids=["rome", "memit", "memit+recursion", "prune", "rect", "alphaedit"],
 )

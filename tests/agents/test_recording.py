@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from killing import die_at, forked, kill_at_random
+from killing import assert_killed_runs_end_alike, die_at, forked
 from torch import Tensor
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
@@ -221,47 +220,26 @@ def test_a_damaged_memory_costs_one_step_more(tmp_path: Path) -> None:
 # -- killed processes -------------------------------------------------------------------------------------------------
 
 
-def edit_many(folder: Path) -> str:
-    """Edit, or go on editing; the hash of the final weights."""
+def edit_and_die(folder: Path) -> str:
+    """Edit, or go on editing, in a folder "at N", killed just before the N-th change of its files; the hash of the final
+    weights."""
+    die_at(folder, int(folder.name.split()[1]))
     lm, facts = load()
-    facts = replace(facts, records=facts.records * 6)
+    facts = replace(facts, records=facts.records * 2)
     edit_facts(lm, rledit(lm), facts, ledger=EditLedger.resume(folder, lm), **RUN)
     return weights_hash(lm.snapshot())
 
 
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with forked("test_recording", "edit_many") as runner:
-        kills, runs, identical = kill_at_random(runner, tmp_path, kills=20)
-    for run in range(runs):
-        ledger = EditLedger(tmp_path / f"run {run}")
-        assert ledger.verify() is None and len(ledger) == 42
-    with capsys.disabled():
-        print(f"\nediting: {kills} kills in {runs} runs, {identical} of {runs} ended with identical weights")
-    assert identical == runs
-
-
-def edit_and_die(folder: Path) -> str:
-    """:func:`edit_many`, killed in a folder "at N" just before its N-th change of that folder's files."""
-    die_at(folder, int(folder.name.split()[1]))
-    return edit_many(folder)
-
-
-def test_a_run_killed_at_any_of_its_first_writes_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    found: list[set[str]] = []
+def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    # From the folder on, through the header, to the second entry; one kill in a later entry, and one near the end.
+    moments = [*range(2, 20), 33, 54]
     with forked("test_recording", "edit_and_die") as runner:
-        code, wanted = runner.run(tmp_path / "at 0")
-        assert code == 0
-        for moment in range(2, 20):  # from the folder on, through the header, to the second entry
-            folder = tmp_path / f"at {moment}"
-            assert runner.run(folder)[0] == -signal.SIGKILL
-            found.append({path.name.split("-")[0] for path in folder.iterdir()})
-            folder = folder.rename(tmp_path / f"at -{moment}")
-            assert runner.run(folder) == (0, wanted)
-            assert EditLedger(folder).verify() is None
-    assert set() in found and {".lock", ".ledger.json.partial"} in found and {".lock", "ledger.json"} in found
-    assert {".lock", "ledger.json", "memory", "00000000"} in found
+        left = assert_killed_runs_end_alike(runner, tmp_path, moments)
+    for moment in moments:
+        ledger = EditLedger(tmp_path / f"at -{moment}")
+        assert ledger.verify() is None and len(ledger) == 14
+    assert set() in left and {".lock", ".ledger.json.partial"} in left and {".lock", "ledger.json"} in left
+    assert {".lock", "ledger.json", "memory", "00000000"} in left
 
 
 # -- numerical safety -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from killing import forked, kill_at_random
+from killing import assert_killed_runs_end_alike, die_at, forked
 from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
@@ -115,8 +115,10 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
     assert_same(whole, going_on)
 
 
-def train(folder: Path) -> str:
-    """Train, or go on training; a hash of the whole training state."""
+def train_and_die(folder: Path) -> str:
+    """Train, or go on training, in a folder "at N", killed just before the N-th change of its files; a hash of the whole
+    training state."""
+    die_at(folder, int(folder.name.split()[1]))
     env, eval_env = environments()
     agent = new_agent(env).learn(
         log_dir=folder, eval_env=eval_env, **{**SETTINGS, "eval_every": 3, "checkpoint_every": 1}
@@ -125,14 +127,10 @@ def train(folder: Path) -> str:
     return weights_hash(dict(sorted(tensors.items()))) + json.dumps(counters)
 
 
-def test_training_killed_at_random_moments_ends_as_the_uninterrupted_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with forked("test_resume", "train") as runner:
-        kills, runs, identical = kill_at_random(runner, tmp_path, kills=20)
-    with capsys.disabled():
-        print(f"\ntraining: {kills} kills in {runs} runs, {identical} of {runs} ended in the identical state")
-    assert identical == runs
+def test_training_killed_at_any_write_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
+    # Of some 300 changes: the first files, the first checkpoint, each of the next ones once, and the last.
+    with forked("test_resume", "train_and_die") as runner:
+        assert_killed_runs_end_alike(runner, tmp_path, (2, 9, 25, 60, 110, 170, 240, 300))
 
 
 def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from scripts import run_script
 
 LEARNING = Path(__file__).parents[2] / "benchmarks" / "learning.py"
 SMALL = [
-    "--data", "bundled", "--model", "tiny-llama", "--edit-modules", "model.layers.[1-2].mlp.up_proj", "--seeds", "1",
+    "--model", "tiny-llama", "--edit-modules", "model.layers.[1-2].mlp.up_proj", "--seeds", "1",
     "--num-batches", "2", "--batch-size", "2", "--longer", "3",
     "--steps-most", "2", "--rank", "4",
     *(
@@ -21,17 +21,16 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(out: Path, *arguments: str) -> str:
-    command = [sys.executable, str(LEARNING), *SMALL, "--out", str(out), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr
+def run(data: Path, out: Path, *arguments: str) -> str:
+    process = run_script(LEARNING, *SMALL, "--data", str(data), "--out", str(out), *arguments)
+    assert process.code == 0, process.stderr
     return process.stdout
 
 
-def test_the_table_has_every_editor_and_nothing_is_computed_twice(tmp_path: Path) -> None:
-    first = run(tmp_path, "--only", "RLEdit, recursive, 1 step")
+def test_the_table_has_every_editor_and_nothing_is_computed_twice(tmp_path: Path, few_facts: Path) -> None:
+    first = run(few_facts, tmp_path, "--only", "RLEdit, recursive, 1 step")
     assert "test/RLEdit, recursive, 1 step/seed 0" in first and "no edit" not in first
-    whole = run(tmp_path)
+    whole = run(few_facts, tmp_path)
     cells = json.loads((tmp_path / "counterfact" / "results.json").read_text(encoding="utf-8"))["cells"]
     rows = whole.splitlines()
     for name in (
@@ -42,15 +41,12 @@ def test_the_table_has_every_editor_and_nothing_is_computed_twice(tmp_path: Path
     assert "test/RLEdit, recursive, 1 step/seed 0:" not in whole
     longer = "test, 3 batches/RLEdit, recursive, 2 steps, calibrated/seed 0"
     assert {"training/recursive 1 step/seed 0", longer} <= set(cells)
-    again = run(tmp_path)
+    again = run(few_facts, tmp_path)
     assert "[" not in again.split("\n", 1)[1]
     assert again.splitlines()[1:] == [row for row in rows[1:] if not row.startswith("[") and "update" not in row]
 
 
-def test_results_of_other_settings_are_not_mixed_with(tmp_path: Path) -> None:
-    run(tmp_path, "--only", "no edit")
-    process = subprocess.run(
-        [sys.executable, str(LEARNING), *SMALL, "--out", str(tmp_path), "--rank", "5"],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert process.returncode != 0 and "other settings (rank)" in process.stderr
+def test_results_of_other_settings_are_not_mixed_with(tmp_path: Path, few_facts: Path) -> None:
+    run(few_facts, tmp_path, "--only", "no edit")
+    process = run_script(LEARNING, *SMALL, "--data", str(few_facts), "--out", str(tmp_path), "--rank", "5")
+    assert process.code != 0 and "other settings (rank)" in process.stderr

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 from agents import RLEditAgent
 
@@ -25,9 +26,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_quick_demo_prints_its_tables_and_writes_a_report_and_the_agent(tmp_path: Path) -> None:
-    process = start("--quick", "--out", str(tmp_path))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    process = run_script(DEMO, "--quick", "--out", str(tmp_path))
+    output = process.stdout
+    assert process.code == 0, output + process.stderr
     for expected in ("no edit", "untrained policy", "trained agent", "Exact match", "not the published CounterFact"):
         assert expected in output
     assert str(tmp_path / "report.html") in output
