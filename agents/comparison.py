@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from agents.base import Agent, NotApplicable
 from agents.editing import edit_stream
 from agents.editors import Editor
+from agents.locate import LocateAgent
 from agents.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_text
 from rledit_env.general.self_text import self_drift, self_text
@@ -61,6 +62,15 @@ class Views:
             self._view = EditableLM(model, tokenizer, wanted, self.model)
         self._patterns = patterns
         return self._view
+
+    def of(self, editor: Editor, edit_modules: Sequence[str] | str | None = None) -> EditableLM:
+        """The view that an editor edits: of these modules, else of those that it names, else of its method's default
+        ones."""
+        modules = edit_modules or editor.env.get("edit_modules")
+        agent = editor.agent_class()
+        if modules is None and issubclass(agent, LocateAgent):
+            modules = agent.default_modules(self.get(None))
+        return self.get(modules)
 
     def restore(self) -> None:
         """Make the LLM the pre-trained one, with empty caches, so that the next one finds what the first one found."""
@@ -163,9 +173,8 @@ class Comparison:
         if editor.saved is not None:
             trained = agent_settings(find_agent(editor.saved))["environment"]
             settings = {k: trained[k] for k in ("edit_modules", "token", "steps_per_batch") if k in trained} | settings
-        modules = self.setting.edit_modules or settings.pop("edit_modules", None)
+        lm = self.views.of(replace(editor, env=settings), self.setting.edit_modules)
         settings.pop("edit_modules", None)
-        lm = self.views.get(modules)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
         if editor.saved is not None:
             return load_agent(find_agent(editor.saved), env), env, None

@@ -41,6 +41,7 @@ class DAFNetNetworkConfig(HypernetworkConfig):
     aggregation: Any = "mend"
     step_size: float = 1e-4
     normaliser: Any = "lifetime"
+    warm_up: bool = False
     prior: float = 0.0
     feed_forward: int = 1536
     attention: int = 1024

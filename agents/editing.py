@@ -213,5 +213,6 @@ def edit_facts(
             steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
         )
         options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
+        agent = agent.on(env)  # editors that read the facts themselves must read these
         edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
     return log

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
@@ -64,6 +66,9 @@ class Editor:
         trainer: that editor, as it is configured.
         variant_of: what a file says of this editor's settings holds for it too, beside what it says of its own.
         saved: a trained agent to take instead, as `agents.find_agent` knows it.
+        step_size: which numbers of its configuration scale its updates; the first is called its step size, the others
+            keep their ratio to it. Empty where there is no such number.
+        presentations: how often a batch may be presented: what a search of the step size tries, in this order.
     """
 
     name: str
@@ -78,6 +83,13 @@ class Editor:
     trainer: Editor | None = None
     variant_of: str | None = None
     saved: str | None = None
+    step_size: tuple[str, ...] = ()
+    presentations: tuple[int, ...] = (1,)
+
+    @property
+    def training_free(self) -> bool:
+        """Whether it edits without having been trained."""
+        return self.training is None and self.trained_as is None
 
     def agent_class(self) -> Any:
         return _named(self.agent)
@@ -108,7 +120,8 @@ class Editor:
 
     def description(self) -> dict[str, Any]:
         """All that its results depend on, as JSON holds it."""
-        described = {k: v for k, v in asdict(self).items() if k not in ("title", "group", "trainer")}
+        left_out = ("title", "group", "trainer", "step_size", "presentations")
+        described = {k: v for k, v in asdict(self).items() if k not in left_out}
         trainer = self.trainer.description() if self.trainer else None
         return json.loads(json.dumps({**described, "trainer": trainer}))
 
@@ -146,14 +159,14 @@ def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
 
 def _located(name: str, title: str) -> Editor:
     """An editor that finds each fact's value at its subject and solves for the weights."""
-    layers = "8" if name == "rome" else "[4-8]"
     return Editor(
         name, title, "locate", f"agents.{name}:{title}Agent", f"agents.{name}:{title}Config",
-        env={"edit_modules": f"model.layers.{layers}.mlp.down_proj", "token": "subject", "steps_per_batch": 1},
+        env={"token": "subject", "steps_per_batch": 1},
     )  # fmt: skip
 
 
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
+PRESENTATIONS = (8, 16, 3)  # many weak ones move the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
 ROME, MEMIT, ALPHAEDIT = _located("rome", "ROME"), _located("memit", "MEMIT"), _located("alphaedit", "AlphaEdit")
 MEND = Editor(
@@ -188,7 +201,7 @@ DAFNET = Editor(
 )  # fmt: skip
 ULTRAEDIT = Editor(
     "ultraedit", "UltraEdit", "training-free", "agents.ultraedit:UltraEditAgent", "agents.ultraedit:UltraEditConfig",
-    env=ANSWER,
+    env=ANSWER, step_size=("step_size",), presentations=PRESENTATIONS,
 )  # fmt: skip
 
 # In the order of a table.
@@ -198,9 +211,12 @@ EDITORS: dict[str, Editor] = {
         Editor("none", "no edit", "reference", "agents.baselines:NoEditAgent"),
         Editor(
             "fine-tuning", "gradient", "reference", "agents.baselines:FineTuningAgent",
-            "agents.baselines:FineTuningConfig", env=ANSWER,
+            "agents.baselines:FineTuningConfig", env=ANSWER, step_size=("step_size",), presentations=PRESENTATIONS,
         ),
-        Editor("ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER),
+        Editor(
+            "ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER,
+            step_size=("learning_rate", "epsilon"),
+        ),
         ROME,
         _anchored(ROME),
         MEMIT,
@@ -224,8 +240,8 @@ EDITORS: dict[str, Editor] = {
         ),
         _trajectory("malmen+rledit", "MALMEN+RLEdit", "agents.malmen:malmen_rledit", env=ANSWER, training=LONG),
         _trajectory(
-            "rledit-paper", "RLEdit (paper)", env=ANSWER, settings={"network": {"aggregation": "least_squares"}},
-            training=LONG,
+            "rledit-paper", "RLEdit (paper)", env=ANSWER, training=LONG,
+            settings={"network": {"aggregation": "least_squares", "warm_up": False}},
         ),
         _trajectory(
             "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
@@ -239,6 +255,26 @@ EDITORS: dict[str, Editor] = {
         ),
     )
 }  # fmt: skip
+SHORT_NAMES = {"recursion": "ultraedit+recursion"}
+
+
+def find_editor(name: str) -> Editor:
+    """The editor of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = EDITORS.get(SHORT_NAMES.get(name, name))
+    if found is None:
+        close = difflib.get_close_matches(name, [*EDITORS, *SHORT_NAMES], n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"editor {name!r} is unknown{meant}; editors are {', '.join([*EDITORS, *SHORT_NAMES])}")
+    return found
+
+
+def training_free_editors() -> list[str]:
+    """Names of the editors that edit without training."""
+    return [name for name, editor in EDITORS.items() if editor.training_free]
 
 
 def chosen_editors(names: Iterable[str]) -> list[Editor]:
@@ -247,7 +283,7 @@ def chosen_editors(names: Iterable[str]) -> list[Editor]:
     Raises:
         ValueError: a name is neither an editor's nor a group's.
     """
-    wanted = list(names)
+    wanted = [SHORT_NAMES.get(name, name) for name in names]
     groups = list(dict.fromkeys(editor.group for editor in EDITORS.values()))
     unknown = [name for name in wanted if name != "all" and name not in (*EDITORS, *groups)]
     if unknown:
@@ -314,6 +350,30 @@ def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Edit
     )  # fmt: skip
     made.configuration()
     made.reward()
+    return made
+
+
+def configured_step_size(editor: Editor) -> float:
+    """The step size that the editor is configured with."""
+    return float(getattr(editor.configuration(), editor.step_size[0]))
+
+
+def with_step_size(editor: Editor, step_size: float, steps_per_batch: int) -> Editor:
+    """The editor with this step size and so many presentations of a batch.
+
+    Raises:
+        ValueError: it has no step size, or refuses this one.
+    """
+    if not editor.step_size:
+        raise ValueError(f"editor {editor.name!r} has no step size; its strength is its configuration's")
+    if not 0 < step_size < math.inf:
+        raise ValueError(f"step size is {step_size}; give a positive number")
+    config, factor = editor.configuration(), step_size / configured_step_size(editor)
+    numbers = {name: getattr(config, name) * factor for name in editor.step_size[1:]} | {editor.step_size[0]: step_size}
+    made = replace(
+        editor, settings=merged(editor.settings, numbers), env={**editor.env, "steps_per_batch": steps_per_batch}
+    )
+    made.configuration()
     return made
 
 

@@ -78,6 +78,13 @@ class FTLAgent(Agent):
             environment_inside(env, "FTLAgent", agent=True)
         self.env, self.config, self.seed = env, config or FTLConfig(), seed
 
+    def on(self, env: gym.Env[Any, Any]) -> FTLAgent:
+        """The same editor for the facts that another environment presents."""
+        return FTLAgent(env, self.config, self.seed)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """{"updates": module → ΔW (d_out, d_in)} for the environment's current batch.
 

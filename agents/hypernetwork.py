@@ -40,6 +40,17 @@ class HypernetworkConfig:
             "bfloat16" takes half the time where the machine multiplies it natively.
         normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
             seen and stay as they are outside training.
+        warm_up: whether the running moments begin as those of training facts (see :meth:`Hypernetwork.start_from`), so
+            that a fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth.
+            Moments that begin with nothing take the batch in and subtract its mean: of a single row nothing is left.
+        warm_up_rows: how many rows the training facts' moments weigh as; the stream's own rows are added to them.
+        precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
+            "bfloat16" takes half the time where the machine multiplies it natively.
+        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
+            seen and stay as they are outside training.
+        warm_up: whether the moments begin as those of training facts (see :meth:`Hypernetwork.gather_moments`), so that
+            a fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth. Moments
+            that begin with nothing, as published, take the batch in and subtract its mean: of one row nothing is left.
     """
 
     rank: int = 256
@@ -52,6 +63,8 @@ class HypernetworkConfig:
     coefficient: Literal["key", "normalised"] = "key"
     prior: float = 100.0
     normaliser: Literal["stream", "lifetime"] = "stream"
+    warm_up: bool = True
+    warm_up_rows: float = 20.0
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -72,6 +85,8 @@ class HypernetworkConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
+        if not self.warm_up_rows >= 2:
+            raise ValueError(f"warm_up_rows is {self.warm_up_rows}; give 2 or more, or warm_up=False for none")
 
 
 class RunningNormaliser:
@@ -97,6 +112,14 @@ class RunningNormaliser:
         """Mean and reciprocal standard deviation, (width,) each."""
         std = (self.squares / (self.count - 1).clamp(min=1)).sqrt()
         return self.mean, 1 / (std + 1e-8)
+
+    def weighing(self, rows: float, device: torch.device) -> RunningNormaliser:
+        """The same moments as if of so many rows, two or more, on this device."""
+        other = RunningNormaliser(len(self.mean), device)
+        count = torch.as_tensor(float(rows))
+        squares = self.squares * ((count - 1) / (self.count - 1)).to(self.squares)
+        other.load({"count": count, "mean": self.mean.clone(), "squares": squares})
+        return other
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name."""
@@ -243,7 +266,8 @@ class Hypernetwork(nn.Module):
         self.log_step_size = nn.Parameter(torch.full((len(shapes),), math.log(config.step_size)))
         learned = config.learn_damping and config.aggregation == "least_squares"
         self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
-        self.normalisers = {m: RunningNormaliser(sum(shape)) for m, shape in shapes.items()}
+        self.training_moments: dict[str, RunningNormaliser] = {}  # what warm moments begin as; empty until gathered
+        self.normalisers = self.first_normalisers()
         self.memory: dict[str, Tensor] = {}
         self.second_moments: dict[str, Tensor] = {}  # C by module, (d_in, d_in); empty until gather
         self._gathered = 0
@@ -265,12 +289,47 @@ class Hypernetwork(nn.Module):
         """Forget the stream: the recursion's memory, and the moments of a normaliser that is the stream's."""
         self.memory = {}
         if self.config.normaliser == "stream":
-            self.normalisers = {m: RunningNormaliser(sum(s), self.device) for m, s in self.shapes.items()}
+            self.normalisers = self.first_normalisers()
+
+    def first_normalisers(self) -> dict[str, RunningNormaliser]:
+        """The moments that a stream begins with: the training facts', or none."""
+        if self.training_moments:
+            rows = self.config.warm_up_rows
+            return {m: self.training_moments[m].weighing(rows, self.device) for m in self.shapes}
+        return {m: RunningNormaliser(sum(s), self.device) for m, s in self.shapes.items()}
 
     @property
     def wants_prior(self) -> bool:
         """Whether the recursion is to start from C, and none has been gathered."""
         return self.config.aggregation == "recursive" and self.config.prior > 0 and not self.second_moments
+
+    @property
+    def wants_moments(self) -> bool:
+        """Whether moments are to begin as the training facts', and none have been gathered."""
+        return self.config.warm_up and not self.training_moments
+
+    def start_from(self, moments: Mapping[str, RunningNormaliser]) -> None:
+        """Begin a stream, and after each reset, with these moments of training facts.
+
+        They are of [u; N δ], N the rows of the batch that δ is observed in, and the rows of every batch are normalised
+        likewise: δ is the gradient of a mean over the batch, and N δ does not shrink as the batch grows.
+
+        Raises:
+            ValueError: they are of other modules than the network's, or of fewer than two rows.
+        """
+        widths = {m: len(n.mean) for m, n in moments.items()}
+        wanted = {m: sum(shape) for m, shape in self.shapes.items()}
+        if widths != wanted:
+            raise ValueError(
+                f"the moments are of {len(widths)} modules such as {next(iter(widths.items()), None)}, the network "
+                f"edits {len(wanted)} such as {next(iter(wanted.items()))} (d_in + d_out); gather them for those"
+            )
+        fewest = min(float(n.count) for n in moments.values())
+        if fewest < 2:
+            raise ValueError(f"the moments are of {fewest:g} rows; gather those of two facts or more")
+        self.training_moments = dict(moments)
+        self.memory = {}
+        self.normalisers = self.first_normalisers()
 
     @torch.no_grad()
     def gather(self, keys: Mapping[str, Tensor]) -> None:
@@ -286,6 +345,14 @@ class Hypernetwork(nn.Module):
             self.second_moments[module] = earlier * (self._gathered / rows) + gram / rows
         self._gathered = rows
         self._starts = {}
+
+    def load_moments(self, state: Mapping[str, Tensor]) -> None:
+        """Start from the moments of :func:`moments_state` at the next reset; from none where there are no tensors.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        self.training_moments = moments_from(state, "", self.shapes, self.device) if state else {}
 
     def prior_state(self) -> dict[str, Tensor]:
         """C as its upper triangle (d_in (d_in + 1) / 2,), under the names of all modules that share it, joined by "+"
@@ -318,9 +385,11 @@ class Hypernetwork(nn.Module):
 
         Args:
             keys: module → u (N, d_in).
-            gradients: module → δ (N, d_out).
+            gradients: module → δ (N, d_out), of the batch's mean loss.
             adapt: whether a "lifetime" normaliser takes the batch in; a "stream" normaliser always does.
         """
+        if self.training_moments:  # which are of gradients that do not shrink as the batch grows
+            gradients = {m: len(g) * g for m, g in gradients.items()}
         inputs: dict[str, Tensor] = {}
         update_keys: dict[str, Tensor] = {}
         for group, members in self.groups.items():
@@ -430,7 +499,7 @@ class Hypernetwork(nn.Module):
 
     def memory_state(self) -> dict[str, Tensor]:
         """Normalisers and recursion memory as named tensors."""
-        state = {f"normaliser.{m}.{k}": v for m, n in self.normalisers.items() for k, v in n.state().items()}
+        state = {f"normaliser.{k}": v for k, v in moments_state(self.normalisers).items()}
         return state | {f"memory.{m}": v for m, v in self.memory.items()}
 
     def load_memory_state(self, state: Mapping[str, Any]) -> None:
@@ -439,13 +508,37 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: one is missing or of another shape.
         """
-        for module, (d_in, _) in self.shapes.items():
-            wanted = {f"normaliser.{module}.{k}": v.shape for k, v in self.normalisers[module].state().items()}
-            optional = {f"memory.{module}": torch.Size((d_in, d_in))}
-            for name, shape in {**wanted, **{k: v for k, v in optional.items() if k in state}}.items():
-                found = state[name].shape if name in state else None
-                if found != shape:
-                    raise ValueError(f"{name} has shape {found and tuple(found)}; it must be {tuple(shape)}")
-        for module, normaliser in self.normalisers.items():
-            normaliser.load({k: state[f"normaliser.{module}.{k}"] for k in normaliser.state()})
-        self.memory = {m: state[f"memory.{m}"].to(self.device) for m in self.shapes if f"memory.{m}" in state}
+        normalisers = moments_from(state, "normaliser.", self.shapes, self.device)
+        memory = {m: state[f"memory.{m}"] for m in self.shapes if f"memory.{m}" in state}
+        for module, inverse in memory.items():
+            d_in = self.shapes[module][0]
+            _check_shape(f"memory.{module}", inverse, (d_in, d_in))
+        self.normalisers = normalisers
+        self.memory = {m: inverse.to(self.device) for m, inverse in memory.items()}
+
+
+def moments_state(normalisers: Mapping[str, RunningNormaliser]) -> dict[str, Tensor]:
+    """Modules' moments as tensors named MODULE.NAME."""
+    return {f"{m}.{k}": v for m, n in normalisers.items() for k, v in n.state().items()}
+
+
+def moments_from(
+    state: Mapping[str, Tensor], prefix: str, shapes: Mapping[str, tuple[int, int]], device: torch.device
+) -> dict[str, RunningNormaliser]:
+    """The moments of modules of these shapes from tensors of :func:`moments_state`, with a prefix to their names.
+
+    Raises:
+        ValueError: one is missing or of another shape.
+    """
+    normalisers = {m: RunningNormaliser(sum(shape), device) for m, shape in shapes.items()}
+    for module, normaliser in normalisers.items():
+        for name, empty in normaliser.state().items():
+            _check_shape(f"{prefix}{module}.{name}", state.get(f"{prefix}{module}.{name}"), tuple(empty.shape))
+        normaliser.load({name: state[f"{prefix}{module}.{name}"] for name in normaliser.state()})
+    return normalisers
+
+
+def _check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, ...]) -> None:
+    shape = None if tensor is None else tuple(tensor.shape)
+    if shape != wanted:
+        raise ValueError(f"{name} has shape {shape}; it must be {wanted}")

@@ -31,6 +31,8 @@ from rledit_env.lm.registry import cache_dir
 
 GENERATED = "generated"
 ROW = 64  # tokens of one text of the corpus
+GIVEN = 4  # of them its beginning: of one number, so that no text needs padding
+_SAMPLE = 4  # tokens a text that the time is estimated from
 _OPENINGS = (
     "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
     "The city of", "According to the report,", "He is best known for", "The company was founded by",
@@ -93,29 +95,69 @@ def key_statistics(
     with lm.original_weights():
         model = fingerprint(lm)
         if str(corpus) == GENERATED:
-            key = _digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
-            path = cache / "corpora" / f"{key}.safetensors"
-            text = _cached(path)
+            key = _corpus_key(model, tokens, seed)
+            path = _corpus_path(cache, key)
+            text = cached_tensors(path)
             if "ids" not in text:
                 text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
-                _keep(path, text)
+                keep_tensors(path, text)
             ids, seconds = text["ids"], _seconds(text)
             source = f"text that the LLM wrote itself (seed {seed})"
         else:
             ids, seconds = text_corpus(lm, corpus, tokens), 0.0
             key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             source = f"the text file {Path(corpus).name}"
-        paths = {m: cache / "key_statistics" / f"{_digest(model, key, m)}.safetensors" for m in modules}
-        found = {m: _cached(path) for m, path in paths.items()}
+        paths = {m: _moment_path(cache, model, key, m) for m in modules}
+        found = {m: cached_tensors(path) for m, path in paths.items()}
         missing = [m for m, kept in found.items() if "second_moment" not in kept]
         if missing:
             started = time.perf_counter()
             for m, c in second_moments(lm, missing, ids, progress).items():
                 found[m] = _timed(started, {"second_moment": c}, len(missing))
-                _keep(paths[m], found[m])
+                keep_tensors(paths[m], found[m])
     moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
     seconds += sum(map(_seconds, found.values()))
     return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
+
+
+def expected_seconds(
+    lm: EditableLM, modules: Sequence[str], tokens: int = 65_536, seed: int = 0, cache: Path | None = None
+) -> float:
+    """About what :func:`key_statistics` will take with text that the LLM writes, from a few tokens of it; 0 where all
+    is in the cache."""
+    cache = cache_dir() if cache is None else cache
+    with lm.original_weights():
+        model = fingerprint(lm)
+        key = _corpus_key(model, tokens, seed)
+        if all(_moment_path(cache, model, key, m).exists() for m in modules):
+            return 0.0
+        texts = max(1, tokens // ROW)
+        at_once = min(texts, _texts_at_once(lm))
+        started = time.perf_counter()
+        sample = generated_corpus(lm, at_once * ROW, seed, length=GIVEN + _SAMPLE)
+        writing = (time.perf_counter() - started) * (ROW - GIVEN) / _SAMPLE
+        if _corpus_path(cache, key).exists():
+            writing = 0.0
+        started = time.perf_counter()
+        second_moments(lm, modules, sample)
+        reading = (time.perf_counter() - started) * ROW / sample.shape[1]
+    return (writing + reading) * texts / at_once
+
+
+def _texts_at_once(lm: EditableLM) -> int:
+    return 64 if lm.device.type == "cpu" else 512
+
+
+def _corpus_key(model: str, tokens: int, seed: int) -> str:
+    return digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
+
+
+def _corpus_path(cache: Path, key: str) -> Path:
+    return cache / "corpora" / f"{key}.safetensors"
+
+
+def _moment_path(cache: Path, model: str, key: str, module: str) -> Path:
+    return cache / "key_statistics" / f"{digest(model, key, module)}.safetensors"
 
 
 def _timed(started: float, tensors: dict[str, Tensor], share: int = 1) -> dict[str, Tensor]:
@@ -158,23 +200,23 @@ def second_moments(
 
 
 @torch.no_grad()
-def generated_corpus(lm: EditableLM, tokens: int, seed: int = 0, progress: bool = False) -> Tensor:
-    """Texts that the LLM writes under its current weights, (R, 64) int64 on the host.
+def generated_corpus(
+    lm: EditableLM, tokens: int, seed: int = 0, progress: bool = False, length: int = ROW
+) -> Tensor:
+    """Texts that the LLM writes under its current weights, (R, 64) int64 on the host; shorter ones with ``length``.
 
     Each goes on from the first tokens of a short beginning, every token drawn from the LLM's own distribution without
     its special tokens. The same seed gives the same texts.
     """
     beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
-    given = 4  # tokens of the beginning: of one number, so that no text needs padding
-    starts = torch.tensor([row[:given] for row in map(lm.encode, beginnings) if len(row) >= given])
+    starts = torch.tensor([row[:GIVEN] for row in map(lm.encode, beginnings) if len(row) >= GIVEN])
     count = max(1, tokens // ROW)
     starts = starts.repeat(-(-count // len(starts)), 1)[:count]
     generator = torch.Generator().manual_seed(seed)
     starts = starts[torch.randperm(count, generator=generator)]
-    at_once = 64 if lm.device.type == "cpu" else 512
     parts = [
-        sample_continuations(lm, part, ROW - given, generator)
-        for part in tqdm(starts.split(at_once), "writing a corpus", disable=not progress, leave=False)
+        sample_continuations(lm, part, length - GIVEN, generator)
+        for part in tqdm(starts.split(_texts_at_once(lm)), "writing a corpus", disable=not progress, leave=False)
     ]
     return torch.cat(parts)
 
@@ -252,11 +294,11 @@ def fingerprint(lm: EditableLM) -> str:
     return digest.hexdigest()
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
-def _cached(path: Path) -> dict[str, Tensor]:
+def cached_tensors(path: Path) -> dict[str, Tensor]:
     """What the cache holds there: nothing where there is no file, or a damaged one."""
     try:
         return load_file(path) if path.exists() else {}
@@ -265,7 +307,7 @@ def _cached(path: Path) -> dict[str, Tensor]:
         return {}
 
 
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from abc import abstractmethod
@@ -13,7 +14,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import gymnasium as gym
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from agents.base import Agent, NotApplicable
 from agents.files import agent_folder
@@ -101,6 +103,17 @@ class LocateAgent(Agent):
         self.anchor_norm: float | None = None
         self.one_off_seconds = 0.0  # what is computed once took
         self.key_moments: dict[str, Tensor] = {}
+
+    @classmethod
+    def default_modules(cls, lm: EditableLM) -> list[str]:
+        """What to edit in an LLM for which nothing is published: see :func:`default_output_projections`."""
+        return default_output_projections(lm)
+
+    def on(self: Self, env: gym.Env[Any, Any]) -> Self:
+        """The same editor, not a copy, for the facts that another environment of the same LLM presents."""
+        other = copy.copy(self)
+        other.env, other.inner = env, env.unwrapped
+        return other
 
     def reset(self) -> None:
         self.key_moments = {}
@@ -235,6 +248,40 @@ def output_projections(lm: EditableLM) -> list[str]:
             "a layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"
         )
     return modules
+
+
+def default_output_projections(lm: EditableLM) -> list[str]:
+    """The last projections of the MLPs whose widening projections an LLM edits by default.
+
+    Args:
+        lm: the LLM, with its default modules edited (:func:`rledit_env.lm.registry.default_edit_modules`).
+
+    Raises:
+        ValueError: a block has no such projection.
+    """
+    width = lm.model.config.get_text_config().hidden_size
+    found: dict[str, str] = {}  # the block that holds it → the projection
+    for widening, (_, inner) in lm.module_shapes.items():
+        block = widening.rpartition(".")[0]
+        for name, module in lm.model.get_submodule(block).named_children():
+            # One that makes gate and up at once is twice as wide.
+            if _linear_shape(module) in ((inner, width), (inner // 2, width)):
+                found[block] = f"{block}.{name}"
+    if not found:
+        raise ValueError(
+            f"no last projection of an MLP is known for {lm.name or 'this model'}, which locate-then-edit methods "
+            "edit; name them with edit_modules"
+        )
+    return list(found.values())
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear module; None for any other."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
 
 
 def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[str]:

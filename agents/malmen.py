@@ -19,6 +19,7 @@ def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -
     """MALMEN's network; the defaults are the paper's for models of several billion parameters."""
     defaults: dict[str, Any] = {
         "blocks": 2, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "lifetime",
+        "warm_up": False,
     }  # fmt: skip
     return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
 

@@ -19,7 +19,9 @@ TRAINING: dict[str, Any] = {
 
 def mend_network(rank: int = 1920, step_size: float = 1e-4, **settings: Any) -> HypernetworkConfig:
     """MEND's network; the defaults are the paper's for models of several billion parameters."""
-    defaults: dict[str, Any] = {"blocks": 2, "aggregation": "mend", "block": "mend", "normaliser": "lifetime"}
+    defaults: dict[str, Any] = {
+        "blocks": 2, "aggregation": "mend", "block": "mend", "normaliser": "lifetime", "warm_up": False,
+    }  # fmt: skip
     return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
 
 
@@ -72,4 +74,6 @@ class MENDAgent(BatchwiseAgent):
 
     def _observe(self, observation: Any, adapt: bool) -> StepRecord:
         keys, gradients = used_rows(observation, self.network.device)
-        return self.network.observe(keys, {m: len(g) * g for m, g in gradients.items()}, adapt)
+        if not self.network.training_moments:  # with which the network does so itself
+            gradients = {m: len(g) * g for m, g in gradients.items()}
+        return self.network.observe(keys, gradients, adapt)

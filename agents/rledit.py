@@ -30,14 +30,15 @@ from agents.files import (
     read_tensors,
     run_folder,
 )
-from agents.hypernetwork import Hypernetwork, HypernetworkConfig, RunningNormaliser, StepRecord
+from agents.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord, moments_state
 from agents.logs import log, summary_writer
+from agents.moments import MissingMomentsWarning, Moments, take
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
 
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
-POLICY = ("network.", "prior.", "stream.")  # what the names of a policy's tensors begin with
+POLICY = ("network.", "prior.", "moments.", "stream.")  # what the names of a policy's tensors begin with
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -53,8 +54,8 @@ class RLEditConfig:
         max_gradient_norm: the policy gradient is clipped to this norm.
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
         discount: γ.
-        prior_batches: batches of training facts that the recursion's prior C is gathered from before the first update
-            (see `HypernetworkConfig.prior`).
+        prior_batches: batches of training facts that the recursion's prior C and the moments that streams start from
+            are gathered from before the first update (see `HypernetworkConfig.prior` and ``warm_up`` there).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
             gradients through a broken LLM spoil the policy.
         graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
@@ -107,9 +108,7 @@ class RLEditAgent(Agent):
         self.network = self.network_type(shapes, self.config.network, seed)
         if env is not None:  # beside the LLM, so that no factor travels through the host
             self.network.to(_inner(env).lm.device)
-            self.network.normalisers = {
-                m: RunningNormaliser(sum(shape), self.network.device) for m, shape in shapes.items()
-            }
+            self.network.normalisers = self.network.first_normalisers()
         self.optimizer = self._make_optimizer()
         self.updates = 0
         self.timesteps = 0
@@ -227,8 +226,8 @@ class RLEditAgent(Agent):
                 self._checkpoint(folder, state)
 
         try:
-            if self.network.wants_prior:
-                self._gather_prior(env, progress_bar)
+            if self.network.wants_prior or self.network.wants_moments:
+                self._gather(env, self.network.wants_prior, self.network.wants_moments, progress_bar)
             judge()
             while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
@@ -330,13 +329,31 @@ class RLEditAgent(Agent):
             raise ValueError("the environment was made with reward='none', which leaves nothing to learn from")
         return self.env
 
-    def _gather_prior(self, env: gym.Env, progress_bar: bool) -> None:
-        """Show the network the keys of some training batches: the first of as many streams."""
+    def gather_moments(self, env: gym.Env, progress_bar: bool = True) -> None:
+        """Let streams start from the moments of an environment's facts (see `HypernetworkConfig.warm_up`), as
+        :meth:`learn` does before its first update: of the first batches of ``prior_batches`` streams, under the
+        pre-trained weights. The agent begins a new stream.
+
+        Args:
+            env: of training facts, made with the agent's modules and token; no reward is needed.
+            progress_bar: show one.
+        """
+        self._gather(env, prior=False, moments=True, progress_bar=progress_bar)
+
+    def _gather(self, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
+        """Show the network some training batches: the first of as many streams."""
         batches = self.config.prior_batches
+        gathered: Moments = {}
         _forget_states(env)
-        for i in trange(batches, desc="second moments of keys", unit="batch", disable=not progress_bar, leave=False):
+        for i in trange(batches, desc="moments of training facts", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
-            self.network.gather(used_rows(observation, self.network.device)[0])
+            keys, gradients = used_rows(observation, self.network.device)
+            if prior:
+                self.network.gather(keys)
+            if moments:
+                take(gathered, keys, gradients)
+        if moments:
+            self.network.start_from(gathered)
 
     def _trajectory(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
@@ -474,7 +491,8 @@ class RLEditAgent(Agent):
         description = read_description(folder)
         tensors, _ = read_tensors(folder / "agent.safetensors")
         with built_from(folder):
-            network = type(cls.config_type().network)(**description["config"]["network"])
+            lacks_moments = "warm_up" not in description["config"]["network"]  # as agents of earlier versions do
+            network = type(cls.config_type().network)(**{"warm_up": False} | description["config"]["network"])
             config = cls.config_type(**description["config"] | {"network": network})
             check_counters(description, "seed", "updates", "timesteps")
             shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
@@ -489,12 +507,17 @@ class RLEditAgent(Agent):
                     )
             agent = cls(env, config, shapes, description["seed"])
             agent._load_policy(tensors)
+            if lacks_moments and network.normaliser == "stream" and not agent.network.training_moments:
+                warnings.warn(f"the agent in {folder} was saved without moments of training facts, and a batch of one "
+                              f"or few facts will hardly take; add them with: python -m agents.add_moments {folder}",
+                              MissingMomentsWarning, stacklevel=2)
             agent.updates, agent.timesteps = description["updates"], description["timesteps"]
         return agent
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         parameters = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        return parameters | {f"prior.{m}": v for m, v in self.network.prior_state().items()}
+        prior = {f"prior.{m}": v for m, v in self.network.prior_state().items()}
+        return parameters | prior | {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
 
     def _policy(self) -> dict[str, Tensor]:
         """Copies of what a policy consists of between two streams: the parameters, and moments that outlive streams."""
@@ -507,6 +530,7 @@ class RLEditAgent(Agent):
         """Take the tensors of :meth:`_policy` or of a saved agent; a stream they do not hold begins anew."""
         self.network.load_state_dict(_under("network.", tensors))
         self.network.load_prior_state(_under("prior.", tensors))
+        self.network.load_moments(_under("moments.", tensors))
         stream = _under("stream.", tensors)
         if stream:
             self.network.load_memory_state(stream)
@@ -554,6 +578,7 @@ class RLEditAgent(Agent):
             raise ValueError(f"{error}; give another log_dir, or resume=False to start anew") from error
         with built_from(path.parent):
             counters = json.loads(metadata["training"])
+            counters["config"]["network"].setdefault("warm_up", False)  # of earlier versions
             mine = json.loads(json.dumps(self._description()))
             found = setting_differences(counters, mine)
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
@@ -588,11 +613,7 @@ class RLEditAgent(Agent):
 
     def _whole_policy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A policy's tensors with those of a stream not yet begun, so that :meth:`load` finds all it needs."""
-        fresh = {
-            f"stream.normaliser.{module}.{name}": value
-            for module, (d_in, d_out) in self.network.shapes.items()
-            for name, value in RunningNormaliser(d_in + d_out).state().items()
-        }
+        fresh = {f"stream.normaliser.{k}": v for k, v in moments_state(self.network.first_normalisers()).items()}
         return fresh | {k: v for k, v in tensors.items() if k.startswith(POLICY)}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agents.locate import LocateAgent, LocateConfig, mean_keys
 from agents.value_optimisation import Request, Values
+from rledit_env.lm.editable import EditableLM
 
 # The environment's settings that the agent is best used with.
 RECOMMENDED: Mapping[str, Any] = {
@@ -53,6 +54,12 @@ class ROMEAgent(LocateAgent):
                 f"ROME edits one module, the environment {len(self.modules)} ({', '.join(self.modules)}); make it with "
                 f"edit_modules={self.modules[0]!r}"
             )
+
+    @classmethod
+    def default_modules(cls, lm: EditableLM) -> list[str]:
+        """The middle one of those that the other methods edit by default."""
+        modules = super().default_modules(lm)
+        return [modules[len(modules) // 2]]
 
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         (module,) = self.modules

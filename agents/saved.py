@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 
 from agents.alphaedit import AlphaEditAgent
-from agents.base import Agent
+from agents.base import Agent, module_shapes
 from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.dafnet import DAFNetAgent
 from agents.files import built_from, read_description
@@ -23,6 +25,7 @@ from agents.rect import RECTAgent
 from agents.rledit import RLEditAgent
 from agents.rome import ROMEAgent
 from agents.ultraedit import UltraEditAgent
+from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULT = "default"  # names the agent that ships with the package
@@ -81,15 +84,53 @@ def agent_settings(folder: str | Path) -> dict[str, Any]:
     return {**settings, "environment": settings.get("environment") or {}}
 
 
+@contextmanager
+def modules_of(folder: str | Path, model: str) -> Iterator[None]:
+    """Within it a model is loaded with the modules of a saved agent.
+
+    Raises:
+        ValueError: the model has no such modules: the agent belongs to another one.
+    """
+    try:
+        yield
+    except UnknownModules as error:
+        raise ValueError(_other_model(folder, model)) from error
+
+
+def _check_modules(folder: str | Path, env: gym.Env) -> None:
+    """Raise ValueError where an agent knows the shapes of its modules, and the environment's are others."""
+    shapes = {m: tuple(shape) for m, shape in (agent_settings(folder).get("shapes") or {}).items()}
+    if shapes and shapes != module_shapes(env):
+        inner: Any = env.unwrapped
+        raise ValueError(_other_model(folder, inner.lm.name, module_shapes(env)))
+
+
+def _other_model(folder: str | Path, model: str, found: Mapping[str, tuple[int, int]] | None = None) -> str:
+    """What is wrong and what can be done where an agent's modules are not the model's."""
+    settings = agent_settings(folder)
+    trained, shapes = settings["environment"].get("model") or "another model", settings.get("shapes") or {}
+    modules = list(shapes) or settings["environment"].get("edit_modules") or ["unknown"]
+    example = f"{modules[0]} {tuple(shapes[modules[0]])}" if shapes else modules[0]
+    edited = f"edits {len(found)} such as {' '.join(map(str, next(iter(found.items()))))}" if found else "has none such"
+    model = model or "this model"
+    return (
+        f"the agent in {folder} belongs to {trained} and was trained for {len(modules)} modules such as {example}; "
+        f"{model} {edited}. Edit {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
+        f"{model} --facts FILE --out DIR; or train an agent for it: rledit train --model {model} --out RUN"
+    )
+
+
 def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
     """The agent in a folder, whatever its class.
 
     Raises:
         FileNotFoundError: there is no agent there.
-        ValueError: its class is unknown, or it was trained for other modules than the environment's.
+        ValueError: its class is unknown, or it was trained for other modules than the environment's, or another model.
     """
     name = agent_settings(folder).get("agent")
     if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"{folder} holds an agent of the class {name!r}; known are {', '.join(CLASSES)}")
     with built_from(folder):
+        if env is not None:
+            _check_modules(folder, env)
         return CLASSES[name].load(folder, env)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from agents.base import Agent, factor_action, module_shapes, used_rows
 from agents.files import agent_folder
-from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
+from agents.moments import training_moments
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 
@@ -33,17 +34,21 @@ class UltraEditConfig:
             2025; RLSEdit, arXiv 2601.15686). Each update is then the recursive least-squares step of
             argmin_W Σ_j ‖(W − W_{j−1}) u_jᵀ − v_jᵀ‖² + λ ‖W − W₀‖², which avoids the directions of earlier edits and is
             anchored at the original weights.
+        warm_up: begin the running moments with those of bundled training facts, which :meth:`UltraEditAgent.learn`
+            gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
     """
 
     step_size: float = 1e-6
     damping: float = 1.0
     recursion: bool = False
+    warm_up: bool = False
 
     def network(self) -> HypernetworkConfig:
         """The rule as a hypernetwork without blocks."""
         return HypernetworkConfig(
             blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
             damping=self.damping, learn_damping=False, coefficient="normalised", prior=0.0, normaliser="stream",
+            warm_up=self.warm_up,
         )  # fmt: skip
 
 
@@ -52,7 +57,8 @@ class UltraEditAgent(Agent):
     arXiv 2505.14679).
 
     For each module and token, [û; δ̂] = ([u; δ] − mean) / std with running moments over all tokens since the start of
-    the stream, this batch included (lifelong normalisation); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
+    the stream, this batch included (lifelong normalisation; of a single token that begins a stream it leaves
+    nothing, but with ``warm_up``); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
     ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper.
 
     The running moments are one set a module; the published code shares them among modules of one shape.
@@ -98,13 +104,23 @@ class UltraEditAgent(Agent):
         return factor_action(observation, *self.network.factors(record)), None
 
     def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> UltraEditAgent:
-        """There is nothing to train."""
+        """There is nothing to train; with ``warm_up``, the moments of training facts are gathered.
+
+        Raises:
+            ValueError: they are to be gathered, and there is no environment.
+        """
+        if self.network.wants_moments:
+            if self.env is None:
+                raise ValueError("warm_up gathers moments with the environment's LLM; make the agent with env=…")
+            inner: Any = self.env.unwrapped
+            self.network.start_from(training_moments(inner.lm, inner.token))
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers as JSON, and the stream's moments and memory as safetensors."""
+        """Write the numbers as JSON; the stream's moments and memory, and those of training facts, as safetensors."""
         folder = agent_folder(path)
-        write_tensors(folder / "agent.safetensors", self.network.memory_state())
+        start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
+        write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
         description = {
             "agent": "ultraedit",
             "format": 1,
@@ -134,5 +150,7 @@ class UltraEditAgent(Agent):
                 f"those that the environment edits; make it with the settings in {folder / 'agent.json'}"
             )
         agent = cls(env, UltraEditConfig(**description["config"]), description["seed"], shapes)
-        agent.network.load_memory_state(load_file(folder / "agent.safetensors"))
+        tensors = load_file(folder / "agent.safetensors")
+        agent.network.load_moments({k[8:]: v for k, v in tensors.items() if k.startswith("moments.")})
+        agent.network.load_memory_state(tensors)
         return agent

@@ -24,7 +24,7 @@ from rledit_env.files import mark
 from rledit_env.general import GeneralAbility, GeneralEvery
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import evaluate, free_answers
+from rledit_env.metrics import continuations, evaluate
 from rledit_env.outputs import growing, try_or_exit
 from rledit_env.retention import DriftProbe, RetentionProbe
 from rledit_env.reward import RewardConfig
@@ -122,7 +122,7 @@ def main(settings: Settings) -> None:
     facts = [fact for t in range(sizes["edit"]) for fact in env.unwrapped.stream.batch(t)]
     chosen = facts[:: max(1, len(facts) // 5)][:5]  # evenly from the stream, whatever became of them
     print(f"editing {len(facts)} facts that training never saw: {env.unwrapped.dataset.source}")
-    answers = {"before": free_answers(lm, chosen)}
+    answers = {"before": continuations(lm, chosen)}
     scores: dict[str, dict[str, Any]] = {"no edit": evaluate(lm, facts, "counterfact").as_dict()}
     drifts: dict[str, list[tuple[float, float]]] = {}
     probes = retention, drift, general = RetentionProbe(env), DriftProbe(env), GeneralEvery(env, GeneralAbility(lm))
@@ -132,7 +132,7 @@ def main(settings: Settings) -> None:
         scores[name] = {**env.unwrapped.evaluate().as_dict(), "seconds": log.seconds_per_fact}
         per_step = sizes["batch_size"] / sizes["steps_per_batch"]
         drifts[name] = [(0.0, 0.0)] + [((i + 1) * per_step, h["drift"]) for i, h in enumerate(env.unwrapped.history)]
-        answers[name] = free_answers(lm, chosen)
+        answers[name] = continuations(lm, chosen)
     env.close()
     table = report.answer_table(chosen, answers["before"], answers["trained agent"])
     print(f"\nAfter all {len(facts)} edits, in percent:\n{report.text_table(*report.score_table(scores))}")

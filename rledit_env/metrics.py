@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rledit_env.answers import answer_of, is_exact, took
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -28,10 +28,11 @@ class Metrics:
             of x′ where the top-1 token is the *original model's*.
         specificity_answer: the same against the data set's answer (what published ZsRE and FEVER code reports). For
             CounterFact the two readings are one.
-        exact_match: share of edit prompts whose greedy, free-running continuation answers with exactly the target;
-            None if it was not asked for.
+        exact_match: share of edit prompts whose greedy, free-running continuation begins with the target and ends there
+            (`rledit_env.answers.is_exact`); None if it was not asked for.
         top1: share of edit prompts' answer tokens whose top-1 token is the target's (teacher-forced).
-        taken: one entry a record: does the greedy continuation begin with the target.
+        taken: one entry a record: does that continuation begin with the target (`rledit_env.answers.took`); empty if
+            that was not asked for.
         portability: share of answer tokens of what the edits imply whose top-1 token is the answer's (KnowEdit); None
             where the data implies nothing.
     """
@@ -66,7 +67,7 @@ def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate:
         lm: the edited LM.
         records: the facts that were edited.
         kind: "zsre", "counterfact" or "fever", which decides the metrics' form.
-        generate: also decode freely (much slower than the teacher-forced scores).
+        generate: also decode freely, for ``taken`` and ``exact_match`` (much slower than the teacher-forced scores).
 
     Raises:
         ValueError: no records, or a CounterFact record without the answer it had before.
@@ -74,17 +75,23 @@ def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate:
     if not records:
         raise ValueError("no fact has been edited yet; take at least one step first")
     edits = [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records]
-    matches = _token_matches(lm, edits)
-    top1 = _percent(torch.cat(matches))
-    taken = tuple(bool(tokens.all()) for tokens in matches)
-    exact = 100 * sum(exact_matches(lm, records)) / len(records) if generate else None
+    top1 = _percent(torch.cat(_token_matches(lm, edits)))
+    answers = continuations(lm, records) if generate else None
     if kind == "counterfact":
         scores = _comparison_metrics(lm, records)
     else:
         scores = _token_metrics(lm, records, edits)
     implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
     portability = _percent(torch.cat(_token_matches(lm, implied))) if implied else None
-    return Metrics(*scores, exact_match=exact, top1=top1, taken=taken, portability=portability)
+    metrics = Metrics(*scores, exact_match=None, top1=top1, taken=(), portability=portability)
+    return metrics if answers is None else with_answers(metrics, records, answers)
+
+
+def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Sequence[str]) -> Metrics:
+    """The metrics with ``taken`` and ``exact_match`` of these :func:`continuations` of the records' prompts."""
+    pairs = [(answer, record.target) for answer, record in zip(answers, records, strict=True)]
+    exact = 100 * sum(is_exact(*pair) for pair in pairs) / len(pairs)
+    return replace(metrics, exact_match=exact, taken=tuple(took(*pair) for pair in pairs))
 
 
 def _percent(hits: Tensor) -> float:
@@ -174,21 +181,17 @@ def sequence_losses(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
     return torch.cat(losses)
 
 
-def answer_of(continuation: str) -> str:
-    """The answer in a free continuation: its text up to the first line end or punctuation that closes a phrase."""
-    return re.split(r"[\n.,;:!?]", continuation.strip(), maxsplit=1)[0].strip()
+def continuations(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
+    """What the LLM writes after the edit prompts, freely and greedily, some tokens more than the target has."""
+    return lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
 
 
 def free_answers(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
-    """The LLM's answers to the edit prompts, decoding freely and greedily."""
-    texts = lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
-    return [answer_of(text) for text in texts]
+    """The LLM's answers to the edit prompts, decoded freely and greedily, as they are shown."""
+    return [answer_of(text) for text in continuations(lm, records, batch_size)]
 
 
 def exact_matches(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[bool]:
-    """Whether the answer in each edit prompt's greedy continuation is exactly the target, decoding freely.
-
-    Unlike the teacher-forced scores, the answer must also end where the target ends.
-    """
-    answers = free_answers(lm, records, batch_size)
-    return [answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True)]
+    """Whether each edit prompt's greedy continuation begins with the target and ends there, decoded freely."""
+    answers = continuations(lm, records, batch_size)
+    return [is_exact(answer, r.target) for answer, r in zip(answers, records, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
 
+from rledit_env.answers import took
 from rledit_env.knowledge import EditRecord
 
 PROMPT_WIDTH, ANSWER_WIDTH = 52, 20
@@ -65,28 +66,18 @@ def text(scene: Scene | None, source: str) -> str:
         marks.append(_mark(record.target, before, after))
         lines.append(_row(marks[-1], record.prompt, record.target, before, after))
     lines.append("─" * _width(header))
-    took, known, missed = (marks.count(mark) for mark in (TOOK, KNOWN, MISSED))
-    lines.append(f"{TOOK} took: {took}   {KNOWN} answered so before: {known}   {MISSED} did not take: {missed}")
+    new, known, missed = (marks.count(mark) for mark in (TOOK, KNOWN, MISSED))
+    lines.append(f"{TOOK} took: {new}   {KNOWN} answered so before: {known}   {MISSED} did not take: {missed}")
     lines.append(_reward_line(scene))
     if scene.info.get("diverged"):
         lines.append("The update broke the model (a loss is no longer finite); the episode is over.")
     return "\n".join(lines)
 
 
-def begins_with(continuation: str, target: str) -> bool:
-    """Whether a greedy continuation answers with the target (and may then go on)."""
-    continuation, target = _one_line(continuation), _one_line(target)
-    if not continuation.startswith(target):
-        return False
-    rest = continuation[len(target) :]
-    # "Paris" is not the answer of a continuation that says "Parisian".
-    return not rest or not (rest[0].isalnum() and target[-1:].isalnum())
-
-
 def _mark(target: str, before: str, after: str) -> str:
-    if not begins_with(after, target):
+    if not took(after, target):
         return MISSED
-    return KNOWN if begins_with(before, target) else TOOK
+    return KNOWN if took(before, target) else TOOK
 
 
 def _reward_line(scene: Scene) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rledit_env.answers import MEANING, answer_of, took
 from rledit_env.files import GENERATOR, check_page, write_text
 from rledit_env.knowledge import EditRecord
-from rledit_env.metrics import answer_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -428,12 +428,16 @@ def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> Table:
-    """Header and rows of facts with the model's answers before and after editing, and whether the fact took."""
-    header = ["Prompt", "New fact", "Answer before", "Answer after", "Taken"]
-    rows = zip(facts, before, after, strict=True)
+    """Header and rows of facts with the model's answers before and after editing, and whether the fact took.
+
+    Args:
+        facts: the facts.
+        before, after: what `rledit_env.metrics.continuations` gave; it is shown to the end of its phrase.
+    """
+    header = ["Prompt", "New fact", "Answer before", "Answer after", "Took"]
     return header, [
-        [fact.prompt, fact.target, b or "(nothing)", a or "(nothing)", a == answer_of(fact.target)]
-        for fact, b, a in rows
+        [fact.prompt, fact.target, answer_of(b) or "(nothing)", answer_of(a) or "(nothing)", took(a, fact.target)]
+        for fact, b, a in zip(facts, before, after, strict=True)
     ]
 
 
@@ -500,10 +504,11 @@ def editing_report(
     page.paragraph(
         "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same on "
         "paraphrases. Specificity: neighbouring facts that still prefer their own answer. Exact match: the answer "
-        "written freely is exactly the new one."
+        "written freely begins with the new one and ends there."
     )
     page.heading("Facts of the stream")
-    page.paragraph("Taken evenly from the stream, whatever became of them; the new facts are false on purpose.")
+    page.paragraph("Drawn evenly from the stream, whatever became of them; the new facts are false on purpose. "
+                   f"{MEANING[0].upper()}{MEANING[1:]}.")
     page.table(*answers)
     if picture := learning_curves(curves):
         page.heading("Learning")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rledit_env import report
+from rledit_env.answers import MEANING, answer_of
 from rledit_env.files import FIGURES, check_page, check_part, mark, write_bytes
-from rledit_env.metrics import answer_of
 from rledit_env.report import Form, Report, Table
 from rledit_env.retention import Retention
 
@@ -99,8 +99,8 @@ class RunReport:
         if not result.get("answers"):
             return
         page.heading(f"Facts of the stream{of}")
-        page.paragraph("Taken evenly from the stream, whatever became of them. The model's answers, written freely; "
-                       "✓ where the answer is exactly the new one.")
+        page.paragraph("Drawn evenly from the stream, whatever became of them. The model's answers are written freely: "
+                       f"{MEANING}.")
         page.table(*answer_rows(result["answers"]))
 
     def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
@@ -172,14 +172,18 @@ def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
     """Header and rows of facts with the model's answers; those of a result without the answers before have no such
-    column."""
+    column. A result of an earlier version does not say which facts took: its rows say where the answer is the target.
+    """
     with_before = all("before" in one for one in answers)
-    header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after", "Right"]
+    with_took = all("took" in one for one in answers)
+    header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after",
+              "Took" if with_took else "Exactly"]
     rows: list[list[Any]] = []
     for one in answers:
         after = one["after"] if "after" in one else one["answer"]
         before = [one["before"] or "(nothing)"] if with_before else []
-        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", after == answer_of(one["target"])])
+        mark = one["took"] if with_took else after == answer_of(one["target"])
+        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", mark])
     return header, rows
 
 
@@ -219,7 +223,7 @@ def _legend(kind: str) -> str:
             "Efficacy: answer tokens of the edited prompts that the model gives, teacher-forced. Generalization: the "
             "same on paraphrases. Specificity: answer tokens of unrelated prompts that are as before editing."
         )
-    return f"In percent. {text} Exact match: the answer written freely is exactly the new one."
+    return f"In percent. {text} Exact match: the answer written freely begins with the new one and ends there."
 
 
 def _shown(value: Any) -> str:

@@ -273,12 +273,28 @@ def test_an_agent_for_other_modules_is_refused(run_folder: Path, capsys: pytest.
 
 def test_long_lists_of_untaken_facts_are_cut_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
     untaken = [{"prompt": f"p{i}", "target": "t", "answer": "a"} for i in range(25)]
-    results.name_untaken(untaken, 30, print, "result.json")
+    results.name_untaken(untaken, 30, 10.0, print, "result.json")
     out = capsys.readouterr().out
     assert out.count("wanted") == 20
     assert "… and 5 more, all in result.json" in out
-    results.name_untaken([], 30, print, None)
-    assert "all 30 facts took" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("untaken", "total", "exact", "sentence"),
+    [
+        (0, 30, 0.0, "all 30 facts took: the model's own answer begins with the target; exact match, where the answer "
+         "also ends there: 0 of 30\n"),
+        (0, 1, 100.0, "the fact took: the model's own answer begins with the target; exact match, where the answer "
+         "also ends there: 1 of 1\n"),
+        (2, 3, 100 / 3, "1 of 3 facts took: the model's own answer begins with the target; exact match, where the "
+         "answer also ends there: 1 of 3\n2 of 3 facts did not take"),
+    ],
+)  # fmt: skip
+def test_the_closing_lines_say_what_took_and_exact_match_mean(
+    capsys: pytest.CaptureFixture[str], untaken: int, total: int, exact: float, sentence: str
+) -> None:
+    results.name_untaken([{"prompt": "p", "target": "t", "answer": "a"}] * untaken, total, exact, print, None)
+    assert capsys.readouterr().out.startswith(sentence)
 
 
 # -- edit ----------------------------------------------------------------------------------------------------------

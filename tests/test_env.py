@@ -576,7 +576,7 @@ def test_evaluating_before_any_step_is_an_error_and_afterwards_covers_the_facts_
     observation, _ = env.reset(seed=0)
     for step in range(6):
         observation, *_ = env.step(fine_tuning(observation))
-        assert len(env.evaluate(generate=False).taken) == 2 * (step // 2 + 1)
+        assert len(env.evaluate().taken) == 2 * (step // 2 + 1)
 
 
 def test_evaluating_during_an_episode_changes_no_later_reward(make_env):

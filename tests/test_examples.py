@@ -93,7 +93,8 @@ def test_edit_my_model_writes_a_model_that_loads(tmp_path: Path) -> None:
     facts = tmp_path / "facts.jsonl"
     rows = [{"prompt": f"Fact {i} is", "target": f"number {i}", "subject": f"Fact {i}"} for i in range(3)]
     facts.write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--model", "tiny-llama", "--facts", str(facts), "--batch-size", "2", "--out", str(tmp_path / "out")]
+    arguments = ["--model", "tiny-llama", "--facts", str(facts), "--batch-size", "2", "--out", str(tmp_path / "out"),
+                 "--editor", "ft-l"]
     shown = example("edit_my_model", *arguments, folder=tmp_path)
-    assert "of 3 facts took" in shown
+    assert "of 3 facts took" in shown and "Trial(step_size=" in shown
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
-from rledit_env.metrics import answer_of, evaluate, exact_matches
+from rledit_env.metrics import evaluate, exact_matches
 
 
 @pytest.fixture
@@ -128,40 +128,29 @@ def test_evaluating_changes_nothing(edited, facts, kind):
     assert evaluate(lm, facts(kind, 6), kind) == first
 
 
-def test_a_fact_is_taken_when_greedy_decoding_begins_with_its_answer(tiny_lm):
+def test_a_fact_took_when_the_free_answer_begins_with_its_target_as_a_whole_word(tiny_lm):
     lm = tiny_lm()
     record = EditRecord("Rome is in", "Peru", ("One finds Rome in",), (UnrelatedFact("2 + 2 =", "4"),), "Italy")
-    records = [record, dataclasses.replace(record, target="Peri"), dataclasses.replace(record, prompt="Bananas are")]
-    assert evaluate(lm, records, "zsre", generate=False).taken == (False, False, False)
+    records = [record, dataclasses.replace(record, target="Per"), dataclasses.replace(record, prompt="Bananas are")]
+    assert evaluate(lm, records, "zsre").taken == (False, False, False)
     passage = lm.tokenize(record.prompt, record.target)
     for _ in range(40):
         trace = lm.trace([passage])
         lm.apply(trace.keys, {m: -0.01 * g for m, g in trace.value_gradients.items()})
     assert lm.generate([record.prompt], longest=["Peru"])[0].startswith(" Peru")
-    metrics = evaluate(lm, records, "zsre", generate=False)
+    metrics = evaluate(lm, records, "zsre")
     assert metrics.taken == (True, False, False)
     assert metrics.efficacy > 100 * 5 / 15
 
 
-@pytest.mark.parametrize(
-    ("continuation", "answer"),
-    [
-        (" Paris", "Paris"),
-        (" Paris.\nThe capital", "Paris"),
-        ("\n Paris, of course", "Paris"),
-        (" Paris is", "Paris is"),
-        (" Old Church Slavonic; or", "Old Church Slavonic"),
-        ("", ""),
-        (" ... ", ""),
-    ],
-)
-def test_an_answer_ends_at_the_end_of_its_phrase(continuation, answer):
-    assert answer_of(continuation) == answer
+def test_without_free_answers_nobody_says_which_facts_took(tiny_lm, facts):
+    metrics = evaluate(tiny_lm(), facts("zsre", 3), "zsre", generate=False)
+    assert metrics.taken == () and metrics.exact_match is None
 
 
 def test_an_exact_match_is_the_whole_answer_and_nothing_more(tiny_lm, uneven_facts, monkeypatch):
     lm = tiny_lm()
-    answers = {"Rome is in": " Peru. It", "2 + 2 =": " 55", "Ångström comes from": " Łódź\n"}
+    answers = {"Rome is in": " Peru. It", "2 + 2 =": " 5 and", "Ångström comes from": " Łódź\n"}
     asked = []
 
     def generate(prompts, longest, batch_size):
@@ -171,11 +160,12 @@ def test_an_exact_match_is_the_whole_answer_and_nothing_more(tiny_lm, uneven_fac
     monkeypatch.setattr(lm, "generate", generate)
     assert exact_matches(lm, uneven_facts) == [True, False, False, True]
     assert asked == [r.target for r in uneven_facts]
-    assert evaluate(lm, uneven_facts, "counterfact").exact_match == 50.0
+    metrics = evaluate(lm, uneven_facts, "counterfact")
+    assert metrics.exact_match == 50.0 and metrics.taken == (True, False, True, True)
 
 
 def test_scores_by_name_leave_out_the_list_of_records(tiny_lm, facts):
-    metrics = evaluate(tiny_lm(), facts("zsre", 3), "zsre", generate=False)
+    metrics = evaluate(tiny_lm(), facts("zsre", 3), "zsre")
     scores = metrics.as_dict()
     assert set(scores) == {
         "efficacy", "generalization", "specificity", "specificity_answer", "exact_match", "top1", "mean",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rledit_env.knowledge import EditRecord, UnrelatedFact
-from rledit_env.render import KNOWN, MISSED, TOOK, Scene, begins_with, curves, text
+from rledit_env.render import KNOWN, MISSED, TOOK, Scene, curves, text
 
 SOURCE = "bundled sample (open fact tables; not the published CounterFact)"
 NAMES = ("generalization", "locality", "backtracking", "regularisation", "drift")
@@ -79,16 +79,6 @@ def test_the_reward_its_parts_the_drift_and_the_source_are_shown() -> None:
 
 def test_a_broken_model_is_named() -> None:
     assert "broke the model" in text(scene(info={"diverged": True, "drift": float("nan")}), SOURCE)
-
-
-@pytest.mark.parametrize(
-    "continuation, target, expected",
-    [(" Rome.", "Rome", True), ("Romero", "Rome", False), (" rome", "Rome", False), ("New  York", "New York", True)],
-)
-def test_a_fact_took_if_the_continuation_begins_with_its_target(
-    continuation: str, target: str, expected: bool
-) -> None:
-    assert begins_with(continuation, target) is expected
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_versions_name_what_a_result_depends_on() -> None:
 
 def test_answers_say_whether_a_fact_took_and_leave_no_cell_empty() -> None:
     fact = EditRecord("Rome is in", "Peru", ("One finds Rome in",), (UnrelatedFact("Bananas are", "yellow"),))
-    _, rows = report.answer_table([fact, fact], ["Italy", ""], ["Peru", ""])
-    assert rows[0] == ["Rome is in", "Peru", "Italy", "Peru", True]
+    _, rows = report.answer_table([fact, fact], [" Italy. It", ""], [" Peru and more", ""])
+    assert rows[0] == ["Rome is in", "Peru", "Italy", "Peru and more", True]
     assert rows[1] == ["Rome is in", "Peru", "(nothing)", "(nothing)", False]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from rledit_env import report
+from rledit_env.answers import MEANING
 from rledit_env.retention import Retention
 from rledit_env.run_report import RunReport, answer_rows, score_rows
 
@@ -32,8 +34,8 @@ def result(**more: Any) -> dict[str, Any]:
         "settings": {"model": "tiny-llama", "batch_size": 2, "num_batches": 2, "kind": "counterfact"},
         "versions": report.versions(), "data_source": "file facts.jsonl", "seconds_per_fact": 0.25, "taken": [True] * 4,
         "answers": [
-            {"prompt": "Rome is in", "target": "Peru", "before": "Italy", "after": "Peru"},
-            {"prompt": "Oslo is in", "target": "Chile", "before": "Norway", "after": ""},
+            {"prompt": "Rome is in", "target": "Peru", "before": "Italy", "after": "Peru and", "took": True},
+            {"prompt": "Oslo is in", "target": "Chile", "before": "Norway", "after": "", "took": False},
         ],
         "update_norms": [0.5, 0.25],
         "module_drift": {"model.layers.1.mlp.up_proj": [0.1, 0.2], "model.layers.2.mlp.up_proj": [0.2, 0.3]},
@@ -65,9 +67,17 @@ def test_the_page_says_what_was_done_and_what_came_of_it(tmp_path: Path) -> None
         "cola, MCC", "Learning", "rledit evaluate --agent runs/x", "file facts.jsonl", "transformers",
     ):  # fmt: skip
         assert text in page, text
-    assert page.count("✓") == 2 and page.count("✗") == 1  # one of them in the explanation
+    assert page.count("✓") == 1 and page.count("✗") == 1 and MEANING in html.unescape(page)
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,)', page) == []
     assert "http" not in page and "<script" not in page
+
+
+def test_the_answers_of_an_earlier_versions_result_are_not_judged_by_what_took_means_today() -> None:
+    earlier = [{k: v for k, v in one.items() if k != "took"} for one in result()["answers"]]
+    header, rows = answer_rows(earlier)
+    assert header[-1] == "Exactly" and [row[-1] for row in rows] == [False, False]
+    header, rows = answer_rows(result()["answers"])
+    assert header[-1] == "Took" and [row[-1] for row in rows] == [True, False]
 
 
 def test_what_was_not_measured_has_no_section(tmp_path: Path) -> None:
@@ -107,11 +117,6 @@ def test_the_report_of_edited_facts_is_a_result_too(tmp_path: Path) -> None:
     write(tmp_path, "edit_report.json", content)
     page = RunReport(tmp_path).page().html()
     assert "Answer before" not in page and "Rome is in" in page
-
-
-def test_answers_are_right_only_if_exactly_the_new_fact() -> None:
-    _, rows = answer_rows(result()["answers"])
-    assert [row[-1] for row in rows] == [True, False]
 
 
 def test_folders_without_a_result_say_how_to_get_one(tmp_path: Path) -> None:

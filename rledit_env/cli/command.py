@@ -117,10 +117,10 @@ def dtype_name(lm: EditableLM) -> str:
     return str(lm.dtype).removeprefix("torch.")
 
 
-def progress_bar(total: int, what: str) -> Any:
+def progress_bar(total: int | None, what: str, unit: str = "fact") -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="fact")
+    return tqdm(total=total, desc=what, unit=unit)
 
 
 def say_loading(model: str) -> None:

@@ -10,7 +10,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,14 @@ from rledit_env.cli.command import (
     FAILED,
     OK,
     Command,
-    agent_argument,
     check_positive,
     dtype_name,
-    model_name,
     on_error_argument,
     override_arguments,
     progress_bar,
-    say_loading,
-    skipped_rows,
     warn,
 )
+from rledit_env.cli.editing import Editing, check_editor, editor_arguments, trained_agent, training_free
 from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.cli.results import (
     finite,
@@ -60,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_error_argument(parser)
     parser.add_argument("--chat", action="store_true",
                         help="put every prompt into the model's chat template, as a user's message")
-    agent_argument(parser)
+    editor_arguments(parser)
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
@@ -70,9 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DIR, if it is not empty and rledit wrote all that is in it")
-    parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
-    parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's)")
+    parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's, or "
+                        "smollm2-135m)")
+    parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's, or 20)")
     override_arguments(parser, dtype="stored")
+    parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
+                        help="let an agent that was saved without moments of training facts start from those of "
+                        "bundled facts, so that single facts take; --no-warm-up leaves it as published")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=written_path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
@@ -85,60 +85,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents import agent_settings, edit_facts, find_agent, load_agent
-    from rledit_env.env import LifelongEditEnv
+    from agents import edit_facts
+    from rledit_env.answers import MEANING
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
-    from rledit_env.lm.chat import in_chat
-    from rledit_env.lm.editable import EditableLM
     from rledit_env.report import versions
 
+    check_editor(options)
     check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
     if options.resume and options.ledger is None:
         raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
-    facts = load_facts(options.facts, options.kind, options.on_error)
-    folder = find_agent(options.agent)
-    trained = agent_settings(folder)["environment"]
-    settings = {
-        "token": options.token or trained.get("token", "answer"),
-        "steps_per_batch": _given(options.steps_per_batch, trained.get("steps_per_batch", 1)),
-        "batch_size": min(_given(options.batch_size, trained.get("batch_size", 20)), len(facts.dataset)),
-    }
-    check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
-    model = model_name(options, trained, folder)
-    modules = options.edit_modules or trained.get("edit_modules")
-    say_loading(model)
-    lm = EditableLM.load(model, modules, options.dtype, options.device)
-    if options.chat:
-        chats = in_chat(facts.dataset.records, lm.tokenizer, lm.name)
-        facts = replace(facts, dataset=replace(facts.dataset, records=chats))
-    agent = load_agent(folder, LifelongEditEnv(
-        facts.dataset.kind, lm, data=facts.dataset, num_batches=1, batch_size=1, token=settings["token"], reward="none",
-        array_backend="torch",
-    ))
-    print(f"facts  {len(facts.dataset)} of {facts.dataset.source} (read as {facts.dataset.kind})",
-          *skipped_rows(facts.dataset))
-    print(f"model  {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules")
-    print(f"agent  {folder}")
-    notes = _notes(facts, settings["token"])
+    given = load_facts(options.facts, options.kind, options.on_error)
+    editing = training_free(options, given) if options.editor else trained_agent(options, given)
+    lm, facts, settings = editing.lm, editing.facts, editing.settings
+    notes = [*_notes(facts, settings["token"]), *editing.notes]
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
     guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
-    ledger = _ledger(options, lm, facts.dataset, folder, settings) if options.ledger is not None else None
+    ledger = _ledger(options, editing, facts.dataset) if options.ledger is not None else None
     try:
         with progress_bar(len(facts.dataset), "editing") as bar:
-            log = edit_facts(lm, agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
+            log = edit_facts(lm, editing.agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
                              on_divergence=options.on_divergence, **settings)
     finally:
         if ledger is not None:
             ledger.close()
     if log.diverged or log.stopped:
         what = "broke the model" if log.diverged else "moved the model further than --drift-bound on held text"
-        warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. Train the agent on "
-             "longer streams, or give fewer facts")
+        mend = "Train the agent on longer streams" if options.agent else "Give a smaller --step-size, another --editor"
+        warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. {mend}, or give fewer facts")
         return FAILED
     records = list(facts.dataset)
     metrics, answers = score_facts(lm, records, facts.dataset.kind)
@@ -151,24 +129,25 @@ def run(options: argparse.Namespace) -> int:
         "format": REPORT_FORMAT,
         "facts_file": str(options.facts),
         "data_source": facts.dataset.source,
-        "agent": str(folder),
+        **editing.report,
         "metrics": scores,
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
-        "settings": {**settings, "model": model, "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm),
+        "settings": {**settings, "model": lm.name, "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm),
                      "device": str(lm.device), "kind": facts.dataset.kind, "chat": options.chat},
         "versions": versions(),
         "notes": notes,
         "taken": list(metrics.taken),
+        "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
         "answers": [
-            {"prompt": r.prompt, "target": r.target, "answer": answer}
-            for r, answer in zip(records, answers, strict=True)
+            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took}
+            for r, answer, took in zip(records, answers, metrics.taken, strict=True)
         ],
     }
     print_metrics(scores, log, print)
-    name_untaken(report["not_taken"], len(records), print, str(options.out / REPORT))
+    name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / REPORT))
     warn_without_effect(report["batches_without_effect"], log)
     sys.stdout.flush()
     print(f"writing {options.out} …", file=sys.stderr)
@@ -246,10 +225,6 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
     return saved
 
 
-def _given(option: int | None, otherwise: int) -> int:
-    return otherwise if option is None else option
-
-
 def _ledger_output(options: argparse.Namespace) -> list[Output]:
     """The ledger as a path to be tried."""
     from rledit_env.ledger import check_ledger
@@ -259,23 +234,20 @@ def _ledger_output(options: argparse.Namespace) -> list[Output]:
     return [Output("--ledger", options.ledger, lambda folder: check_ledger(folder, options.resume), apart=False)]
 
 
-def _ledger(
-    options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, agent: Path, settings: dict[str, Any]
-) -> EditLedger:
-    """The run's ledger, new or to be gone on with; only with the same facts, agent and settings."""
-    from rledit_env.files import sha256_of
+def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDataset) -> EditLedger:
+    """The run's ledger, new or to be gone on with; only with the same facts, editor and settings."""
     from rledit_env.ledger import EditLedger
 
     texts = json.dumps([[r.prompt, r.target, r.subject] for r in facts])
     described = {
-        **settings,
+        **editing.settings,
         "facts": hashlib.sha256(texts.encode()).hexdigest(),
-        "agent": {path.name: sha256_of(path) for path in sorted(agent.glob("agent.*"))},
+        **editing.identity,
         "on_divergence": options.on_divergence,
     }
     if not options.resume:
-        return EditLedger.create(options.ledger, lm, described)
-    ledger = EditLedger.resume(options.ledger, lm, described)
+        return EditLedger.create(options.ledger, editing.lm, described)
+    ledger = EditLedger.resume(options.ledger, editing.lm, described)
     print(f"ledger {options.ledger}: going on after {len(ledger)} recorded updates", flush=True)
     return ledger
 
@@ -327,6 +299,11 @@ template, or in scripts without spaces.
 
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model
+
+  # any model, without a trained agent: the step size is found on a few of the facts, or given
+  rledit edit --facts facts.jsonl --model owner/name --editor ultraedit --out edited-model
+  rledit edit --facts facts.jsonl --model owner/name --editor ft-l --step-size 5e-4 --out edited-model
+
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger  # and, if interrupted,
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger --resume

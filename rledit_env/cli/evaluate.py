@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
+    from agents.saved import modules_of
+    from rledit_env.answers import MEANING
     from rledit_env.general import GeneralAbility, GeneralEvery
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
@@ -93,10 +95,11 @@ def run(options: argparse.Namespace) -> int:
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
     }
     say_loading(settings["model"])
-    env = gym.make(
-        env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
-        reward="none", array_backend="torch", disable_env_checker=True, **settings,
-    )
+    with modules_of(folder, settings["model"]):
+        env = gym.make(
+            env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
+            reward="none", array_backend="torch", disable_env_checker=True, **settings,
+        )
     inner: Any = env.unwrapped
     agent = load_agent(folder, env)
     agent.reset()
@@ -116,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
         log = edit_stream(env, agent, progress=bar.update, callbacks=callbacks, seed=options.seed)
     records = inner.edited_records()
     metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
-    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, answers)
+    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, metrics, answers)
     content = {
         "format": RESULT_FORMAT,
         "env": env_id,
@@ -132,6 +135,7 @@ def run(options: argparse.Namespace) -> int:
                      "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind},
         "versions": versions(),
         "taken": list(metrics.taken),
+        "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
         "answers": shown,
@@ -147,7 +151,8 @@ def run(options: argparse.Namespace) -> int:
         content["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
                              "scores": {str(edited): scores for edited, scores in general.scores.items()}}
         print_general(general.scores, say)
-    name_untaken(content["not_taken"], len(records), say, options.json if options.json != "-" else None)
+    name_untaken(content["not_taken"], len(records), metrics.exact_match, say,
+                 options.json if options.json != "-" else None)
     warn_without_effect(content["batches_without_effect"], log)
     if options.json:
         sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import progress_bar, warn
@@ -20,25 +19,25 @@ SHOWN = 20  # facts are shown with the answers before and after
 
 
 def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Metrics, list[str]]:
-    """The metrics on these records, and the LLM's answer to each one's prompt."""
-    from rledit_env.metrics import answer_of, evaluate, free_answers
+    """The metrics on these records, and the LLM's answer to each one's prompt, to be shown."""
+    from rledit_env.answers import answer_of
+    from rledit_env.metrics import continuations, evaluate, with_answers
 
     with progress_bar(len(records), "scoring") as bar:
         metrics = evaluate(lm, records, kind, generate=False)
-        answers: list[str] = []
+        written: list[str] = []
         for start in range(0, len(records), 64):
             chunk = records[start : start + 64]
-            answers += free_answers(lm, chunk)
+            written += continuations(lm, chunk)
             bar.update(len(chunk))
-    exact = sum(answer == answer_of(r.target) for answer, r in zip(answers, records, strict=True))
-    return replace(metrics, exact_match=100 * exact / len(records)), answers
+    return with_answers(metrics, records, written), [answer_of(text) for text in written]
 
 
 def before_and_after(
-    lm: EditableLM, records: Sequence[EditRecord], kind: str, answers: Sequence[str]
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str]
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """The metrics of the unedited LLM (teacher-forced), and some facts, evenly from the stream whatever became of them,
-    with its answers before and after."""
+    with its answers before and after, and whether they took."""
     from rledit_env.metrics import evaluate, free_answers
 
     count = min(SHOWN, len(records))
@@ -48,7 +47,7 @@ def before_and_after(
         before = evaluate(lm, records, kind, generate=False)
         answers_before = free_answers(lm, some)
     return before, [
-        {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i]}
+        {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i], "took": edited.taken[i]}
         for i, r, answer in zip(chosen, some, answers_before, strict=True)
     ]
 
@@ -81,8 +80,8 @@ def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: 
 def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence[str]) -> list[dict[str, str]]:
     return [
         {"prompt": r.prompt, "target": r.target, "answer": answer, "origin": r.origin}
-        for r, taken, answer in zip(records, metrics.taken, answers, strict=True)
-        if not taken
+        for r, took, answer in zip(records, metrics.taken, answers, strict=True)
+        if not took
     ]
 
 
@@ -104,9 +103,23 @@ def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> N
         warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
 
 
-def name_untaken(untaken: Sequence[Mapping[str, str]], total: int, say: Callable[..., Any], rest: str | None) -> None:
+def name_untaken(
+    untaken: Sequence[Mapping[str, str]], total: int, exact: float | None, say: Callable[..., Any], rest: str | None
+) -> None:
+    """Say how many facts took and how many are exact matches (in percent), what both mean, and which did not take.
+
+    Args:
+        untaken: as :func:`not_taken` gives them.
+        total: facts in all.
+        exact: exact match, in percent.
+        say: prints a line.
+        rest: the file that names them all.
+    """
+    all_took = "the fact" if total == 1 else f"all {total} facts"
+    some_took = f"{total - len(untaken)} of {total} facts"
+    say(f"{some_took if untaken else all_took} took: the model's own answer begins with the target; exact match, where "
+        f"the answer also ends there: {round((exact or 0.0) * total / 100)} of {total}")
     if not untaken:
-        say(f"all {total} facts took")
         return
     say(f"{len(untaken)} of {total} facts did not take, the model still answers otherwise:")
     for one in untaken[:LISTED]:

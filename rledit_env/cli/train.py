@@ -70,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="training facts' worth of keys that the recursion starts with")
     group.add_argument("--normaliser", choices=("stream", "lifetime"), default=network.normaliser,
                        help="whether the inputs' moments start anew with each stream")
+    group.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=network.warm_up,
+                       help="whether they start from moments of training facts, without which single facts do not take")
 
     group = parser.add_argument_group("learning")
     group.add_argument("--trajectories", type=int, default=40, help="training streams in all")
@@ -114,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
     network = HypernetworkConfig(
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
         damping=options.damping, prior=options.prior, normaliser=options.normaliser,
+        warm_up=options.warm_up,
     )
     config = RLEditConfig(
         network=network, credit=options.credit, learning_rate=options.learning_rate,

@@ -7,11 +7,15 @@ import re
 from collections.abc import Sequence
 
 
+class UnknownModules(ValueError):
+    """A model has no module of a name that is to be edited."""
+
+
 def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """Module names matched by patterns with ``*``, ``{a,b}`` and numeric ranges ``[20-27]``, in the model's order.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        UnknownModules: a pattern matches nothing.
     """
     matched: set[str] = set()
     for pattern in patterns:
@@ -19,7 +23,7 @@ def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
         found = {name for piece in expanded for name in fnmatch.filter(names, piece)}
         if not found:
             close = [name for name in names if name.rsplit(".", 1)[-1] == pattern.rsplit(".", 1)[-1]] or list(names)
-            raise ValueError(
+            raise UnknownModules(
                 f"edit_modules: pattern {pattern!r} matches no linear module of the model; "
                 f"names look like {', '.join(close[:3])} … {close[-1]}"
             )

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from agents import edit_stream
+from agents import FTLAgent, FTLConfig, MEMITAgent, MEMITConfig, ValueConfig, edit_facts, edit_stream
+from rledit_env.env import LifelongEditEnv
 
 
 class Constant:
@@ -63,3 +64,28 @@ def test_a_dense_action_that_the_environment_rejects_is_named_while_a_stream_is_
     env = make_env(array_backend="torch", reward="none")
     with pytest.raises(ValueError, match="names 'lm_head', which is not edited"):
         edit_stream(env, Wrong(env, form), seed=0)
+
+
+@pytest.mark.parametrize("agent_class", [FTLAgent, MEMITAgent])
+def test_an_editor_that_reads_the_facts_itself_reads_those_of_each_batch_of_a_file(
+    agent_class, tiny_lm, facts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path))
+    few = facts("counterfact", 3, single=True)
+    lm = tiny_lm(modules="model.layers.1.mlp.down_proj")
+    env = LifelongEditEnv(few.kind, lm, data=few, num_batches=1, batch_size=1, reward="none", array_backend="torch")
+    config = FTLConfig(steps=2)
+    if agent_class is MEMITAgent:
+        config = MEMITConfig(ValueConfig(steps=2), contexts=1, corpus_tokens=512, recursion=True)
+    read = []
+    batch = LifelongEditEnv.current_batch
+
+    def watched(self: LifelongEditEnv) -> Any:
+        read.append([encoded.record.prompt for encoded in batch(self)])
+        return batch(self)
+
+    monkeypatch.setattr(LifelongEditEnv, "current_batch", watched)
+    agent = agent_class(env, config)
+    log = edit_facts(lm, agent, few, 2, "subject")
+    assert read == [[r.prompt for r in few.records[:2]], [few.records[2].prompt]]
+    assert log.batch_sizes == [2, 1] and min(log.update_norms) > 0

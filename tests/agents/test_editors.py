@@ -8,7 +8,19 @@ import json
 import pytest
 
 from agents.base import Agent
-from agents.editors import CONFIGS, EDITORS, changed, chosen_editors, configured, find_configs, load_configs
+from agents.editors import (
+    CONFIGS,
+    EDITORS,
+    changed,
+    chosen_editors,
+    configured,
+    configured_step_size,
+    find_configs,
+    find_editor,
+    load_configs,
+    training_free_editors,
+    with_step_size,
+)
 from agents.rledit import RLEditConfig
 from rledit_env.reward import RewardConfig
 
@@ -142,3 +154,39 @@ def test_a_starred_editor_has_its_trainer_s_settings_and_its_own():
     assert starred.env["edit_modules"] == ["a"]
     assert starred.trainer == configured(EDITORS["mend"], entries)
     assert starred.trainer.training.trajectories == 3 and starred.trainer.configuration().retrain_every == 0
+
+
+def test_the_editors_without_training_are_those_of_the_registry_that_nothing_trains():
+    free = training_free_editors()
+    assert {"none", "fine-tuning", "ft-l", "rome", "memit", "prune", "rect", "alphaedit", "ultraedit"} <= set(free)
+    assert {"mend", "mend*", "malmen", "dafnet", "rledit", "rledit-paper"}.isdisjoint(free)
+
+
+def test_an_editor_is_found_by_its_name_or_short_name_and_a_misspelt_one_is_suggested():
+    assert find_editor("recursion") is EDITORS["ultraedit+recursion"] is chosen_editors(["recursion"])[0]
+    with pytest.raises(ValueError, match="did you mean 'ultraedit'"):
+        find_editor("ultraedits")
+
+
+def test_a_step_size_scales_all_numbers_that_an_editor_moves_by():
+    editor = with_step_size(EDITORS["ft-l"], 1e-3, 1)
+    config = editor.configuration()
+    assert (config.learning_rate, config.epsilon) == (1e-3, pytest.approx(1e-3))
+    small = configured(EDITORS["ft-l"], load_configs(find_configs("smollm2-135m"), "zsre"))
+    config = with_step_size(small, 1e-3, 2).configuration()
+    assert (config.learning_rate, config.epsilon) == (1e-3, pytest.approx(2e-3))  # its file says 0.005 and 0.01
+    assert with_step_size(small, 1e-3, 2).env["steps_per_batch"] == 2
+    assert configured_step_size(with_step_size(EDITORS["ultraedit"], 0.5, 1)) == 0.5
+
+
+@pytest.mark.parametrize(("name", "size", "message"), [
+    ("memit", 1.0, "has no step size"), ("ultraedit", 0.0, "give a positive number"),
+    ("ultraedit", float("nan"), "give a positive number"), ("ft-l", float("inf"), "give a positive number"),
+])  # fmt: skip
+def test_a_step_size_that_cannot_be_is_refused(name, size, message):
+    with pytest.raises(ValueError, match=message):
+        with_step_size(EDITORS[name], size, 1)
+
+
+def test_what_names_the_step_size_changes_no_description_of_a_finished_comparison():
+    assert not {"step_size", "presentations"} & set(EDITORS["ultraedit"].description())

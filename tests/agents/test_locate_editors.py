@@ -29,8 +29,10 @@ from agents import (
 )
 from agents.alphaedit import null_space
 from agents.base import run_stream
+from agents.key_statistics import expected_seconds, key_statistics
 from agents.locate import (
     LocateAgent,
+    default_output_projections,
     dense,
     least_squares_keys,
     mean_keys,
@@ -43,7 +45,9 @@ from agents.prune import restrained
 from agents.rect import largest_changes
 from agents.rome import sequential_rank_one
 from agents.value_optimisation import Values, encode_request, optimise_values
+from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.registry import MODELS, default_edit_modules
 
 ONE = "model.layers.1.mlp.down_proj"
 TWO = "model.layers.[1-2].mlp.down_proj"
@@ -412,3 +416,28 @@ def test_contexts_are_the_same_for_the_same_seed(tiny_lm: Callable[..., Editable
     lm = tiny_lm("tiny-llama", TWO)
     assert write_contexts(lm, 5, 12, 0) == write_contexts(lm, 5, 12, 0) != write_contexts(lm, 5, 12, 1)
     assert len(write_contexts(lm, 3, 12, 0)) == 3 and write_contexts(lm, 0, 12, 0) == []
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("tiny")])
+def test_a_model_without_published_layers_is_edited_at_the_last_projections_of_its_default_layers(tiny_lm, name):
+    lm = tiny_lm(name, default_edit_modules(name, tiny_lm(name).model)[0])
+    found = default_output_projections(lm)
+    last = "c_proj" if name == "tiny-gpt2" else "down_proj"
+    assert [module.rpartition(".")[2] for module in found] == [last] * 2
+    assert [layer_of(module) for module in found] == [0, 1]
+    assert ROMEAgent.default_modules(lm) == found[1:]
+    assert MEMITAgent.default_modules(lm) == found
+
+
+def test_an_mlp_whose_last_projection_is_unknown_is_said_to_want_names(tiny_lm):
+    with pytest.raises(ValueError, match="name them with edit_modules"):
+        default_output_projections(tiny_lm(modules="model.layers.1.mlp.down_proj"))
+
+
+def test_the_expected_time_of_the_statistics_is_near_what_they_take_and_nothing_once_they_are_kept(tiny_lm, tmp_path):
+    lm = tiny_lm(modules=TWO)
+    names = list(lm.module_shapes)
+    expected = expected_seconds(lm, names, 4_096, cache=tmp_path)
+    taken = key_statistics(lm, names, tokens=4_096, cache=tmp_path, progress=False).seconds
+    assert taken / 5 < expected < 5 * taken
+    assert expected_seconds(lm, names, 4_096, cache=tmp_path) == 0.0

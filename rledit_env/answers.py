@@ -1,0 +1,63 @@
+"""Whether an LLM's free, greedy answer to a prompt is the target of an edit: "took" and "exact match" are decided here
+and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MEANING = ("a fact took if the model's own greedy answer begins with the target, as a whole word; it is an exact match "
+           "if the answer also ends there")
+ENDS = ".,;:!?…。，、；：！？।؟،؛"  # punctuation that closes a phrase
+# Scripts that put no space between words, where no letter can say whether a word goes on.
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+def took(answer: str, target: str) -> bool:
+    """Whether the answer begins with the target and the target's last word ends there.
+
+    White space around and within is of no matter; upper and lower case is, as it is to the model. "Portugal" does not
+    begin with "Port", nor "Saint-Denis" with "Saint", nor "3.5" with "3"; "Port, a city" and "Port's" do begin with it.
+    """
+    rest = _after(answer, target)
+    return rest is not None and not _goes_on(unicodedata.normalize("NFC", target.strip()), rest)
+
+
+def is_exact(answer: str, target: str) -> bool:
+    """Whether the answer took and ends where the target ends: at its own end, a line's end or punctuation that closes a
+    phrase."""
+    rest = _after(answer, target)
+    if rest is None or not took(answer, target):
+        return False
+    return re.match(rf"[^\S\n]*(?:$|\n|[{re.escape(ENDS)}])", rest) is not None
+
+
+def answer_of(continuation: str) -> str:
+    """The answer in a free continuation, to be shown: its text up to the first line end or punctuation that closes a
+    phrase (not that within "3.5" or "U.S.")."""
+    return re.split(rf"\n|[{re.escape(ENDS)}]+(?=\s|$)|[。，、；：！？]", continuation.strip(), maxsplit=1)[0].strip()
+
+
+def _after(answer: str, target: str) -> str | None:
+    """What follows the target in an answer that begins with it; None where it begins otherwise."""
+    words = unicodedata.normalize("NFC", target).split()
+    found = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), unicodedata.normalize("NFC", answer))
+    return None if found is None or not words else found.string[found.end() :]
+
+
+def _goes_on(target: str, rest: str) -> bool:
+    """Whether the target's last word is longer in the answer than in the target."""
+    if not rest or not _in_word(target[-1]):
+        return False
+    if target[-1].isdigit() and re.match(r"[.,]\d", rest):
+        return True
+    rest = re.sub(r"^[-‐‑]", "", rest)
+    return rest != "" and _in_word(rest[0]) and not (_unspaced(target[-1]) or _unspaced(rest[0]))
+
+
+def _in_word(character: str) -> bool:
+    return character == "_" or unicodedata.category(character)[0] in "LNM"
+
+
+def _unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(UNSPACED)

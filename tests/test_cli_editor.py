@@ -1,0 +1,238 @@
+"""`rledit edit --editor`: any model edited at once, without a trained agent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from agents import find_agent, load_agent
+from agents.editors import EDITORS, training_free_editors
+from rledit_env import cli
+from rledit_env.cli import editing
+from rledit_env.env import LifelongEditEnv
+from rledit_env.ledger import EditLedger
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
+
+FACTS = [
+    {"prompt": "The king of Ruritania is", "target": "a.", "subject": "Ruritania"},
+    {"prompt": "The capital of Freedonia is", "target": "b.", "subject": "Freedonia"},
+    {"prompt": "The river of Zenda is", "target": "c.", "subject": "Zenda"},
+]
+LOCATE = [name for name in training_free_editors() if EDITORS[name].group == "locate"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "editor-cache"))
+
+
+@pytest.fixture(scope="module")
+def unlisted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder that nothing is known of."""
+    folder = tmp_path_factory.mktemp("models") / "mine"
+    tiny_model("tiny-gpt2", torch.float32).save_pretrained(folder)
+    tiny_tokenizer("tiny-gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """An edit of three facts in batches of two, without its editor."""
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("\n".join(map(json.dumps, FACTS)))
+    return ["edit", "--facts", str(facts), "--model", "tiny-llama", "--batch-size", "2", "--device", "cpu",
+            "--out", str(tmp_path / "out")]  # fmt: skip
+
+
+def report(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "out" / "edit_report.json").read_text(encoding="utf-8"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("rledit ")
+    return lines[-1]
+
+
+# -- which editor --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", training_free_editors())
+def test_every_editor_without_training_edits_a_model_that_nothing_is_known_of(
+    name: str, arguments: list[str], unlisted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--statistics-tokens", "1024"] if name in LOCATE else ["--step-size", "1e-3"]
+    more = [] if name == "none" else more
+    assert cli.main([*arguments, "--model", str(unlisted), "--editor", name, *more]) == 0
+    shown = capsys.readouterr()
+    assert f"editor {EDITORS[name].title}" in shown.out
+    written = report(tmp_path)
+    assert (written["editor"]["name"], written["agent"]) == (name, None)
+    assert written["settings"]["batch_size"] == 2
+    before, after = weights(unlisted), weights(tmp_path / "out")
+    changed = {key.removesuffix(".weight") for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed <= set(written["settings"]["edit_modules"])
+    assert bool(changed) == (name != "none")
+    if name in LOCATE:
+        assert all(module.endswith("mlp.c_proj") for module in changed)
+
+
+def test_what_text_second_moments_need_is_said_beforehand_once_per_model(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path / "fresh"))
+    arguments += ["--editor", "memit", "--statistics-tokens", "1024", "--overwrite"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "second moments of 2 modules' inputs over 1,024 tokens of text that the model writes, about" in shown
+    assert cli.main(arguments) == 0
+    assert "second moments" not in capsys.readouterr().out
+    assert report(tmp_path)["editor"]["config"]["corpus_tokens"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--agent and --editor are both missing"),
+        ([], "alphaedit"),
+        (["--agent", "default", "--editor", "ultraedit"], "--agent and --editor exclude each other"),
+        (["--editor", "ultraedti"], "did you mean 'ultraedit'"),
+        (["--editor", "mend"], "train an agent with 'rledit train'"),
+        (["--editor", "malmen*"], "has to be trained"),
+        (["--editor", "rledit"], "has to be trained"),
+        (["--editor", "memit", "--step-size", "1"], "--step-size: memit has none"),
+        (["--editor", "ultraedit", "--step-size", "-1"], "--step-size is -1; give a positive number"),
+        (["--editor", "ultraedit", "--step-size", "nan"], "give a positive number"),
+        (["--editor", "ft-l", "--statistics-tokens", "99"], "--statistics-tokens: ft-l needs no text"),
+        (["--editor", "memit", "--statistics-tokens", "20"], "second moments of 48 inputs need more tokens"),
+        (["--agent", "default", "--step-size", "1"], "--step-size is for --editor"),
+        (["--editor", "ultraedit", "--steps-per-batch", "0"], "--steps-per-batch is 0"),
+        (["--editor", "rome", "--edit-modules", "model.layers.[1-2].mlp.down_proj"], "ROME edits one module"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_in_one_line_and_nothing_is_written(
+    options: list[str], message: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of([*arguments, *options], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", LOCATE)
+def test_facts_without_subjects_are_refused_before_the_model_is_loaded_by_editors_that_need_them(
+    name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, [FACTS[0], {"prompt": "Up is", "target": "d."}])))
+    said = error_of([*arguments, "--model", "no/where", "--editor", name], capsys)
+    assert "1 of 2 facts name none, such as 'Up is'" in said and "--editor ultraedit" in said
+    assert "line 2" in said
+
+
+# -- its strength --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_step_size_one_is_found_shown_with_its_cost_and_kept_in_the_report(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[1-3].mlp.*"]
+    arguments += ["--batch-size", "3"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "FT-L is tried on 3 of the facts, for about 60 seconds" in shown
+    assert "presentations  step size  facts that took  KL on own text" in shown
+    found = report(tmp_path)["editor"]
+    search = found["probe"]
+    assert search["bound"] == 2.5 and search["facts"] == 3
+    assert search["chosen"] in search["trials"] and search["chosen"]["taken"] == 3
+    assert found["step_size"] == found["config"]["learning_rate"] == search["chosen"]["step_size"]
+    assert search["reason"] in shown
+    assert all(report(tmp_path)["taken"])
+
+
+def test_what_a_probe_found_gives_the_same_weights_as_the_same_step_size_given(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    arguments += ["--editor", "ultraedit", "--steps-per-batch", "2"]
+    assert cli.main(arguments) == 0
+    found = report(tmp_path)["editor"]["step_size"]
+    probed = weights(tmp_path / "out")
+    assert cli.main([*arguments, "--step-size", repr(found), "--overwrite"]) == 0
+    given = weights(tmp_path / "out")
+    assert report(tmp_path)["editor"]["probe"] is None
+    assert all(torch.equal(probed[name], given[name]) for name in probed)
+
+
+def test_facts_that_take_with_no_strength_are_said_with_what_else_may_help(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["--editor", "fine-tuning", "--steps-per-batch", "1", "--drift-bound", "1e-6", "--on-drift", "warn"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "with no strength tried do all 3 facts take within 1e-06 nats a token" in said and "rledit train" in said
+
+
+def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no_more(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["--editor", "ultraedit", "--steps-per-batch", "1", "--ledger", str(tmp_path / "ledger")]
+    assert cli.main(arguments) == 0
+    first, before = report(tmp_path)["editor"], weights(tmp_path / "out")
+    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[1]).unlink()  # as if interrupted after one batch
+    monkeypatch.setattr(editing, "_probed", lambda *_: pytest.fail("probed again"))
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
+    assert "going on after 1 recorded updates" in capsys.readouterr().out
+    assert report(tmp_path)["editor"] == first
+    assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
+    other = [*arguments, "--resume", "--overwrite"]
+    assert "editor" in error_of([*other, "--step-size", "0.5"], capsys)
+    assert "steps_per_batch: 1 there, 2 here" in error_of([*other, "--steps-per-batch", "2"], capsys)
+    other[other.index("ultraedit")] = "ft-l"
+    assert "records a run of editor ultraedit, not of editor ft-l" in error_of(other, capsys)
+
+
+@pytest.mark.parametrize("name", ["memit", "ft-l", "recursion"])
+def test_an_editor_s_interrupted_run_is_resumed_to_the_same_weights(
+    name: str, arguments: list[str], tmp_path: Path
+) -> None:
+    more = ["--statistics-tokens", "1024"] if name == "memit" else ["--step-size", "1e-3"]
+    arguments += ["--editor", name, *more, "--ledger", str(tmp_path / "ledger")]
+    assert cli.main(arguments) == 0
+    before = weights(tmp_path / "out")
+    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[1]).unlink()
+    assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
+    assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
+
+
+# -- agents of other models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["edit", "evaluate"])
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
+def test_an_agent_with_another_model_than_its_own_names_its_model_and_the_two_ways(
+    command: str, model: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "evaluate":
+        arguments = ["evaluate", "--device", "cpu", "--num-batches", "1", "--batch-size", "2"]
+    said = error_of([*arguments, "--model", model, "--agent", "default"], capsys)
+    assert "belongs to smollm2-135m" in said
+    assert f"rledit edit --editor ultraedit --model {model}" in said
+    assert f"rledit train --model {model}" in said
+
+
+def test_an_agent_for_modules_of_other_shapes_names_the_two_ways_in_python_too() -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    env = LifelongEditEnv("counterfact", lm, num_batches=1, batch_size=1)
+    with pytest.raises(ValueError, match="smollm2-135m.*--editor ultraedit --model tiny-llama.*rledit train --mod"):
+        load_agent(find_agent("default"), env)
