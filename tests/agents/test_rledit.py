@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.base import run_stream
 from agents.credit import CreditAccumulator
+from rledit_env.files import MARKER
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.report import read_curves
@@ -439,7 +440,9 @@ def test_a_saved_agent_predicts_the_same_in_a_fresh_process_even_in_mid_stream(t
     agent.reset()
     observation, *_ = env.step(agent.predict(observation)[0])
     agent.save(tmp_path / "agent")
-    assert sorted(p.name for p in (tmp_path / "agent").iterdir()) == ["agent.json", "agent.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "agent").iterdir()) == [
+        MARKER, "agent.json", "agent.safetensors",
+    ]  # fmt: skip
     flat = {f"{part}/{m}": t for part in ("keys", "value_gradients") for m, t in observation[part].items()}
     save_file({**flat, "mask": observation["mask"]}, tmp_path / "given")
     result = subprocess.run(
