@@ -66,7 +66,8 @@ def edit(args: Args) -> list[dict[str, Any]]:
     records = dataset.records[: args.facts]
     text = self_text(lm, OPENINGS[:TEXTS])
     results: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(records), args.batch_size), "editing", unit="batch"):
+    bar = tqdm(range(0, len(records), args.batch_size), "editing", unit="batch")
+    for start in bar:
         batch = records[start : start + args.batch_size]
         env = LifelongEditEnv(
             args.kind, lm, data=replace(dataset, records=batch), num_batches=1, batch_size=len(batch), reward="none",
@@ -83,6 +84,7 @@ def edit(args: Args) -> list[dict[str, Any]]:
                 "took": took(answer, record.target), "exact": is_exact(answer, record.target),
                 "update_norm": log.update_norms[0], "drift": log.drift, "kl": kl,
             })  # fmt: skip
+        bar.set_postfix_str(f"{sum(one['took'] for one in results)} of {len(results)} took")
     return results
 
 
