@@ -44,7 +44,8 @@ def environments() -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
 
 def new_agent(env: gym.Env[Any, Any], **network: Any) -> RLEditAgent:
     settings = {"rank": 4, "step_size": 3e-3, "aggregation": "least_squares", **network}
-    return RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05), seed=3)
+    config = RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05, prior_batches=2)
+    return RLEditAgent(env, config, seed=3)
 
 
 def assert_same(one: RLEditAgent, other: RLEditAgent) -> None:

@@ -44,7 +44,7 @@ def config(
     aggregation: str = "recursive", step_size: float = 1e-3, blocks: int = 1, prior: float = 0, **settings
 ) -> RLEditConfig:
     network = HypernetworkConfig(rank=8, blocks=blocks, aggregation=aggregation, step_size=step_size, prior=prior)
-    return RLEditConfig(network=network, **settings)
+    return RLEditConfig(network=network, **{"prior_batches": 2, **settings})
 
 
 def parameters_of(agent: RLEditAgent) -> torch.Tensor:
@@ -302,7 +302,7 @@ def test_a_trajectory_is_cut_once_the_drift_passes_its_limit(training_env):
     whole, cut = [], []
     unlimited = RLEditAgent(training_env(), config(step_size=0.02, drift_limit=9))
     unlimited.learn(3, callback=whole.append, progress_bar=False)
-    limit = whole[0]["drift"] * 0.8
+    limit = whole[0]["drift"] * 0.4
     agent = RLEditAgent(training_env(), config(step_size=0.02, drift_limit=limit))
     with pytest.warns(UserWarning, match=r"drift .* passed drift_limit at step \d"):
         agent.learn(3, callback=cut.append, progress_bar=False)
