@@ -22,6 +22,7 @@ from rledit_env.metrics import evaluate
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
 SECONDS = 60.0
+LEAST = 4  # trials that are made however slow they are
 TEXTS, TEXT_TOKENS = OPENINGS[::3], 24  # the text that the divergence is measured on
 FAR, NEAR, CLOSE = 10.0, 10**0.5, 2.0  # factors between step sizes tried
 SMALLEST, LARGEST = 1e-12, 1e6
@@ -113,7 +114,7 @@ class StrengthProbe:
         batch_size: facts a batch.
         bound: the divergence that is allowed, in nats a token.
         guarded: whether it is also allowed no more than that on the text of `DriftGuard`, as the run will be.
-        seconds: after which no further trial is begun; the first one is always made.
+        seconds: after which no further trial is begun; the first `LEAST` are made in any case.
         progress: called with every trial.
     """
 
@@ -150,7 +151,7 @@ class StrengthProbe:
                     bracket.narrow(trial, len(self.facts), self.bound)
                     if self.progress is not None:
                         self.progress(trial)
-                    complete = time.perf_counter() - started < self.seconds
+                    complete = len(trials) < LEAST or time.perf_counter() - started < self.seconds
                 best = best_of(trials, self.bound)
                 size, before = best.step_size, best.steps_per_batch
         finally:

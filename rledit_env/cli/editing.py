@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import (
@@ -75,11 +76,22 @@ def check_editor(options: argparse.Namespace) -> None:
         given = "exclude each other" if options.agent else "are both missing"
         raise ValueError(f"--agent and --editor {given}; give --agent with a trained agent ('default' is one for "
                          f"{DEFAULT_MODEL}), or --editor with one of {_choices()}")
+    _check_mix_up(options)
     for name in ("step_size", "statistics_tokens"):
         if options.agent and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for --editor; a trained agent has its own")
     if options.editor:
         _named_editor(options)
+
+
+def _check_mix_up(options: argparse.Namespace) -> None:
+    """Refuse an editor's name as an agent, and an agent as an editor."""
+    from agents.editors import EDITORS, SHORT_NAMES
+
+    if options.agent in (*EDITORS, *SHORT_NAMES) and not Path(options.agent).exists():
+        raise ValueError(f"--agent {options.agent} is the name of an editor: give --editor {options.agent}")
+    if options.editor and (options.editor == "default" or Path(options.editor).is_dir()):
+        raise ValueError(f"--editor {options.editor} is a trained agent: give --agent {options.editor}")
 
 
 def _choices() -> str:
@@ -159,10 +171,11 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     settings["steps_per_batch"] = editor.env["steps_per_batch"]
     agent = editor.agent_class()(_environment(lm, facts.dataset, settings["token"]), editor.configuration())
     strength = _strength(editor)
-    print(f"editor {editor.title}" + (f", step size {strength['step_size']:g}" if strength else "")
-          + f", {settings['steps_per_batch']} presentations of a batch, token {settings['token']}")
-    first, *_, last = [*lm.module_shapes, *lm.module_shapes]
-    print(f"       edits {first} to {last}", flush=True)
+    with_what = f", step size {strength['step_size']:g}" if strength else ""
+    print(f"editor {editor.title}{with_what}, {_presentations(settings['steps_per_batch'])} of a batch, at the tokens "
+          f"{settings['token']!r}")
+    modules = list(lm.module_shapes)
+    print(f"       edits {modules[0]}" + (f" to {modules[-1]}" if len(modules) > 1 else ""), flush=True)
     _get_ready(editor, agent, lm)
     config = editor.configuration()
     described = {"name": editor.name, **strength, "config": asdict(config) if config else {}}
@@ -317,7 +330,7 @@ def _say_search(search: StrengthSearch) -> None:
     ]  # fmt: skip
     print(text_table(["presentations", "step size", "facts that took", "KL on own text", ""], rows))
     early = "" if search.complete else "; the time was up before all was tried"
-    print(f"chosen: step size {search.chosen.step_size:.3g}, {search.chosen.steps_per_batch} presentations: "
+    print(f"chosen: step size {search.chosen.step_size:.3g}, {_presentations(search.chosen.steps_per_batch)}: "
           f"{search.reason} ({search.seconds:.0f} s{early})", flush=True)
     if search.chosen.taken < search.facts:
         warn(f"note: with no strength tried do all {search.facts} facts take within {search.bound:g} nats a token; try "
@@ -340,6 +353,10 @@ def _get_ready(editor: Editor, agent: Agent, lm: EditableLM) -> None:
     agent.learn(0)
     if time.perf_counter() - started > 1:
         print(f"ready after {_duration(time.perf_counter() - started)}", flush=True)
+
+
+def _presentations(count: int) -> str:
+    return "1 presentation" if count == 1 else f"{count} presentations"
 
 
 def _duration(seconds: float) -> str:
