@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rledit_env.nesting import environment_inside
+
 
 class NotApplicable(ValueError):
     """An editor cannot edit these facts, such as facts that name no subject, or this model; the message says why."""
@@ -80,7 +82,12 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
 
 
 def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
-    """Module → (d_in, d_out) of the edited modules, from the action space."""
+    """Module → (d_in, d_out) of the edited modules, from the action space.
+
+    Raises:
+        ValueError: it is no environment of this package, or a wrapper has replaced its observations or actions.
+    """
+    environment_inside(env, "an agent", agent=True)
     space: Any = env.action_space
     return {m: (keys.shape[1], space["values"][m].shape[1]) for m, keys in space["keys"].items()}
 

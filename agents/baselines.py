@@ -11,8 +11,10 @@ import gymnasium as gym
 from torch import Tensor
 
 from agents.base import Agent
+from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
 
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 
@@ -75,6 +77,8 @@ class FineTuningAgent(Agent):
     """
 
     def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FineTuningAgent", agent=True)
         self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
 
     def memory(self) -> dict[str, Tensor]:
@@ -108,4 +112,4 @@ class FineTuningAgent(Agent):
 
 def _write(path: str | Path, name: str, env: gym.Env | None, config: dict[str, Any]) -> None:
     description = {"agent": name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(env)}
-    write_text(Path(path) / "agent.json", json.dumps(description, indent=1) + "\n")
+    write_text(agent_folder(path) / "agent.json", json.dumps(description, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.registry import default_edit_modules
 from rledit_env.metrics import evaluate
+
+SAID = ("efficacy", "generalization", "specificity", "mean")  # of a cell's scores, as soon as they are known
 
 
 class Views:
@@ -143,12 +146,19 @@ class Comparison:
         try:
             agent, env, one_off = self._ready(editor)
             for seed in missing:
-                self._write(editor, seed, {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off})
+                result = {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off}
+                self._say(editor, seed, result)  # before it is written, which a full disk may prevent
+                self._write(editor, seed, result)
         except NotApplicable as reason:
             for seed in missing:
                 self._write(editor, seed, {"not_applicable": str(reason)})
         finally:
             self.views.restore()
+
+    def _say(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
+        if self.progress_bar:
+            scores = ", ".join(f"{name} {result[name]:.1f}" for name in SAID if result[name] is not None)
+            tqdm.write(f"{editor.title}, stream {seed}: {scores}", file=sys.stderr)
 
     def _write(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
         cell = {"seed": seed, **result, "editor": editor.description()}

@@ -1,10 +1,10 @@
-"""Reads saved agents: data from anyone, checked before anything is built from it."""
+"""Saved agents: their folders, and what is read from them: data from anyone, checked before anything is built of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,79 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rledit_env.files import MARKER, mark, read_marker
+
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
 TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: what an interrupted training goes on from
+AGENT_FILES = ("agent.json", "agent.safetensors", "memory.safetensors", TRAINING_STATE)
+RUN = "training run"  # what a run's folder is called in its marker
+RUN_FOLDERS = ("best", "last", "steps")  # the checkpoints in a run's folder, and TensorBoard's log of steps
+
+
+def agent_folder(path: str | Path) -> Path:
+    """The folder that an agent is saved in, made if need be and marked as rledit's.
+
+    Raises:
+        FileExistsError: a file of an agent's name is there that no agent wrote.
+    """
+    folder = Path(path)
+    check_agent_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "agent", files=AGENT_FILES)
+    return folder
+
+
+def check_agent_folder(path: str | Path) -> None:
+    """Make sure that saving an agent there replaces nothing but an agent.
+
+    Raises:
+        FileExistsError: a file of an agent's name is there that no agent wrote.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder for the agent")
+    marker = read_marker(folder)
+    if marker is not None and set(AGENT_FILES) <= set(marker.files):
+        return
+    found = [folder / name for name in AGENT_FILES if (folder / name).exists()]
+    if found and not _holds_agent(folder):
+        raise FileExistsError(f"{found[0]} is there already, and no agent wrote it: it is not overwritten. Name "
+                              "another folder, or move that file away")
+
+
+def run_folder(log_dir: str | Path, command: str | None = None) -> Path:
+    """The folder that training logs to, made if need be and marked as rledit's.
+
+    Raises:
+        FileExistsError: a checkpoint's file is there that no agent wrote.
+    """
+    folder = Path(log_dir)
+    for name in ("best", "last"):
+        check_agent_folder(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, RUN, command=command)
+    return folder
+
+
+def remove_run(log_dir: str | Path) -> None:
+    """Delete what training wrote into a folder, and nothing else."""
+    folder = Path(log_dir)
+    for checkpoint in (folder / "best", folder / "last"):
+        for name in (*AGENT_FILES, MARKER):
+            (checkpoint / name).unlink(missing_ok=True)
+    for logs in (folder, folder / "steps"):
+        for file in logs.glob("events.out.tfevents.*"):
+            file.unlink()
+
+
+def _holds_agent(folder: Path) -> bool:
+    """Whether a folder holds an agent, or an interrupted training, that was saved before there were markers."""
+    with suppress(OSError, ValueError):
+        return {"agent", "format"} <= set(read_description(folder))
+    with suppress(OSError, SafetensorError), safe_open(folder / TRAINING_STATE, "pt") as file:
+        return "training" in (file.metadata() or {})
+    return False
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

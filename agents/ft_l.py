@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
+from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
+from rledit_env.nesting import environment_inside
 
 # The environment's settings that the editor is used with; what is traced does not matter to it.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
@@ -72,6 +74,8 @@ class FTLAgent(Agent):
     """
 
     def __init__(self, env: gym.Env | None, config: FTLConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FTLAgent", agent=True)
         self.env, self.config, self.seed = env, config or FTLConfig(), seed
 
     def on(self, env: gym.Env[Any, Any]) -> FTLAgent:
@@ -105,8 +109,7 @@ class FTLAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the numbers as JSON."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": "ft-l", "format": 1, "seed": self.seed, "config": asdict(self.config),
             "environment": environment_settings(self.env),

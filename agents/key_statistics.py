@@ -209,7 +209,7 @@ def generated_corpus(
     its special tokens. The same seed gives the same texts.
     """
     beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
-    starts = torch.tensor([row[:GIVEN] for row in lm.tokenizer(beginnings)["input_ids"] if len(row) >= GIVEN])
+    starts = torch.tensor([row[:GIVEN] for row in map(lm.encode, beginnings) if len(row) >= GIVEN])
     count = max(1, tokens // ROW)
     starts = starts.repeat(-(-count // len(starts)), 1)[:count]
     generator = torch.Generator().manual_seed(seed)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from agents.base import Agent, NotApplicable
+from agents.files import agent_folder
 from agents.key_statistics import GENERATED, KeyStatistics, key_statistics, sample_continuations
 from agents.settings import environment_settings
 from agents.value_optimisation import Request, ValueConfig, Values, encode_request, optimise_values
 from rledit_env.files import write_tensors, write_text
 from rledit_env.lm.continued import layer_of, subject_states
 from rledit_env.lm.editable import EditableLM
+from rledit_env.nesting import environment_inside
 
 MEMORY = "memory.safetensors"
 _CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -86,12 +88,12 @@ class LocateAgent(Agent):
     config_class: ClassVar[type[LocateConfig]]
 
     def __init__(self, env: gym.Env[Any, Any], config: Any = None, seed: int = 0) -> None:
-        inner: Any = env.unwrapped
+        inner = environment_inside(env, type(self).__name__, agent=True)
         self.config: Any = self.config_class() if config is None else config
         self.env, self.inner, self.seed = env, inner, seed
         self.lm: EditableLM = inner.lm
         self.modules = output_projections(self.lm)
-        if not any(r.subject and r.subject in r.prompt for r in inner.dataset.records):
+        if not any(r.subject_span for r in inner.dataset.records):
             raise NotApplicable(
                 f"no fact of {inner.dataset.source} has a subject that occurs in its prompt, which {self.name} "
                 "edits at; take facts with subjects (ZsRE, CounterFact)"
@@ -139,7 +141,7 @@ class LocateAgent(Agent):
             self.one_off_seconds += self.statistics.seconds  # also where they were kept from an earlier run
             started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
-            records = [r for r in self.inner.dataset.records if r.subject and r.subject in r.prompt]
+            records = [r for r in self.inner.dataset.records if r.subject_span]
             requests = [encode_request(self.lm, r, self.contexts) for r in records[: self.config.anchor_facts]]
             with self.lm.original_weights():
                 solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
@@ -188,8 +190,7 @@ class LocateAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the settings, what was computed once (the statistics stay in the cache), and the stream's memory."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": self.name,
             "format": 1,
@@ -287,7 +288,7 @@ def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[s
     """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed."""
     if count == 0:
         return []
-    rows = [lm.tokenizer(word)["input_ids"] for word in _CONTEXT_WORDS]
+    rows = [lm.encode(word) for word in _CONTEXT_WORDS]
     shortest = min(map(len, rows))
     starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(count)])
     generator = torch.Generator().manual_seed(seed)

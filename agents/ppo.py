@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +22,20 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.files import TRAINING_STATE, built_from, check_counters, read_description, read_tensors
+from agents.files import (
+    TRAINING_STATE,
+    agent_folder,
+    built_from,
+    check_counters,
+    read_description,
+    read_tensors,
+    run_folder,
+)
 from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from agents.standard_state import load_training_state, training_state
 from rledit_env.files import write_tensors, write_text
+from rledit_env.nesting import environment_inside
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
@@ -117,13 +127,14 @@ class StandardAgent(Agent):
         policy = {"features_extractor_class": Standardised, **settings.pop("policy_kwargs", {})}
         self.relative = RelativeReward(self.view, c.baseline_streams) if c.baseline_streams else None
         training = self.relative or self.view
-        scaled_rewards = gym.wrappers.TransformReward(training, lambda r: c.reward_scale * float(r))
+        scaled_rewards = gym.wrappers.TransformReward(training, partial(_scaled, c.reward_scale))
         algorithm: Any = ALGORITHMS[c.algorithm]
         # On the CPU: the policy is tiny, and the LLM may fill the accelerator.
         self.model = algorithm("MlpPolicy", scaled_rewards, seed=seed, device="cpu", policy_kwargs=policy, **settings)
         self.best_score = -math.inf
 
     def _look_at(self, env: gym.Env[Any, Any]) -> None:
+        environment_inside(env, "StandardAgent", agent=True)
         c = self.config
         self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
         self.view = GradientFeatures(self.scaled, c.share)
@@ -132,6 +143,16 @@ class StandardAgent(Agent):
         """The same policy, not a copy, looking at another environment of the same modules."""
         other = copy.copy(self)
         other._look_at(env)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandardAgent:
+        # The last pass's distribution holds tensors that cannot be copied; the next pass makes its own.
+        last = getattr(getattr(self.model.policy, "action_dist", None), "distribution", None)
+        if last is not None:
+            memo[id(last)] = None
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()})
         return other
 
     def memory(self) -> dict[str, torch.Tensor]:
@@ -172,11 +193,14 @@ class StandardAgent(Agent):
         Raises:
             ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` holds an
                 interrupted run with other settings.
+            FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
         if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
             watch.resume(folder / "last")
+        if folder is not None:
+            run_folder(folder)
         self._prepare(total_timesteps)
         left = watch.begun + total_timesteps - self.timesteps
         try:
@@ -217,8 +241,7 @@ class StandardAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
         write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
@@ -290,6 +313,10 @@ def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardC
     return StandardConfig(**saved)
 
 
+def _scaled(scale: float, reward: Any) -> float:
+    return scale * float(reward)
+
+
 class _Watch(BaseCallback):
     """Logs our numbers after every stream, evaluates, keeps the best policy, and writes down what to go on from."""
 
@@ -353,10 +380,9 @@ class _Watch(BaseCallback):
             return
         self._evaluated = self.num_timesteps
         inner: Any = self.eval_env.unwrapped
-        weights = inner.lm.snapshot()  # a training stream may be under way on the same LLM
-        total, info = run_stream(self.eval_env, self.agent.on(self.eval_env), seed=self.eval_seed)
-        metrics = inner.evaluate(generate=False)
-        inner.lm.restore(weights)
+        with inner.lm.preserved():  # a training stream may be under way on the same LLM
+            total, info = run_stream(self.eval_env, self.agent.on(self.eval_env), seed=self.eval_seed)
+            metrics = inner.evaluate(generate=False)
         score = -math.inf if info["diverged"] else metrics.mean
         numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
         self._log("eval", numbers | {"return": total, "drift": info["drift"]})
@@ -376,7 +402,7 @@ class _Watch(BaseCallback):
         if self.agent.relative is not None:
             numbers["relative"] = self.agent.relative.state()
         tensors |= {f"best/{k}": v for k, v in (self.best or {}).items()}
-        folder.mkdir(parents=True, exist_ok=True)
+        agent_folder(folder)
         described = {"agent": json.dumps(self.agent._description()), "training": json.dumps(numbers)}
         write_tensors(folder / TRAINING_STATE, tensors, described)
 

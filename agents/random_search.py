@@ -14,10 +14,11 @@ import torch
 from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
-from agents.files import built_from, check_counters, read_description
+from agents.files import agent_folder, built_from, check_counters, read_description
 from agents.ppo import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
 from rledit_env.wrappers import ScaledUpdate
 
 Callback = Callable[[dict[str, float]], bool | None]
@@ -33,6 +34,7 @@ class RandomSearchAgent(Agent):
     """
 
     def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+        environment_inside(env, "RandomSearchAgent", agent=True)
         self.env, self.config, self.seed = env, config or StandardConfig(), seed
         c = self.config
         self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
@@ -101,8 +103,7 @@ class RandomSearchAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the action and the view as JSON."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         description = {
             "agent": "random search",
             "format": 1,

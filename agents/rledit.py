@@ -21,12 +21,14 @@ from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
 from agents.files import (
     TRAINING_STATE,
+    agent_folder,
     built_from,
     check_counters,
     check_size,
     moments_of,
     read_description,
     read_tensors,
+    run_folder,
 )
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord, moments_state
 from agents.logs import log, summary_writer
@@ -187,6 +189,7 @@ class RLEditAgent(Agent):
         Raises:
             ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` holds a run with
                 other settings.
+            FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
         """
         env = self._training_env()
         folder = Path(log_dir) if log_dir is not None else None
@@ -204,6 +207,8 @@ class RLEditAgent(Agent):
             theirs = processes.from_first(self._training_state() if processes.first else None)
             if not processes.first:
                 self._load_training_state(*theirs)
+        if folder is not None:
+            run_folder(folder)
         writer = summary_writer(folder, self.updates)
         step_writer = summary_writer(folder and folder / "steps", self.timesteps)
         bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
@@ -457,7 +462,7 @@ class RLEditAgent(Agent):
         self._write_agent(Path(path), tensors | stream)
 
     def _write_agent(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        agent_folder(folder)
         write_tensors(folder / "agent.safetensors", tensors)
         write_text(folder / "agent.json", json.dumps(self._description(), indent=1) + "\n")
 

@@ -28,6 +28,7 @@ from agents.ultraedit import UltraEditAgent
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+DEFAULT = "default"  # names the agent that ships with the package
 CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
     "standard": StandardAgent,
@@ -53,7 +54,7 @@ def find_agent(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    if str(name) == "default":
+    if str(name) == DEFAULT:
         found = sorted(path.parent for path in [PRETRAINED / "agent.json", *PRETRAINED.glob("*/agent.json")]
                        if path.exists())
         if not found:

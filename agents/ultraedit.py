@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from agents.base import Agent, factor_action, module_shapes, used_rows
+from agents.files import agent_folder
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
 from agents.moments import training_moments
 from agents.settings import environment_settings
@@ -117,8 +118,7 @@ class UltraEditAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the numbers as JSON; the stream's moments and memory, and those of training facts, as safetensors."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = agent_folder(path)
         start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
         write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
         description = {

@@ -86,20 +86,26 @@ class Values:
 
 
 def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] = ()) -> Request:
-    """The passages of a fact; contexts that mention the subject are left out, since the subject is sought in the text.
+    """The passages of a fact; contexts that mention the subject are left out. In a chat template, a context comes
+    right before the prompt's own words.
 
     Raises:
         NotApplicable: the fact has no subject, or its prompt does not contain it.
     """
     subject = record.subject
-    if not subject or subject not in record.prompt:
+    span = record.subject_span
+    if not subject or span is None:
         raise NotApplicable(
             f"{record.origin or 'a fact'}: locate-then-edit needs a subject that occurs in the prompt, but the subject "
             f"is {subject!r} and the prompt {record.prompt!r}; take facts with subjects (ZsRE, CounterFact)"
         )
-    prompts = [record.prompt, *(f"{c}. {record.prompt}" for c in contexts if subject not in c)]
+    if not record.lead and record.prompt.startswith(lm.text.special_tokens):
+        contexts = ()  # in a chat that the user has written out, nothing is known to be the prompt's own words
+    leads = ["", *(f"{c}. " for c in contexts if subject not in c)]
+    prompts = [record.prompt[: record.lead] + lead + record.prompt[record.lead :] for lead in leads]
+    spans = [(span[0] + len(lead), span[1] + len(lead)) for lead in leads]
     rewrites = lm.tokenize_all(
-        prompts, [record.target] * len(prompts), [subject] * len(prompts), [record.origin] * len(prompts)
+        prompts, [record.target] * len(prompts), spans, [record.origin] * len(prompts)
     )
     essence = lm.tokenize(f"{subject} is a", "thing", subject, record.origin)
     end = essence.positions[0] + 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -34,10 +36,12 @@ class StreamsVecEnv(VecEnv):
             looked at.
 
     Raises:
-        ValueError: the environment resets streams itself.
+        ValueError: it is no vector environment, its spaces are dictionaries of dictionaries, or it resets streams
+            itself.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        _check_flat(env)
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.DISABLED:
             raise ValueError(f"the environment's autoreset_mode is {mode}; make it with autoreset_mode='Disabled'")
@@ -98,6 +102,25 @@ class StreamsVecEnv(VecEnv):
     def get_images(self) -> Sequence[np.ndarray | None]:
         frames: Any = self.env.render()
         return [frame if isinstance(frame, np.ndarray) else None for frame in frames or [None] * self.num_envs]
+
+
+def _check_flat(env: Any) -> None:
+    kind = type(env).__name__
+    if isinstance(env, gym.Env):
+        raise ValueError(
+            f"StreamsVecEnv takes a vector environment, but {kind} is a single one; Stable-Baselines3 takes that as it "
+            "is, and gymnasium.make_vec makes many"
+        )
+    if not isinstance(env, VectorEnv):
+        raise ValueError(f"StreamsVecEnv takes a vector environment, but was given a {kind}; make one with make_vec")
+    observations, actions = env.single_observation_space, env.single_action_space
+    nested = isinstance(observations, spaces.Dict) and any(isinstance(s, spaces.Dict) for s in observations.values())
+    if nested or isinstance(actions, spaces.Dict):
+        part = "observations" if nested else "actions"
+        raise ValueError(
+            f"the {part} of {kind} are dictionaries, which Stable-Baselines3 does not take; wrap it: "
+            "StreamsVecEnv(VectorGradientFeatures(VectorScaledUpdate(envs)))"
+        )
 
 
 def _own(infos: Mapping[str, Any], i: int) -> dict[str, Any]:

@@ -15,7 +15,6 @@ the table of those that are there. Several processes may share the work, each wi
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -165,7 +164,6 @@ class Ablation:
         folder = self.folder / row.name.replace(" ", "_") / str(seed)
 
         def train() -> dict[str, Any]:
-            shutil.rmtree(folder, ignore_errors=True)  # of a cell that was never finished
             agent = RLEditAgent(env, config, seed=seed)
             agent.learn(args.trajectories * batches * args.steps_per_batch)
             agent.save(folder)

@@ -29,9 +29,9 @@ import tyro
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
 from agents.editing import EditLog, edit_stream
 from rledit_env.env import LifelongEditEnv
-from rledit_env.files import write_text
+from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
-from rledit_env.ledger import EditLedger
+from rledit_env.ledger import LEDGER, EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.metrics import evaluate
 
@@ -125,7 +125,9 @@ def run(args: Args) -> dict[str, Any]:
     else:
         agent = RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(blocks=0, step_size=args.step_size)))
     agent.reset()
-    shutil.rmtree(args.out / "ledger", ignore_errors=True)
+    marker = read_marker(args.out / "ledger")
+    if marker is not None and marker.what == LEDGER:  # an earlier run's; anything else is refused below
+        shutil.rmtree(args.out / "ledger")
     ledger = EditLedger.create(args.out / "ledger", lm, {}) if args.ledger else None
 
     seconds: list[float] = []

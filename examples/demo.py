@@ -6,7 +6,6 @@ edits a stream of facts that training never saw, and writes a report with pictur
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +17,15 @@ import tyro
 from tqdm import tqdm
 
 from agents import RLEditAgent, edit_stream
+from agents.files import remove_run
 from agents.rledit import RECOMMENDED
 from rledit_env import report
+from rledit_env.files import mark
 from rledit_env.general import GeneralAbility, GeneralEvery
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.metrics import continuations, evaluate
+from rledit_env.outputs import growing, try_or_exit
 from rledit_env.retention import DriftProbe, RetentionProbe
 from rledit_env.reward import RewardConfig
 
@@ -81,7 +83,7 @@ def train(lm: EditableLM, sizes: dict[str, Any], out: Path, seed: int) -> RLEdit
     clock = Clock(make_env(lm, others, sizes, "train", reward=reward, reward_gradient=True), 60 * sizes["minutes"])
     check_env = make_env(lm, checks, sizes, "check", reward="none")
     agent = RLEditAgent(clock, seed=seed)
-    shutil.rmtree(out, ignore_errors=True)  # an earlier demo's
+    remove_run(out)  # an earlier demo's
     try:
         agent.learn(10**9, clock.learned, progress_bar=False, log_dir=out, eval_env=check_env, patience=10**9)
     except KeyboardInterrupt:
@@ -105,6 +107,9 @@ def main(settings: Settings) -> None:
     given = {} if settings.minutes is None else {"minutes": settings.minutes}
     sizes: dict[str, Any] = {**(QUICK if settings.quick else SIZES), **given}
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+    try_or_exit([growing("--out", settings.out, "demo", ("training/", "agent/"))])
+    settings.out.mkdir(parents=True, exist_ok=True)
+    mark(settings.out, "demo")  # so that the next demo knows its folder
     started = time.monotonic()
     lm = EditableLM.load("tiny-llama" if settings.quick else settings.model)
     agent = train(lm, sizes, settings.out / "training", settings.seed)

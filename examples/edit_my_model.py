@@ -30,10 +30,10 @@ from agents.saved import modules_of
 from agents.strength import StrengthProbe, some_facts
 from rledit_env.answers import answer_of, took
 from rledit_env.env import LifelongEditEnv
-from rledit_env.files import check_free
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.knowledge.facts import load_facts
 from rledit_env.lm.editable import EditableLM
+from rledit_env.outputs import Input, try_or_exit, whole
 
 MADE_UP = [
     {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"},
@@ -57,7 +57,7 @@ class Args:
     out: Path = Path("runs/edited-model")
     """Folder for the edited model."""
     overwrite: bool = False
-    """Replace the folder if it is not empty."""
+    """Replace the folder if it is not empty and rledit wrote all that is in it."""
     batch_size: int = 20
     """Facts in a batch."""
 
@@ -95,7 +95,10 @@ def training_free_editor(args: Args, facts: KnowledgeDataset) -> tuple[EditableL
 
 
 def main(args: Args) -> None:
-    check_free(args.out, args.overwrite)  # now, not after the work is done
+    # What cannot be written, or would be lost, is found now, not after the work is done.
+    read = {"the facts": args.facts, "the agent": args.agent, "the model": args.model}
+    inputs = [Input(name, Path(path)) for name, path in read.items() if path and Path(path).exists()]
+    try_or_exit([whole("--out", args.out, args.overwrite)], inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = args.facts or Path(folder) / "made_up.jsonl"
         if args.facts is None:
@@ -112,21 +115,18 @@ def main(args: Args) -> None:
         )
     if log.diverged:
         raise SystemExit("the update broke the model; nothing was written")
-    lm.save_pretrained(args.out, args.overwrite)
+    after = lm.generate(prompts, longest=targets)
+    taken = [took(answer, target) for answer, target in zip(after, targets, strict=True)]
+    for prompt, target, old, new, is_taken in zip(prompts, targets, before, after, taken, strict=True):
+        mark = "took    " if is_taken else "DID NOT "
+        print(f"{mark} {prompt} … {target!r}: was {answer_of(old)!r}, is {answer_of(new)!r}")
+    print(f"{sum(taken)} of {len(facts)} facts took, {log.seconds_per_fact:.2f} s a fact", flush=True)
 
     # The edited model is an ordinary one: it loads without this package.
+    lm.save_pretrained(args.out, args.overwrite)
     edited, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
-    missed = 0
-    for prompt, target, old in zip(prompts, targets, before, strict=True):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        length = len(tokenizer(f" {target}")["input_ids"])
-        output = edited.generate(**inputs, max_new_tokens=length + 4, do_sample=False)
-        new = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        taken = took(new, target)
-        missed += not taken
-        mark = "took    " if taken else "DID NOT "
-        print(f"{mark} {prompt} … {target!r}: was {answer_of(old)!r}, is {answer_of(new)!r}")
-    print(f"{len(facts) - missed} of {len(facts)} facts took, {log.seconds_per_fact:.2f} s a fact; {args.out}")
+    output = edited.generate(**tokenizer(prompts[0], return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    print(f"written: {args.out}; loaded again it says: {tokenizer.decode(output[0], skip_special_tokens=True)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 
+from rledit_env.outputs import added, try_or_exit
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
 
 
@@ -87,6 +88,7 @@ class Policy(nn.Module):
 
 
 def main(args: Args) -> None:
+    try_or_exit([added("--log-dir", args.log_dir)])  # before anything is learned
     torch.manual_seed(args.seed)
     raw = gym.make(f"rledit_env:{args.env_id}", model=args.model, num_batches=args.num_batches,
                    batch_size=args.batch_size, token="subject", reward="efficacy", array_backend="torch",

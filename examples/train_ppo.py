@@ -26,8 +26,10 @@ from tqdm import tqdm
 from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from agents.base import run_stream
 from rledit_env import report
+from rledit_env.files import mark
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
+from rledit_env.outputs import growing, try_or_exit
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def returns(env: gym.Env[Any, Any], agent: Agent, seeds: range) -> list[float]:
 
 def main(args: Args) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
+    try_or_exit([growing("--out", args.out, "run of train_ppo", ("random_search/", f"{args.algorithm}/", "rledit/"))])
+    args.out.mkdir(parents=True, exist_ok=True)
+    mark(args.out, "run of train_ppo")  # so that the next run knows its folder
     started = time.monotonic()
     lm = EditableLM.load(args.model)
     kind = gym.spec(args.env).kwargs["kind"]
@@ -96,9 +101,8 @@ def main(args: Args) -> None:
 
         def callback(numbers: dict[str, float]) -> None:
             if streams[0] % every == 0 and args.curve_streams:
-                weights = lm.snapshot()  # the next training stream may be under way on the same LLM
-                points.append((steps(), float(np.mean(returns(held_out, on_held_out, on_curve)))))
-                lm.restore(weights)
+                with lm.preserved():  # the next training stream may be under way on the same LLM
+                    points.append((steps(), float(np.mean(returns(held_out, on_held_out, on_curve)))))
             streams[0] += 1
 
         callback({})

@@ -18,10 +18,12 @@ import tyro
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.distributed import Processes
+from agents.files import RUN
 from agents.hypernetwork import Aggregation
 from agents.rledit import RECOMMENDED
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
+from rledit_env.outputs import growing, try_or_exit
 from rledit_env.reward import RewardConfig
 
 KINDS = {"RLEdit-ZsRE-v0": "zsre", "RLEdit-CounterFact-v0": "counterfact", "RLEdit-FEVER-v0": "fever"}
@@ -66,10 +68,12 @@ class Args:
 
 
 def main(args: Args) -> None:
+    processes = Processes.started()  # those of accelerate launch or torchrun; else this one alone
+    if processes.first:  # what cannot be written is found now, not after the training
+        try_or_exit([growing("--out", args.out, RUN, ("best/", "last/", "steps/"))])
     facts = load_knowledge(KINDS[args.env], args.data, "train")
     cut = int(0.8 * len(facts))  # the last fifth chooses the checkpoint; the evaluation split is for the test alone
     training, selection = replace(facts, records=facts[:cut]), replace(facts, records=facts[cut:])
-    processes = Processes.started()  # those of accelerate launch or torchrun; else this one alone
     lm = EditableLM.load(args.model, args.edit_modules or None, device=processes.device)
 
     def stream(data: Any, batches: int, **more: Any) -> gym.Env[Any, Any]:

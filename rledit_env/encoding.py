@@ -30,7 +30,7 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
         ValueError: a passage is longer than the model's context; the message names the record's file and line.
     """
     return EncodedRecord(
-        edit=lm.tokenize(record.prompt, record.target, record.subject, record.origin),
+        edit=lm.tokenize(record.prompt, record.target, record.subject_span, record.origin),
         paraphrases=tuple(lm.tokenize(p, record.target, record.subject, record.origin) for p in record.paraphrases),
         unrelated=tuple(lm.tokenize(u.prompt, u.answer, origin=record.origin) for u in record.unrelated),
         record=record,
@@ -59,15 +59,15 @@ class EncodedDataset:
         limit = self.lm.context_length - 8
         for index, record in enumerate(self.dataset.records):
             prompts = [record.prompt, *record.paraphrases]
-            texts = [f"{p} {record.target}" for p in prompts] + [f"{u.prompt} {u.answer}" for u in record.unrelated]
-            if any(len(text.encode()) > limit for text in texts):
+            texts = [(p, record.target) for p in prompts] + [(u.prompt, u.answer) for u in record.unrelated]
+            if any(len(self.lm.text.joined(*text).encode()) > limit for text in texts):
                 self[index]
 
     def traced_positions(self, token: str) -> np.ndarray:
         """Number of positions that ``EditableLM.trace`` returns for each record's edit, (records,) int64."""
         records = self.dataset.records
         passages = self.lm.tokenize_all(
-            [r.prompt for r in records], [r.target for r in records], [r.subject for r in records],
+            [r.prompt for r in records], [r.target for r in records], [r.subject_span for r in records],
             [r.origin for r in records],
         )
         return np.array([len(p.chosen_positions(token)) for p in passages])

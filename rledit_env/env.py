@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
+from weakref import ref
 
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
+from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
 from rledit_env.ledger import Recorder
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
+from rledit_env.lm.given import editable_lm
 from rledit_env.lm.weights import NotFiniteError
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.reward import (
@@ -38,10 +44,12 @@ class DivergenceError(ArithmeticError):
     """An update broke the LLM, and ``on_divergence`` is "raise"; the message names the batch."""
 
 
+# What of an environment is its episode's, beside the LLM's weights, the stream's order and the random state.
+EPISODE = ("history", "_step", "_over", "_rows", "_refused", "_before", "_scene", "_choices", "_first_scored")
 Action = dict[str, dict[str, Tensor]]  # an accepted action: its parts, each by module
 
 
-class LifelongEditEnv(gym.Env):
+class LifelongEditEnv(Copied, gym.Env):
     """Lifelong knowledge editing of a language model as a Markov decision process (RLEdit, ICML 2025).
 
     ## Description
@@ -121,8 +129,9 @@ class LifelongEditEnv(gym.Env):
     ```
 
     * `kind`: which data set's form: "zsre", "counterfact" or "fever"; set by the environment's id.
-    * `model`: registry name, hub id or folder of a causal LM, or an `EditableLM` (then shared, and `edit_modules`,
-      `device` and `dtype` must be left out).
+    * `model`: registry name, hub id or folder of a causal LM; a causal LM of transformers as an object, with its
+      `tokenizer` (see "Copies"); or an `EditableLM`, which is edited as it is (`edit_modules` and `tokenizer` must be
+      left out). With an object, leave out `device` and `dtype`, too.
     * `edit_modules`: names or globs of the modules to edit, such as `"model.layers.[6-12].mlp.{gate,up}_proj"`; None
       means the registry's default for the model.
     * `data`: "bundled", a file, a folder, a hub id, a list of dictionaries, a mapping from split to any of these (see
@@ -151,6 +160,18 @@ class LifelongEditEnv(gym.Env):
     * `render_mode`: "ansi" or "human" (the step's facts with the LLM's answers before and after), or "rgb_array" (the
       curves so far).
 
+    ## Copies
+
+    What is large is shared, what an episode changes is not. `copy.deepcopy(env)` is an environment at the same step of
+    the same episode, with the same random state and edited weights of its own, over the same frozen weights; only a
+    `recorder` stays with the original. A model object that is passed in is never written: the environment has copies of
+    its edited modules' weights, `env.unwrapped.lm.model` is the edited model, and any number of environments can be
+    made over one object. Environments over one `EditableLM` (and `copy.copy(env)`) share its edited weights, too: they
+    take turns, each with a `reset` first, and a step in an episode that another has ended raises `ResetNeeded`.
+
+    A pickle holds the arguments, the episode with its edited weights and its random state, not the model, which is
+    loaded by its name again; an environment that was made with a model object is not pickled.
+
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
@@ -168,7 +189,7 @@ class LifelongEditEnv(gym.Env):
     def __init__(
         self,
         kind: str,
-        model: str | EditableLM = "smollm2-135m",
+        model: Any = "smollm2-135m",
         edit_modules: Sequence[str] | str | None = None,
         data: Any = "bundled",
         split: str = "train",
@@ -186,7 +207,9 @@ class LifelongEditEnv(gym.Env):
         render_mode: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         on_divergence: Literal["end", "skip", "raise"] = "end",
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        self.arguments = SharedArguments({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         _require(token in TOKEN_CHOICES, "token", token, f"one of {', '.join(TOKEN_CHOICES)}")
         _require(array_backend in ("numpy", "torch"), "array_backend", array_backend, "'numpy' or 'torch'")
         _require(on_divergence in ("end", "skip", "raise"), "on_divergence", on_divergence, "'end', 'skip' or 'raise'")
@@ -199,11 +222,7 @@ class LifelongEditEnv(gym.Env):
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
         self.stream = KnowledgeStream(self.dataset, num_batches, batch_size)
-        if isinstance(model, EditableLM):
-            _require(edit_modules is None, "edit_modules", edit_modules, "None, since model is an EditableLM already")
-            self.lm = model
-        else:
-            self.lm = EditableLM.load(model, edit_modules, dtype=dtype, device=device)
+        self.lm = editable_lm(model, tokenizer, edit_modules, dtype, device)
         self.encoded = EncodedDataset(self.lm, self.dataset)
         self.encoded.check_lengths()
         needed = largest_batch(self.encoded.traced_positions(token), batch_size)
@@ -240,6 +259,61 @@ class LifelongEditEnv(gym.Env):
         other._before_any_episode()
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LifelongEditEnv:
+        other: LifelongEditEnv = super().__deepcopy__(memo)
+        other.encoded.lm = other.lm
+        other.recorder = None
+        if self._holds():
+            other.lm.holder = ref(other)
+        return other
+
+    def _share(self, memo: dict[int, Any]) -> None:
+        super()._share(memo)
+        memo |= {id(part): part for part in (self.dataset, self.recorder)}
+        memo[id(self.encoded)] = copy.copy(self.encoded)
+
+    def _state(self) -> dict[str, Any]:
+        random = (self._np_random, self._np_random_seed)
+        if not self._holds() or (self._over and not self.history):
+            return {"random": random}
+        return {
+            "random": random,
+            "episode": {name: getattr(self, name) for name in EPISODE},
+            "indices": self.stream.indices,
+            "facts": self._fingerprint(),
+            "weights": {m: w.cpu() for m, w in self.lm.snapshot().items()} if self._drift() > 0 else None,
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._np_random, self._np_random_seed = state["random"]
+        if "episode" not in state:
+            return
+        self.stream.reset(self.np_random, state["indices"])
+        if self._fingerprint() != state["facts"]:
+            raise pickle.UnpicklingError(
+                f"the facts of the pickled episode are no longer those of {self.dataset.source}; bring the data back "
+                "as it was, or pickle the environment before its first reset"
+            )
+        self.__dict__.update(state["episode"])
+        self.lm.restore(state["weights"])
+        self.lm.holder = ref(self)
+
+    def _fingerprint(self) -> str:
+        """Of the episode's facts."""
+        records = [self.dataset.records[i] for i in self.stream.indices]
+        return hashlib.sha256(repr([(r.prompt, r.target) for r in records]).encode()).hexdigest()
+
+    def _holds(self) -> bool:
+        """Whether the LLM's edited weights are those of this environment's episode."""
+        return self.lm.holder is not None and self.lm.holder() is self
+
+    def _check_held(self) -> None:
+        if self.lm.holder is not None and not self._holds():
+            raise gym.error.ResetNeeded(
+                "another environment has begun an episode on the same EditableLM since, so that its weights are no "
+                "longer those of this one's: call reset(), or give each environment its own: model=copy.deepcopy(lm)"
+            )
+
     @property
     def episode_steps(self) -> int:
         """Steps of a whole episode."""
@@ -262,7 +336,8 @@ class LifelongEditEnv(gym.Env):
         Raises:
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
             DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
-            gymnasium.error.ResetNeeded: the episode is over or was never begun.
+            gymnasium.error.ResetNeeded: the episode is over or was never begun, or another environment has begun one on
+                the same `EditableLM` since.
             Exception: whatever else ends a step before its end, such as Ctrl-C or a device without memory; nothing has
                 changed, and the step can be taken again. (With a ledger the update is on the disk already: go on by
                 resuming from it.)
@@ -319,6 +394,7 @@ class LifelongEditEnv(gym.Env):
         self._first_scored = int(self.np_random.integers(stride)) if stride > 1 else 0
         if not options.get("keep_weights"):
             self.lm.restore()
+        self.lm.holder = ref(self)
         self._step, self._over = int(start), False
         self.history = []
         self._scene = None
@@ -328,6 +404,7 @@ class LifelongEditEnv(gym.Env):
         """The action as tensors; raises, with nothing changed, for what `step` rejects."""
         if self._over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
+        self._check_held()
         self._refused = False
         try:
             return self._unpacked(action)
@@ -437,7 +514,7 @@ class LifelongEditEnv(gym.Env):
                 batch, self.stream.batch(batch), self._before, self._answers(batch), info, reward
             )
             if self.render_mode == "human":
-                print(self.render())
+                self.render()
         return observation, reward, info
 
     def _observe(self, trace: Trace | None) -> dict[str, Any]:
@@ -543,25 +620,35 @@ class LifelongEditEnv(gym.Env):
 
         Raises:
             ValueError: no fact has been edited yet.
+            gymnasium.error.ResetNeeded: another environment has begun an episode on the same `EditableLM` since.
         """
-        return evaluate(self.lm, self.edited_records(), self.dataset.kind, generate=generate)
+        records = self.edited_records()
+        if records:
+            self._check_held()
+        return evaluate(self.lm, records, self.dataset.kind, generate=generate)
 
     def _answers(self, batch: int | None = None) -> list[str]:
         batch = self._step // self.steps_per_batch if batch is None else batch
         records = self.stream.batch(batch)
         return self.lm.generate([r.prompt for r in records], longest=[r.target for r in records])
 
-    def render(self) -> Any:
-        """What `render_mode` says, for the last step taken; None without a mode."""
-        if self.render_mode in ("ansi", "human"):
-            return render.text(self._scene, self.dataset.source)
+    def render(self) -> str | np.ndarray | None:
+        """The last step taken as `render_mode` says: "ansi" returns its text, "rgb_array" a picture (H, W, 3) of the
+        episode so far, "human" prints the text, as every step does, and returns None; None without a mode."""
         if self.render_mode == "rgb_array":
             return render.curves(self.history, self.episode_steps)
+        if self.render_mode is None:
+            return None
+        text = render.text(self._scene, self.dataset.source)
+        if self.render_mode == "ansi":
+            return text
+        print(text)
         return None
 
     def close(self) -> None:
-        """Restore the pre-trained weights and drop the caches."""
-        self.lm.restore()
+        """Restore the pre-trained weights, unless they are another environment's by now, and drop the caches."""
+        if self.lm.holder is None or self.lm.holder() in (None, self):
+            self.lm.restore()
         self._undo = None
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()

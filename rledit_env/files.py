@@ -1,73 +1,325 @@
-"""Files and folders that come into being whole or not at all."""
+"""Files and folders that come into being whole or not at all, and the marker that says what rledit wrote."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MARKER = ".rledit.json"  # in every folder that rledit writes
+MARKER_FORMAT = "rledit-folder-1"
+FIGURES = "figures"  # what a folder of pictures is called in its marker
+GENERATOR = '<meta name="generator" content="rledit-env">'  # in every page that rledit writes
 
-def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Make sure that a folder may be written.
+
+# -- what rledit wrote ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a folder's marker says.
+
+    Attributes:
+        what: the folder is, such as "edited model" or "training run".
+        command: which command line wrote it, if one did.
+        whole: it was written in one piece, so that it can be replaced in one piece; other folders grow, and are never
+            replaced.
+        files: what rledit wrote in it, as paths relative to it; a folder's end with a slash.
+    """
+
+    what: str
+    command: str | None = None
+    whole: bool = False
+    files: tuple[str, ...] = ()
+
+
+def mark(
+    folder: str | Path, what: str, *, command: str | None = None, whole: bool = False, files: Iterable[str] = ()
+) -> None:
+    """Put the marker into a folder, which must be there: it says that rledit wrote these files.
+
+    What an earlier marker says that the folder is remains, and so do its files.
 
     Raises:
-        FileExistsError: there is a file of that name, or a folder that is not empty (unless ``overwrite``).
+        OSError: as :func:`write_bytes`.
     """
-    path = Path(folder)
+    from rledit_env import __version__
+
+    old = read_marker(folder) or Marker(what, command, whole)
+    marker = Marker(old.what, command or old.command, whole or old.whole, tuple(sorted({*old.files, *files})))
+    if marker == read_marker(folder):
+        return
+    content = {"format": MARKER_FORMAT, "version": __version__, **vars(marker)}
+    write_bytes(Path(folder) / MARKER, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def read_marker(folder: str | Path) -> Marker | None:
+    """A folder's marker, or None if there is none that can be read."""
+    content = _json_at(Path(folder) / MARKER)
+    if content.get("format") != MARKER_FORMAT:
+        return None
+    what, command, whole, files = (content.get(name) for name in ("what", "command", "whole", "files"))
+    if not isinstance(what, str) or not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        return None
+    return Marker(what, command if isinstance(command, str) else None, whole is True, tuple(files))
+
+
+def foreign_in(folder: str | Path) -> Path | None:
+    """Something in a folder that rledit did not write as a part of it, or None if there is nothing.
+
+    A part of a folder is what its marker names, a result or a page that was added later, and pictures.
+    """
+    folder = Path(folder)
+    marker = read_marker(folder)
+    parts = {MARKER, *(marker.files if marker else ())}
+    for place, names, files in os.walk(folder):
+        names.sort()
+        for name in list(names):
+            path = Path(place, name)
+            if f"{path.relative_to(folder).as_posix()}/" in parts and not path.is_symlink():
+                continue
+            inner = read_marker(path)
+            if path.is_symlink() or inner is None or inner.what != FIGURES or foreign_in(path) is not None:
+                return path
+            names.remove(name)
+        for name in sorted(files):
+            path = Path(place, name)
+            if path.relative_to(folder).as_posix() not in parts and not _is_own_file(path):
+                return path
+    return None
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether a file says of itself that rledit wrote it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.suffix == ".json":
+        return str(_json_at(path).get("format")).startswith("rledit-")
+    return path.suffix == ".html" and is_own_page(path)
+
+
+def is_own_page(path: str | Path) -> bool:
+    """Whether a file is a page that rledit wrote."""
+    with suppress(OSError), Path(path).open("rb") as file:
+        return GENERATOR.encode() in file.read(1000)
+    return False
+
+
+def _json_at(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file():  # reading a pipe would wait
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {}
+    return {}
+
+
+# -- may it be written? --------------------------------------------------------------------------------------------
+
+
+def check_free(folder: str | Path, overwrite: bool = False) -> None:
+    """Make sure that a folder may be written in one piece.
+
+    Args:
+        folder: of any name; a symbolic link stands for what it leads to.
+        overwrite: replace what is there, if rledit wrote it in one piece, and all of it.
+
+    Raises:
+        FileExistsError: there is a file of that name; or a folder that is not empty and is not to be replaced; or it
+            is the current folder, or holds it.
+    """
+    path = Path(os.path.realpath(folder))
+    _check_folder(path, folder)
+    if os.path.ismount(path):
+        raise FileExistsError(f"{folder} is where a disk is mounted, which cannot be replaced; name a folder in it")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    marker = read_marker(path)
+    if marker is None:
+        raise FileExistsError(
+            f"the folder {folder} is not empty ({_first(path).name}) and has no {MARKER}, by which rledit knows the "
+            "folders that it wrote: it is never replaced. Name another one, or delete it yourself if rledit wrote it "
+            "before there were markers"
+        )
+    if not marker.whole:
+        raise FileExistsError(f"the folder {folder} is not empty: it holds {_described(marker)}, which is never "
+                              "replaced. Name another one, or delete it yourself")
+    foreign = foreign_in(path)
+    if foreign is not None:
+        raise FileExistsError(f"the folder {folder} is not empty: it holds {foreign.relative_to(path)}, which is no "
+                              f"part of the {marker.what} that rledit wrote there. Move that away, or name another one")
+    if not overwrite:
+        raise FileExistsError(f"the folder {folder} is not empty: it holds {_described(marker)}. Name another one, or "
+                              "ask for it to be overwritten (--overwrite)")
+
+
+def check_growing(folder: str | Path, what: str) -> None:
+    """Make sure that a folder may be begun as this (see :class:`Marker`), or gone on with; nothing in it is deleted.
+
+    Raises:
+        FileExistsError: there is a file of that name, or a folder that is something else; or it is the current folder,
+            or holds it.
+    """
+    path = Path(os.path.realpath(folder))
+    _check_folder(path, folder)
+    if not path.is_dir():
+        return
+    marker = read_marker(path)
+    if marker is None:
+        foreign = foreign_in(path)
+        if foreign is not None:
+            content = json.dumps({"format": MARKER_FORMAT, "what": what, "files": []})
+            raise FileExistsError(
+                f"the folder {folder} holds {foreign.relative_to(path)}, which rledit did not write; name another one. "
+                f"If rledit wrote it before there were markers, go on with it by putting {content} into its {MARKER}"
+            )
+    elif marker.what != what:
+        raise FileExistsError(f"the folder {folder} holds {_described(marker)}, no {what}; name another one")
+
+
+def check_result(path: str | Path, form: str) -> None:
+    """Make sure that a JSON file of this ``format`` may be written.
+
+    Raises:
+        FileExistsError: there is a file that is none of them.
+    """
+    path = Path(path)
+    if path.exists() and path.stat().st_size and _json_at(path).get("format") != form:
+        raise FileExistsError(f"{path} is there already, and is no result that rledit wrote ('format' is not {form!r} "
+                              "in it): it is not overwritten. Name another file, or delete it yourself")
+
+
+def check_page(path: str | Path) -> None:
+    """Make sure that a page may be written.
+
+    Raises:
+        FileExistsError: there is a file that is no page of rledit's.
+    """
+    path = Path(path)
+    if path.exists() and path.stat().st_size and not is_own_page(path):
+        raise FileExistsError(f"{path} is there already, and is no page that rledit wrote: it is not overwritten. Name "
+                              "another file, or delete it yourself")
+
+
+def check_part(path: str | Path) -> None:
+    """Make sure that a file may be written which a folder's marker names.
+
+    Raises:
+        FileExistsError: there is a file that the marker does not name.
+    """
+    path = Path(path)
+    marker = read_marker(path.parent)
+    if path.exists() and (marker is None or path.name not in marker.files):
+        raise FileExistsError(f"{path} is there already, and rledit did not write it: it is not overwritten. Name "
+                              "another folder, or move that file away")
+
+
+def _check_folder(path: Path, named: str | Path) -> None:
+    """Refuse a file, and the current folder or one that holds it; ``path`` is resolved."""
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; name a folder")
-    if path.is_dir() and not overwrite and any(path.iterdir()):
-        raise FileExistsError(f"the folder {path} is not empty; name another one, or ask for it to be overwritten")
+        raise FileExistsError(f"{named} is a file; name a folder")
+    here = Path.cwd()
+    if path.is_dir() and any(path.samefile(folder) for folder in (here, *here.parents)):
+        what = "is" if path.samefile(here) else "holds"
+        raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder of its own, inside it say")
+
+
+def _first(folder: Path) -> Path:
+    return min(folder.iterdir())
+
+
+def _described(marker: Marker) -> str:
+    article = "an" if marker.what[0] in "aeiou" else "a"
+    return f"{article} {marker.what}" + (f", written by '{marker.command}'" if marker.command else "")
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    folder: str | Path, overwrite: bool = False, what: str = "folder", command: str | None = None
+) -> Iterator[Path]:
     """A temporary folder beside ``folder`` to write in, renamed to it at the end; an error leaves nothing behind.
+
+    Args:
+        folder: a symbolic link stands for what it leads to.
+        overwrite: as for :func:`check_free`.
+        what, command: for the folder's marker, see :class:`Marker`.
 
     Raises:
         FileExistsError: as :func:`check_free`, before anything is written.
+        OSError: it cannot be written; what was there before still is.
     """
-    path = Path(folder)
-    check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_free(folder, overwrite)
+    path = Path(os.path.realpath(folder))
     token = secrets.token_hex(4)  # what a killed process left is in nobody's way; in a container all have the same id
     work = path.with_name(f".{path.name}.partial-{token}")
     replaced = path.with_name(f".{path.name}.replaced-{token}")
-    work.mkdir()
+    with _named_if_unwritable(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
     try:
-        yield work
-        for file in work.rglob("*"):  # some writers make private files; these are as readable as any new file
-            if file.is_file():
-                file.chmod(work.stat().st_mode & 0o666)
-                sync(file)
-        if path.exists():
-            path.rename(replaced)
-        try:
-            work.rename(path)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
+        with _named_if_unwritable(folder):
+            yield work
+            mark(work, what, command=command, whole=True, files=_listed(work))
+            for file in work.rglob("*"):  # some writers make private files; these are as readable as any new file
+                if file.is_file():
+                    file.chmod(work.stat().st_mode & 0o666)
+                    sync(file)
+        check_free(folder, overwrite)  # somebody may have put something there meanwhile
+        with _named_if_unwritable(folder):
+            if path.exists():
+                path.rename(replaced)
+            try:
+                work.rename(path)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(path)
+                raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def _named_if_unwritable(folder: str | Path) -> Iterator[None]:
+    """Within it, what the system or safetensors say of writing is an OSError that names the folder and the mend."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        first = error.__cause__ if isinstance(error.__cause__, OSError | SafetensorError) else error
+        said = getattr(first, "strerror", None) or str(first)
+        raise OSError(f"{folder} cannot be written ({said}); free some space or name another folder. What was there "
+                      "before still is") from error
+
+
+def _listed(folder: Path) -> list[str]:
+    """Everything below a folder, as a marker names it."""
+    paths = (path for path in folder.rglob("*") if path.parent != folder or path.name != MARKER)
+    return [path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "") for path in paths]
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, making its folder if need be.
+    """Write a text file whole, making its folder if need be; a symbolic link stands for what it leads to.
 
     Raises:
         OSError: as :func:`write_bytes`.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode("utf-8"))
 
 

@@ -62,7 +62,7 @@ class DriftGuard:
         self.lm, self.bound, self.on_excess, self.every = lm, bound, on_excess, every
         self.passages: list[Passage] = []
         for text in texts:
-            ids = lm.tokenizer(text)["input_ids"]
+            ids = lm.encode(text)
             if not 2 <= len(ids) <= lm.context_length:
                 raise ValueError(f"held text {text[:60]!r} has {len(ids)} tokens; give 2 to {lm.context_length}")
             self.passages.append(Passage(tuple(ids[:-1]), tuple(ids[1:])))

@@ -30,9 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rledit_env.files import partial_of, sha256_of, sync, write_bytes, write_text
+from rledit_env.files import MARKER, mark, partial_of, sha256_of, sync, write_bytes, write_text
 from rledit_env.lm.editable import EditableLM
 
+LEDGER = "edit ledger"  # what its folder is called in the marker
 HEADER = "ledger.json"
 LOCK = ".lock"
 FORMAT = 1
@@ -176,6 +177,7 @@ class EditLedger:
         lock = _reserved(folder)
         try:
             _check_new(folder)  # another process may have begun and ended one meanwhile
+            mark(folder, LEDGER)
             write_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
             ledger = cls(folder)
         except BaseException:
@@ -521,18 +523,29 @@ class EditLedger:
         sync(self.folder)
 
 
+def check_ledger(folder: str | Path, resume: bool = False) -> None:
+    """Make sure that a ledger may begin in a folder or, to ``resume``, go on there.
+
+    Raises:
+        FileExistsError: the folder is a file, or not empty and no ledger to go on with.
+        LedgerError: the ledger's header is damaged, or of a newer format.
+    """
+    if resume and (Path(folder) / HEADER).exists():
+        _read_header(Path(folder))
+    else:
+        _check_new(Path(folder))
+
+
 def _check_new(folder: Path) -> None:
     """Make sure that a ledger may begin there; what one leaves that was killed before its header was whole is nothing.
 
     Raises:
         FileExistsError: the folder is a file, or not empty.
     """
-    unfinished = {LOCK, partial_of(HEADER).name}
+    unfinished = {LOCK, MARKER, partial_of(MARKER).name, partial_of(HEADER).name}
     if folder.exists() and (not folder.is_dir() or any(path.name not in unfinished for path in folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} is there already and not empty; name another folder for the ledger, or go on with it: "
-            "resume (--resume)"
-        )
+        going_on = ", or go on with it: resume (--resume)" if (folder / HEADER).exists() else ""
+        raise FileExistsError(f"{folder} is there already and not empty; name another folder for the ledger{going_on}")
 
 
 def _reserved(folder: Path) -> filelock.BaseFileLock:

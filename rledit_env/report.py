@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rledit_env.answers import MEANING, answer_of, took
+from rledit_env.files import GENERATOR, check_page, write_text
 from rledit_env.knowledge import EditRecord
 
 if TYPE_CHECKING:
@@ -381,13 +382,18 @@ class Report:
 
     def html(self) -> str:
         """The whole page."""
-        return _PAGE.format(title=html.escape(self.title), style=_STYLE, body="\n".join(self._parts))
+        body = "\n".join(self._parts)
+        return _PAGE.format(generator=GENERATOR, title=html.escape(self.title), style=_STYLE, body=body)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, making its folder; returns its absolute path."""
+        """Write the page, making its folder; returns its absolute path.
+
+        Raises:
+            FileExistsError: there is a file that is no such page.
+        """
         path = Path(path).resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        check_page(path)
+        write_text(path, self.html())
         return path
 
 
@@ -610,7 +616,8 @@ def _text(value: Any, widest: int) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{generator}
+<title>{title}</title>
 <style>{style}</style></head>
 <body>
 {body}

@@ -9,11 +9,13 @@ from typing import Any
 
 from rledit_env import report
 from rledit_env.answers import MEANING, answer_of
+from rledit_env.files import FIGURES, check_page, check_part, mark, write_bytes
 from rledit_env.report import Form, Report, Table
 from rledit_env.retention import Retention
 
 Picture = Callable[[Form], bytes | None]
 NO_EDIT = "no edit"
+PAGE = "report.html"
 
 
 class RunReport:
@@ -69,16 +71,25 @@ class RunReport:
 
     def write(self, path: str | Path | None = None, figures: Sequence[Form] = ()) -> list[Path]:
         """Write the page (``report.html`` in the folder unless said otherwise), and beside it, in ``figures``, each
-        picture in these forms; returns what was written, the page first."""
-        page = self.page().write(path or self.folder / "report.html")
-        written = [page]
-        for name, draw in self.pictures.items():
-            for form in figures:
-                file = page.parent / "figures" / f"{name}.{form}"
-                file.parent.mkdir(exist_ok=True)
-                file.write_bytes(draw(form) or b"")
-                written.append(file)
-        return written
+        picture in these forms; returns what was written, the page first.
+
+        Raises:
+            FileExistsError: a file of such a name is there that rledit did not write; nothing was written.
+        """
+        page, place = self.page(), Path(path or self.folder / PAGE).resolve()
+        folder = place.parent / FIGURES
+        pictures = {folder / f"{name}.{form}": draw(form) or b"" for name, draw in self.pictures.items()
+                    for form in figures}  # fmt: skip
+        check_page(place)
+        for file in pictures:
+            check_part(file)
+        page.write(place)
+        if pictures:
+            folder.mkdir(exist_ok=True)
+            mark(folder, FIGURES, whole=True, files=[file.name for file in pictures])
+        for file, content in pictures.items():
+            write_bytes(file, content)
+        return [place, *pictures]
 
     def _picture(self, page: Report, name: str, draw: Picture, caption: str) -> None:
         self.pictures[name] = draw

@@ -13,14 +13,16 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper,
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from rledit_env.copying import Copied, SharedArguments
 from rledit_env.env import Action, LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
+from rledit_env.nesting import BOTH, Part, check_raw
 from rledit_env.reward import NO_SCORES, Scores, score_streams
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 
-class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
+class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
     """`num_envs` environments (`rledit_env.env.LifelongEditEnv`) that share one frozen LLM and one pass of it.
 
     Each stream owns its edited weights, its facts and its random state, nothing else: the frozen weights, the tokenised
@@ -76,6 +78,9 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         if arguments.get("on_divergence") == "raise":
             raise ValueError("on_divergence is 'raise', but one stream must not stop the others; give 'end' or 'skip'")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.arguments = SharedArguments(
+            kind=kind, num_envs=num_envs, autoreset_mode=self.autoreset_mode, **arguments
+        )
         template = LifelongEditEnv(kind, **arguments)
         self.num_envs = num_envs
         self.envs = [template._sibling(StreamLM(template.lm)) for _ in range(num_envs)]
@@ -86,6 +91,15 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
         self.max_tokens, self.array_backend = template.max_tokens, template.array_backend
         self._observations: list[dict[str, Any]] = [{}] * num_envs  # each stream's latest, as tensors without padding
         self._ended = np.zeros(num_envs, dtype=np.bool_)
+
+    def _state(self) -> dict[str, Any]:
+        latest = self._observations, self._ended
+        return {"latest": latest, "environments": [env._state() for env in self.envs]}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._observations, self._ended = state["latest"]
+        for env, own in zip(self.envs, state["environments"], strict=True):
+            env.__setstate__(own)
 
     # The spaces hold bounds for every number of every stream, which nothing here needs.
 
@@ -299,8 +313,9 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def render(self) -> tuple[Any, ...] | None:
-        """What every stream's `render` gives; None without a mode."""
-        return None if self.render_mode is None else tuple(env.render() for env in self.envs)
+        """What every stream's `render` gives; None without a mode, and with "human", which prints it."""
+        frames = tuple(env.render() for env in self.envs)
+        return None if self.render_mode in (None, "human") else frames
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """A method's results, or an attribute, of every stream."""
@@ -330,12 +345,42 @@ class LifelongEditVectorEnv(VectorEnv[Any, Any, np.ndarray]):
 # -- low-dimensional views -------------------------------------------------------------------------------------------
 
 
-def _streams(env: VectorEnv[Any, Any, Any]) -> list[LifelongEditEnv]:
-    """The streams inside the wrappers."""
+def _streams(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
+    """The streams inside wrappers that leave their observations and actions as they are.
+
+    Raises:
+        ValueError: it is something else, or a wrapper has replaced what is to be read.
+    """
+    kind = type(env).__name__
+    if isinstance(env, gym.Env):
+        single = f"use rledit_env.wrappers.{reader.removeprefix('Vector')}"
+        raise ValueError(f"{reader} takes a vector environment, but {kind} is a single one; {single}")
+    if not isinstance(env, VectorEnv):
+        mend = "give what gymnasium.make_vec returns"
+        raise ValueError(f"{reader} takes a vector environment, but was given a {kind}; {mend}")
     inner: Any = env.unwrapped
     if not isinstance(inner, LifelongEditVectorEnv):
-        raise ValueError(f"{inner} is no vectorised environment of this package; make it with gymnasium.make_vec")
+        raise ValueError(
+            f"{type(inner).__name__} is no vectorised environment of this package; make it with gymnasium.make_vec, "
+            "without vectorization_mode"
+        )
+    check_raw(env, reader, reads, prefix="single_")
     return inner.envs
+
+
+class _VectorView:
+    """Mixed into a view: a copy is made anew around the copied environment."""
+
+    env: Any
+    arguments: dict[str, Any]
+
+    def __reduce__(self) -> Any:
+        latest = {name: part for name, part in vars(self).items() if name == "_observations"}
+        return _viewed, (type(self), self.env, self.arguments), latest
+
+
+def _viewed(view: Any, env: Any, arguments: dict[str, Any]) -> Any:
+    return view(env, **arguments)
 
 
 def _of_stream(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
@@ -343,7 +388,7 @@ def _of_stream(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {k: _of_stream(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
 
 
-class VectorGradientFeatures(VectorObservationWrapper[Any, Any, Any, np.ndarray]):
+class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any, np.ndarray]):
     """`rledit_env.wrappers.GradientFeatures` of every stream: Box(−1, 1, (num_envs, F)).
 
     Args:
@@ -352,12 +397,13 @@ class VectorGradientFeatures(VectorObservationWrapper[Any, Any, Any, np.ndarray]
         arguments: of `GradientFeatures`.
 
     Raises:
-        ValueError: the environment resets in the same step, or is none of this package.
+        ValueError: the environment resets in the same step, or is none of this package, or has no raw observations.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
-        streams = _streams(env)
+        streams = _streams(env, "VectorGradientFeatures", ("observation",))
         super().__init__(env)
+        self.arguments = arguments
         self.views = [GradientFeatures(stream, **arguments) for stream in streams]
         self.single_observation_space = self.views[0].observation_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -367,17 +413,22 @@ class VectorGradientFeatures(VectorObservationWrapper[Any, Any, Any, np.ndarray]
         return np.stack([view.observation(_of_stream(observations, i)) for i, view in enumerate(self.views)])
 
 
-class VectorScaledUpdate(VectorWrapper[Any, Any, Any, Any, np.ndarray]):
+class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarray]):
     """`rledit_env.wrappers.ScaledUpdate` of every stream: Box(−1, 1, (num_envs, A)).
 
     Args:
         env: the vectorised environment.
         arguments: of `ScaledUpdate`.
+
+    Raises:
+        ValueError: as `ScaledUpdate`.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
+        streams = _streams(env, "VectorScaledUpdate")
         super().__init__(env)
-        self.scaled = ScaledUpdate(_streams(env)[0], **arguments)
+        self.arguments = arguments
+        self.scaled = ScaledUpdate(streams[0], **arguments)
         self.single_action_space = self.scaled.action_space
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._observations: Any = None

@@ -16,9 +16,12 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from torch import Tensor
+
+from rledit_env.nesting import check_single, environment_inside
 
 Rule = Literal["gradient", "least_squares"]
 Share = Literal["module", "kind", "all"]
@@ -97,14 +100,6 @@ def _alignment(u: Tensor, delta: Tensor, change: Tensor, change_norm: Tensor) ->
 # --------------------------------------------------------------------------------------------------------- the views
 
 
-def _inner(env: gym.Env[Any, Any]) -> Any:
-    """The `LifelongEditEnv` inside the wrappers."""
-    inner: Any = env.unwrapped
-    if not hasattr(inner, "lm"):
-        raise ValueError(f"{inner} is no environment of this package; wrap one such as RLEdit-CounterFact-v0")
-    return inner
-
-
 def _used(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Keys and value gradients of the rows in use, as tensors, whatever the array backend."""
     rows = int(observation["mask"].sum())
@@ -134,15 +129,24 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
     Args:
         env: the environment, or `ScaledUpdate` around it (which needs the raw observations).
         share: which modules are a group (see :func:`module_groups`). Few features are learned from in fewer steps.
+
+    Raises:
+        ValueError: what it is put around has no raw observations; the message names the right order.
     """
 
     def __init__(self, env: gym.Env[Any, Any], share: Share = "module") -> None:
+        environment_inside(env, "GradientFeatures", ("observation",))
         RecordConstructorArgs.__init__(self, share=share)
         gym.ObservationWrapper.__init__(self, env)
-        self.lm = _inner(env).lm
         self.groups = module_groups(self.lm.module_shapes, share)
         self._original_norms = {m: float(self.lm.original_weight(m).norm()) for m in self.lm.module_shapes}
         self.observation_space = spaces.Box(-1.0, 1.0, (4 * (max(self.groups) + 1) + 2,), np.float32)
+
+    @property
+    def lm(self) -> Any:
+        """The LLM, of whose weights the features speak."""
+        inner: Any = self.unwrapped
+        return inner.lm
 
     @torch.no_grad()
     def observation(self, observation: Any) -> np.ndarray:
@@ -181,6 +185,10 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         rank: vectors of the basis; 0 for none.
         seed: of the basis: the orthonormal part of a random matrix (d_out, rank) for each module.
         share: which modules are a group (see :func:`module_groups`); by default every module is one.
+
+    Raises:
+        ValueError: an argument makes no sense, or what it is put around has no raw observations and actions; the
+            message names the right order.
     """
 
     def __init__(
@@ -194,6 +202,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         seed: int = 0,
         share: Share = "module",
     ) -> None:
+        lm = environment_inside(env, "ScaledUpdate").lm
         RecordConstructorArgs.__init__(
             self, rule=rule, step_size=step_size, damping=damping, span=span, rank=rank, seed=seed, share=share
         )
@@ -203,7 +212,6 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         for name, value, least in (("step_size", step_size, 0), ("damping", damping, 0), ("span", span, 1)):
             if not value > least:
                 raise ValueError(f"{name} is {value}; give a number above {least}")
-        lm = _inner(env).lm
         self.device, self.shapes = lm.device, dict(lm.module_shapes)
         self.groups = module_groups(self.shapes, share)
         narrowest = min(d_out for _, d_out in self.shapes.values())
@@ -261,7 +269,8 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             values[m] = v
         factors = {"keys": update_keys, "values": values}
         if isinstance(observation["mask"], np.ndarray):
-            return {part: {m: t.cpu().numpy() for m, t in by.items()} for part, by in factors.items()}
+            padding = (0, 0, 0, len(observation["mask"]) - len(u))
+            return {part: {m: F.pad(t, padding).cpu().numpy() for m, t in by.items()} for part, by in factors.items()}
         return factors
 
 
@@ -282,15 +291,19 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         streams: of the set.
 
     Raises:
-        ValueError: the environment has no Box of actions, or ``streams`` is not positive.
+        ValueError: the environment has no Box of actions, or has such a wrapper already, or ``streams`` is not
+            positive.
     """
 
     def __init__(self, env: gym.Env[Any, Any], streams: int = 32) -> None:
-        RecordConstructorArgs.__init__(self, streams=streams)
-        gym.Wrapper.__init__(self, env)
+        check_single(env, "RelativeReward")
         if not isinstance(env.action_space, spaces.Box):
             kind = type(env.action_space).__name__
             raise ValueError(f"the actions are a {kind}, which has no zero; wrap GradientFeatures(ScaledUpdate(env))")
+        if env.has_wrapper_attr("baseline_steps"):
+            raise ValueError("the rewards are relative already; leave out one RelativeReward of the two")
+        RecordConstructorArgs.__init__(self, streams=streams)
+        gym.Wrapper.__init__(self, env)
         if streams < 1:
             raise ValueError(f"streams is {streams}; give 1 or more")
         self.streams, self.baseline_steps = streams, 0
@@ -375,18 +388,32 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """The whole factors as one Box each way, for small models: what a policy over raw gradients needs.
 
     The observation is keys and value gradients of every module (padded to N rows), the mask, the edit loss and the
-    progress, one after the other; the action is update keys and values of every module.
+    progress, one after the other. The action, Box(−1, 1), is update keys and values of every module, each row scaled to
+    the size of the observed one: an action of ±1 everywhere has rows with ‖ũᵢ‖ = ‖uᵢ‖ and ‖ṽᵢ‖ = ``step_size`` · ‖δᵢ‖,
+    those of a step of plain fine-tuning, and the zero action edits nothing. (For a module's row i, ũᵢ = ‖uᵢ‖/√d_in · aᵢ
+    and ṽᵢ = step_size · ‖δᵢ‖/√d_out · bᵢ.)
+
+    Observations are as large as the model makes them: put `gymnasium.wrappers.NormalizeObservation`, or
+    Stable-Baselines3's `VecNormalize`, around it.
 
     Args:
         env: the environment with ``array_backend="numpy"``.
         limit: refuse spaces of more numbers than this, which no standard library will train on.
+        step_size: the size of updates; None: the action is the factors as they are, without bounds, which is not for
+            algorithms that need some.
+
+    Raises:
+        ValueError: an argument makes no sense, or what it is put around has no raw observations and actions.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], limit: int = 10_000_000) -> None:
-        RecordConstructorArgs.__init__(self, limit=limit)
+    def __init__(self, env: gym.Env[Any, Any], limit: int = 10_000_000, step_size: float | None = 0.01) -> None:
+        inner = environment_inside(env, "FlattenFactors")
+        RecordConstructorArgs.__init__(self, limit=limit, step_size=step_size)
         gym.Wrapper.__init__(self, env)
-        if _inner(env).array_backend != "numpy":
+        if inner.array_backend != "numpy":
             raise ValueError("the environment gives tensors without padding; make it with array_backend='numpy'")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise ValueError(f"step_size is {step_size}; give a number above 0, or None for factors as they are")
         for name in ("observation_space", "action_space"):
             size = spaces.flatdim(getattr(env, name))
             if size > limit:
@@ -394,23 +421,40 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
                     f"the {name.replace('_', ' ')} has {size:,} numbers, more than {limit:,}; edit fewer modules or "
                     "smaller batches, use GradientFeatures(ScaledUpdate(env)), or give a higher limit"
                 )
-        flat: Any = (spaces.flatten_space(env.observation_space), spaces.flatten_space(env.action_space))
-        self.observation_space, self.action_space = flat
+        self.step_size = step_size
+        actions: Any = spaces.flatten_space(env.action_space)
+        self.observation_space: Any = spaces.flatten_space(env.observation_space)
+        self.action_space = actions if step_size is None else spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+        self._sizes: dict[str, dict[str, np.ndarray]] | None = None  # of the rows of update factors, (N, 1) by module
+
+    def _flat(self, observation: Any) -> Any:
+        if self.step_size is not None:
+            parts = {"keys": ("keys", 1.0), "values": ("value_gradients", self.step_size)}
+            self._sizes = {
+                part: {m: scale * np.sqrt(np.square(x).mean(1, keepdims=True)) for m, x in observation[source].items()}
+                for part, (source, scale) in parts.items()
+            }
+        return spaces.flatten(self.env.observation_space, observation)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
-        return spaces.flatten(self.env.observation_space, observation), info
+        return self._flat(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """A step with the flat factors.
+        """A step with the factors that the flat action means; numbers beyond ±1 are taken as ±1.
 
         Raises:
             ValueError: as the environment's, or the action is not as long as the space says.
+            gymnasium.error.ResetNeeded: no episode was begun.
         """
         action = np.asarray(action, dtype=np.float32)
         if action.shape != self.action_space.shape:
             raise ValueError(f"the action has shape {action.shape}; it must be {self.action_space.shape}")
-        observation, reward, terminated, truncated, info = self.env.step(
-            spaces.unflatten(self.env.action_space, action)
-        )
-        return spaces.flatten(self.env.observation_space, observation), reward, terminated, truncated, info
+        factors: Any = spaces.unflatten(self.env.action_space, action)
+        if self._sizes is not None:
+            factors = {
+                part: {m: sizes[m] * np.clip(factor, -1.0, 1.0) for m, factor in factors[part].items()}
+                for part, sizes in self._sizes.items()
+            }
+        observation, reward, terminated, truncated, info = self.env.step(factors)
+        return self._flat(observation), reward, terminated, truncated, info

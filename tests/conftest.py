@@ -128,6 +128,15 @@ def make_env(tiny_lm: Callable[..., EditableLM], facts: Callable[..., KnowledgeD
     return make
 
 
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """Gives a function after which no file can grow beyond so many bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture(scope="session")
 def random_action() -> Callable[..., Any]:
     """Gives an action of the environment's action space: factors of ``scale``, padded rows not zero."""

@@ -333,9 +333,13 @@ def test_edit_does_not_overwrite_unless_asked(
     arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--out", str(out)]
     assert cli.main(arguments) == 2
     assert "not empty" in capsys.readouterr().err
+    (out / "mine.txt").unlink()
+    assert cli.main(arguments) == 0
+    before = (out / "edit_report.json").stat().st_ino
+    assert cli.main(arguments) == 2
+    assert "not empty" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
-    assert not (out / "mine.txt").exists()
-    assert (out / "edit_report.json").exists()
+    assert (out / "edit_report.json").stat().st_ino != before
 
 
 def test_edit_reads_published_schemas_too(run_folder: Path, tmp_path: Path) -> None:
@@ -406,7 +410,7 @@ def test_edit_saves_only_the_change_when_asked(
     out = tmp_path / "edited"
     arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--save", "lora", "model", "delta"]
     assert cli.main([*arguments, "--lora-rank", "1", "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"model", "delta", "lora", "edit_report.json"}
+    assert {path.name for path in out.iterdir()} == {"model", "delta", "lora", "edit_report.json", ".rledit.json"}
     shown = capsys.readouterr().out
     assert "rank 1, truncated, relative error of the change 0." in shown
     saved = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))["saved"]
@@ -416,7 +420,9 @@ def test_edit_saves_only_the_change_when_asked(
     for key, value in whole.items():
         torch.testing.assert_close(changed[key], value, atol=1e-6, rtol=1e-6)
     assert cli.main([*arguments[:-3], "delta", "--out", str(tmp_path / "one")]) == 0
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {"delta.safetensors", "edit_report.json"}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        "delta.safetensors", "edit_report.json", ".rledit.json",
+    }  # fmt: skip
     assert cli.main([*arguments, "--lora-rank", "0", "--out", str(tmp_path / "two")]) == 2
 
 

@@ -69,7 +69,7 @@ def test_a_new_run_does_not_write_into_a_ledger_and_resume_wants_the_same_run(
     assert cli.main([*arguments, "--overwrite"]) == 2
     assert "--resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite", "--resume", "--batch-size", "3"]) == 2
-    assert "batch_size: 2 there, 3 here" in capsys.readouterr().err
+    assert "--batch-size: 2 there, 3 here" in capsys.readouterr().err
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert cli.main([*arguments, "--overwrite", "--resume"]) == 0
     assert "going on after 3 recorded updates" in capsys.readouterr().out

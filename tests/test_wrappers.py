@@ -17,6 +17,7 @@ from gymnasium.wrappers import (
     TimeLimit,
     TransformReward,
 )
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import rledit_env  # noqa: F401 - registers the environments
@@ -41,11 +42,12 @@ VIEWS = {
 VIEWS_OF_BOXES = ["scaled gradient", "scaled least squares", "shared", "relative", "flat"]
 
 
+@pytest.mark.filterwarnings("error:.*(action|Stable|SB3|symmetric)")
 @pytest.mark.parametrize("view", VIEWS_OF_BOXES)
 def test_every_view_passes_gymnasium_s_and_stable_baselines3_s_checks(view: str) -> None:
     env = VIEWS[view](edit_modules="model.layers.1.mlp.up_proj", num_batches=2)
     check_env(env, skip_render_check=True)
-    sb3_check_env(env, warn=False)
+    sb3_check_env(env)
 
 
 def test_an_observation_view_passes_gymnasium_s_check() -> None:
@@ -258,7 +260,7 @@ def test_an_action_scales_its_own_module_s_step_damping_and_basis_directions() -
 
 def test_flat_factors_are_the_raw_ones_in_order() -> None:
     raw, flat = make(edit_modules="model.layers.1.mlp.up_proj"), FlattenFactors(
-        make(edit_modules="model.layers.1.mlp.up_proj")
+        make(edit_modules="model.layers.1.mlp.up_proj"), step_size=None
     )
     observation, _ = raw.reset(seed=0)
     seen, _ = flat.reset(seed=0)
@@ -269,6 +271,70 @@ def test_flat_factors_are_the_raw_ones_in_order() -> None:
     got = flat.step(gym.spaces.flatten(raw.action_space, scaled))
     assert got[1] == expected[1]
     np.testing.assert_array_equal(got[0], gym.spaces.flatten(raw.observation_space, expected[0]))
+
+
+def one_module(**arguments: Any) -> gym.Env[Any, Any]:
+    return make(edit_modules="model.layers.1.mlp.up_proj", **arguments)
+
+
+def test_the_rows_of_a_flat_action_are_as_long_as_those_observed_times_the_step_size() -> None:
+    env: Any = FlattenFactors(one_module(), step_size=0.3)
+    observation, _ = env.env.reset(seed=0)
+    env.reset(seed=0)
+    given: list[Any] = []
+    env.env.step = lambda action: given.append(action) or (observation, 0.0, False, False, {})
+    rng = np.random.default_rng(0)
+    env.step(rng.choice([-1.0, 1.0], env.action_space.shape))
+    env.step(rng.choice([-5.0, 5.0], env.action_space.shape))  # beyond the bounds
+    for action in given:
+        for part, source, scale in (("keys", "keys", 1.0), ("values", "value_gradients", 0.3)):
+            for m, rows in observation[source].items():
+                lengths = np.linalg.norm(action[part][m], axis=1)
+                np.testing.assert_allclose(lengths, scale * np.linalg.norm(rows, axis=1), rtol=1e-5)
+                assert action[part][m].dtype == np.float32
+
+
+def test_the_zero_flat_action_edits_nothing_and_one_along_the_gradient_beats_its_opposite() -> None:
+    env: Any = FlattenFactors(one_module(num_batches=1), step_size=0.3)
+    losses = []
+    for sign in (-1.0, 0.0, 1.0):
+        env.reset(seed=0)
+        observation = env.unwrapped._presented(env.unwrapped._observe(env.unwrapped.lm.trace(env.unwrapped._edits())))
+        rows = {"keys": observation["keys"], "values": observation["value_gradients"]}
+        factors = {
+            part: {m: f / np.maximum(np.abs(f).max(), 1e-9) for m, f in by.items()} for part, by in rows.items()
+        }
+        factors["values"] = {m: sign * f for m, f in factors["values"].items()}
+        *_, info = env.step(gym.spaces.flatten(env.env.action_space, factors))
+        losses.append(info["generalization"])
+        assert (info["drift"] == 0) == (sign == 0)
+    assert losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        (PPO, {"n_steps": 4, "batch_size": 4, "n_epochs": 2}),
+        (SAC, {"learning_starts": 2, "batch_size": 4, "buffer_size": 20}),
+    ],
+)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_stable_baselines3_trains_on_flat_factors(algorithm: Any, settings: Any, normalised: bool) -> None:
+    env: Any = FlattenFactors(one_module(num_batches=2))
+    env = NormalizeObservation(env) if normalised else env
+    network = {"net_arch": [8]}
+    model = algorithm("MlpPolicy", env, seed=0, device="cpu", policy_kwargs=network, **settings)
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    model.learn(8)
+    after = model.policy.state_dict()
+    assert model.num_timesteps == 8
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+
+
+def test_stable_baselines3_names_what_it_does_not_take_of_the_raw_environment() -> None:
+    with pytest.raises(NotImplementedError, match="Nested observation spaces are not supported"):
+        PPO("MultiInputPolicy", one_module())
 
 
 def test_modules_of_a_group_share_their_numbers() -> None:
@@ -399,6 +465,7 @@ def test_where_the_zero_action_broke_the_model_rewards_are_the_environment_s_own
         (lambda: ScaledUpdate(make(), span=1), "span is 1; give a number above 1"),
         (lambda: ScaledUpdate(make(), rank=10_000), "rank is 10000; give 0"),
         (lambda: FlattenFactors(make(array_backend="torch")), "array_backend='numpy'"),
+        (lambda: FlattenFactors(make(), step_size=0), "step_size is 0; give a number above 0, or None"),
         (lambda: FlattenFactors(make(), limit=10), "has .* numbers, more than 10"),
         (lambda: ScaledUpdate(make(), share="layer"), "share is 'layer'; give 'module', 'kind' or 'all'"),  # type: ignore[arg-type]
         (lambda: RelativeReward(make()), "the actions are a Dict, which has no zero"),

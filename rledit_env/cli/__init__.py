@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shlex
 import sys
 import traceback
@@ -19,6 +20,7 @@ import gymnasium as gym
 
 from rledit_env.cli import compare, edit, evaluate, fetch, ledger, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
+from rledit_env.outputs import PathError
 
 COMMANDS = (
     fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, ledger.COMMAND, compare.COMMAND,
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(given)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    except PathError as error:  # an argument is no path
+        warn(f"rledit {given[0]}: error: {error}")
+        return USAGE
     options.command_line = shlex.join(["rledit", *given])
     with _short_warnings():
         try:
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.traceback or not _is_users(error):
                 traceback.print_exc()
                 return USAGE if _is_users(error) else FAILED
-            warn(f"rledit {options.command}: error: {' '.join(str(error).split())}")
+            warn(f"rledit {options.command}: error: {_as_options(' '.join(str(error).split()), options)}")
             return USAGE
 
 
@@ -88,6 +93,17 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
                 sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
         sub.set_defaults(run=one.run, interrupted=one.interrupted, traceback=False)
     return parser
+
+
+def _as_options(message: str, options: argparse.Namespace) -> str:
+    """The message of a library's error with the command's own options in the place of Python's arguments: "--on-error
+    skip" for "on_error='skip'"."""
+    for name in vars(options):
+        if "_" in name:
+            option, alone = "--" + name.replace("_", "-"), rf"(?<![\w./\\'\"-]){name}"
+            message = re.sub(rf"{alone}=(['\"]?)(\w+)\1(?!\w)", rf"{option} \2", message)
+            message = re.sub(rf"{alone}(?![\w=/\\'\"]|\.\w)", option, message)
+    return message
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -37,7 +37,7 @@ def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: 
     parser.add_argument("--env", required=required and env is None, metavar="ID", default=env,
                         help=f"one of {ids}" + ("" if required else " (default: the agent's)"))
     parser.add_argument("--data", default="bundled", help="a file, a folder, a hub id, or 'bundled', a sample")
-    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with unusable rows")
+    on_error_argument(parser)
     if required:
         parser.add_argument("--model", default="smollm2-135m", help="registry name, hub id or folder")
         parser.add_argument("--edit-modules", nargs="+", metavar="GLOB",
@@ -46,6 +46,12 @@ def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: 
         _hardware_arguments(parser)
     else:
         parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's)")
+
+
+def on_error_argument(parser: argparse.ArgumentParser) -> None:
+    """What becomes of rows of the data that cannot be used."""
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise",
+                        help="what to do with rows that cannot be used: end with the first one's error, or count them")
 
 
 def agent_argument(parser: argparse.ArgumentParser) -> None:

@@ -20,11 +20,14 @@ from rledit_env.cli.command import (
     skipped_rows,
     warn,
 )
+from rledit_env.cli.paths import check_paths, written_path
+from rledit_env.outputs import Input, growing
 
 if TYPE_CHECKING:
     from agents.editors import Editor
     from rledit_env.tables import Row
 
+COMPARISON = "comparison"  # what its folder is called in the marker
 SETTINGS = "comparison.json"
 TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
 
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"'all', or editors or groups by name ({listed})")
     environment_arguments(parser, required=True)
     parser.add_argument("--train-data", help="whose train split editors learn from (default: --data)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER",
+    parser.add_argument("--out", type=written_path, required=True, metavar="FOLDER",
                         help="cells, trained networks and tables; finished cells are not computed again")
     parser.add_argument("--batches", type=int, default=20, metavar="T", help="batches of a stream")
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents.comparison import Comparison, Setting, Views, check_disjoint
     from agents.editors import chosen_editors, configured, find_configs, load_configs
-    from rledit_env.files import write_text
+    from rledit_env.files import mark, write_text
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
     from rledit_env.report import versions
 
@@ -64,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     configs = options.configs or find_configs(options.model)
     entries = load_configs(configs, kind)
     editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
+    check_paths(options, growing("--out", options.out, COMPARISON, (SETTINGS, *TABLES, "cells/", "trained/")),
+                reads=_saved_agents(editors))
     test = load_knowledge(kind, options.data, "eval", options.on_error)
     KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
 
@@ -91,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
         say_loading(options.model)
         views.get(modules)
         described = {**_described(options, test.source), "versions": versions()}
+        options.out.mkdir(parents=True, exist_ok=True)
+        mark(options.out, COMPARISON, command=options.command_line)
         write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
     failed: list[str] = []
     for number, editor in enumerate(missing, start=1):
@@ -104,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
             failed.append(editor.name)
         _write_tables(options, _rows(comparison, editors, seeds), test.source)
     rows = _rows(comparison, editors, seeds)
+    print(_tables(options, rows, test.source)["table.txt"], flush=True)
     _write_tables(options, rows, test.source)
-    print((options.out / "table.txt").read_text(encoding="utf-8"))
     for row in rows:
         if row.not_applicable:
             reason = next(c["not_applicable"] for c in row.cells if "not_applicable" in c)
@@ -129,9 +136,23 @@ def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
     return rows
 
 
+def _saved_agents(editors: list[Editor]) -> list[Input]:
+    """The agents that were trained elsewhere."""
+    from agents.saved import find_agent
+
+    return [Input(f"the agent of {e.name} ({e.saved})", find_agent(e.saved)) for e in editors if e.saved is not None]
+
+
 def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> None:
-    from rledit_env import tables
     from rledit_env.files import write_text
+
+    for name, text in _tables(options, rows, source).items():
+        write_text(options.out / name, text)
+
+
+def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[str, str]:
+    """The content of the files of tables, by name."""
+    from rledit_env import tables
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
@@ -141,8 +162,7 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
         tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),
     )  # fmt: skip
-    for name, text in zip(TABLES, texts, strict=True):
-        write_text(options.out / name, text)
+    return dict(zip(TABLES, texts, strict=True))
 
 
 def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:

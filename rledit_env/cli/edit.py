@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import secrets
+import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +19,13 @@ from rledit_env.cli.command import (
     Command,
     check_positive,
     dtype_name,
+    on_error_argument,
     override_arguments,
     progress_bar,
     warn,
 )
 from rledit_env.cli.editing import Editing, check_editor, editor_arguments, trained_agent, training_free
+from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.cli.results import (
     finite,
     name_untaken,
@@ -31,6 +36,7 @@ from rledit_env.cli.results import (
     warn_without_effect,
     without_effect,
 )
+from rledit_env.outputs import Output, PathError, whole
 
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
@@ -38,21 +44,28 @@ if TYPE_CHECKING:
     from rledit_env.lm.editable import EditableLM
 
 FORMS = ("model", "delta", "lora")
+REPORT = "edit_report.json"
+REPORT_FORMAT = "rledit-edit-report-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--facts", type=Path, required=True, metavar="FILE", help="JSON Lines, one fact a line")
+    parser.add_argument("--facts", type=Path, required=True, metavar="FILE",
+                        help="the facts: JSON Lines, JSON, CSV, YAML or Parquet")
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
                         help="how to read the file (default: told by its fields)")
+    on_error_argument(parser)
+    parser.add_argument("--chat", action="store_true",
+                        help="put every prompt into the model's chat template, as a user's message")
     editor_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the edited model")
+    parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
                         "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
                         "in DIR")
     parser.add_argument("--lora-rank", type=int, metavar="R",
                         help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace DIR, if it is not empty and rledit wrote all that is in it")
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's, or "
                         "smollm2-135m)")
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's, or 20)")
@@ -61,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="let an agent that was saved without moments of training facts start from those of "
                         "bundled facts, so that single facts take; --no-warm-up leaves it as published")
     group = parser.add_argument_group("safety")
-    group.add_argument("--ledger", type=Path, metavar="DIR",
+    group.add_argument("--ledger", type=written_path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
     group.add_argument("--resume", action="store_true", help="go on with the run that --ledger recorded")
     group.add_argument("--on-divergence", choices=("end", "skip"), default="end",
@@ -74,20 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents import edit_facts
     from rledit_env.answers import MEANING
-    from rledit_env.files import check_free, whole_folder
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
     from rledit_env.report import versions
 
     check_editor(options)
-    check_free(options.out, options.overwrite)
+    check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
     if options.resume and options.ledger is None:
         raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
-    facts = load_facts(options.facts, options.kind)
-    editing = training_free(options, facts) if options.editor else trained_agent(options, facts)
-    lm, settings = editing.lm, editing.settings
+    given = load_facts(options.facts, options.kind, options.on_error)
+    editing = training_free(options, given) if options.editor else trained_agent(options, given)
+    lm, facts, settings = editing.lm, editing.facts, editing.settings
     notes = [*_notes(facts, settings["token"]), *editing.notes]
     for note in notes:
         print(f"note: {note}")
@@ -114,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
     if facts.without_unrelated:
         scores |= {"specificity": None, "specificity_answer": None, "mean": None}
     report: dict[str, Any] = {
+        "format": REPORT_FORMAT,
         "facts_file": str(options.facts),
         "data_source": facts.dataset.source,
         **editing.report,
@@ -121,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
         "settings": {**settings, "model": lm.name, "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm),
-                     "device": str(lm.device), "kind": facts.dataset.kind},
+                     "device": str(lm.device), "kind": facts.dataset.kind, "chat": options.chat},
         "versions": versions(),
         "notes": notes,
         "taken": list(metrics.taken),
@@ -133,18 +146,57 @@ def run(options: argparse.Namespace) -> int:
             for r, answer, took in zip(records, answers, metrics.taken, strict=True)
         ],
     }
-    print(f"writing {options.out} …", file=sys.stderr)
-    with whole_folder(options.out, options.overwrite) as work:
-        report["saved"] = _save(lm, work, options.save, options.lora_rank)
-        (work / "edit_report.json").write_text(
-            json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
     print_metrics(scores, log, print)
-    name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / "edit_report.json"))
+    name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / REPORT))
     warn_without_effect(report["batches_without_effect"], log)
+    sys.stdout.flush()
+    print(f"writing {options.out} …", file=sys.stderr)
+    _write(lm, report, options)
     for saved in report["saved"].values():
         print(f"written: {options.out / saved['folder']}, {saved['what']}")
     return OK
+
+
+def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the forms asked for and the report, which is told where each one is; or, where that fails, the change.
+
+    Raises:
+        OSError: it cannot be written; the message names what was kept instead.
+    """
+    from rledit_env.files import whole_folder
+
+    try:
+        with whole_folder(options.out, options.overwrite, "edited model", options.command_line) as work:
+            report["saved"] = _save(lm, work, options.save, options.lora_rank)
+            _write_report(work, report)
+    except OSError as error:
+        kept = _keep_change(lm, report)
+        ways = [f"the change and the report are in {kept} (see rledit_env.lm.delta.load_delta)"] if kept else []
+        if options.ledger is not None:
+            ways.append(f"write the model with: rledit ledger replay {shlex.quote(str(options.ledger))} --out MODEL")
+        raise PathError("; ".join([str(error), *(ways or ["nothing of this run was kept but the scores above"])]))\
+            from error
+
+
+def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
+    """Write the change and the report into the system's folder of temporary files; None if that fails too."""
+    from rledit_env.files import whole_folder
+    from rledit_env.lm.delta import save_delta
+
+    folder = Path(tempfile.gettempdir()) / f"rledit-edit-{secrets.token_hex(4)}"
+    try:
+        with whole_folder(folder, what="weight change") as work:
+            save_delta(lm, work)
+            _write_report(work, report | {"saved": {}})
+    except OSError:
+        return None
+    return folder
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    from rledit_env.files import write_text
+
+    write_text(folder / REPORT, json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n")
 
 
 def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, dict[str, Any]]:
@@ -173,6 +225,15 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
     return saved
 
 
+def _ledger_output(options: argparse.Namespace) -> list[Output]:
+    """The ledger as a path to be tried."""
+    from rledit_env.ledger import check_ledger
+
+    if options.ledger is None:
+        return []
+    return [Output("--ledger", options.ledger, lambda folder: check_ledger(folder, options.resume), apart=False)]
+
+
 def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDataset) -> EditLedger:
     """The run's ledger, new or to be gone on with; only with the same facts, editor and settings."""
     from rledit_env.ledger import EditLedger
@@ -194,6 +255,9 @@ def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDatas
 def _notes(facts: Any, token: str) -> list[str]:
     """What the user should know of how the facts were taken."""
     dataset, notes = facts.dataset, []
+    if facts.ignored:
+        named = [f"{n!r} (did you mean {meant!r}?)" if meant else f"{n!r}" for n, meant in facts.ignored.items()]
+        notes.append(f"fields that are not used: {', '.join(named)}")
     if facts.without_paraphrases:
         notes.append(f"{facts.without_paraphrases} facts have no paraphrases: their own prompt stands in, which "
                      "changes nothing in editing; generalization is not scored")
@@ -224,10 +288,14 @@ COMMAND = Command(
     "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision, or\n"
     "only the change, with edit_report.json. The facts whose answer did not change are named.",
     """\
-the file of facts: JSON Lines, one object a line, either a published schema of ZsRE, CounterFact or FEVER, or
+the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, told by what it holds. A fact is
   {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
+or has the names of ZsRE, CounterFact, FEVER, KnowEdit, MQuAKE or WikiBigEdit, or those of EasyEdit's, ROME's, MEMIT's
+and AlphaEdit's requests ("{}" in a prompt is the subject's place).
 "subject" is optional but helps; so are "paraphrases": [...] and "unrelated": [{"prompt": ..., "answer": ...}], which
 are only used to score the result.
+Texts are taken as they are. Prompt and target are joined by a space, but by none after white space or a chat
+template, or in scripts without spaces.
 
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model

@@ -39,6 +39,7 @@ class Editing:
     Attributes:
         lm: the model.
         agent: the editor, ready to edit.
+        facts: what is edited, in the model's chat template where that is asked for.
         settings: batch_size, token and steps_per_batch, as `agents.edit_facts` takes them.
         identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
         report: what edit_report.json says of the editor.
@@ -47,6 +48,7 @@ class Editing:
 
     lm: EditableLM
     agent: Agent
+    facts: Facts
     settings: dict[str, Any]
     identity: dict[str, Any]
     report: dict[str, Any]
@@ -138,6 +140,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     say_loading(model)
     with modules_of(folder, model):
         lm = EditableLM.load(model, modules, options.dtype, options.device)
+    facts = _as_asked(facts, lm, options)
     with warnings.catch_warnings():
         if options.warm_up:
             warnings.simplefilter("ignore", MissingMomentsWarning)
@@ -150,7 +153,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     if bundled_start:
         identity["warm_up"] = True
         notes = ("the agent has no moments of training facts, and starts from those of bundled ones",)
-    return Editing(lm, agent, settings, identity, {"agent": str(folder)}, notes)
+    return Editing(lm, agent, facts, settings, identity, {"agent": str(folder)}, notes)
 
 
 def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
@@ -165,6 +168,7 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     settings = _settings(options, editor.env, facts)
     say_loading(model)
     lm = Views(model, options.dtype, options.device).of(editor, options.edit_modules)
+    facts = _as_asked(facts, lm, options)
     _check_statistics(editor, lm, options)
     _say_what_is_edited(lm, facts.dataset)
     editor, search = _with_strength(editor, options, lm, facts.dataset, settings)
@@ -180,7 +184,17 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     config = editor.configuration()
     described = {"name": editor.name, **strength, "config": asdict(config) if config else {}}
     described = json.loads(json.dumps({**described, "probe": search.as_dict() if search else None}))
-    return Editing(lm, agent, settings, {"editor": described}, {"agent": None, "editor": described})
+    return Editing(lm, agent, facts, settings, {"editor": described}, {"agent": None, "editor": described})
+
+
+def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
+    """The facts, with --chat in the model's chat template."""
+    from rledit_env.lm.chat import in_chat
+
+    if not options.chat:
+        return facts
+    records = in_chat(facts.dataset.records, lm.tokenizer, lm.name)
+    return replace(facts, dataset=replace(facts.dataset, records=records))
 
 
 def _settings(options: argparse.Namespace, own: Any, facts: Facts) -> dict[str, Any]:

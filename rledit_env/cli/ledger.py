@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import FAILED, OK, Command, say_loading, warn
+from rledit_env.cli.paths import check_paths, model_inputs, written_path
+from rledit_env.outputs import Input, Output, PathError, whole
 
 if TYPE_CHECKING:
     from rledit_env.ledger import EditLedger
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("replay", "rebuild the model after some of the entries and write it out"),
     ):
         sub = actions.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-        sub.add_argument("ledger", type=Path, metavar="DIR", help="the ledger's folder")
+        sub.add_argument("ledger", type=written_path, metavar="DIR", help="the ledger's folder")
         if name == "verify":
             sub.add_argument("--weights", action="store_true", help="load the model and rebuild its weights, too")
         if name == "undo":
@@ -32,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--to", type=int, metavar="k", help="entries to replay; 0 is the pre-trained model "
                              "(default: all)")
         if name in ("undo", "replay"):
-            sub.add_argument("--out", type=Path, required=name == "replay", metavar="MODEL",
+            sub.add_argument("--out", type=written_path, required=name == "replay", metavar="MODEL",
                              help="folder for the model as it then is")
-            sub.add_argument("--overwrite", action="store_true", help="replace MODEL if it is not empty")
+            sub.add_argument("--overwrite", action="store_true", help="replace MODEL, if it is not empty and rledit "
+                             "wrote all that is in it")
         if name != "list":
             sub.add_argument("--model", help="registry name, hub id or folder (default: the ledger's)")
             sub.add_argument("--dtype", help="precision of the frozen weights (default: the ledger's)")
@@ -76,10 +79,7 @@ def _damage(ledger: EditLedger) -> int:
 
 
 def _undo(ledger: EditLedger, options: argparse.Namespace) -> int:
-    from rledit_env.files import check_free
-
-    if options.out is not None:
-        check_free(options.out, options.overwrite)
+    _check_paths(options, ledger)
     if options.batch < 1:
         raise ValueError(f"--batch is {options.batch}; batches are counted from 1")
     lm = _load(ledger, options)
@@ -95,9 +95,7 @@ def _undo(ledger: EditLedger, options: argparse.Namespace) -> int:
 
 
 def _replay(ledger: EditLedger, options: argparse.Namespace) -> int:
-    from rledit_env.files import check_free
-
-    check_free(options.out, options.overwrite)
+    _check_paths(options, ledger)
     ledger.verify()
     if ledger.damage and options.to is None:
         return _damage(ledger)
@@ -105,6 +103,17 @@ def _replay(ledger: EditLedger, options: argparse.Namespace) -> int:
     ledger.replay(lm, options.to)
     print(f"replayed {len(ledger) if options.to is None else options.to} entries")
     return _write(lm, options)
+
+
+def _check_paths(options: argparse.Namespace, ledger: EditLedger) -> None:
+    """Try what is written: the model, and the ledger where something is undone in it."""
+    outputs = [whole("--out", options.out, options.overwrite)] if options.out is not None else []
+    reads = model_inputs(f"the ledger's model ({ledger.header['model']})", ledger.header["model"])
+    if options.action == "undo":
+        outputs.append(Output("the ledger", options.ledger, lambda folder: None))
+    else:
+        reads.append(Input(f"the ledger ({options.ledger})", options.ledger))
+    check_paths(options, *outputs, reads=reads)
 
 
 def _load(ledger: EditLedger, options: argparse.Namespace) -> EditableLM:
@@ -117,7 +126,11 @@ def _load(ledger: EditLedger, options: argparse.Namespace) -> EditableLM:
 
 def _write(lm: EditableLM, options: argparse.Namespace) -> int:
     if options.out is not None:
-        lm.save_pretrained(options.out, options.overwrite)
+        try:
+            lm.save_pretrained(options.out, options.overwrite)
+        except OSError as error:
+            raise PathError(f"{error}; the ledger holds everything, write the model with: rledit ledger replay "
+                            f"{shlex.quote(str(options.ledger))} --out MODEL") from error
         print(f"written: {options.out}, for AutoModelForCausalLM.from_pretrained")
     return OK
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rledit_env.cli.command import OK, Command, environment_arguments, kind_of, say_loading, skipped_rows, warn
+from rledit_env.cli.paths import check_paths, going_on, written_path
+from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
     from agents.probe import ProbeResult
 
 TOLD = 10  # candidates that are printed
+PROBE = "probe"  # what its folder is called in the marker
+SCORES_FILE = "probe.json"
+PICTURE_FORMS: tuple[Literal["png", "pdf"], ...] = ("png", "pdf")
+FILES = (SCORES_FILE, *(f"probe.{form}" for form in PICTURE_FORMS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     config = ProbeConfig()
     environment_arguments(parser, required=True, env="RLEdit-CounterFact-v0")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+    parser.add_argument("--out", type=written_path, required=True, metavar="DIR",
                         help="folder of the scores and pictures; what is there already is not computed again")
     parser.add_argument("--step-sizes", type=float, nargs="+", default=list(config.step_sizes), help="tried for each")
     parser.add_argument("--num-batches", type=int, default=config.num_batches, metavar="T", help="batches edited")
@@ -40,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents.probe import Probe, ProbeConfig
+    from rledit_env.files import mark
     from rledit_env.knowledge import load_knowledge
     from rledit_env.lm.placement import resolve_device, resolve_dtype
     from rledit_env.lm.registry import load_model
 
+    check_paths(options, growing("--out", options.out, PROBE, FILES))
     config = ProbeConfig(
         step_sizes=tuple(options.step_sizes), num_batches=options.num_batches, batch_size=options.batch_size,
         steps_per_batch=options.steps_per_batch, token=options.token, run_lengths=tuple(options.run_lengths),
@@ -54,28 +62,30 @@ def run(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     model, tokenizer = load_model(options.model, resolve_dtype(options.dtype, device), device)
     probe = Probe(
-        model, tokenizer, facts, options.out / "probe.json", config, options.model, options.edit_modules,
+        model, tokenizer, facts, options.out / SCORES_FILE, config, options.model, options.edit_modules,
         None if options.edit_modules else _by_default(options.model, model),
     )  # fmt: skip
     print(f"data   {facts.source}: {config.num_batches} × {config.batch_size} of {len(facts):,} facts",
           *skipped_rows(facts))
     print(f"model  {options.model}: {len(list(probe.singles()))} modules alone, then runs of layers, at step sizes "
           f"{', '.join(f'{size:g}' for size in config.step_sizes)}", flush=True)
-    with _bar() as bar:
+    options.out.mkdir(parents=True, exist_ok=True)
+    mark(options.out, PROBE, command=options.command_line, files=FILES)
+    with going_on(), _bar() as bar:
         def update(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         result = probe.run(update)
     _tell(result)
-    _draw(result, options.out)
     glob, size, _ = result.ranked()[0]
     settings = f"--edit-modules {shlex.quote(glob)} --token {config.token} --steps-per-batch {config.steps_per_batch}"
     print(f"recommended: {settings} --step-size {size:g}")
     if not min(config.step_sizes) < size < max(config.step_sizes) and len(config.step_sizes) > 1:
         warn(f"note: {size:g} is at the end of the step sizes tried; the best may lie beyond it (--step-sizes)")
     print(f"next: rledit train --env {options.env} --model {options.model} --data {options.data} {settings} "
-          f"--step-size {size:g} --out RUN")
+          f"--step-size {size:g} --out RUN", flush=True)
+    _draw(result, options.out)
     return OK
 
 
@@ -107,13 +117,14 @@ def _tell(result: ProbeResult) -> None:
 
 def _draw(result: ProbeResult, folder: Path) -> None:
     """The heat map, where there is matplotlib."""
+    from rledit_env.files import write_bytes
     from rledit_env.report import module_map
 
     kinds, layers, maps = result.maps()
-    for form in ("png", "pdf"):
+    for form in PICTURE_FORMS:
         path = folder / f"probe.{form}"
         try:
-            path.write_bytes(module_map(kinds, layers, maps, form))
+            write_bytes(path, module_map(kinds, layers, maps, form))
         except ImportError as error:
             warn(f"note: no heat map: {error}")
             return
@@ -121,7 +132,7 @@ def _draw(result: ProbeResult, folder: Path) -> None:
 
 
 def interrupted(options: argparse.Namespace) -> str:
-    return (f"interrupted; {options.out / 'probe.json'} holds what was measured. "
+    return (f"interrupted; {options.out / SCORES_FILE} holds what was measured. "
             f"Go on with the same command:\n  {options.command_line}")
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rledit_env.cli.command import OK, Command
+from rledit_env.cli.paths import check_paths, written_path
+from rledit_env.files import FIGURES
+from rledit_env.outputs import added, page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN",
+    parser.add_argument("run_folder", type=written_path, metavar="RUN",
                         help="a run's folder with results of 'rledit evaluate --json', or what 'rledit edit' wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    parser.add_argument("--out", type=written_path, metavar="FILE", help="the page (default: report.html in RUN)")
     parser.add_argument("--figures", nargs="+", choices=("png", "pdf"), default=[], metavar="FORM",
                         help="also write each picture as 'png' or 'pdf', into a folder 'figures' beside the page")
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.run_report import RunReport
+    from rledit_env.run_report import PAGE, RunReport
 
+    if options.run_folder.is_dir():  # else it is refused below
+        place = options.out or options.run_folder / PAGE
+        outputs = [page("--out" if options.out else "the page", place)]
+        if options.figures:
+            # Of a picture's name nothing is known yet; whose it is, is checked before any is written.
+            outputs.append(added("the pictures' folder", place.parent / FIGURES))
+        check_paths(options, *outputs)
     for path in RunReport(options.run_folder).write(options.out, options.figures):
         print(path)
     return OK

@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -21,6 +20,8 @@ from rledit_env.cli.command import (
     say_loading,
     skipped_rows,
 )
+from rledit_env.cli.paths import check_paths, going_on, written_path
+from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     network, config = HypernetworkConfig(), RLEditConfig()
     environment_arguments(parser, required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN",
+    parser.add_argument("--out", type=written_path, required=True, metavar="RUN",
                         help="the run's folder: best/, last/ and TensorBoard's logs")
     parser.add_argument("--no-resume", dest="resume", action="store_false",
                         help="start anew, even if RUN holds an interrupted run (which is otherwise continued)")
@@ -101,8 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+    from agents.files import RUN, RUN_FOLDERS, run_folder
     from rledit_env.lm.editable import EditableLM
 
+    check_paths(options, growing("--out", options.out, RUN, tuple(f"{name}/" for name in RUN_FOLDERS)))
     training, selection = _training_data(options)
     check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
               "trajectories_per_update")
@@ -143,17 +146,19 @@ def run(options: argparse.Namespace) -> int:
           f"token {options.token}, reward {options.reward}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
+    run_folder(options.out, options.command_line)
     horizon = options.num_batches * options.steps_per_batch
-    agent.learn(
-        options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
-        patience=options.patience, resume=options.resume,
-    )
+    with going_on():
+        agent.learn(
+            options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
+            patience=options.patience, resume=options.resume,
+        )
     if longer is not None:
         scores = agent.calibrate(longer)
-        agent.save(options.out / "best")
         tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
         facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
-        print(f"step sizes scaled for {facts}; mean scores: {tried}")
+        print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
+        agent.save(options.out / "best")
     score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
     print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
     print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "

@@ -53,9 +53,9 @@ def self_text(
         tokens: the longest continuation; it ends earlier where the LLM ends it.
         seed: of the sampling; torch's own random state is left alone.
     """
-    rows = [lm.tokenizer(text)["input_ids"] for text in openings]
+    rows = [lm.encode(text) for text in openings]
     width = max(map(len, rows))
-    pad, end = lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id
+    pad, end = lm.pad_token_id, lm.tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
     devices = [lm.device] if lm.device.type == "cuda" else []

@@ -242,9 +242,9 @@ def _with_solved(lm: EditableLM, solved: Sequence[Example], example: Example) ->
     """The prompt with as many solved examples before it as fit, the last ones first dropped; None if it alone does
     not fit."""
     for count in range(len(solved), -1, -1):
-        shown = [f"{one.prompt} {one.answers[one.label]}" for one in solved[:count]]
+        shown = [lm.text.joined(one.prompt, one.answers[one.label]) for one in solved[:count]]
         prompt = "\n\n".join([*shown, example.prompt])
-        if len(lm.tokenizer(prompt)["input_ids"]) + ROOM <= lm.context_length:
+        if len(lm.encode(prompt)) + ROOM <= lm.context_length:
             return prompt
     return None
 

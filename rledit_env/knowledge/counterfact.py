@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rledit_env.knowledge.fields import Row, Schema, read_by_schema
+from rledit_env.knowledge.fields import Row, Schema, fill_in, read_by_schema
 from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
 
 
@@ -18,13 +18,13 @@ def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
 
 def _read_rome(row: Row) -> EditRecord:
     rewrite = row.inner("requested_rewrite")
-    subject = rewrite.text("subject")
-    template = rewrite.text("prompt")
-    if "{}" not in template:
-        raise rewrite.error("prompt", "has no {} for the subject", template)
+    subject = rewrite.text("subject").strip()
+    prompt, start = fill_in(rewrite, "prompt", rewrite.text("prompt"), subject)
+    if start is None:
+        raise rewrite.error("prompt", "has no {} for the subject", prompt)
     original = rewrite.inner("target_true").text("str")
     return EditRecord(
-        prompt=template.replace("{}", subject).strip(),
+        prompt=prompt,
         target=_new_answer(rewrite.inner("target_new"), "str", original),
         paraphrases=row.texts("paraphrase_prompts"),
         # The neighbours share the edited relation and its original answer, so that is what they must keep.
@@ -32,6 +32,7 @@ def _read_rome(row: Row) -> EditRecord:
         original=original,
         subject=subject,
         origin=row.where,
+        subject_start=start,
     )
 
 
@@ -46,14 +47,14 @@ def _read_flat(row: Row) -> EditRecord:
         paraphrases=row.texts("rephrase_prompt"),
         unrelated=tuple(UnrelatedFact(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)),
         original=original,
-        subject=row.optional_text("subject"),
+        subject=row.subject(),
         origin=row.where,
     )
 
 
 def _new_answer(row: Row, field: str, original: str) -> str:
     target = row.text(field)
-    if target.casefold() == original.casefold():
+    if target.strip().casefold() == original.strip().casefold():
         raise row.error(field, "is the same as the original answer", target)
     return target
 

@@ -1,21 +1,28 @@
-"""Reads a user's own facts: a JSON Lines file in any published schema, or of prompts and targets alone."""
+"""Reads a user's own facts: a file in any published form, or of prompts and targets alone."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from rledit_env.knowledge import counterfact, fever, zsre
-from rledit_env.knowledge.fields import Row
+from rledit_env.knowledge import counterfact, fever, names, zsre
+from rledit_env.knowledge.content import readable_file
+from rledit_env.knowledge.fields import SKIP_ROWS, Row, Schema
+from rledit_env.knowledge.lenient import LenientFact, facts_of, read_fact, unwrapped, with_numbers_as_text
 from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, UnrelatedFact
 from rledit_env.knowledge.source import read_file
-from rledit_env.knowledge.stream import READERS, KnowledgeDataset
+from rledit_env.knowledge.stream import READERS, KnowledgeDataset, check_on_error, reason_counts
 
 PLAIN = "facts"  # the kind of a file that holds prompts and targets alone
 KINDS = (PLAIN, *READERS)
 SCHEMAS = {"counterfact": counterfact.SCHEMAS, "zsre": zsre.SCHEMAS, "fever": fever.SCHEMAS}
+Fact = LenientFact | EditRecord | LooseFact | LeftOut
+_PUBLISHED_FIELDS = {name for schemas in SCHEMAS.values() for schema in schemas for name in schema.fields}
+_VERDICTS = {*fever.VERDICTS, fever.NOT_ENOUGH_INFO.casefold()}
 
 
 @dataclass(frozen=True)
@@ -27,24 +34,31 @@ class Facts:
         without_paraphrases: how many records had none, so that their own prompt stands in for one.
         without_unrelated: how many records had none, so that a stand-in says nothing about specificity.
         conflicts: prompts that are given more than one target, with the number of their targets.
+        ignored: names of fields that nothing was made of, each with the name that may have been meant.
     """
 
     dataset: KnowledgeDataset
     without_paraphrases: int
     without_unrelated: int
     conflicts: dict[str, int]
+    ignored: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def load_facts(path: str | Path, kind: str | None = None) -> Facts:
-    """Read facts to edit from a JSON or JSON Lines file (gzip too).
+def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["raise", "skip"] = "raise") -> Facts:
+    """Read facts to edit from a file: JSON, JSON Lines, CSV, YAML or Parquet, told by what it holds.
 
-    Every row needs a `prompt` and a `target`, and may have `subject` (as it is written in the prompt), `paraphrases`
-    (a string or a list), `unrelated` (a list of `{"prompt", "answer"}`) and `original`; or it follows one of the
-    published schemas of ZsRE, CounterFact or FEVER.
+    Every fact needs a prompt and a target, and may have a subject (as it is written in the prompt), paraphrases,
+    unrelated facts, implied ones and its original answer, under the names of the plain schema (`prompt`, `target`,
+    `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of ZsRE, CounterFact, FEVER,
+    KnowEdit, MQuAKE, WikiBigEdit, and of EasyEdit's, ROME's, MEMIT's and AlphaEdit's requests. A ``{}`` in a prompt is
+    the subject's place. Numbers are taken as they are written; a truth value is an error, as nobody can know how it is
+    to be answered.
 
     Args:
-        path: the file.
-        kind: "facts", "zsre", "counterfact" or "fever"; None tells it by the fields of the first row.
+        path: the file, or a folder that holds a single one.
+        kind: "facts", "zsre", "counterfact" or "fever"; None tells it by the fields.
+        on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in the data
+            set's `skipped` and warn once.
 
     Raises:
         KnowledgeError: a row cannot be used (with place, field and value), or there is none.
@@ -53,80 +67,110 @@ def load_facts(path: str | Path, kind: str | None = None) -> Facts:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(KINDS)}")
+    check_on_error(on_error)
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file of facts; check the path")
-    rows = []
-    for row in read_file(path):
-        if isinstance(row, KnowledgeError):
-            raise row
-        rows.append(row)
-    if not rows:
+    path = readable_file(path)
+    found = list(read_file(path))
+    if not found:
         raise KnowledgeError(f"{path}: no fact in it; give one JSON object a line, such as "
                              '{"prompt": "The capital of Freedonia is", "target": "Sylvania"}')
-    kind = kind or detect_kind(rows[0])
-    skipped: Counter[str] = Counter()
-    facts: list[EditRecord | LooseFact] = []
-    for row in rows:
-        fact = _read_plain(row) if kind == PLAIN else READERS[kind](row)
-        if isinstance(fact, LeftOut):
-            skipped[fact.reason] += 1
-        else:
-            facts.append(fact)
-    if not facts:
-        raise KnowledgeError(f"{path}: none of its {len(rows)} rows can be edited ({dict(skipped)}); check the file")
-    records = tuple(_completed(facts, i) for i in range(len(facts)))
-    loose = sum(isinstance(fact, LooseFact) for fact in facts)
-    without = sum(kind == PLAIN and not row.values.get("paraphrases") for row in rows)
-    lonely = sum(kind == PLAIN and not row.values.get("unrelated") for row in rows)
-    dataset = KnowledgeDataset(kind, f"file {path.name}", "eval", records, dict(skipped))
-    return Facts(dataset, without, loose + lonely, _conflicts(records))
+    faulty: Counter[str] = Counter()
+    facts: list[tuple[Row, Fact]] = []
+    for row in unwrapped(found):
+        try:
+            facts += [(one, _read(one, kind)) for one in facts_of(_row(row))]
+        except KnowledgeError as error:
+            if on_error == "raise":
+                raise
+            faulty[error.reason] += 1
+    if faulty:
+        message = f"file {path.name}: {faulty.total()} faulty rows skipped: {reason_counts(faulty)}"
+        warnings.warn(message, stacklevel=2)
+    return _gathered(path, facts, kind or _common_kind([row for row, _ in facts]), faulty)
+
+
+def _row(row: Row | KnowledgeError) -> Row:
+    if isinstance(row, KnowledgeError):
+        raise row
+    return replace(row, values=with_numbers_as_text(row.values))
+
+
+def _gathered(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: Counter[str]) -> Facts:
+    """The facts that were read as a data set, with what is to be known of them."""
+    left_out = Counter(fact.reason for _, fact in facts if isinstance(fact, LeftOut))
+    kept = [fact for _, fact in facts if not isinstance(fact, LeftOut)]
+    skipped = dict(left_out + faulty)
+    if not kept:
+        raise KnowledgeError(f"{path}: none of its rows can be edited ({reason_counts(skipped)}); check the file")
+    plain = [fact for fact in kept if isinstance(fact, LenientFact)]
+    bare = [fact.record if isinstance(fact, LenientFact) else fact for fact in kept]
+    records = tuple(_completed(bare, i) for i in range(len(bare)))
+    ignored = [name for row, fact in facts for name in _ignored(row, fact)]
+    return Facts(
+        dataset=KnowledgeDataset(kind, f"file {path.name}", "eval", records, skipped),
+        without_paraphrases=sum(not fact.has_paraphrases for fact in plain),
+        without_unrelated=sum(not f.has_unrelated for f in plain) + sum(isinstance(f, LooseFact) for f in kept),
+        conflicts=_conflicts(records),
+        ignored={name: names.did_you_mean(name) for name in dict.fromkeys(ignored)},
+    )
+
+
+def _read(row: Row, kind: str | None) -> Fact:
+    """Read a row by what its fields are called; a claim, and a row in MEND's schema, by its data set's reader."""
+    own = detect_kind(row) if kind is None else kind
+    published = own == "fever" or (own == "zsre" and _follows(row, zsre.SCHEMAS[-1:]))
+    fact = READERS[own](row) if published else read_fact(row)
+    if isinstance(fact, LenientFact):
+        _check(fact.record, row, own)
+    return fact
+
+
+def _check(record: EditRecord, row: Row, kind: str) -> None:
+    """Refuse a subject that is not in the prompt, and what CounterFact's scores cannot compare."""
+    if record.subject is not None and record.subject_span is None:
+        raise row.error("subject", "does not occur in the prompt", record.subject,
+                        f"write it as in {record.prompt!r}, leave it out, or {SKIP_ROWS}")
+    if kind == "counterfact":
+        if record.original is None:
+            raise row.error("ground_truth", "is missing, which CounterFact's scores compare the target with")
+        if record.original.strip().casefold() == record.target.strip().casefold():
+            raise row.error("target_new", "is the same as the original answer", record.target)
+
+
+def _follows(row: Row, schemas: Sequence[Schema]) -> bool:
+    """Whether the row has every field of one of the schemas."""
+    found = {name for name, value in row.values.items() if value is not None}
+    return any(found.issuperset(schema.fields) for schema in schemas)
 
 
 def detect_kind(row: Row) -> str:
-    """Which kind of facts a row belongs to: "facts" if it has a prompt and a target, else the best-fitting schema's.
+    """Which published data set has the row's fields, all of a schema's: "facts" if none has.
 
-    Raises:
-        KnowledgeError: no schema fits.
+    FEVER's rows are known by less, since a claim is no prompt.
     """
-    found = {field for field, value in row.values.items() if value is not None}
-    if {"prompt", "target"} <= found:
-        return PLAIN
-    shares = {
-        kind: max(len(found.intersection(schema.fields)) / len(schema.fields) for schema in schemas)
-        for kind, schemas in SCHEMAS.items()
-    }
-    best = max(shares, key=lambda kind: shares[kind])
-    if shares[best] < 0.5:
-        raise row.error(
-            "prompt", f"is missing or alone among {', '.join(map(str, row.values)) or 'no fields'}",
-            mend="give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER",
-        )
-    if {"input", "output"} <= found:  # MEND's schema serves ZsRE and FEVER alike; FEVER's answers are verdicts
-        verdicts = {*fever.VERDICTS, fever.NOT_ENOUGH_INFO.casefold()}
-        return "fever" if zsre.mend_answer(row).casefold() in verdicts else "zsre"
-    return best
+    for kind in ("counterfact", "zsre", "fever"):
+        if _follows(row, SCHEMAS[kind]):
+            # MEND's schema serves ZsRE and FEVER alike; FEVER's answers are verdicts.
+            is_verdict = kind == "zsre" and "output" in row.values and "input" in row.values and (
+                zsre.mend_answer(row).casefold() in _VERDICTS
+            )
+            return "fever" if is_verdict else kind
+    return "fever" if row.values.get("claim") is not None else PLAIN
 
 
-def _read_plain(row: Row) -> EditRecord:
-    prompt, target = row.text("prompt"), row.text("target")
-    subject = row.optional_text("subject")
-    if subject is not None and subject not in prompt:
-        raise row.error("subject", f"does not occur in the prompt {prompt!r}", subject,
-                        "write it as in the prompt, or leave it out")
-    unrelated = tuple(
-        UnrelatedFact(one.text("prompt"), one.text("answer"))
-        for one in (row.inners("unrelated") if row.values.get("unrelated") else ())
-    )
-    return EditRecord(
-        prompt=prompt,
-        target=target,
-        paraphrases=row.texts("paraphrases") if row.values.get("paraphrases") else (prompt,),
-        unrelated=unrelated or (UnrelatedFact(prompt, target),),
-        original=row.optional_text("original"),
-        subject=subject,
-        origin=row.where,
-    )
+def _common_kind(rows: Sequence[Row]) -> str:
+    """The kind of all rows, or "facts", whose scores every row has."""
+    kinds = {detect_kind(row) for row in rows}
+    return kinds.pop() if len(kinds) == 1 else PLAIN
+
+
+def _ignored(row: Row, fact: Fact) -> Iterable[str]:
+    if isinstance(fact, LenientFact):
+        return fact.ignored
+    known = names.USED | names.UNUSED | _PUBLISHED_FIELDS
+    return [str(name) for name in row.values if names.plain(name) not in known]
 
 
 def _completed(facts: Sequence[EditRecord | LooseFact], index: int) -> EditRecord:
@@ -143,5 +187,5 @@ def _completed(facts: Sequence[EditRecord | LooseFact], index: int) -> EditRecor
 def _conflicts(records: Sequence[EditRecord]) -> dict[str, int]:
     targets: dict[str, set[str]] = {}
     for record in records:
-        targets.setdefault(record.prompt, set()).add(record.target)
+        targets.setdefault(record.prompt, set()).add(record.target.strip())
     return {prompt: len(given) for prompt, given in targets.items() if len(given) > 1}

@@ -74,6 +74,7 @@ def _read_rledit(row: Row) -> EditRecord:
 
 def ask(claim: str, template: str = TEMPLATE) -> str:
     """The prompt that asks for a claim's verdict; a claim without a final mark gets its full stop."""
+    claim = claim.strip()
     return template.format(claim if claim.endswith((".", "!", "?", '"')) else claim + ".")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, shown
 
-SKIP = "correct it, or pass on_error='skip' to leave such rows out"
+SKIP_ROWS = "pass on_error='skip' to leave such rows out"
+SKIP = f"correct it, or {SKIP_ROWS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Row:
         where: the row's place, such as "zsre_train.jsonl, line 17".
         path: the nested object's own path within the row, such as "locality.".
 
-    Every accessor raises `KnowledgeError` naming place, field and value. Texts come back trimmed and never empty.
+    Every accessor raises `KnowledgeError` naming place, field and value. Texts come back as they are, never empty.
     """
 
     values: Mapping[str, Any]
@@ -47,6 +48,11 @@ class Row:
     def optional_text(self, field: str) -> str | None:
         """A string, or None where the field is absent."""
         return None if self.values.get(field) is None else self.text(field)
+
+    def subject(self, field: str = "subject") -> str | None:
+        """What the row is about, without white space at the ends; None where the field is absent."""
+        name = self.optional_text(field)
+        return None if name is None else name.strip()
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A string or a list of strings, as a tuple of at least one."""
@@ -93,7 +99,14 @@ class Row:
             value.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
             raise self.error(field, "is not valid Unicode text", value) from error
-        return value.strip()
+        return value
+
+
+def row_of(value: Any, where: str) -> Row | KnowledgeError:
+    """An object as a row; anything else as the error to raise or to count."""
+    if isinstance(value, Mapping):
+        return Row(value, where)
+    return KnowledgeError(f"{where}: not an object ({shown(value)}); {SKIP}", reason="not an object")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +142,18 @@ def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFac
             guess = f"the row looks like {schema.name} ({', '.join(schema.fields)}) and has {', '.join(found)}"
             raise row.error(field, "is missing", mend=f"{guess}; {SKIP}")
     return schema.read(row)
+
+
+def fill_in(row: Row, field: str, template: str, subject: str | None) -> tuple[str, int | None]:
+    """A prompt with its subject in the place of ``{}`` (the first of them is the subject's place, if there are more),
+    and where the subject begins; a prompt without ``{}`` as it is, and None.
+
+    Raises:
+        KnowledgeError: there is a ``{}``, but no subject.
+    """
+    place = template.find("{}")
+    if place < 0:
+        return template, None
+    if subject is None:
+        raise row.error(field, "has a {} for the subject, but the row names none", template)
+    return template.replace("{}", subject), place

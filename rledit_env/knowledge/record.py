@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rledit_env.knowledge.text import find_subject
+
 
 class KnowledgeError(ValueError):
     """Knowledge that cannot be used as it is.
@@ -44,7 +46,7 @@ class ImpliedFact:
 
 @dataclass(frozen=True, slots=True)
 class EditRecord:
-    """One fact to edit. Prompts and answers carry no space at either end; the language model joins them with one.
+    """One fact to edit. Texts are as they were given; `TextEncoder` joins prompts and answers as the model needs it.
 
     Attributes:
         prompt: the edit prompt x.
@@ -53,6 +55,8 @@ class EditRecord:
         unrelated: (x', y'), facts that must not change; at least one.
         original: the answer before the edit, where the schema has it; CounterFact's metrics compare against it.
         subject: what the fact is about, where the schema has it.
+        subject_start: where the subject begins in the prompt, where the schema says so (the place of its ``{}``).
+        lead: characters of a chat template before the prompt's own words.
         origin: where the record came from, such as "zsre_train.jsonl, line 17"; used in error messages.
         implied: what follows from the edit, where the schema has it (KnowEdit's portability); only ever scored.
 
@@ -68,6 +72,17 @@ class EditRecord:
     subject: str | None = None
     origin: str = ""
     implied: tuple[ImpliedFact, ...] = ()
+    subject_start: int | None = None
+    lead: int = 0
+
+    @property
+    def subject_span(self) -> tuple[int, int] | None:
+        """The subject's first character in the prompt and the one after its last, where the prompt has it: the place
+        that the schema gives, or else that of `find_subject`."""
+        if self.subject is None:
+            return None
+        start = find_subject(self.prompt, self.subject) if self.subject_start is None else self.subject_start
+        return None if start is None else (start, start + len(self.subject))
 
     def __post_init__(self) -> None:
         _require(isinstance(self.paraphrases, tuple) and self.paraphrases, self.origin, "paraphrases", self.paraphrases)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rledit_env.knowledge import hub
-from rledit_env.knowledge.fields import SKIP, Row
+from rledit_env.knowledge.content import (
+    MORE_CELLS,
+    PARQUET,
+    parquet_values,
+    table_rows,
+    unpacked,
+    yaml_values,
+)
+from rledit_env.knowledge.fields import SKIP, Row, row_of
 from rledit_env.knowledge.record import KnowledgeError, shown
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -49,7 +55,7 @@ def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
     if not isinstance(data, Iterable):
         raise KnowledgeError(f"data is {shown(data)}; give a path, a hub id, a mapping of splits or a list of rows")
     rows = list(data)
-    return f"list of {len(rows)} dictionaries", (_row(value, f"list item {i}") for i, value in enumerate(rows))
+    return f"list of {len(rows)} dictionaries", (row_of(value, f"list item {i}") for i, value in enumerate(rows))
 
 
 def _find_named(kind: str, name: str, split: str) -> tuple[str, Rows]:
@@ -70,7 +76,7 @@ def _find_named(kind: str, name: str, split: str) -> tuple[str, Rows]:
         raise KnowledgeError(f"{name}: there is no such file or folder; check the path", reason="no such file")
     else:
         place, rows = hub.open_hub(kind, name, split)
-    return place, (_row(value, f"{place}, row {i}") for i, value in enumerate(rows))
+    return place, (row_of(value, f"{place}, row {i}") for i, value in enumerate(rows))
 
 
 def _of_split(data: Mapping[str, Any], split: str) -> Any:
@@ -92,24 +98,51 @@ def _in_folder(folder: Path, kind: str, split: str) -> Path | None:
 
 
 def read_file(path: Path, label: str = "") -> Rows:
-    """The rows of a JSON Lines file, or of a `.json` file that holds a list; either may be compressed with gzip.
+    """The rows of a file, whatever its name: JSON Lines, a list or objects of JSON one after the other, a table with a
+    heading (CSV), YAML or Parquet; compressed with gzip, bzip2 or xz, in UTF-8 or UTF-16.
 
     Blank lines are passed over. `label` goes before the file's name in every row's place.
 
     Raises:
-        KnowledgeError: the file cannot be read or decompressed, or it breaks off in the middle of a list.
+        KnowledgeError: the file cannot be read or is of another form, or it breaks off in the middle of a list.
     """
     place = label + path.name
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):  # gzip's first two bytes, whatever the file is called
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise KnowledgeError(f"{path}: cannot be read ({error}); check the file", reason="unreadable file") from error
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    if ".json" in path.suffixes and content.lstrip().startswith(b"["):
-        return _read_list(content, place)
+    content = unpacked(path)
+    if content.startswith(PARQUET):
+        return (row_of(value, f"{place}, row {i}") for i, value in enumerate(parquet_values(path)))
+    start = content.lstrip()[:1]
+    if start == b"[" or (start == b"{" and _spans_lines(content)):
+        return _read_values(content, place)
+    if start != b"{":
+        if (table := table_rows(content, path)) is not None:
+            return (_tablerow_of(values, f"{place}, line {line}") for values, line in table)
+        if (values := yaml_values(content, path)) is not None:
+            return (row_of(value, f"{place}, entry {i}") for i, value in enumerate(values))
     return _read_lines(content, place)
+
+
+def _spans_lines(content: bytes) -> bool:
+    """Whether the first object does not end on its first line, but later."""
+    text = content.lstrip().decode("utf-8", errors="replace")
+    try:
+        json.loads(text.split("\n", 1)[0])
+        return False
+    except (json.JSONDecodeError, RecursionError):
+        pass
+    try:
+        json.JSONDecoder().raw_decode(text)
+        return True
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _tablerow_of(values: dict[str, Any], where: str) -> Row | KnowledgeError:
+    count = values.pop(MORE_CELLS, None)
+    if count is None:
+        return Row(values, where)
+    problem = f"has {count} cells for {len(values)} columns"
+    return KnowledgeError(f"{where}: {problem}; put quotes around a text that holds the delimiter, or {SKIP}",
+                          reason="more cells than columns")
 
 
 def _read_lines(content: bytes, place: str) -> Rows:
@@ -118,50 +151,55 @@ def _read_lines(content: bytes, place: str) -> Rows:
         if not line.strip():
             continue
         try:
-            yield _row(json.loads(line.decode("utf-8")), where)
+            yield row_of(json.loads(line.decode("utf-8")), where)
         except UnicodeDecodeError as error:
             yield _bad_utf8(where, error, SKIP)
         except (json.JSONDecodeError, RecursionError) as error:
             yield KnowledgeError(f"{where}: malformed JSON ({error}: {shown(line)}); {SKIP}", reason="malformed JSON")
 
 
-def _read_list(content: bytes, place: str) -> Rows:
-    """Entry by entry, so that each has its line; after a malformed one the rest of a list cannot be found."""
+def _read_values(content: bytes, place: str) -> Rows:
+    """Lists and objects one after the other, entry by entry, so that each has its line; after a malformed one the rest
+    cannot be found."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _bad_utf8(f"{place}, line {line}", error, "save the file as UTF-8") from error
     decoder = json.JSONDecoder()
-    at, line, counted = text.index("[") + 1, 1, 0
-
-    def next_mark(at: int) -> int:
-        while at < len(text) and text[at].isspace():
-            at += 1
-        return at
-
-    at = next_mark(at)
-    closed = text.startswith("]", at)
-    while not closed:
+    at, line, counted, inside, separated = 0, 1, 0, False, True
+    while True:
+        at = _next_mark(text, at)
+        if at == len(text):
+            break
         line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            message = f"{place}, line {line}: malformed JSON ({error}); correct the file"
-            raise KnowledgeError(message, reason="malformed JSON") from error
-        yield _row(value, f"{place}, line {line}")
-        at = next_mark(at)
-        closed = text.startswith("]", at)
-        if not closed and not text.startswith(",", at):
-            message = f"{place}, line {line}: malformed JSON (the list breaks off after this entry); correct the file"
-            raise KnowledgeError(message, reason="malformed JSON")
-        at = next_mark(at + 1)
+        where = f"{place}, line {line}"
+        if text[at] == "[" and not inside:
+            at, inside, separated = at + 1, True, True
+        elif text[at] == "]" and inside:
+            at, inside, separated = at + 1, False, True
+        elif text[at] == "," and not separated:
+            at, separated = at + 1, True
+        elif inside and not separated:
+            raise KnowledgeError(f"{where}: malformed JSON (the list breaks off before this); correct the file",
+                                 reason="malformed JSON")
+        else:
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                message = f"{where}: malformed JSON ({error}); correct the file"
+                raise KnowledgeError(message, reason="malformed JSON") from error
+            separated = False
+            yield row_of(value, where)
+    if inside:
+        raise KnowledgeError(f"{place}, line {line}: malformed JSON (the list breaks off after this entry); correct "
+                             "the file", reason="malformed JSON")
 
 
-def _row(value: Any, where: str) -> Row | KnowledgeError:
-    if isinstance(value, Mapping):
-        return Row(value, where)
-    return KnowledgeError(f"{where}: not an object ({shown(value)}); {SKIP}", reason="not an object")
+def _next_mark(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _bad_utf8(where: str, error: UnicodeDecodeError, mend: str) -> KnowledgeError:

@@ -73,8 +73,7 @@ def load_knowledge(
     """
     if kind not in READERS:
         raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(READERS)}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error {on_error!r} is unknown; it is 'raise' or 'skip'")
+    check_on_error(on_error)
     split = split_name(split)
     source, rows = find_rows(kind, data, split)
 
@@ -96,12 +95,19 @@ def load_knowledge(
         else:
             facts.append(fact)
     if faulty:
-        warnings.warn(f"{source}: {faulty.total()} faulty rows skipped: {_counts(faulty)}", stacklevel=2)
+        warnings.warn(f"{source}: {faulty.total()} faulty rows skipped: {reason_counts(faulty)}", stacklevel=2)
     records = pair(facts, left_out)
     skipped = left_out + faulty
     if not records:
-        raise KnowledgeError(f"{source}: no usable record (skipped: {_counts(skipped) or 'none'}); check the data")
+        counts = reason_counts(skipped) or "none"
+        raise KnowledgeError(f"{source}: no usable record (skipped: {counts}); check the data")
     return KnowledgeDataset(kind, source, split, tuple(records), dict(skipped))
+
+
+def check_on_error(on_error: str) -> None:
+    """Refuse what is neither "raise" nor "skip"."""
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error {on_error!r} is unknown; it is 'raise' or 'skip'")
 
 
 def held_out(dataset: KnowledgeDataset) -> tuple[KnowledgeDataset, KnowledgeDataset]:
@@ -198,5 +204,6 @@ class KnowledgeStream:
         return array.astype(np.int64)
 
 
-def _counts(reasons: Mapping[str, int]) -> str:
+def reason_counts(reasons: Mapping[str, int]) -> str:
+    """The reasons why rows were not used, with their numbers, in words."""
     return ", ".join(f"{count} × {reason}" for reason, count in reasons.items())

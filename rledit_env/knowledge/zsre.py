@@ -37,17 +37,26 @@ def _flat(row: Row, target: str, original: str | None) -> EditRecord:
         prompt=row.text("src"),
         target=row.text(target),
         paraphrases=row.texts("rephrase"),
-        unrelated=(UnrelatedFact(_with_question_mark(row.text("loc")), row.first_text("loc_ans")),),
+        unrelated=(UnrelatedFact(with_question_mark(row.text("loc")), row.first_text("loc_ans")),),
         original=original,
-        subject=row.optional_text("subject"),
+        subject=row.subject(),
         origin=row.where,
+        implied=_new_question(row),
     )
+
+
+def _new_question(row: Row) -> tuple[ImpliedFact, ...]:
+    """The portability of flat ZsRE (Yao et al. 2023): one question, beside the relation that it recalls."""
+    if not row.values.get("portability"):
+        return ()
+    asked = row.inner("portability")
+    return (ImpliedFact(asked.text("New Question"), asked.first_text("New Answer")),)
 
 
 def _read_knowedit(row: Row) -> EditRecord:
     groups = row.inner("locality")
     unrelated = tuple(
-        UnrelatedFact(_with_question_mark(fact.text("prompt")), fact.first_text("ground_truth"))
+        UnrelatedFact(with_question_mark(fact.text("prompt")), fact.first_text("ground_truth"))
         for name in _present(groups)
         for fact in groups.inners(name)
     )
@@ -60,7 +69,7 @@ def _read_knowedit(row: Row) -> EditRecord:
         paraphrases=row.texts("rephrase_prompt"),
         unrelated=unrelated,
         original=row.first_text("ground_truth") if row.values.get("ground_truth") else None,
-        subject=row.optional_text("subject"),
+        subject=row.subject(),
         origin=row.where,
         implied=tuple(
             ImpliedFact(fact.text("prompt"), fact.first_text("ground_truth"))
@@ -95,7 +104,8 @@ def mend_answer(row: Row) -> str:
     return next((one for one in outputs if one.values.get("answer") is not None), outputs[0]).text("answer")
 
 
-def _with_question_mark(prompt: str) -> str:
+def with_question_mark(prompt: str) -> str:
+    """A question of Natural Questions with its question mark, any other prompt as it is."""
     return prompt + "?" if prompt.startswith(NQ_PREFIX) and not prompt.endswith("?") else prompt
 
 

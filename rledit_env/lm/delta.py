@@ -82,7 +82,8 @@ def save_delta(lm: EditableLM, folder: str | Path, overwrite: bool = False) -> P
     another model, or twice.
 
     Raises:
-        FileExistsError: the folder is not empty (unless ``overwrite``).
+        FileExistsError: the folder is not empty. With ``overwrite`` it is replaced, if rledit wrote all of it in one
+            piece, as its marker says (`rledit_env.files.check_free`).
     """
     tensors: dict[str, Tensor] = {}
     for name, change in changes(lm).items():
@@ -95,7 +96,7 @@ def save_delta(lm: EditableLM, folder: str | Path, overwrite: bool = False) -> P
     metadata = {
         "format": FORMAT, "base_model": lm.name, "dtype": str(lm.dtype), "modules": json.dumps(list(lm.module_shapes)),
     }  # fmt: skip
-    with whole_folder(folder, overwrite) as work:
+    with whole_folder(folder, overwrite, "weight change") as work:
         write_tensors(work / DELTA_FILE, tensors, metadata)
     return Path(folder)
 
@@ -140,14 +141,14 @@ def save_lora(
         lm: the edited LLM.
         folder: the adapter's.
         rank: the most factors a module; None means as many as make the adapter exact.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that is not empty, as for :func:`save_delta`.
 
     Returns:
         Module → its factors, with the error of cutting them to ``rank``; :func:`relative_error` sums them up.
 
     Raises:
         ValueError: ``rank`` is less than 1.
-        FileExistsError: the folder is not empty (unless ``overwrite``).
+        FileExistsError: as :func:`save_delta`.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more, or None for an exact adapter")
@@ -169,7 +170,7 @@ def save_lora(
     }
     tensors = {f"base_model.model.{n}.lora_A.weight": one.down for n, one in factors.items()}
     tensors |= {f"base_model.model.{n}.lora_B.weight": one.up for n, one in factors.items()}
-    with whole_folder(folder, overwrite) as work:
+    with whole_folder(folder, overwrite, "adapter") as work:
         write_text(work / "adapter_config.json", json.dumps(config, indent=1) + "\n")
         write_tensors(work / "adapter_model.safetensors", tensors, {"format": "pt"})
     return factors

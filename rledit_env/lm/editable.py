@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.files import whole_folder
+from rledit_env.knowledge.text import find_subject
 from rledit_env.lm.attention import prefer_fast_attention
 from rledit_env.lm.forward import (
     Passage,
@@ -33,6 +35,8 @@ from rledit_env.lm.norms import prefer_fast_norms
 from rledit_env.lm.placement import resolve_device, resolve_dtype
 from rledit_env.lm.products import outer, prefer_fast_products
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
+from rledit_env.lm.sharing import frozen_weights
+from rledit_env.lm.tokens import Offsets, TextEncoder
 from rledit_env.lm.weights import EditedWeights
 
 
@@ -98,6 +102,7 @@ class EditableLM(EditedWeights):
                 "covers; convert it with the tokenizers library or choose another model"
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.text = TextEncoder(tokenizer)
         prefer_fast_attention(model)
         prefer_fast_norms(model)
         prefer_fast_gates(model)
@@ -150,6 +155,21 @@ class EditableLM(EditedWeights):
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
+        """A copy with edited weights of its own, equal to these, over the same frozen weights; the tokenizer and the
+        caches are shared."""
+        shared = [self.tokenizer, self.prefix_cache, self.reference_cache]
+        shared += [*self._original.values(), *self._original_run.values()]
+        memo |= frozen_weights(self.model, self._modules) | {id(part): part for part in shared}
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        parts = {name: part for name, part in self.__dict__.items() if name not in ("_master", "holder")}
+        other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in parts.items()})
+        other.holder = None
+        other._take_masters()
+        other.restore(self._master)
+        return other
+
     # -- names, places -------------------------------------------------------------------------------------------
 
     @property
@@ -170,10 +190,29 @@ class EditableLM(EditedWeights):
     def context_length(self) -> int:
         return self.model.config.get_text_config().max_position_embeddings
 
+    @property
+    def pad_token_id(self) -> int:
+        """What rows are filled up with, which no token sees: the tokenizer's, its end token where it has none."""
+        known = len(self.model.get_input_embeddings().weight)
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in ids if token is not None and token < known), 0)
+
     # -- text ----------------------------------------------------------------------------------------------------
 
-    def tokenize(self, prompt: str, answer: str, subject: str | None = None, origin: str = "") -> Passage:
-        """The passage ``prompt + " " + answer``.
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued (see :class:`TextEncoder`)."""
+        return self.text.encode(text)
+
+    def tokenize(
+        self, prompt: str, answer: str, subject: str | tuple[int, int] | None = None, origin: str = ""
+    ) -> Passage:
+        """The passage of a prompt and its answer, joined as :class:`TextEncoder` joins them.
+
+        Args:
+            prompt, answer: texts.
+            subject: what the prompt is about: its text, sought in the prompt (`find_subject`), or its first character
+                there and the one after its last.
+            origin: the place of the fact, for messages.
 
         Raises:
             ValueError: the passage is longer than the model's context, or the answer has no token.
@@ -184,36 +223,23 @@ class EditableLM(EditedWeights):
         self,
         prompts: Sequence[str],
         answers: Sequence[str],
-        subjects: Sequence[str | None],
+        subjects: Sequence[str | tuple[int, int] | None],
         origins: Sequence[str],
     ) -> list[Passage]:
         """:meth:`tokenize` for many texts at once."""
-        texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        encoding = self.tokenizer(texts, return_offsets_mapping=True)
-        rows = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        return [
-            self._passage(ids, offsets, prompt, answer, subject, origin)
-            for (ids, offsets), prompt, answer, subject, origin in zip(
-                rows, prompts, answers, subjects, origins, strict=True
-            )
-        ]
-
-    def _passage(
-        self, ids: list[int], offsets: list[tuple[int, int]], prompt: str, answer: str, subject: str | None, origin: str
-    ) -> Passage:
-        first = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), None)
-        if not first:  # no answer token, or no prompt token before it
-            raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
-        if len(ids) > self.context_length:
-            raise ValueError(
-                f"{origin}: prompt and answer have {len(ids)} tokens, but the context of {self.name or 'the model'} "
-                f"holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
-            )
-        position = None
-        if subject and (start := prompt.find(subject)) >= 0:
-            stop = start + len(subject)
-            position = max(i for i in range(first) if offsets[i][0] < stop and offsets[i][1] > offsets[i][0])
-        return Passage(tuple(ids[:-1]), tuple(ids[first:]), position)
+        passages = []
+        rows = zip(self.text.pairs(prompts, answers), prompts, answers, subjects, origins, strict=True)
+        for (ids, offsets, first), prompt, answer, subject, origin in rows:
+            if not 0 < first < len(ids):
+                raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
+            if len(ids) > self.context_length:
+                raise ValueError(
+                    f"{origin}: prompt and answer have {len(ids)} tokens, but the context of "
+                    f"{self.name or 'the model'} holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
+                )
+            position = _last_token(offsets[:first], _span(prompt, subject))
+            passages.append(Passage(tuple(ids[:-1]), tuple(ids[first:]), position))
+        return passages
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -382,22 +408,22 @@ class EditableLM(EditedWeights):
             extra: tokens beyond that (or in all, without ``longest``).
             batch_size: prompts decoded together.
         """
-        tokenizer = self.tokenizer
-        answers = [len(tokenizer(" " + text)["input_ids"]) for text in longest] if longest else [0] * len(prompts)
+        tokenizer, pad = self.tokenizer, self.pad_token_id
+        answers = [len(self.encode(" " + text.strip(" "))) for text in longest] if longest else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            rows = [tokenizer(prompts[i])["input_ids"] for i in chunk]
+            rows = [self.encode(prompts[i]) for i in chunk]
             width = max(map(len, rows))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             output = self.model.generate(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max(answers[i] for i in chunk) + extra,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
             )
             for i, row in zip(chunk, output[:, width:], strict=True):
                 texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
@@ -538,9 +564,25 @@ class EditableLM(EditedWeights):
         The weights are written as the model runs with them, in its precision; the folder appears when it is complete.
 
         Raises:
-            FileExistsError: the folder is not empty (unless ``overwrite``).
+            FileExistsError: the folder is not empty. With ``overwrite`` it is replaced, if rledit wrote all of it in
+                one piece, as its marker says (`rledit_env.files.check_free`).
         """
-        with whole_folder(folder, overwrite) as work:
+        with whole_folder(folder, overwrite, "edited model") as work:
             self.model.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
         return Path(folder)
+
+
+def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Where the subject stands in the prompt."""
+    if not isinstance(subject, str):
+        return subject
+    start = find_subject(prompt, subject)
+    return None if start is None else (start, start + len(subject))
+
+
+def _last_token(offsets: Offsets, span: tuple[int, int] | None) -> int | None:
+    """The index of the last token that covers a character of the span."""
+    if span is None:
+        return None
+    return max((i for i, (start, end) in enumerate(offsets) if start < span[1] and end > start), default=None)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.files import sha256_of
+from rledit_env.files import MARKER, mark, read_marker, sha256_of
 from rledit_env.lm import tiny
 
 __all__ = [
@@ -293,6 +293,10 @@ def _install(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(folder)
+    except OSError as error:
+        raise _unwritable(cache, error) from error
+    try:
         with _lock(folder.with_name(f"{spec.name}.lock"), progress):
             if _is_complete(folder, source):  # another process made it while this one waited
                 return folder
@@ -309,6 +313,7 @@ def _install(
                 files = {path.name: path.stat().st_size for path in converted.iterdir()}
                 marker = {"name": spec.name, "gguf_sha256": source.gguf_sha256, "files": files}
                 (converted / _MARKER).write_text(json.dumps(marker, indent=2), encoding="utf-8")
+                mark(converted, "converted model", whole=True, files=[*files, _MARKER])
                 if folder.exists():
                     folder.rename(work / "incomplete")
                 converted.rename(folder)
@@ -317,11 +322,42 @@ def _install(
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        raise ModelError(
-            f"the cache folder '{cache}' cannot be written ({error}); "
-            f"set RLEDIT_CACHE to a folder of yours, or pass another one as cache"
-        ) from error
+        raise _unwritable(cache, error) from error
     return folder
+
+
+def _unwritable(cache: Path, error: OSError) -> ModelError:
+    return ModelError(
+        f"the cache folder '{cache}' cannot be written ({error}); "
+        f"set RLEDIT_CACHE to a folder of yours, or pass another one as cache"
+    )
+
+
+def folder_to_write(name: str) -> Path | None:
+    """The folder that :func:`fetch` will write for a registry name; None if it will write none there."""
+    spec = MODELS.get(name)
+    if spec is None or spec.wheel is None:
+        return None
+    folder = cache_dir() / "models" / spec.name
+    return None if _is_complete(folder, spec.wheel) else folder
+
+
+def check_replaceable(folder: Path) -> None:
+    """Make sure that an incomplete model, which is made anew, holds nothing else.
+
+    Raises:
+        FileExistsError: it does.
+    """
+    if not folder.is_dir():
+        return
+    own = {MARKER, _MARKER}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one names nothing
+        own |= set(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["files"])
+    if (marker := read_marker(folder)) is not None:
+        own |= set(marker.files)
+    foreign = min((path.name for path in folder.iterdir() if path.name not in own), default=None)
+    if foreign is not None:
+        raise FileExistsError(f"{folder} holds {foreign}, which rledit did not write: move that away")
 
 
 def _is_complete(folder: Path, source: WheelSource) -> bool:

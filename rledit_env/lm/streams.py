@@ -43,6 +43,7 @@ class StreamLM(EditableLM):
         self._run = {  # (d_out, d_in); the master itself where that is what the model runs in
             n: w if w.dtype == self.dtype else self._original_oriented[n].clone() for n, w in self._master.items()
         }
+        self.holder = None
         self._members: list[StreamLM] = [self]
         self._at_original = False
         self._now: list[tuple[int, int]] = []  # see _route
@@ -52,6 +53,13 @@ class StreamLM(EditableLM):
         """Bytes of memory that this stream adds to what it shares."""
         own = {w.data_ptr(): w.nbytes for weights in (self._master, self._run) for w in weights.values()}
         return sum(own.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamLM:
+        """Another stream with the same edited weights, its own, over what this one shares."""
+        other = StreamLM(self)
+        memo[id(self)] = other
+        other.restore(self._master)
+        return other
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 

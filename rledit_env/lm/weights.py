@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +32,44 @@ class EditedWeights:
 
     Attributes:
         module_shapes: module → (d_in, d_out).
+        holder: the environment whose episode the weights are those of; None before any.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.holder: ref[Any] | None = None
         self._modules: dict[str, Any] = dict(modules)
         self.module_shapes: dict[str, tuple[int, int]] = {}
-        self._master: dict[str, Tensor] = {}
         for n, module in self._modules.items():
             if module.weight.is_meta:
                 raise ValueError(
                     f"the weight of {n} is offloaded to the host or the disk, where it cannot be edited; give a device "
                     "map that keeps the layers of edit_modules on a device"
                 )
-            weight = self._oriented(module).detach()
-            self.module_shapes[n] = (weight.shape[1], weight.shape[0])
-            self._master[n] = at_least_float32(weight)  # the model's own tensor where that is precise enough
-        self._original_run = {n: m.weight.detach().clone() for n, m in self._modules.items()}
-        self._original = {  # the same tensor where the model's precision is enough
-            n: at_least_float32(w.t() if isinstance(self._modules[n], Conv1D) else w)
-            for n, w in self._original_run.items()
-        }
+            d_out, d_in = self._oriented(module).shape
+            self.module_shapes[n] = (d_in, d_out)
+        self._take_masters()
+        self._take_originals({n: m.weight.detach().clone() for n, m in self._modules.items()})
         self._norms = {n: float(w.norm()) for n, w in self._original.items()}
+
+    def _take_masters(self) -> None:
+        """Edit the modules' own tensors, or copies where their precision is not enough."""
+        self._master = {n: at_least_float32(self._oriented(m).detach()) for n, m in self._modules.items()}
+
+    def _take_originals(self, run: dict[str, Tensor]) -> None:
+        """Let these, as the modules hold them, be the pre-trained weights."""
+        self._original_run = run
+        self._original = {  # the same tensor where the model's precision is enough
+            n: at_least_float32(w.t() if isinstance(self._modules[n], Conv1D) else w) for n, w in run.items()
+        }
+
+    def leave_originals(self) -> None:
+        """Edit copies from now on: the tensors that the modules came with become the pre-trained weights, which are
+        never written."""
+        given = {n: module.weight.data for n, module in self._modules.items()}
+        for n, module in self._modules.items():
+            module.weight.data = self._original_run[n]
+        self._take_originals(given)
+        self._take_masters()
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +208,28 @@ class EditedWeights:
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the edited weights, float32 (d_out, d_in)."""
         return {name: weight.clone() for name, weight in self._master.items()}
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Within it the weights may be changed, by another environment too; afterwards they are as before, and the same
+        environment goes on with them."""
+        weights, holder = self.snapshot(), self.holder
+        try:
+            yield
+        finally:
+            self.restore(weights)
+            self.holder = holder
+
+    def __copy__(self) -> EditedWeights:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError(
+            f"an {type(self).__name__} is not pickled, since its model may take gigabytes; write it by "
+            "save_pretrained(folder) and load it by the folder's name, or copy it in this process: copy.deepcopy(lm)"
+        )
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:

@@ -221,8 +221,8 @@ def test_a_damaged_memory_costs_one_step_more(tmp_path: Path) -> None:
 
 
 def edit_and_die(folder: Path) -> str:
-    """Edit, or go on editing, in a folder "at N", killed just before the N-th change of its files; the hash of the final
-    weights."""
+    """Edit, or go on editing, in a folder "at N", killed just before the N-th change of its files; a hash of the
+    final weights."""
     die_at(folder, int(folder.name.split()[1]))
     lm, facts = load()
     facts = replace(facts, records=facts.records * 2)

@@ -116,8 +116,8 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
 
 
 def train_and_die(folder: Path) -> str:
-    """Train, or go on training, in a folder "at N", killed just before the N-th change of its files; a hash of the whole
-    training state."""
+    """Train, or go on training, in a folder "at N", killed just before the N-th change of its files; a hash of the
+    whole training state."""
     die_at(folder, int(folder.name.split()[1]))
     env, eval_env = environments()
     agent = new_agent(env).learn(

@@ -13,9 +13,9 @@ import torch
 
 from rledit_env.lm.editable import EditableLM
 
-SPEED = Path(__file__).parents[2] / "benchmarks" / "speed.py"
-sys.path.append(str(SPEED.parent))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import speed
+
 MODULES = {
     "tiny-gpt2": "transformer.h.[1-2].mlp.c_{fc,proj}",
     **dict.fromkeys(
@@ -43,9 +43,9 @@ def test_the_plain_path_gives_the_same_loss_update_and_gradients(model: str) -> 
 def test_every_section_writes_its_numbers(tmp_path: Path) -> None:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     command = [
-        sys.executable, str(SPEED), "--model", "tiny-llama", "--edit-modules", MODULES["tiny-llama"], *options,
-        "--edit-batch-size", "3", "--solve-widths", "1024", "--growth-edits", "24",
-        "--growth-batch-sizes", "2", "3", "--growth-depths", "0", "1", "--out", str(tmp_path), "--sections", "step", "edit", "solve", "memory", "growth",
+        sys.executable, speed.__file__, "--model", "tiny-llama", "--edit-modules", MODULES["tiny-llama"], *options,
+        "--edit-batch-size", "3", "--solve-widths", "1024", "--growth-edits", "24", "--growth-batch-sizes", "2", "3",
+        "--growth-depths", "0", "1", "--out", str(tmp_path), "--sections", "step", "edit", "solve", "memory", "growth",
     ]  # fmt: skip
     process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
@@ -62,7 +62,7 @@ def test_every_section_writes_its_numbers(tmp_path: Path) -> None:
 def test_a_shape_s_model_is_the_same_every_time_and_reads_with_a_tokenizer_it_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(SPEED.parent))
+    monkeypatch.syspath_prepend(str(Path(speed.__file__).parent))
     import shapes
 
     numbers, _ = shapes.SHAPES["random-llama-3-8b"]

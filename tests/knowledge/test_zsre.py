@@ -54,7 +54,7 @@ def one(row):
 
 def test_mend_flat_edits_src_to_alt():
     record = one(MEND_FLAT)
-    assert (record.prompt, record.target) == ("What is made by UniFirst?", "aircraft")
+    assert (record.prompt, record.target) == ("What is made by UniFirst?", " aircraft ")
     assert record.paraphrases == ("What is the product of UniFirst?",)
     assert (record.original, record.subject, record.origin) == ("uniform", "UniFirst", "list item 0")
 

@@ -1,0 +1,92 @@
+"""Copies of environments: they share the model's frozen weights and the data, and go on by themselves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+SHARED = ("model", "tokenizer", "data")  # arguments that may take gigabytes, and are never written
+
+
+class SharedArguments(dict[str, Any]):
+    """What an environment was made with. A deep copy, such as Gymnasium makes for the ``spec`` of every wrapper, shares
+    the model, the tokenizer and the data."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedArguments:
+        return SharedArguments({k: v if k in SHARED else copy.deepcopy(v, memo) for k, v in self.items()})
+
+
+class Copied:
+    """Mixed into an environment: copies, pickles and ``spec`` as :mod:`rledit_env.copying` says.
+
+    Attributes:
+        arguments: what it was made with, by name.
+    """
+
+    arguments: Mapping[str, Any]
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> Any:
+        """What Gymnasium made it from."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None:
+            spec = dataclasses.replace(spec, kwargs=SharedArguments(spec.kwargs))
+        self._spec = spec
+
+    def __copy__(self) -> Any:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        self._share(memo)
+        other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()})
+        return other
+
+    def _share(self, memo: dict[int, Any]) -> None:
+        """Put into a deep copy's memo what it is to share."""
+        for space in self.__dict__.values():
+            if isinstance(space, spaces.Space):
+                memo |= {id(bound): bound for bound in _bounds(space)}
+
+    def __reduce__(self) -> Any:
+        model = self.arguments.get("model", "")
+        if not isinstance(model, str | os.PathLike):
+            raise pickle.PicklingError(
+                f"this environment was made with a model object ({type(model).__name__}), which is not pickled; make "
+                "it with the model's name or folder, or copy it in this process: copy.deepcopy(env). An agent in it is "
+                "written by its save(folder)"
+            )
+        return _made_again, (type(self), dict(self.arguments), self.spec), self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """What a pickle keeps beside the arguments, for ``__setstate__``."""
+        raise NotImplementedError
+
+
+def _made_again(kind: type, arguments: Mapping[str, Any], spec: EnvSpec | None) -> Any:
+    env = kind(**arguments)
+    env.spec = spec
+    return env
+
+
+def _bounds(space: spaces.Space[Any]) -> Iterator[Any]:
+    """The arrays of a space's bounds, which are as large as what they bound and never written."""
+    if isinstance(space, spaces.Dict):
+        for part in space.values():
+            yield from _bounds(part)
+    elif isinstance(space, spaces.Box):
+        yield from (space.low, space.high, space.bounded_below, space.bounded_above)

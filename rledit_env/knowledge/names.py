@@ -1,0 +1,68 @@
+"""What published data sets and editing tools call the parts of a fact."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+
+# In order of precedence: where a row has several, the first is meant. The plain schema's own name comes first.
+PROMPT = (
+    "prompt", "src", "edit_prompt", "prompts", "question", "update", "instruction", "input", "query", "cloze", "text",
+    "questions", "sentence",
+)  # fmt: skip
+TARGET = (
+    "target", "target_new", "new_target", "targets", "new_answer", "answer_new", "alt", "edit_target", "ans", "labels",
+    "label", "answer", "answers", "output", "response", "completion",
+)  # fmt: skip
+SUBJECT = ("subject", "subjects", "concept", "entity")
+ORIGINAL = (
+    "original", "target_true", "ground_truth", "old_answer", "answer_old", "original_answer", "answers", "answer",
+)  # fmt: skip
+PARAPHRASES = (
+    "paraphrases", "paraphrase_prompts", "paraphrase_prompt", "rephrase_prompts", "rephrase_prompt", "rephrases",
+    "rephrase", "equiv_prompt", "filtered_rephrases", "para_question", "question",
+)  # fmt: skip
+UNRELATED = ("unrelated", "locality", "locality_inputs")  # groups of facts
+UNRELATED_PAIRS = (
+    ("locality_prompt", "locality_ground_truth"), ("locality_prompts", "locality_ground_truths"), ("loc", "loc_ans"),
+    ("unrel_prompt", "unrel_ans"),
+)  # fmt: skip
+NEIGHBOURS = "neighborhood_prompts"  # their answer is the original one
+IMPLIED = ("implied", "portability", "portability_inputs")
+IMPLIED_PAIRS = (
+    ("portability_prompt", "portability_ground_truth"), ("mhop", "mhop_ans"), ("sub_question", "sub_answer"),
+)  # fmt: skip
+REWRITE = "requested_rewrite"
+INNER_PROMPT = ("prompt", "new_question", "question", "src", "input", "query", "prompts", "text")
+INNER_ANSWER = (
+    "answer", "ground_truth", "new_answer", "ans", "answers", "target", "target_new", "output", "labels",
+)  # fmt: skip
+
+# Published fields that say nothing about an edit, or that no score here is made of.
+UNUSED = frozenset((
+    "case_id", "id", "pararel_idx", "relation_id", "relation", "cond", "pred", "prediction", "tag", "personas",
+    "generation_prompts", "attribute_prompts", "alternatives", "target_neg", "idx", "index", "fact_id",
+))  # fmt: skip
+_FEVER = ("claim", "label", "equiv_prompt")
+_PAIRED = tuple(name for pair in (*UNRELATED_PAIRS, *IMPLIED_PAIRS) for name in pair)
+USED = frozenset((
+    *PROMPT, *TARGET, *SUBJECT, *ORIGINAL, *PARAPHRASES, *UNRELATED, *_PAIRED, NEIGHBOURS, *IMPLIED, REWRITE, *_FEVER,
+))  # fmt: skip
+
+
+def plain(name: object) -> str:
+    """A field's name in lower case, with underscores: "Target New" and "target-new" are target_new."""
+    return re.sub(r"[\s-]+", "_", str(name).strip().casefold())
+
+
+def did_you_mean(name: object, known: Collection[str] = USED) -> str | None:
+    """The known name that an unknown name is a misspelling of, if there is one."""
+    if plain(name) in known:
+        return None
+    found = difflib.get_close_matches(plain(name), sorted(known, key=_own_first), n=1, cutoff=0.8)
+    return found[0] if found else None
+
+
+def _own_first(name: str) -> tuple[bool, str]:
+    return name not in ("prompt", "target", "subject", "paraphrases", "unrelated", "original", "implied"), name

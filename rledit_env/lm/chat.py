@@ -1,0 +1,87 @@
+"""Plain prompts in the chat template of a model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
+from rledit_env.lm.tokens import TextEncoder
+
+_MARK = "\ufffc8d1f\ufffc"  # a message that no template holds
+
+
+class ChatTemplate:
+    """A tokenizer's chat template around one message of a user, ready for the model to answer.
+
+    Args:
+        tokenizer: the model's.
+        name: what to call the model in messages.
+
+    Raises:
+        ValueError: it has no chat template, or one that a single message of a user does not fit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the model") -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(f"{name} has no chat template; take a model made for chat, or the prompts as they are")
+        self.tokenizer, self.name = tokenizer, name
+        self.special_tokens = TextEncoder(tokenizer).special_tokens
+        before, mark, _ = self._rendered(_MARK).partition(_MARK)
+        if not mark:
+            raise ValueError(f"the chat template of {name} leaves a user's message out; take the prompts as they are")
+        self.lead = len(before)  # characters before the message
+
+    def __call__(self, prompt: str, origin: str = "") -> str:
+        """The prompt as a user's message, with the beginning of the answer after it.
+
+        Raises:
+            ValueError: the prompt holds tokens of a chat already, or the template changes it.
+        """
+        token = next((token for token in self.special_tokens if token in prompt), None)
+        if token is not None:
+            raise ValueError(f"{origin or 'chat'}: the prompt holds {token!r} already: {prompt!r}; give the plain "
+                             "prompt, or take all prompts as they are")
+        return self._rendered(prompt)
+
+    def wrapped(self, record: EditRecord) -> EditRecord:
+        """The record with every prompt in the template: the edit's, its paraphrases' and those that are only scored."""
+
+        def chat(prompt: str) -> str:
+            return self(prompt, record.origin)
+
+        prompt, span = chat(record.prompt), record.subject_span
+        # Many templates trim the message.
+        message = record.prompt if prompt.startswith(record.prompt, self.lead) else record.prompt.strip()
+        if not prompt.startswith(message, self.lead):
+            raise ValueError(f"{record.origin or 'chat'}: the chat template of {self.name} changes the prompt "
+                             f"{record.prompt!r}; give it as it is to stand in the chat")
+        trimmed = record.prompt.index(message)
+        return replace(
+            record,
+            prompt=prompt,
+            paraphrases=tuple(map(chat, record.paraphrases)),
+            unrelated=tuple(UnrelatedFact(chat(fact.prompt), fact.answer) for fact in record.unrelated),
+            implied=tuple(ImpliedFact(chat(fact.prompt), fact.answer) for fact in record.implied),
+            subject_start=None if span is None else span[0] + self.lead - trimmed,
+            lead=self.lead,
+        )
+
+    def _rendered(self, message: str) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise what they like
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template of {self.name} does not take a user's message ({reason}); take the "
+                             "prompts as they are") from error
+        return str(text)
+
+
+def in_chat(records: Sequence[EditRecord], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[EditRecord, ...]:
+    """The records with every prompt in the chat template of the model's tokenizer (see `ChatTemplate`)."""
+    template = ChatTemplate(tokenizer, name)
+    return tuple(map(template.wrapped, records))

@@ -1,0 +1,30 @@
+"""Copies of a model that share its frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def frozen_weights(model: nn.Module, edited: Iterable[str] = ()) -> dict[int, Any]:
+    """The memo with which a deep copy of a model shares all weights but those of the edited modules.
+
+    The copy has parameters of its own over the same memory, so that whether they take gradients is each one's affair.
+    """
+    own = {id(model.get_submodule(name).weight) for name in edited}
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            plain = type(parameter) is nn.Parameter
+            shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+    return shared
+
+
+def sharing_copy(model: Model) -> Model:
+    """A copy of a model's modules over the same weights."""
+    return copy.deepcopy(model, frozen_weights(model))

@@ -1,0 +1,79 @@
+"""What lies inside wrappers, and whether a view or an agent around them can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+
+Part = Literal["observation", "action"]
+BOTH: tuple[Part, ...] = ("observation", "action")
+
+
+def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> Any:
+    """The `LifelongEditEnv` inside wrappers that leave its observations and actions as they are.
+
+    Args:
+        env: an environment, in wrappers or not.
+        reader: the name of what reads it, for the message.
+        reads: what must be the environment's own.
+        agent: whether the reader is an agent, and not a wrapper.
+
+    Raises:
+        ValueError: it is something else, or a wrapper has replaced what is to be read; the message names the mend.
+    """
+    check_single(env, reader)
+    inner: Any = env.unwrapped
+    if not hasattr(inner, "lm"):
+        raise ValueError(f"{inner} is no environment of this package; give {reader} one such as RLEdit-CounterFact-v0")
+    check_raw(env, reader, reads, agent=agent)
+    return inner
+
+
+def check_single(env: Any, reader: str) -> None:
+    """Raise ValueError for what is no single environment."""
+    kind = type(env).__name__
+    if isinstance(env, VectorEnv):
+        has_vector_view = reader in ("GradientFeatures", "ScaledUpdate")
+        mend = f"use Vector{reader}" if has_vector_view else "make it with gymnasium.make"
+        raise ValueError(f"{reader} takes a single environment, but {kind} is a vector environment; {mend}")
+    if not isinstance(env, gym.Env):
+        raise ValueError(f"{reader} takes an environment, but was given a {kind}; give what gymnasium.make returns")
+
+
+def check_raw(env: Any, reader: str, reads: Sequence[Part], prefix: str = "", agent: bool = False) -> None:
+    """Raise ValueError where a wrapper has replaced the observations or actions that a reader reads.
+
+    Args:
+        env: the wrappers around the environment.
+        prefix: of the names of the spaces: "single_" for a vector environment.
+        others: as :func:`environment_inside`.
+    """
+    for part in reads:
+        name = f"{prefix}{part}_space"
+        if _same(getattr(env, name), getattr(env.unwrapped, name)):
+            continue
+        layer = env
+        while not _same(getattr(layer.env, name), getattr(env.unwrapped, name)):
+            layer = layer.env
+        mend = _mend(layer, reader, agent)
+        raise ValueError(f"{reader} reads the raw {part}s, which {type(layer).__name__} has replaced; {mend}")
+
+
+def _mend(layer: Any, reader: str, agent: bool) -> str:
+    name, ours = type(layer).__name__, type(layer).__module__.startswith("rledit_env.")
+    if agent:
+        return f"give it the environment without {name}"
+    if name == reader:
+        return f"leave out one {reader} of the two"
+    if ours and "FlattenFactors" in (name, reader):
+        return "use one of the two: GradientFeatures(ScaledUpdate(env)), or FlattenFactors(env)"
+    turned = f"put it the other way round: {name}({reader}(env))"
+    return turned if ours else f"{turned}, or leave {name} out"
+
+
+def _same(space: Any, other: Any) -> bool:
+    return space is other or bool(space == other)
+

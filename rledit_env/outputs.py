@@ -1,0 +1,288 @@
+"""Tries every path that is to be written before any work is done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rledit_env.files import check_free, check_growing, check_page, check_result, partial_of
+
+LONG_NAME = "x" * 128  # longer than the names of the files that are written into folders
+
+MENDS = {
+    errno.ENOSPC: "free some space, or name a place on another disk",
+    errno.EDQUOT: "free some space, or name a place on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+class PathError(OSError):
+    """A path cannot be written, or is not the place for what is to be written; the message names the mend."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is read.
+
+    Attributes:
+        name: what to call it, such as "the facts (--facts facts.jsonl)".
+        path: of it.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written.
+
+    Attributes:
+        option: that names it, such as "--out".
+        path: of it.
+        check: raises OSError where what is there may not be replaced or gone on with.
+        folder: whether it is a folder; else it is a file.
+        replaced: whether a folder is written beside its place and renamed.
+        apart: whether it may not lie inside a folder that is read.
+        parts: names in the folder; those of folders end with a slash.
+    """
+
+    option: str
+    path: Path
+    check: Callable[[Path], None]
+    folder: bool = True
+    replaced: bool = False
+    apart: bool = True
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.path}"
+
+
+def whole(option: str, path: Path, overwrite: bool = False) -> Output:
+    """A folder that is written in one piece, see `rledit_env.files.whole_folder`."""
+    return Output(option, path, lambda place: check_free(place, overwrite), replaced=True)
+
+
+def growing(option: str, path: Path, what: str, parts: tuple[str, ...] = ()) -> Output:
+    """A folder that is begun or gone on with, see `rledit_env.files.check_growing`."""
+    return Output(option, path, lambda place: check_growing(place, what), parts=parts)
+
+
+def added(option: str, path: str | Path) -> Output:
+    """A folder that files are added to, whatever it holds."""
+    return Output(option, Path(path), lambda place: None, apart=False)
+
+
+def result(option: str, path: Path, form: str) -> Output:
+    """A JSON file, see `rledit_env.files.check_result`."""
+    return Output(option, path, lambda place: check_result(place, form), folder=False)
+
+
+def page(option: str, path: Path) -> Output:
+    """A page, see `rledit_env.files.check_page`."""
+    return Output(option, path, check_page, folder=False)
+
+
+def try_outputs(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None:
+    """Make sure that everything can be written where it is to be, and that nothing is lost by it. Nothing is left
+    behind.
+
+    Raises:
+        OSError: something cannot; the message names the path, the reason and the mend.
+    """
+    for output in outputs:
+        with _named(output):
+            _check_form(output)
+    for number, output in enumerate(outputs):
+        for source in inputs:
+            _check_apart(output, source)
+        for other in outputs[:number]:
+            _check_distinct(other, output)
+    for output in outputs:
+        output.check(output.path)
+        with _named(output):
+            _try(output)
+
+
+def try_or_exit(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None:
+    """:func:`try_outputs` for a script: what is wrong is said in one line, and ends the program with exit code 2."""
+    try:
+        try_outputs(outputs, inputs)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextmanager
+def _named(output: Output) -> Iterator[None]:
+    """Within it, what the system says of a path is an error that names the output and the mend."""
+    try:
+        yield
+    except PathError:
+        raise
+    except OSError as error:
+        mend = MENDS.get(error.errno or 0, "name a place on a disk that can be written")
+        raise PathError(f"{output} cannot be written ({error.strerror or error}); {mend}") from error
+
+
+# -- what kind of thing is there -----------------------------------------------------------------------------------
+
+
+def _check_form(output: Output) -> None:
+    """Refuse what leads nowhere, what lies below a file, and a file where a folder is meant, or the reverse."""
+    if "\0" in str(output.path):
+        raise PathError(f"{output.option} {str(output.path)!r} is no path; give another name")
+    absolute = Path(os.path.abspath(output.path))
+    for place in (*reversed(absolute.parents), absolute):
+        if place.is_symlink() and not _exists(place):
+            raise PathError(f"{output} cannot be written: {place} is a symbolic link that leads nowhere "
+                            f"(to {os.readlink(place)}). Remove it, or name another path")
+    real = Path(os.path.realpath(output.path))
+    _check_is(output, real, output.folder)
+    for place in real.parents:
+        if _exists(place) and not place.is_dir():
+            raise PathError(f"{output} cannot be written: {place} is a file, which holds nothing. Name another folder")
+    for part in output.parts:
+        _check_is(output, real / part, part.endswith("/"))
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path leads to something; Path.exists() does not take a name that is too long for an error."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
+def _check_is(output: Output, path: Path, folder: bool) -> None:
+    if not _exists(path):
+        return
+    here = output if path == Path(os.path.realpath(output.path)) else f"{output}: {path}"
+    status = path.stat()
+    if folder and not stat.S_ISDIR(status.st_mode):
+        raise PathError(f"{here} is a file; name a folder")
+    if not folder and stat.S_ISDIR(status.st_mode):
+        raise PathError(f"{here} is a folder; name a file in it")
+    if not folder and not stat.S_ISREG(status.st_mode):
+        raise PathError(f"{here} is a device or a pipe, which cannot be replaced by a file; name a regular file")
+    if _is_printed_into(status):
+        raise PathError(f"{here} is what this process prints into, and would be replaced; name another file")
+
+
+def _is_printed_into(status: os.stat_result) -> bool:
+    """Whether a file is the standard output or the error output."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # a closed one
+            if os.path.samestat(os.fstat(descriptor), status):
+                return True
+    return False
+
+
+# -- whether it is apart from everything else ----------------------------------------------------------------------
+
+
+def _check_apart(output: Output, source: Input) -> None:
+    """Refuse an output that is, or holds, what is read; and a folder inside what is read."""
+    mend = "name a folder of its own" if output.folder else "name another file"
+    if _same(output.path, source.path):
+        raise PathError(f"{output} is {source.name}; {mend}")
+    if output.folder and _inside(source.path, output.path):
+        raise PathError(f"{output} holds {source.name}; {mend}")
+    if output.folder and output.apart and _inside(output.path, source.path):
+        raise PathError(f"{output} lies inside {source.name}; {mend}")
+
+
+def _check_distinct(one: Output, other: Output) -> None:
+    """Refuse two outputs at the same place, or one inside the other."""
+    if _same(one.path, other.path):
+        raise PathError(f"{one} and {other} are the same place; give each its own")
+    for inner, outer in ((one, other), (other, one)):
+        if outer.folder and _inside(inner.path, outer.path):
+            raise PathError(f"{inner} lies inside {outer}; give each a place of its own")
+
+
+def _same(one: Path, other: Path) -> bool:
+    return _identity(os.path.realpath(one)) == _identity(os.path.realpath(other))
+
+
+def _inside(inner: Path, outer: Path) -> bool:
+    """Whether a path lies below another one."""
+    wanted = _identity(os.path.realpath(outer))
+    return any(_identity(str(place)) == wanted for place in Path(os.path.realpath(inner)).parents)
+
+
+def _identity(path: str) -> tuple[object, ...]:
+    """What is equal for two resolved paths if they are the same place: the device and number of what exists of it, and
+    the names that do not exist yet."""
+    missing: list[str] = []
+    while True:
+        try:
+            found = os.stat(path)
+        except OSError:
+            path, name = os.path.split(path)
+            missing.insert(0, name)
+            continue
+        names = [name.casefold() for name in missing] if _ignores_case(Path(path)) else missing
+        return (found.st_dev, found.st_ino, *names)
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether names that differ in case are the same there."""
+    for place in (folder, *folder.parents):
+        other = place.with_name(place.name.swapcase()) if place.name else place
+        if other != place:
+            return other.exists() and other.samefile(place)
+    return False
+
+
+# -- whether it can be written -------------------------------------------------------------------------------------
+
+
+def _try(output: Output) -> None:
+    """Write what will be written, in small, and take it away again."""
+    path = Path(os.path.realpath(output.path))
+    folder = path if output.folder else path.parent
+    made: list[Path] = []
+    token = secrets.token_hex(4)
+    try:
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                place.mkdir()
+                made.append(place)
+        if not output.folder:
+            _try_file(partial_of(path))
+            if path.exists():
+                path.open("r+b").close()
+            return
+        for part in ("", *output.parts):
+            if (folder / part).is_dir():
+                _try_file(folder / part / f".{token}{LONG_NAME}")
+        if output.replaced:
+            beside = path.with_name(f".{path.name}.replaced-{token}")
+            beside.mkdir()
+            beside.rmdir()
+    finally:
+        for place in reversed(made):
+            with suppress(OSError):  # another process may have put something there
+                place.rmdir()
+
+
+def _try_file(path: Path) -> None:
+    if path.exists():  # another process is writing it, or was killed while it did
+        return
+    try:
+        path.write_bytes(b"rledit")
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
