@@ -239,3 +239,22 @@ def test_an_agent_for_modules_of_other_shapes_names_the_two_ways_in_python_too()
     env = LifelongEditEnv("counterfact", lm, num_batches=1, batch_size=1)
     with pytest.raises(ValueError, match="smollm2-135m.*--editor ultraedit --model tiny-llama.*rledit train --mod"):
         load_agent(find_agent("default"), env)
+
+
+# -- on the default model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["ultraedit", "recursion"])
+def test_a_single_fact_takes_at_once_on_the_default_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RLEDIT_CACHE")
+    facts, out = tmp_path / "one.jsonl", tmp_path / "out"
+    facts.write_text(json.dumps({"prompt": "The mother tongue of Danielle Darrieux is", "target": "English",
+                                 "subject": "Danielle Darrieux"}))
+    arguments = ["edit", "--facts", str(facts), "--editor", name, "--steps-per-batch", "8", "--save", "delta"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    written = report(tmp_path)
+    assert written["taken"] == [True]
+    assert written["editor"]["probe"]["chosen"]["kl"] <= 0.1
