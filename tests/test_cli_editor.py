@@ -199,10 +199,11 @@ def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no
     assert report(tmp_path)["editor"] == first
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
     other = [*arguments, "--resume", "--overwrite"]
-    assert "editor" in error_of([*other, "--step-size", "0.5"], capsys)
-    assert "steps_per_batch: 1 there, 2 here" in error_of([*other, "--steps-per-batch", "2"], capsys)
+    assert f"--step-size: {first['step_size']} there, 0.5 here" in error_of([*other, "--step-size", "0.5"], capsys)
+    assert "editor.warm_up: True there, False here" in error_of([*other, "--no-warm-up"], capsys)
+    assert "1 there, 2 here" in error_of([*other, "--steps-per-batch", "2"], capsys)
     other[other.index("ultraedit")] = "ft-l"
-    assert "records a run of editor ultraedit, not of editor ft-l" in error_of(other, capsys)
+    assert "--editor: ultraedit there, ft-l here" in error_of(other, capsys)
 
 
 @pytest.mark.parametrize("name", ["memit", "ft-l", "recursion"])

@@ -181,10 +181,11 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     modules = list(lm.module_shapes)
     print(f"       edits {modules[0]}" + (f" to {modules[-1]}" if len(modules) > 1 else ""), flush=True)
     _get_ready(editor, agent, lm)
-    config = editor.configuration()
-    described = {"name": editor.name, **strength, "config": asdict(config) if config else {}}
-    described = json.loads(json.dumps({**described, "probe": search.as_dict() if search else None}))
-    return Editing(lm, agent, facts, settings, {"editor": described}, {"agent": None, "editor": described})
+    config = json.loads(json.dumps(asdict(editor.configuration()))) if editor.config else {}
+    probe = json.loads(json.dumps(search.as_dict())) if search else None
+    identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
+    described = {"name": editor.name, **strength, "config": config, "probe": probe}
+    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described})
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
@@ -278,12 +279,11 @@ def _with_strength(
     recorded = _recorded(editor, options)
     if not editor.step_size:
         return replace(editor, env={**editor.env, "steps_per_batch": settings["steps_per_batch"]}), None
-    if recorded is not None and options.step_size in (None, recorded["editor"]["step_size"]):
+    if recorded is not None:
         print(f"step size and presentations are those that {options.ledger} recorded")
-        stored = recorded["editor"]["probe"]
-        search = StrengthSearch.from_dict(stored) if stored else None
+        search = StrengthSearch.from_dict(recorded["probe"]) if recorded["probe"] else None
         count = _given(options.steps_per_batch, recorded["steps_per_batch"])
-        return with_step_size(editor, recorded["editor"]["step_size"], count), search
+        return with_step_size(editor, recorded["step_size"], count), search
     if options.step_size is not None:
         return with_step_size(editor, options.step_size, settings["steps_per_batch"]), None
     search = _probed(editor, options, lm, facts, settings)
@@ -301,11 +301,11 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     if not options.resume or not (options.ledger / HEADER).exists():
         return None
     recorded: dict[str, Any] = EditLedger(options.ledger).header["settings"]
-    name = (recorded.get("editor") or {}).get("name")
-    if name != editor.name:
-        whose = f"editor {name}" if name else "a trained agent"
-        raise LedgerError(f"{options.ledger} records a run of {whose}, not of editor {editor.name}; give the same, or "
-                          "another --ledger")
+    given = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
+    for name, value in given.items():
+        if recorded.get(name) != value:
+            raise LedgerError(f"{options.ledger} records another run (--{name.replace('_', '-')}: "
+                              f"{recorded.get(name, 'none')} there, {value} here); give the same, or another --ledger")
     return recorded
 
 
