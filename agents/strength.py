@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +12,19 @@ from typing import Any
 
 from agents.editing import edit_facts
 from agents.editors import Editor, configured_step_size, with_step_size
+from rledit_env.answers import took
 from rledit_env.env import LifelongEditEnv
 from rledit_env.general.self_text import OPENINGS, self_drift, self_text
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.metrics import evaluate
+from rledit_env.metrics import continuations, top_tokens
 
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
 SECONDS = 60.0
+LEAST = 4  # trials that are made however slow they are
 TEXTS, TEXT_TOKENS = OPENINGS[::3], 24  # the text that the divergence is measured on
 FAR, NEAR, CLOSE = 10.0, 10**0.5, 2.0  # factors between step sizes tried
 SMALLEST, LARGEST = 1e-12, 1e6
@@ -94,11 +97,9 @@ class StrengthSearch:
 
 
 def some_facts(facts: KnowledgeDataset, count: int = FACTS) -> KnowledgeDataset:
-    """So many facts, evenly from the first to the last, each with one paraphrase and one unrelated fact."""
+    """So many facts, evenly from the first to the last."""
     count = min(count, len(facts))
-    chosen = [facts.records[i * len(facts) // count] for i in range(count)]
-    short = tuple(replace(r, paraphrases=r.paraphrases[:1], unrelated=r.unrelated[:1], implied=()) for r in chosen)
-    return replace(facts, records=short)
+    return replace(facts, records=tuple(facts.records[i * len(facts) // count] for i in range(count)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class StrengthProbe:
         batch_size: facts a batch.
         bound: the divergence that is allowed, in nats a token.
         guarded: whether it is also allowed no more than that on the text of `DriftGuard`, as the run will be.
-        seconds: after which no further trial is begun; the first one is always made.
+        seconds: after which no further trial is begun; the first `LEAST` are made in any case.
         progress: called with every trial.
     """
 
@@ -150,7 +151,7 @@ class StrengthProbe:
                     bracket.narrow(trial, len(self.facts), self.bound)
                     if self.progress is not None:
                         self.progress(trial)
-                    complete = time.perf_counter() - started < self.seconds
+                    complete = len(trials) < LEAST or time.perf_counter() - started < self.seconds
                 best = best_of(trials, self.bound)
                 size, before = best.step_size, best.steps_per_batch
         finally:
@@ -175,9 +176,18 @@ class StrengthProbe:
             )
         if log.diverged or log.stopped:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)
-        metrics = evaluate(self.lm, self.facts.records, self.facts.kind)
         kl = self_drift(self.lm, text).kl
-        return Trial(step_size, steps_per_batch, sum(metrics.taken), metrics.top1, kl if math.isfinite(kl) else None)
+        return Trial(step_size, steps_per_batch, self._taken(), self._top1(), kl if math.isfinite(kl) else None)
+
+    def _taken(self) -> int:
+        answers = continuations(self.lm, self.facts.records)
+        return sum(took(answer, r.target) for answer, r in zip(answers, self.facts, strict=True))
+
+    def _top1(self) -> float:
+        edits = [self.lm.tokenize(r.prompt, r.target, origin=r.origin) for r in self.facts]
+        said = [token for tokens in top_tokens(self.lm, edits) for token in tokens.tolist()]
+        wanted = [token for passage in edits for token in passage.targets]
+        return 100 * sum(map(operator.eq, said, wanted)) / len(wanted)
 
 
 class Bracket:

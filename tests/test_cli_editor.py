@@ -108,6 +108,9 @@ def test_what_text_second_moments_need_is_said_beforehand_once_per_model(
         ([], "--agent and --editor are both missing"),
         ([], "alphaedit"),
         (["--agent", "default", "--editor", "ultraedit"], "--agent and --editor exclude each other"),
+        (["--agent", "ultraedit"], "give --editor ultraedit"),
+        (["--editor", "default"], "give --agent default"),
+        (["--editor", "."], "is a trained agent: give --agent ."),
         (["--editor", "ultraedti"], "did you mean 'ultraedit'"),
         (["--editor", "mend"], "train an agent with 'rledit train'"),
         (["--editor", "malmen*"], "has to be trained"),
@@ -196,10 +199,11 @@ def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no
     assert report(tmp_path)["editor"] == first
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
     other = [*arguments, "--resume", "--overwrite"]
-    assert "editor" in error_of([*other, "--step-size", "0.5"], capsys)
-    assert "steps_per_batch: 1 there, 2 here" in error_of([*other, "--steps-per-batch", "2"], capsys)
+    assert f"--step-size: {first['step_size']} there, 0.5 here" in error_of([*other, "--step-size", "0.5"], capsys)
+    assert "editor.warm_up: True there, False here" in error_of([*other, "--no-warm-up"], capsys)
+    assert "1 there, 2 here" in error_of([*other, "--steps-per-batch", "2"], capsys)
     other[other.index("ultraedit")] = "ft-l"
-    assert "records a run of editor ultraedit, not of editor ft-l" in error_of(other, capsys)
+    assert "--editor: ultraedit there, ft-l here" in error_of(other, capsys)
 
 
 @pytest.mark.parametrize("name", ["memit", "ft-l", "recursion"])
@@ -236,3 +240,22 @@ def test_an_agent_for_modules_of_other_shapes_names_the_two_ways_in_python_too()
     env = LifelongEditEnv("counterfact", lm, num_batches=1, batch_size=1)
     with pytest.raises(ValueError, match="smollm2-135m.*--editor ultraedit --model tiny-llama.*rledit train --mod"):
         load_agent(find_agent("default"), env)
+
+
+# -- on the default model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["ultraedit", "recursion"])
+def test_a_single_fact_takes_at_once_on_the_default_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RLEDIT_CACHE")
+    facts, out = tmp_path / "one.jsonl", tmp_path / "out"
+    facts.write_text(json.dumps({"prompt": "The mother tongue of Danielle Darrieux is", "target": "English",
+                                 "subject": "Danielle Darrieux"}))
+    arguments = ["edit", "--facts", str(facts), "--editor", name, "--steps-per-batch", "8", "--save", "delta"]
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    written = report(tmp_path)
+    assert written["taken"] == [True]
+    assert written["editor"]["probe"]["chosen"]["kl"] <= 0.1

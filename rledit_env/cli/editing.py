@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import (
@@ -77,11 +78,22 @@ def check_editor(options: argparse.Namespace) -> None:
         given = "exclude each other" if options.agent else "are both missing"
         raise ValueError(f"--agent and --editor {given}; give --agent with a trained agent ('default' is one for "
                          f"{DEFAULT_MODEL}), or --editor with one of {_choices()}")
+    _check_mix_up(options)
     for name in ("step_size", "statistics_tokens"):
         if options.agent and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for --editor; a trained agent has its own")
     if options.editor:
         _named_editor(options)
+
+
+def _check_mix_up(options: argparse.Namespace) -> None:
+    """Refuse an editor's name as an agent, and an agent as an editor."""
+    from agents.editors import EDITORS, SHORT_NAMES
+
+    if options.agent in (*EDITORS, *SHORT_NAMES) and not Path(options.agent).exists():
+        raise ValueError(f"--agent {options.agent} is the name of an editor: give --editor {options.agent}")
+    if options.editor and (options.editor == "default" or Path(options.editor).is_dir()):
+        raise ValueError(f"--editor {options.editor} is a trained agent: give --agent {options.editor}")
 
 
 def _choices() -> str:
@@ -163,15 +175,17 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     settings["steps_per_batch"] = editor.env["steps_per_batch"]
     agent = editor.agent_class()(_environment(lm, facts.dataset, settings["token"]), editor.configuration())
     strength = _strength(editor)
-    print(f"editor {editor.title}" + (f", step size {strength['step_size']:g}" if strength else "")
-          + f", {settings['steps_per_batch']} presentations of a batch, token {settings['token']}")
-    first, *_, last = [*lm.module_shapes, *lm.module_shapes]
-    print(f"       edits {first} to {last}", flush=True)
+    with_what = f", step size {strength['step_size']:g}" if strength else ""
+    print(f"editor {editor.title}{with_what}, {_presentations(settings['steps_per_batch'])} of a batch, at the tokens "
+          f"{settings['token']!r}")
+    modules = list(lm.module_shapes)
+    print(f"       edits {modules[0]}" + (f" to {modules[-1]}" if len(modules) > 1 else ""), flush=True)
     _get_ready(editor, agent, lm)
-    config = editor.configuration()
-    described = {"name": editor.name, **strength, "config": asdict(config) if config else {}}
-    described = json.loads(json.dumps({**described, "probe": search.as_dict() if search else None}))
-    return Editing(lm, agent, facts, settings, {"editor": described}, {"agent": None, "editor": described})
+    config = json.loads(json.dumps(asdict(editor.configuration()))) if editor.config else {}
+    probe = json.loads(json.dumps(search.as_dict())) if search else None
+    identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
+    described = {"name": editor.name, **strength, "config": config, "probe": probe}
+    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described})
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
@@ -265,12 +279,11 @@ def _with_strength(
     recorded = _recorded(editor, options)
     if not editor.step_size:
         return replace(editor, env={**editor.env, "steps_per_batch": settings["steps_per_batch"]}), None
-    if recorded is not None and options.step_size in (None, recorded["editor"]["step_size"]):
+    if recorded is not None:
         print(f"step size and presentations are those that {options.ledger} recorded")
-        stored = recorded["editor"]["probe"]
-        search = StrengthSearch.from_dict(stored) if stored else None
+        search = StrengthSearch.from_dict(recorded["probe"]) if recorded["probe"] else None
         count = _given(options.steps_per_batch, recorded["steps_per_batch"])
-        return with_step_size(editor, recorded["editor"]["step_size"], count), search
+        return with_step_size(editor, recorded["step_size"], count), search
     if options.step_size is not None:
         return with_step_size(editor, options.step_size, settings["steps_per_batch"]), None
     search = _probed(editor, options, lm, facts, settings)
@@ -288,11 +301,11 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     if not options.resume or not (options.ledger / HEADER).exists():
         return None
     recorded: dict[str, Any] = EditLedger(options.ledger).header["settings"]
-    name = (recorded.get("editor") or {}).get("name")
-    if name != editor.name:
-        whose = f"editor {name}" if name else "a trained agent"
-        raise LedgerError(f"{options.ledger} records a run of {whose}, not of editor {editor.name}; give the same, or "
-                          "another --ledger")
+    given = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
+    for name, value in given.items():
+        if recorded.get(name) != value:
+            raise LedgerError(f"{options.ledger} records another run (--{name.replace('_', '-')}: "
+                              f"{recorded.get(name, 'none')} there, {value} here); give the same, or another --ledger")
     return recorded
 
 
@@ -331,7 +344,7 @@ def _say_search(search: StrengthSearch) -> None:
     ]  # fmt: skip
     print(text_table(["presentations", "step size", "facts that took", "KL on own text", ""], rows))
     early = "" if search.complete else "; the time was up before all was tried"
-    print(f"chosen: step size {search.chosen.step_size:.3g}, {search.chosen.steps_per_batch} presentations: "
+    print(f"chosen: step size {search.chosen.step_size:.3g}, {_presentations(search.chosen.steps_per_batch)}: "
           f"{search.reason} ({search.seconds:.0f} s{early})", flush=True)
     if search.chosen.taken < search.facts:
         warn(f"note: with no strength tried do all {search.facts} facts take within {search.bound:g} nats a token; try "
@@ -354,6 +367,10 @@ def _get_ready(editor: Editor, agent: Agent, lm: EditableLM) -> None:
     agent.learn(0)
     if time.perf_counter() - started > 1:
         print(f"ready after {_duration(time.perf_counter() - started)}", flush=True)
+
+
+def _presentations(count: int) -> str:
+    return "1 presentation" if count == 1 else f"{count} presentations"
 
 
 def _duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from agents.editors import EDITORS, with_step_size
 from agents.strength import Bracket, StrengthProbe, StrengthSearch, Trial, best_of, some_facts
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
+from rledit_env.metrics import evaluate
 
 EDITOR = with_step_size(EDITORS["ft-l"], 1e-2, 1)
 RECORDS = tuple(
@@ -26,6 +27,10 @@ RECORDS = tuple(
 
 def trial(step_size=1.0, taken=1, kl=0.01, top1=50.0, steps=1):
     return Trial(step_size, steps, taken, top1, kl)
+
+
+def agent_of(one):
+    return EDITOR.agent_class()(None, with_step_size(EDITOR, one.step_size, one.steps_per_batch).configuration())
 
 
 @pytest.fixture
@@ -42,6 +47,9 @@ def test_the_smallest_step_size_with_which_all_facts_take_is_found_and_named_wit
     assert search.chosen.taken == search.facts == 2 and search.complete
     assert 0 < search.chosen.kl < math.inf
     weaker = [t for t in search.trials if t.step_size < search.chosen.step_size]
+    edit_facts(probe.lm, agent_of(search.chosen), probe.facts, 2, "answer")
+    metrics = evaluate(probe.lm, RECORDS, "zsre")
+    assert (sum(metrics.taken), metrics.top1) == (2, pytest.approx(search.chosen.top1))
     assert weaker and max(t.taken for t in weaker) < 2
     assert search.chosen.step_size / max(t.step_size for t in weaker) <= 2.01
     assert "all facts take" in search.reason
@@ -78,8 +86,8 @@ def test_a_tight_bound_holds_even_if_fewer_facts_take(probe):
 def test_a_search_whose_time_is_up_chooses_among_what_it_has_tried(probe):
     seen = []
     search = dataclasses.replace(probe, seconds=0.0, progress=seen.append).search((1, 2))
-    assert search.trials == tuple(seen) == (search.chosen,)
-    assert not search.complete
+    assert search.trials == tuple(seen) and len(seen) == strength.LEAST
+    assert search.chosen in seen and not search.complete
 
 
 def test_a_step_size_that_breaks_the_model_is_a_finding_and_not_a_warning(probe, monkeypatch, recwarn):
@@ -103,8 +111,7 @@ def test_a_guarded_probe_holds_the_text_of_the_guard_to_the_bound_too(probe):
     search = dataclasses.replace(probe, bound=0.02, guarded=True).search((1,))
     assert search.chosen.kl is not None
     for one in search.trials:
-        agent = EDITOR.agent_class()(None, with_step_size(EDITOR, one.step_size, 1).configuration())
-        edit_facts(probe.lm, agent, probe.facts, 2, "answer")
+        edit_facts(probe.lm, agent_of(one), probe.facts, 2, "answer")
         assert (held.divergence() <= 0.02) == (one.kl is not None)
     assert any(one.kl is None for one in search.trials)
 
@@ -154,5 +161,4 @@ def test_the_facts_that_are_tried_come_from_the_whole_file(facts):
     dataset = facts("zsre", 12)
     few = some_facts(dataset, 4)
     assert [r.prompt for r in few] == [dataset.records[i].prompt for i in (0, 3, 6, 9)]
-    assert all(len(r.paraphrases) == len(r.unrelated) == 1 for r in few)
     assert len(some_facts(dataset, 50)) == 12
