@@ -319,7 +319,8 @@ def test_chat_puts_every_prompt_into_the_template_and_keeps_the_subject_s_place(
         "prompt": " Where is Bergen?", "target": "Peru", "subject": "Bergen", "paraphrases": ["Bergen?"],
         "unrelated": [{"prompt": "Oslo?", "answer": "Norway"}], "portability": [{"prompt": "Next?", "answer": "Chile"}],
     }  # fmt: skip
-    report = edit(json.dumps(row), "--chat", "--model", str(chat_model), "--token", "subject")
+    arguments = ["--chat", "--no-warm-up", "--model", str(chat_model), "--token", "subject"]
+    report = edit(json.dumps(row), *arguments)
     prompt = "<bos>user\nWhere is Bergen?<eos>\n<bos>assistant\n"
     assert facts_of(report) == [(prompt, "Peru")]
     assert {p for p, _ in seen} == {prompt.replace("Where is Bergen?", text)
