@@ -156,10 +156,8 @@ class EditableLM(EditedWeights):
         return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
-        """A copy with edited weights of its own, equal to these, over the same frozen weights; the tokenizer and the
-        caches are shared."""
-        shared = [self.tokenizer, self.prefix_cache, self.reference_cache]
-        shared += [*self._original.values(), *self._original_run.values()]
+        """A copy with edited weights of its own, equal to these, over the same frozen weights."""
+        shared = [self.tokenizer, *self._original.values(), *self._original_run.values()]
         memo |= frozen_weights(self.model, self._modules) | {id(part): part for part in shared}
         other = type(self).__new__(type(self))
         memo[id(self)] = other

@@ -87,6 +87,12 @@ class PrefixCache:
         while self.bytes > self.max_bytes and len(self._entries) > 1:
             self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
+        """A cache that begins with the same tensors, which are never written."""
+        other = memo[id(self)] = PrefixCache(self.max_bytes)
+        other.bytes, other._entries = self.bytes, self._entries.copy()
+        return other
+
     def clear(self) -> None:
         self._entries.clear()
         self.bytes = 0
