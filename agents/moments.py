@@ -99,7 +99,7 @@ def start_warm(agent: Agent, lm: EditableLM, token: str) -> bool:
 def _gathered(lm: EditableLM, records: Sequence[EditRecord], token: str) -> Moments:
     moments: Moments = {}
     for start in range(0, len(records), BATCH):
-        passages = [lm.tokenize(r.prompt, r.target, r.subject, r.origin) for r in records[start : start + BATCH]]
+        passages = [lm.tokenize(r.prompt, r.target, r.subject_span, r.origin) for r in records[start : start + BATCH]]
         trace = lm.trace(passages, token)
         take(moments, trace.keys, trace.value_gradients)
     return moments

@@ -6,13 +6,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from rledit_env.knowledge.text import is_unspaced
+
 MEANING = ("a fact took if the model's own greedy answer begins with the target, as a whole word; it is an exact match "
            "if the answer also ends there")
 ENDS = ".,;:!?…。，、；：！？।؟،؛"  # punctuation that closes a phrase
-# Scripts without a space between words, or before a particle, where no letter can say whether a word goes on.
-UNSPACED = (
-    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
-)  # fmt: skip
 
 
 def took(answer: str, target: str) -> bool:
@@ -62,4 +60,5 @@ def _in_word(character: str) -> bool:
 
 
 def _unspaced(character: str) -> bool:
-    return unicodedata.name(character, "").startswith(UNSPACED)
+    """Whether no letter can say that a word goes on: in scripts without spaces, and before Korean's particles."""
+    return is_unspaced(character) or unicodedata.name(character, "").startswith("HANGUL")

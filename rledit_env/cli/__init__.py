@@ -99,7 +99,7 @@ def _as_options(message: str, options: argparse.Namespace) -> str:
     """The message of a library's error with the command's own options in the place of Python's arguments: "--on-error
     skip" for "on_error='skip'"."""
     for name in vars(options):
-        if "_" in name:
+        if "_" in name and name not in ("command_line", "run_folder"):  # these are no options
             option, alone = "--" + name.replace("_", "-"), rf"(?<![\w./\\'\"-]){name}"
             message = re.sub(rf"{alone}=(['\"]?)(\w+)\1(?!\w)", rf"{option} \2", message)
             message = re.sub(rf"{alone}(?![\w=/\\'\"]|\.\w)", option, message)

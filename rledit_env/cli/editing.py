@@ -246,7 +246,7 @@ def _check_subjects(editor: Editor, facts: KnowledgeDataset) -> None:
     """Refuse facts that a method cannot edit since it edits at their subjects."""
     if editor.group != "locate":
         return
-    without = [r for r in facts if not r.subject or r.subject not in r.prompt]
+    without = [r for r in facts if not r.subject_span]
     if without:
         raise ValueError(f"{without[0].origin}: {editor.name} edits at a fact's subject, and {len(without)} of "
                          f"{len(facts)} facts name none, such as {without[0].prompt!r}; add \"subject\" to each, as it "

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from rledit_env.knowledge.text import separator
 
 _TRAILING_SPACE = re.compile(r"(?<=\S) +\Z")
-_ANCHOR = "\n"  # no tokenizer joins a line end with the word behind it
 
 Offsets = Sequence[tuple[int, int]]
 
@@ -80,9 +79,10 @@ class TextEncoder:
 
     def _continued(self, text: str) -> tuple[list[int], Offsets]:
         """Tokens of a text that goes on without a space, without the space that some tokenizers put before a text."""
-        ids, offsets = self._plain([_ANCHOR + text])[0]
-        first = next((i for i, (_, end) in enumerate(offsets) if end > len(_ANCHOR)), len(ids))
-        return ids[first:], [(max(start - len(_ANCHOR), 0), end - len(_ANCHOR)) for start, end in offsets[first:]]
+        anchor = "a" if text[:1].isspace() else "\n"  # tokenizers join neither a line end with a word nor the reverse
+        ids, offsets = self._plain([anchor + text])[0]
+        first = next((i for i, (_, end) in enumerate(offsets) if end > 1), len(ids))
+        return ids[first:], [(max(start - 1, 0), end - 1) for start, end in offsets[first:]]
 
     def _encoded(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         prefix = self.prefix

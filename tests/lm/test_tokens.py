@@ -40,7 +40,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer.train_from_iterator(TEXTS, _trainer(list(string.ascii_lowercase)))
+    tokenizer.train_from_iterator(TEXTS, _trainer(list(string.ascii_lowercase + "(")))
     special = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
@@ -117,6 +117,21 @@ def test_chinese_is_joined_without_a_space(encoder: TextEncoder) -> None:
     ((ids, _, first),) = encoder.pairs(["法国的首都是"], ["里昂"])
     assert ids[:first] == encoder.encode("法国的首都是")
     assert encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() == "法国的首都是里昂"
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, text",
+    [
+        ("is ", "\nParis", "is \nParis"), ("is", "\nParis", "is\nParis"), ("is\n", "\nBergen", "is\n\nBergen"),
+        ("is ", " Paris ", "is Paris"), ("is", "Paris\n", "is Paris\n"), ("is (", "Paris", "is (Paris"),
+    ],
+)  # fmt: skip
+def test_the_tokens_spell_the_joined_text(encoder: TextEncoder, prompt: str, answer: str, text: str) -> None:
+    ((ids, _, first),) = encoder.pairs([prompt], [answer])
+    assert encoder.joined(prompt, answer) == text
+    assert 0 < first < len(ids)
+    spelled = encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert spelled.removeprefix(" ") == text
 
 
 def test_nothing_is_appended_to_a_text_or_put_in_its_middle(encoder: TextEncoder) -> None:
