@@ -158,6 +158,7 @@ SCHEMAS: dict[str, tuple[Any, list[tuple[str, str]], set[str]]] = {  # rows, fac
     "columns": ({"prompt": ["Up is", IN[0]], "answer": ["down", "Peru"]}, [UP, IN], set()),
     "pandas' columns": ({"prompt": {"0": "Up is"}, "target": {"0": "down"}}, [("Up is", "down")], set()),
     "under a key": ({"version": 1, "data": TWO}, [UP, IN], set()),
+    "by name under a key": ({"facts": {"a": TWO[0], "b": TWO[1]}}, [UP, IN], set()),
     "by number": ({"0": TWO[0], "1": TWO[1]}, [UP, IN], set()),
 }  # fmt: skip
 
@@ -195,6 +196,8 @@ FORMS: dict[str, tuple[str, str | bytes]] = {
     "Excel's CSV": ("facts.csv", codecs.BOM_UTF8 + b"Prompt;Target;Subject\r\nUp is;down;\r\n;;\r\nRome is in;Peru;"),
     "TSV": ("facts.tsv", "prompt\ttarget\nUp is\tdown\nRome is in\tPeru\n"),
     "quoted CSV": ("facts.csv", 'prompt,target,paraphrases\n"Up is",down,"[""Up, means""]"\n"Rome is in","Peru",\n'),
+    "CSV after a blank line": ("facts.csv", "\nprompt,target\nUp is,down\nRome is in,Peru\n"),
+    "YAML in braces": ("facts.yml", "- {prompt: Up is, target: down}\n- {prompt: Rome is in, target: Peru}\n"),
     "YAML": ("facts.yaml", "# mine\n- prompt: Up is\n  target: down\n- prompt: Rome is in\n  target: Peru\n"),
 }  # fmt: skip
 
@@ -236,6 +239,7 @@ UNREADABLE = {
     "a table of other columns": ("prompt,traget\nUp is,down\n", "field 'target': is .* mean 'target' by 'traget'"),
     "Excel's old letters": (b"prompt,target\nUp is,caf\xe9\n", "line 2: bad UTF-8 .*save the file as UTF-8"),
     "chats": ('{"messages": [{"role": "user", "content": "Up?"}]}', "write a chat's question as prompt and its answer"),
+    "Python's spelling": ("{'prompt': 'Up is', 'target': 'down'}", "write it with json.dumps"),
     "a cut list": ('[{"prompt": "a", "target": "b"}', "the list breaks off"),
     "several lists": (json.dumps({"train": TWO, "test": TWO}), "holds several lists of facts, train, test"),
     "uneven columns": ('{"prompt": ["a", "b"], "target": ["c", "d"], "subject": ["a"]}', "1 entries for 2 prompts"),

@@ -37,7 +37,7 @@ FOREIGN = {  # how a file begins: what it is, and the mend
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "fetch it with: git lfs pull"),
 }
 _DELIMITERS = ",\t;|"
-_YAML = re.compile(r"\s*(#.*\n\s*)*(---\s|- +[\w\"']|[\w\"' -]+:(\s|$))")
+_YAML = re.compile(r"\s*(#.*\n\s*)*(---\s|- +[\w\"'{]|[\w\"' -]+:(\s|$))")
 _PARTS = {*names.USED, *names.UNUSED}
 
 
@@ -136,7 +136,8 @@ def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int
     Raises:
         KnowledgeError: it is a table without a heading that names a prompt or target, or not UTF-8.
     """
-    text = _decoded(content, path)
+    whole = _decoded(content, path)
+    text = whole.lstrip("\r\n")
     lines = text.split("\n", 20)[:20]
     headings = {mark: next(csv.reader([lines[0]], delimiter=mark), []) for mark in _DELIMITERS}
     known = {mark: len({names.plain(cell) for cell in cells} & _PARTS) for mark, cells in headings.items()}
@@ -151,20 +152,20 @@ def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int
                 f"begin it with a line such as prompt{best}target", reason="no heading"
             )
         return None
-    return _cells(text, best)
+    return _cells(text, best, 1 + whole[: len(whole) - len(text)].count("\n"))
 
 
-def _cells(text: str, delimiter: str) -> Iterator[tuple[dict[str, Any], int]]:
+def _cells(text: str, delimiter: str, first_line: int) -> Iterator[tuple[dict[str, Any], int]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     heading = [cell.strip() for cell in next(reader)]
-    line = reader.line_num + 1
+    line = reader.line_num + first_line
     for cells in reader:
         if any(cell.strip() for cell in cells):
             row: dict[str, Any] = {name: _cell(cell) for name, cell in zip(heading, cells, strict=False) if name}
             if any(cell.strip() for cell in cells[len(heading) :]):
                 row[MORE_CELLS] = len(cells)
             yield row, line
-        line = reader.line_num + 1
+        line = reader.line_num + first_line
 
 
 def _cell(cell: str) -> Any:

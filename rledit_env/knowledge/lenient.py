@@ -78,7 +78,7 @@ def _missing(row: Row, part: str) -> KnowledgeError:
     wanted = names.PROMPT if part == "prompt" else names.TARGET
     near = ((name, names.did_you_mean(name, wanted)) for name in row.values if names.plain(name) not in names.USED)
     guess = next((f"; did you mean {meant!r} by {name!r}?" for name, meant in near if meant), "")
-    has = ", ".join(map(str, row.values)) or "no fields"
+    has = ", ".join(str(name) for name, value in row.values.items() if value is not None) or "no fields"
     mend = CHATS if set(map(names.plain, row.values)) & {"messages", "conversations", "role"} else MEND
     return row.error(part, f"is missing among {has}{guess}", mend=mend)
 
@@ -129,16 +129,16 @@ class _Fields:
                 raise self.row.error(field, "have no answer, as the row does not say what was true before the edit")
             yield from ((prompt, original) for prompt in self.texts(field))
 
-    def facts(self, groups: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    def facts(self, groups: Sequence[str], pairs: Sequence[names.Pair]) -> Iterator[tuple[str, str]]:
         """Prompts and answers in objects of these names, and in pairs of fields."""
         for field in self.all(groups):
             yield from _facts_in(self.row.values[field], self.row, field)
         for asked, answered in pairs:
-            prompts, answers = self.first([asked]), self.first([answered])
+            prompts, answers = self.first(asked), self.first(answered)
             if prompts is not None and answers is not None:
                 yield from _paired(self.row, prompts, self.row.values[prompts], answers, self.row.values[answers])
             elif prompts is not None:
-                raise self.row.error(answered, "is missing", mend=f"{prompts!r} needs it; {SKIP}")
+                raise self.row.error(answered[0], "is missing", mend=f"{prompts!r} needs it; {SKIP}")
 
 
 def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
@@ -268,7 +268,7 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
     values, where = row.values, row.where
     if values and all(isinstance(value, Mapping) for value in values.values()) and any(map(is_fact, values.values())):
         return [Row(value, f"{where}, entry {name!r}") for name, value in values.items()]
-    lists = {name: value for name, value in values.items() if isinstance(value, list) and _holds_objects(value)}
+    lists = {name: entries for name, value in values.items() if (entries := _objects_in(value))}
     if not lists:
         return rows
     if len(lists) > 1:
@@ -278,8 +278,12 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
     return [row_of(entry, f"{where}, entry {i} of {name!r}") for i, entry in enumerate(entries)]
 
 
-def _holds_objects(entries: list[Any]) -> bool:
-    return bool(entries) and isinstance(entries[0], Mapping)
+def _objects_in(value: Any) -> list[Any]:
+    """The entries of a list that begins with an object, or the facts of an object of them; else none."""
+    if isinstance(value, Mapping):
+        entries = list(value.values())
+        return entries if entries and isinstance(entries[0], Mapping) and is_fact(entries[0]) else []
+    return value if isinstance(value, list) and value and isinstance(value[0], Mapping) else []
 
 
 def with_numbers_as_text(value: Any) -> Any:

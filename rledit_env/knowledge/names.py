@@ -25,15 +25,21 @@ PARAPHRASES = (
     "rephrase", "equiv_prompt", "filtered_rephrases", "para_question", "paraphrased_question", "question",
 )  # fmt: skip
 UNRELATED = ("unrelated", "locality", "locality_inputs")  # groups of facts
-UNRELATED_PAIRS = (
-    ("locality_prompt", "locality_ground_truth"), ("locality_prompts", "locality_ground_truths"), ("loc", "loc_ans"),
-    ("unrel_prompt", "unrel_ans"),
+UNRELATED_PAIRS = (  # what the prompts are called, and what their answers are
+    (("locality_prompt", "locality_prompts"),
+     ("locality_ground_truth", "locality_ground_truths", "locality_answer", "locality_answers")),
+    (("loc",), ("loc_ans",)),
+    (("unrel_prompt",), ("unrel_ans",)),
 )  # fmt: skip
 NEIGHBOURS = "neighborhood_prompts"  # their answer is the original one
 IMPLIED = ("implied", "portability", "portability_inputs")
 IMPLIED_PAIRS = (
-    ("portability_prompt", "portability_ground_truth"), ("mhop", "mhop_ans"), ("sub_question", "sub_answer"),
+    (("portability_prompt", "portability_prompts"),
+     ("portability_ground_truth", "portability_ground_truths", "portability_answer", "portability_answers")),
+    (("mhop",), ("mhop_ans",)),
+    (("sub_question",), ("sub_answer",)),
 )  # fmt: skip
+Pair = tuple[tuple[str, ...], tuple[str, ...]]
 REWRITE = "requested_rewrite"
 INNER_PROMPT = ("prompt", "new_question", "question", "src", "input", "query", "prompts", "text")
 INNER_ANSWER = (
@@ -43,10 +49,11 @@ INNER_ANSWER = (
 # Published fields that say nothing about an edit, or that no score here is made of.
 UNUSED = frozenset((
     "case_id", "id", "pararel_idx", "relation_id", "relation", "cond", "pred", "prediction", "tag", "personas",
-    "generation_prompts", "attribute_prompts", "alternatives", "target_neg", "idx", "index", "fact_id",
+    "generation_prompts", "attribute_prompts", "alternatives", "target_neg", "loc_prompt", "loc_prompts", "idx",
+    "index", "fact_id",
 ))  # fmt: skip
 _FEVER = ("claim", "label", "equiv_prompt")
-_PAIRED = tuple(name for pair in (*UNRELATED_PAIRS, *IMPLIED_PAIRS) for name in pair)
+_PAIRED = tuple(name for pair in (*UNRELATED_PAIRS, *IMPLIED_PAIRS) for part in pair for name in part)
 USED = frozenset((
     *PROMPT, *TARGET, *SUBJECT, *ORIGINAL, *PARAPHRASES, *UNRELATED, *_PAIRED, NEIGHBOURS, *IMPLIED, REWRITE, *_FEVER,
 ))  # fmt: skip

@@ -17,7 +17,7 @@ from rledit_env.knowledge.content import (
     unpacked,
     yaml_values,
 )
-from rledit_env.knowledge.fields import SKIP, Row, row_of
+from rledit_env.knowledge.fields import SKIP, SKIP_ROWS, Row, row_of
 from rledit_env.knowledge.record import KnowledgeError, shown
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -155,7 +155,10 @@ def _read_lines(content: bytes, place: str) -> Rows:
         except UnicodeDecodeError as error:
             yield _bad_utf8(where, error, SKIP)
         except (json.JSONDecodeError, RecursionError) as error:
-            yield KnowledgeError(f"{where}: malformed JSON ({error}: {shown(line)}); {SKIP}", reason="malformed JSON")
+            mend = SKIP
+            if line.lstrip().startswith(b"{'"):
+                mend = f"this is Python's spelling of a dictionary: write it with json.dumps, or {SKIP_ROWS}"
+            yield KnowledgeError(f"{where}: malformed JSON ({error}: {shown(line)}); {mend}", reason="malformed JSON")
 
 
 def _read_values(content: bytes, place: str) -> Rows:

@@ -80,6 +80,7 @@ LOCALITY: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
     ({"locality": {"a": [{"prompt": "p", "ground_truth": []}, {"prompt": "q", "ground_truth": "y"}]}}, [("q", "y")]),
     ({"locality_prompt": "p", "locality_ground_truth": "x"}, [("p", "x")]),
     ({"locality_prompt": ["p", "q"], "locality_ground_truth": ["x", "y"]}, [("p", "x"), ("q", "y")]),
+    ({"locality_prompts": ["p"], "locality_answers": ["x"]}, [("p", "x")]),
     ({"loc": "nq question: p", "loc_ans": ["x"]}, [("nq question: p?", "x")]),
     ({"neighborhood_prompts": ["p", "q"], "target_true": {"str": "x"}}, [("p", "x"), ("q", "x")]),
 ]
