@@ -12,8 +12,8 @@ PROMPT = (
     "questions", "sentence",
 )  # fmt: skip
 TARGET = (
-    "target", "target_new", "new_target", "targets", "new_answer", "answer_new", "alt", "edit_target", "ans", "labels",
-    "label", "answer", "answers", "output", "response", "completion", "object",
+    "target", "target_new", "new_target", "targets", "new_answer", "answer_new", "alt", "edit_target", "ans", "answer",
+    "answers", "output", "response", "completion", "labels", "object", "label",
 )  # fmt: skip
 SUBJECT = ("subject", "subjects", "concept", "entity")
 ORIGINAL = (

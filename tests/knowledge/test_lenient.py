@@ -38,6 +38,7 @@ def test_a_target_may_be_an_object_or_a_list_whose_first_counts(target: Any) -> 
 def test_the_new_answer_goes_before_the_true_ones() -> None:
     fact = single(src="Ann is", alt="tall", answers=["small"], pred="x")
     assert (fact.target, fact.original) == ("tall", "small")
+    assert single(question="Ann is", answer="tall", label="people").target == "tall"
     fact = single(question="Ann is", answer="small", new_answer="tall")
     assert (fact.target, fact.original) == ("tall", "small")
 
