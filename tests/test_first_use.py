@@ -161,8 +161,11 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_fetched(
 ) -> None:
     for cache in ("/sys/x", "/proc/x", str(home / "facts.jsonl"), str(home / ("x" * 300))):
         monkeypatch.setenv("RLEDIT_CACHE", cache)
-        said = refused(["fetch", "smollm2-135m"], capsys)
-        assert "RLEDIT_CACHE" in said and cache in said
+        for command in (["fetch", "smollm2-135m"], ["train", "--env", ENV, "--out", str(home / "run")],
+                        [*home.edit[:3], "--agent", "default", "--out", str(home / "new")]):
+            said = refused(command, capsys)
+            assert "RLEDIT_CACHE" in said and cache in said
+    assert not (home / "run").exists() and not (home / "new").exists()
 
 
 @pytest.mark.usefixtures("nothing_is_done")
