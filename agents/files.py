@@ -19,7 +19,7 @@ MAX_COUNT = 2**62
 TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: what an interrupted training goes on from
 AGENT_FILES = ("agent.json", "agent.safetensors", "memory.safetensors", TRAINING_STATE)
 RUN = "training run"  # what a run's folder is called in its marker
-RUN_FOLDERS = ("best", "last", "steps")  # the checkpoints in a run's folder, and TensorBoard's log of steps
+RUN_PARTS = ("best/", "last/", "steps/")  # the checkpoints in a run's folder, and TensorBoard's log of steps
 
 
 def agent_folder(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ import tyro
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.distributed import Processes
-from agents.files import RUN
+from agents.files import RUN, RUN_PARTS
 from agents.hypernetwork import Aggregation
 from agents.rledit import RECOMMENDED
 from rledit_env.knowledge import load_knowledge
@@ -70,7 +70,7 @@ class Args:
 def main(args: Args) -> None:
     processes = Processes.started()  # those of accelerate launch or torchrun; else this one alone
     if processes.first:  # what cannot be written is found now, not after the training
-        try_or_exit([growing("--out", args.out, RUN, ("best/", "last/", "steps/"))])
+        try_or_exit([growing("--out", args.out, RUN, RUN_PARTS)])
     facts = load_knowledge(KINDS[args.env], args.data, "train")
     cut = int(0.8 * len(facts))  # the last fifth chooses the checkpoint; the evaluation split is for the test alone
     training, selection = replace(facts, records=facts[:cut]), replace(facts, records=facts[cut:])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MARKER = ".rledit.json"  # in every folder that rledit writes
 MARKER_FORMAT = "rledit-folder-1"
 FIGURES = "figures"  # what a folder of pictures is called in its marker
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what desktops put into folders that somebody has looked at
 GENERATOR = '<meta name="generator" content="rledit-env">'  # in every page that rledit writes
 
 
@@ -100,9 +101,11 @@ def foreign_in(folder: str | Path) -> Path | None:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a file says of itself that rledit wrote it."""
+    """Whether a file says of itself that rledit wrote it, or is nobody's work."""
     if path.is_symlink() or not path.is_file():
         return False
+    if path.name in LITTER:
+        return True
     if path.suffix == ".json":
         return str(_json_at(path).get("format")).startswith("rledit-")
     return path.suffix == ".html" and is_own_page(path)
@@ -147,9 +150,9 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
     marker = read_marker(path)
     if marker is None:
         raise FileExistsError(
-            f"the folder {folder} is not empty ({_first(path).name}) and has no {MARKER}, by which rledit knows the "
-            "folders that it wrote: it is never replaced. Name another one, or delete it yourself if rledit wrote it "
-            "before there were markers"
+            f"the folder {folder} is not empty ({min(path.iterdir()).name}) and has no {MARKER}, by which rledit knows "
+            "the folders that it wrote: it is never replaced. Name another one, or delete it yourself if rledit wrote "
+            "it before there were markers"
         )
     if not marker.whole:
         raise FileExistsError(f"the folder {folder} is not empty: it holds {_described(marker)}, which is never "
@@ -160,7 +163,7 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
                               f"part of the {marker.what} that rledit wrote there. Move that away, or name another one")
     if not overwrite:
         raise FileExistsError(f"the folder {folder} is not empty: it holds {_described(marker)}. Name another one, or "
-                              "ask for it to be overwritten (--overwrite)")
+                              "ask for it to be overwritten (--overwrite, or overwrite=True)")
 
 
 def check_growing(folder: str | Path, what: str) -> None:
@@ -228,14 +231,13 @@ def _check_folder(path: Path, named: str | Path) -> None:
     """Refuse a file, and the current folder or one that holds it; ``path`` is resolved."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{named} is a file; name a folder")
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was deleted meanwhile
+        return
     if path.is_dir() and any(path.samefile(folder) for folder in (here, *here.parents)):
         what = "is" if path.samefile(here) else "holds"
         raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder of its own, inside it say")
-
-
-def _first(folder: Path) -> Path:
-    return min(folder.iterdir())
 
 
 def _described(marker: Marker) -> str:

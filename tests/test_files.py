@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def test_results_pages_and_pictures_that_rledit_added_are_replaced_with_their_fo
     write_folder(folder, "file")
     (folder / "result.json").write_text('{"format": "rledit-result-1"}')
     Report("A run").write(folder / "report.html")
+    (folder / ".DS_Store").touch()
     (folder / FIGURES).mkdir()
     mark(folder / FIGURES, FIGURES, whole=True, files=["scores.png"])
     (folder / FIGURES / "scores.png").touch()
@@ -154,6 +156,8 @@ def test_the_current_folder_and_those_that_hold_it_are_not_replaced(
         with pytest.raises(FileExistsError, match=f"{what} the current folder"):
             write_folder(Path(folder), "new")
     write_folder(Path("inside"), "new")
+    shutil.rmtree(tmp_path / "a")  # a current folder that is gone is nobody's
+    write_folder(tmp_path / "c", "new")
 
 
 def test_a_disk_that_is_full_is_named_with_the_mend(tmp_path: Path, file_size_limit: Callable[[int], None]) -> None:

