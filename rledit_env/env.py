@@ -169,8 +169,9 @@ class LifelongEditEnv(Copied, gym.Env):
     made over one object. Environments over one `EditableLM` (and `copy.copy(env)`) share its edited weights, too: they
     take turns, each with a `reset` first, and a step in an episode that another has ended raises `ResetNeeded`.
 
-    A pickle holds the arguments, the episode with its edited weights and its random state, not the model, which is
-    loaded by its name again; an environment that was made with a model object is not pickled.
+    A pickle holds the arguments, the episode with its edited weights and its random state, neither the model nor the
+    data, which are loaded by their names again, nor a `recorder`. It goes on as the original does, to rounding. An
+    environment that was made with a model object is not pickled.
 
     ## Attributes
 

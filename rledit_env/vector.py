@@ -51,6 +51,9 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
 
     A stream ends alone: after its last batch, or when an update breaks its weights.
 
+    Copies and pickles are as those of the single environment (see "Copies" there): of all streams, with weights of
+    their own, over the same frozen model.
+
     Args:
         kind: as in `LifelongEditEnv`, like every argument that is not named here; ``model`` may be an `EditableLM`,
             whose own edited weights are then left alone.

@@ -18,11 +18,12 @@ from gymnasium.vector import AsyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
-from transformers import PreTrainedModel, pipeline
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, pipeline
 
 from agents import FTLAgent, FTLConfig, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
+from rledit_env.lm.whole import WholeForward
 from rledit_env.vector import VectorGradientFeatures, VectorScaledUpdate
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
 
@@ -117,6 +118,20 @@ def test_a_deep_copy_goes_on_as_the_original_does_and_neither_changes_the_other(
     other.reset(seed=4)
     assert data_equivalence(weights_of(env), before, exact=True)
     assert len(env.unwrapped.evaluate().taken) == 4
+
+
+def test_a_deep_copy_over_a_model_that_runs_through_its_own_forward_is_whole() -> None:
+    tokenizer = tiny_tokenizer("tiny-llama")
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=3, n_head=2))
+    env = make(model=model, tokenizer=tokenizer)
+    assert isinstance(env.unwrapped.lm.forward, WholeForward)
+    observation, _ = env.reset(seed=0)
+    observation, *_ = env.step(fine_tuning(observation))
+    other = copy.deepcopy(env)
+    assert shared_names(env, other) == set(places(env.unwrapped.lm.model)) - edited_names(env)
+    mine, theirs = (e.step(fine_tuning(observation)) for e in (env, other))
+    assert data_equivalence(mine, theirs, exact=True)
 
 
 def test_a_deep_copy_of_a_wrapped_environment_is_whole() -> None:
