@@ -379,10 +379,20 @@ class SuffixForward:
                 return False
         return self._agree(mine, whole)
 
+    @cached_property
+    def _attends_only(self) -> bool:
+        """Whether every layer has an attention, so that keys and values are all that it keeps of earlier tokens."""
+        return all(any(hasattr(layer, name) for name in ATTENTIONS) for layer in self.layers)
+
     @property
     def batching(self) -> str:
-        """What transformers promises of models with keys and values alone."""
-        return "padded"
+        """All texts together, where keys and values are all that is kept; else what the model's own forward allows."""
+        return "padded" if self._attends_only else self._whole().batching
+
+    def _whole(self) -> Forward:
+        from rledit_env.lm.whole import WholeForward  # which needs this module
+
+        return WholeForward.of(self)
 
     @property
     def shares(self) -> bool:
@@ -441,6 +451,8 @@ class SuffixForward:
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        if not self._attends_only:
+            return self._whole().extended(input_ids, length, draw)
         cache, ids, text = DynamicCache(), input_ids, [input_ids]
         for _ in range(length):
             options: dict[str, Any] = {"use_cache": True, self.cache_argument: cache}

@@ -182,8 +182,21 @@ def own_pass(
     """The model's :class:`OwnPass`, which is run once a model."""
     found = _known.get(model)
     if found is None or found.output.module is not output_head(model):
+        _keep_scale(model)
         found = _known[model] = OwnPass(model, tokenizer, linear)
     return found
+
+
+def _keep_scale(model: PreTrainedModel) -> None:
+    """Let a model run with its weights as they are saved: RWKV divides some by powers of two when it first runs without
+    training, and its states with them, against overflows of float16. What is edited would then be saved divided."""
+    for module in model.modules():
+        rescale: Any = getattr(module, "_rescale_layers", None)
+        if rescale is not None:
+            module.train()
+            rescale()  # takes an earlier division back
+            module.eval()
+            model.config.rescale_every = 0
 
 
 def output_head(model: PreTrainedModel) -> Any:

@@ -180,7 +180,7 @@ def test_texts_go_on_as_the_model_alone_continues_them(kind: str) -> None:
     assert lm.generate(prompts) == expected
 
 
-@pytest.mark.parametrize("kind", ["cohere", "rwkv"])
+@pytest.mark.parametrize("kind", ["cohere", "rwkv", "mamba"])
 def test_sampled_texts_follow_the_models_own_distribution(kind: str) -> None:
     """Of the one likeliest token: the texts are the greedy ones."""
     lm, plain = own_lm(kind)
@@ -259,6 +259,24 @@ def test_what_was_edited_is_what_is_saved(kind: str, tmp_path: Any) -> None:
             torch.testing.assert_close(model.get_submodule(name).weight, lm.weight(name), atol=1e-6, rtol=1e-5)
     again = EditableLM.load(str(tmp_path / "model"), dtype="float32", device="cpu")
     assert again.trace(passages_of(lm)).loss == pytest.approx(lm.trace(passages_of(lm)).loss, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_divides_its_weights_as_it_runs_is_saved_with_whole_ones(tmp_path: Any) -> None:
+    """RWKV, from its seventh layer on, whether or not it has run before."""
+    ids = torch.arange(5, 13)[None]
+    for has_run in (False, True):
+        model = own_model("rwkv", num_hidden_layers=7)
+        whole = {name: weight.clone() for name, weight in model.state_dict().items()}
+        logits = copy.deepcopy(model)(input_ids=ids).logits
+        if has_run:
+            model(input_ids=ids)
+        lm = EditableLM(model, tiny_tokenizer(), ["*.6.feed_forward.*"])
+        lm.save_pretrained(tmp_path / str(has_run))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(has_run))
+        assert all(torch.equal(weight, whole[name]) for name, weight in loaded.state_dict().items())
+        for each in (lm.model, loaded):
+            torch.testing.assert_close(each(input_ids=ids).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 # -- which pass, and what it says
