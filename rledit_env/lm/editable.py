@@ -477,8 +477,8 @@ class EditableLM(EditedWeights):
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 inputs[name] = args[0].detach()
-                outputs[name] = output if output.requires_grad else output.requires_grad_()
-                return output
+                outputs[name], passed_on = _watched(output)
+                return passed_on
 
             return hook
 
@@ -547,9 +547,9 @@ class EditableLM(EditedWeights):
             if not torch.is_grad_enabled():
                 return output
             keys, route = arguments[0].detach(), self._route
-            output = output if output.requires_grad else output.requires_grad_()
+            output, passed_on = _watched(output)
             output.register_hook(lambda gradient: add(name, keys, gradient, route))
-            return output
+            return passed_on
 
         def add(name: str, keys: Tensor, gradient: Tensor, route: Sequence[tuple[int, int]]) -> None:
             keys, gradient, first = keys.flatten(0, -2), gradient.flatten(0, -2), 0
@@ -600,6 +600,15 @@ class EditableLM(EditedWeights):
             write_model(self.model, work)
             write_tokenizer(self.tokenizer, work)
         return Path(folder)
+
+
+def _watched(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A module's output that takes a gradient, and what the model goes on with: a copy where nothing before it takes
+    one, since a model may add to it in place (Falcon, Llama 4)."""
+    if output.requires_grad:
+        return output, output
+    output.requires_grad_()
+    return output, output.clone()
 
 
 def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:

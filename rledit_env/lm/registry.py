@@ -291,7 +291,9 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
             raise ModelError(_NEEDS_CODE.format(name))
         return
     has_encoder = bool(config.get("is_encoder_decoder"))
-    if has_encoder or (kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    fills_gaps = any(str(made).endswith("ForMaskedLM") for made in config.get("architectures") or ())
+    is_known = kind in CONFIG_MAPPING_NAMES
+    if has_encoder or fills_gaps or (is_known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         what = "an encoder-decoder model" if has_encoder else "no causal language model"
         raise ModelError(
             f"model '{name}' ({kind}) is {what}; rledit edits decoder-only language models, such as Llama or GPT-2: "

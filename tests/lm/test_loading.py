@@ -62,6 +62,7 @@ def test_a_quantised_language_model_inside_another_is_refused_too(folder: Path) 
         ({"model_type": "bart", "is_encoder_decoder": True}, "an encoder-decoder model"),
         ({"model_type": "vit"}, "no causal language model"),
         ({"model_type": "distilbert"}, "no causal language model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "no causal language model"),
     ],
 )
 def test_a_model_that_does_not_continue_texts_is_refused_by_its_kind(folder: Path, settings: dict, what: str) -> None:

@@ -116,12 +116,27 @@ def test_loss_and_gradients_are_the_models_own(kind: str) -> None:
     with lm.collecting() as (sums,):
         for _, states in lm.answer_chunks(passages):
             losses = negative_log_likelihood(lm.forward, states.hidden, states.targets)
-            (losses.sum() / len(torch.cat([torch.tensor(p.targets) for p in passages]))).backward()
+            (losses.sum() / sum(len(p.targets) for p in passages)).backward()
     for name in lm.module_shapes:
         expected = plain.get_submodule(name).get_parameter("weight").grad
         assert expected is not None and expected.norm() > 0
         for found in (trace.value_gradients[name].T @ trace.keys[name], sums[name]):
             assert (found - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_an_output_that_the_model_adds_to_in_place_can_be_the_only_one_edited() -> None:
+    lm, plain = own_lm("falcon", ["transformer.h.1.mlp.dense_4h_to_h"])
+    passages = passages_of(lm)
+    loss_of(plain, passages).backward()
+    trace = lm.trace(passages, "all")
+    with lm.collecting() as (sums,):
+        for _, states in lm.answer_chunks(passages):
+            losses = negative_log_likelihood(lm.forward, states.hidden, states.targets)
+            (losses.sum() / sum(len(p.targets) for p in passages)).backward()
+    for name, found in sums.items():
+        expected = plain.get_submodule(name).get_parameter("weight").grad
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(trace.value_gradients[name].T @ trace.keys[name], expected, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["cohere", "bloom", "mamba", "recurrent_gemma"])
