@@ -36,11 +36,11 @@ class Views:
 
     Args:
         model: registry name, hub id or folder.
-        dtype, device: as for :meth:`EditableLM.load`.
+        dtype, device: as for :meth:`EditableLM.load`, and so is ``source`` (revision, trust_remote_code).
     """
 
-    def __init__(self, model: str, dtype: str = "auto", device: str = "auto") -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+    def __init__(self, model: str, dtype: str = "auto", device: str = "auto", **source: Any) -> None:
+        self.model, self.dtype, self.device, self.source = model, dtype, device, source
         self._view: EditableLM | None = None
         self._patterns: tuple[str, ...] | None = None
 
@@ -54,12 +54,12 @@ class Views:
         patterns = (edit_modules,) if isinstance(edit_modules, str) else tuple(edit_modules or ()) or None
         self.restore()
         if self._view is None:
-            self._view = EditableLM.load(self.model, patterns, self.dtype, self.device)
+            self._view = EditableLM.load(self.model, patterns, self.dtype, self.device, **self.source)
         elif patterns != self._patterns:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # its copies of the weights are gone before the new ones are made
             wanted = patterns or default_edit_modules(self.model, model)
-            self._view = EditableLM(model, tokenizer, wanted, self.model)
+            self._view = EditableLM(model, tokenizer, wanted, self.model, revision=self.source.get("revision"))
         self._patterns = patterns
         return self._view
 

@@ -181,7 +181,7 @@ def second_moments(
 
     def take(name: str) -> object:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keys = args[0].flatten(0, 1).to(lm.edit_dtype)
+            keys = args[0].flatten(0, -2).to(lm.edit_dtype)
             sums[name].addmm_(keys.T, keys)
 
         return hook

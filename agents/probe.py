@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from agents.editing import edit_stream
 from agents.hypernetwork import Aggregation, HypernetworkConfig
@@ -23,8 +21,9 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.files import write_text
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import decoder_layers
+from rledit_env.lm.modules import linear_modules
 from rledit_env.lm.names import expand_globs
+from rledit_env.lm.self_check import own_pass
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.report import module_kind, module_layer
 
@@ -129,7 +128,9 @@ class Probe:
         chosen = [replace(r, paraphrases=r.paraphrases[:MOST], unrelated=r.unrelated[:MOST]) for r in chosen]
         self.facts = replace(facts, records=tuple(chosen[:first]))
         self.final_facts = replace(facts, records=tuple(chosen[first:]))
-        linear = linear_modules(model)
+        all_linear = linear_modules(model)
+        unfit = own_pass(model, tokenizer, all_linear).unfit
+        linear = [name for name in all_linear if name not in unfit]
         self.modules = linear if among is None else expand_globs(among, linear)
         together = tuple(expand_globs(beside, linear)) if beside else ()
         self.beside = [Candidate(run_glob(together), together)] if together else []
@@ -328,13 +329,6 @@ class ProbeResult:
             for score in SCORES:
                 maps[score][kinds.index(module_kind(glob)), layers.index(module_layer(glob))] = cell[score]
         return kinds, layers, maps
-
-
-def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Names of all linear modules inside the decoder layers, in the model's order."""
-    _, layers = decoder_layers(model)
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inside]
 
 
 def run_glob(modules: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
         "id": inner.spec.id if inner.spec is not None else None,
         "kind": inner.dataset.kind,
         "model": inner.lm.name,
+        "revision": inner.lm.revision,
         "edit_modules": list(inner.lm.module_shapes),
         "dtype": str(inner.lm.dtype).removeprefix("torch."),
         "source": inner.dataset.source,

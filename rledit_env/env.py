@@ -156,6 +156,7 @@ class LifelongEditEnv(Copied, gym.Env):
       `DivergenceError`, which names the batch, and leaves the environment at the step, for another action.
     * `device`, `dtype`: where and in what precision the frozen weights run; "auto" chooses (edited weights are always
       kept in float32).
+    * `revision`, `trust_remote_code`: of a model named by hub id, as `from_pretrained` takes them.
     * `on_error`: "raise" or "skip" unusable rows of the data.
     * `render_mode`: "ansi" or "human" (the step's facts with the LLM's answers before and after), or "rgb_array" (the
       curves so far).
@@ -205,6 +206,8 @@ class LifelongEditEnv(Copied, gym.Env):
         action_noise_std: float = 0.0,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         render_mode: str | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         on_divergence: Literal["end", "skip", "raise"] = "end",
@@ -224,7 +227,8 @@ class LifelongEditEnv(Copied, gym.Env):
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
         self.stream = KnowledgeStream(self.dataset, num_batches, batch_size)
-        self.lm = editable_lm(model, tokenizer, edit_modules, dtype, device)
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.lm = editable_lm(model, tokenizer, edit_modules, dtype, device, **source)
         self.encoded = EncodedDataset(self.lm, self.dataset)
         self.encoded.check_lengths()
         needed = largest_batch(self.encoded.traced_positions(token), batch_size)

@@ -168,6 +168,7 @@ class EditLedger:
         header = {
             "format": FORMAT,
             "model": lm.name,
+            "revision": lm.revision,
             "shapes": {m: list(s) for m, s in lm.module_shapes.items()},
             "dtype": str(lm.dtype).removeprefix("torch."),
             "original": _original_hash(lm),

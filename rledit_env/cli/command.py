@@ -76,6 +76,23 @@ def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") ->
     parser.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'; 'auto' takes an accelerator")
     parser.add_argument("--dtype", default=dtype,
                         help="precision of the frozen weights: a torch dtype, 'auto', or 'stored', the model's own")
+    source_arguments(parser)
+
+
+def source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What version of a model is meant, and what it may do."""
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit, for a model named by hub id")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run the code that comes with the model, where it needs that; it can do anything")
+
+
+def model_source(options: argparse.Namespace, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What :func:`source_arguments` were given, as `EditableLM.load` takes it. Without ``--model`` and ``--revision``
+    the revision is the one that was ``trained`` with."""
+    revision = options.revision
+    if revision is None and options.model is None and trained is not None:
+        revision = trained.get("revision")
+    return {"revision": revision, "trust_remote_code": options.trust_remote_code}
 
 
 def environment_ids() -> list[str]:

@@ -16,6 +16,7 @@ from rledit_env.cli.command import (
     check_positive,
     environment_arguments,
     kind_of,
+    model_source,
     say_loading,
     skipped_rows,
     warn,
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         training()
     modules = tuple(options.edit_modules) if options.edit_modules else None
     setting = Setting(options.env, test, training, options.batches, options.batch_size, modules, options.generate)
-    views = Views(options.model, options.dtype, options.device)
+    views = Views(options.model, options.dtype, options.device, **model_source(options))
     comparison = Comparison(setting, views, options.out)
     _check_folder(options, test.source)
     seeds = range(options.seeds)
@@ -167,7 +168,9 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
 
 def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
     """What the folder's cells have in common, beside the editors' own settings."""
-    names = ("env", "model", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate")
+    names = (
+        "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate"
+    )  # fmt: skip
     return {name: getattr(options, name) for name in names} | {"source": source}
 
 

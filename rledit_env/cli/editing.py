@@ -14,6 +14,7 @@ from rledit_env.cli.command import (
     check_positive,
     dtype_name,
     model_name,
+    model_source,
     progress_bar,
     say_loading,
     skipped_rows,
@@ -139,7 +140,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
     with modules_of(folder, model):
-        lm = EditableLM.load(model, modules, options.dtype, options.device)
+        lm = EditableLM.load(model, modules, options.dtype, options.device, **model_source(options, trained))
     facts = _as_asked(facts, lm, options)
     with warnings.catch_warnings():
         if options.warm_up:
@@ -167,7 +168,7 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     _check_subjects(editor, facts.dataset)
     settings = _settings(options, editor.env, facts)
     say_loading(model)
-    lm = Views(model, options.dtype, options.device).of(editor, options.edit_modules)
+    lm = Views(model, options.dtype, options.device, **model_source(options)).of(editor, options.edit_modules)
     facts = _as_asked(facts, lm, options)
     _check_statistics(editor, lm, options)
     _say_what_is_edited(lm, facts.dataset)

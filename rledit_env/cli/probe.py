@@ -7,7 +7,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rledit_env.cli.command import OK, Command, environment_arguments, kind_of, say_loading, skipped_rows, warn
+from rledit_env.cli.command import (
+    OK,
+    Command,
+    environment_arguments,
+    kind_of,
+    model_source,
+    say_loading,
+    skipped_rows,
+    warn,
+)
 from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
@@ -60,7 +69,9 @@ def run(options: argparse.Namespace) -> int:
     facts = load_knowledge(kind_of(options.env), options.data, "train", options.on_error)
     say_loading(options.model)
     device = resolve_device(options.device)
-    model, tokenizer = load_model(options.model, resolve_dtype(options.dtype, device), device)
+    model, tokenizer = load_model(
+        options.model, resolve_dtype(options.dtype, device), device, **model_source(options)
+    )
     probe = Probe(
         model, tokenizer, facts, options.out / SCORES_FILE, config, options.model, options.edit_modules,
         None if options.edit_modules else _by_default(options.model, model),
@@ -101,7 +112,7 @@ def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
 
     try:
         return default_edit_modules(name, model)
-    except ModelError:
+    except (ModelError, ValueError):
         return None
 
 

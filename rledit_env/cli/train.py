@@ -17,6 +17,7 @@ from rledit_env.cli.command import (
     dtype_name,
     environment_arguments,
     kind_of,
+    model_source,
     say_loading,
     skipped_rows,
 )
@@ -125,7 +126,9 @@ def run(options: argparse.Namespace) -> int:
         drift_limit=options.drift_limit,
     )
     say_loading(options.model)
-    lm = EditableLM.load(options.model, options.edit_modules, options.dtype, options.device)
+    lm = EditableLM.load(
+        options.model, options.edit_modules, options.dtype, options.device, **model_source(options)
+    )
     common = {
         "model": lm, "batch_size": options.batch_size, "token": options.token,
         "steps_per_batch": options.steps_per_batch, "array_backend": "torch", "disable_env_checker": True,

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage, SuffixForward, _Stub, at_least_float32
+from rledit_env.lm.forward import FAILURES, Passage, SuffixForward, _Stub, at_least_float32, same_numbers
 from rledit_env.lm.layout import Layout, cheapest_chunks
-from rledit_env.lm.self_check import FAILURES, same_numbers
 from rledit_env.lm.whole import WholeForward, WholePassages
 
 

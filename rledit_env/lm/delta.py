@@ -158,6 +158,7 @@ def save_lora(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": lm.name,
+        "revision": lm.revision,
         "target_modules": list(ranks),
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),  # alpha = r makes the adapter's scale 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from rledit_env.lm.forward import (
     at_least_float32,
     decoder_layers,
 )
-from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks
+from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, padded_on_left, sharing_chunks
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.modules import chosen_modules, linear_modules
 from rledit_env.lm.placement import resolve_device, resolve_dtype
 from rledit_env.lm.products import outer
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 from rledit_env.lm.saving import write_model, write_tokenizer
-from rledit_env.lm.self_check import FAILURES, own_pass, same_numbers
+from rledit_env.lm.self_check import own_pass
 from rledit_env.lm.sharing import frozen_weights
 from rledit_env.lm.tokens import Offsets, TextEncoder
 from rledit_env.lm.weights import EditedWeights
@@ -120,8 +120,7 @@ class EditableLM(EditedWeights):
         self.max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
         super().__init__(chosen_modules(model, linear, own.unfit, edit_modules))
         _, layers = decoder_layers(model)
-        edited = [i for i, layer in enumerate(layers) if set(self._modules.values()) & set(layer.modules())]
-        self.forward: Forward = own.forward(model, layers, edited, name)
+        self.forward: Forward = own.forward(model, layers, self._modules, name)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
 
@@ -432,14 +431,11 @@ class EditableLM(EditedWeights):
         return texts
 
     def decoded_together(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Indices of rows of token ids in batches that one may decode: all, or those of one length, where the model
-        takes padding on the left for text."""
-        lengths = [len(row) for row in rows]
-        if len(set(lengths)) <= 1 or self._pads_on_left:
-            yield list(range(len(rows)))
-            return
-        for length in sorted(set(lengths)):
-            yield [i for i, each in enumerate(lengths) if each == length]
+        """Indices of rows of token ids in batches that the model continues as it continues each row alone."""
+        batching = self.forward.batching
+        keys = [0 if batching == "padded" else len(row) if batching == "by length" else i for i, row in enumerate(rows)]
+        for key in sorted(set(keys)):
+            yield [i for i, each in enumerate(keys) if each == key]
 
     def _decode(self, rows: Sequence[Sequence[int]], most: int) -> Tensor:
         """Greedy continuations (B, most or less) of rows of token ids, padded on the left."""
@@ -451,27 +447,8 @@ class EditableLM(EditedWeights):
 
     def pad_on_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids (B, L), padded on the left, and where they are not padding."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        ids, mask = padded_on_left(rows, self.pad_token_id)
         return ids.to(self.device), mask.to(self.device)
-
-    @cached_property
-    def _pads_on_left(self) -> bool:
-        """Whether padding on the left changes nothing in what the model gives next (tried once)."""
-        row = self.encode("The capital of France is")
-        logits = []
-        for rows in ([row], [row, row + row]):
-            ids, mask = self.pad_on_left(rows)
-            try:
-                output: Any = self.model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, output_logits=True,
-                    pad_token_id=self.pad_token_id, return_dict_in_generate=True,
-                )  # fmt: skip
-            except FAILURES:  # a model that takes one text at a time
-                return False
-            logits.append(output.logits[0][:1])
-        return same_numbers(logits[0], logits[1], self.dtype)
 
     # -- the fine-tuning gradient --------------------------------------------------------------------------------
 
@@ -500,8 +477,8 @@ class EditableLM(EditedWeights):
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 inputs[name] = args[0].detach()
-                outputs[name] = output if output.requires_grad else output.requires_grad_()
-                return output
+                outputs[name], passed_on = _watched(output)
+                return passed_on
 
             return hook
 
@@ -570,9 +547,9 @@ class EditableLM(EditedWeights):
             if not torch.is_grad_enabled():
                 return output
             keys, route = arguments[0].detach(), self._route
-            output = output if output.requires_grad else output.requires_grad_()
+            output, passed_on = _watched(output)
             output.register_hook(lambda gradient: add(name, keys, gradient, route))
-            return output
+            return passed_on
 
         def add(name: str, keys: Tensor, gradient: Tensor, route: Sequence[tuple[int, int]]) -> None:
             keys, gradient, first = keys.flatten(0, -2), gradient.flatten(0, -2), 0
@@ -623,6 +600,15 @@ class EditableLM(EditedWeights):
             write_model(self.model, work)
             write_tokenizer(self.tokenizer, work)
         return Path(folder)
+
+
+def _watched(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A module's output that takes a gradient, and what the model goes on with: a copy where nothing before it takes
+    one, since a model may add to it in place (Falcon, Llama 4)."""
+    if output.requires_grad:
+        return output, output
+    output.requires_grad_()
+    return output, output.clone()
 
 
 def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from rledit_env.lm.head import OutputHead
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
-FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "layer_norm")
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+
+# What a trial of something on a model of another make may raise.
+FAILURES = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +69,19 @@ class Passage:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def same_numbers(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:
+    """Whether numbers of some tokens (P, …) are the same up to a precision's rounding, measured token by token.
+
+    In bfloat16, rounding may send a token to another expert: there, most tokens count.
+    """
+    seen = torch.isfinite(other)
+    one, other = (torch.where(seen, numbers.double(), 0.0) for numbers in (one, other))
+    errors = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
+    if precision.itemsize < 4:
+        return bool(errors.median() <= 0.1)
+    return bool((errors <= 1e-3).all())
 
 
 class PrefixCache:
@@ -163,6 +181,8 @@ class Forward(Scored, Protocol):
         layers: its decoder layers.
         device: where final states are computed.
         shares, longest_packed: how passages may lie in a batch (see `rledit_env.lm.layout`).
+        batching: which texts the model continues together as it does alone: those of any length, "padded" on the left,
+            those of one length ("by length"), or none ("alone").
     """
 
     model: PreTrainedModel
@@ -176,6 +196,9 @@ class Forward(Scored, Protocol):
 
     @property
     def longest_packed(self) -> int: ...
+
+    @property
+    def batching(self) -> str: ...
 
     def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """What of a batch of token ids (B, L) no edit can change, (B, L, …)."""
@@ -235,15 +258,15 @@ class SuffixForward:
         In float32 a size costs more memory than in bfloat16: 32 instead of 16 is 50 to 100 MB less at the peak of a
         training step of 135M parameters, and 1 % of its time.
         """
-        weight = self.norm.weight
-        if not compiled(weight, 16 * len(weight) ** 2):
+        weight = self.output.module.weight  # (|V|, d)
+        if not compiled(weight, 16 * weight.shape[1] ** 2):
             return 1
         return 16 if weight.dtype.itemsize == 2 else 32
 
     @property
     def device(self) -> torch.device:
         """Where the final states are computed, wherever the weights rest."""
-        return execution_device(self.norm)
+        return execution_device(self.norm if hasattr(self.norm, "weight") else self.output.module)
 
     @property
     def cache_argument(self) -> str:
@@ -356,6 +379,21 @@ class SuffixForward:
                 return False
         return self._agree(mine, whole)
 
+    @cached_property
+    def _attends_only(self) -> bool:
+        """Whether every layer has an attention, so that keys and values are all that it keeps of earlier tokens."""
+        return all(any(hasattr(layer, name) for name in ATTENTIONS) for layer in self.layers)
+
+    @property
+    def batching(self) -> str:
+        """All texts together, where keys and values are all that is kept; else what the model's own forward allows."""
+        return "padded" if self._attends_only else self._whole().batching
+
+    def _whole(self) -> Forward:
+        from rledit_env.lm.whole import WholeForward  # which needs this module
+
+        return WholeForward.of(self)
+
     @property
     def shares(self) -> bool:
         """Whether passages end to end may hold once what they begin with: on a CPU. A GPU has a kernel of its own for
@@ -393,9 +431,9 @@ class SuffixForward:
 
     def _numbers(self, layout: Layout) -> Tensor:
         """States (B, L, d) to try something on."""
-        weight = self.norm.weight
+        weight = self.output.module.weight
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(*layout.shape, len(weight), generator=generator).to(self.device, weight.dtype)
+        return torch.randn(*layout.shape, weight.shape[1], generator=generator).to(self.device, weight.dtype)
 
     @staticmethod
     def _agree(mine: Tensor, whole: Tensor) -> bool:
@@ -413,6 +451,8 @@ class SuffixForward:
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        if not self._attends_only:
+            return self._whole().extended(input_ids, length, draw)
         cache, ids, text = DynamicCache(), input_ids, [input_ids]
         for _ in range(length):
             options: dict[str, Any] = {"use_cache": True, self.cache_argument: cache}

@@ -20,6 +20,8 @@ def editable_lm(
     edit_modules: Sequence[str] | str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> EditableLM:
     """An `EditableLM` of a model.
 
@@ -27,7 +29,8 @@ def editable_lm(
         model: a name or folder, as :meth:`EditableLM.load` takes it; a causal LM of transformers, which is left as it
             is: its weights are shared and never written; or an `EditableLM`, which is returned.
         tokenizer: of a model object; None for a name, which brings its own.
-        edit_modules, dtype, device: as :meth:`EditableLM.load`; the last two for a name only.
+        edit_modules, dtype, device, revision, trust_remote_code: as :meth:`EditableLM.load`; all but the first for a
+            name only.
 
     Raises:
         ModelError: a named model cannot be had.
@@ -37,7 +40,8 @@ def editable_lm(
     if isinstance(model, EditableLM):
         return model
     if isinstance(model, str | os.PathLike):
-        return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device)
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device, **source)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
     lm = EditableLM(sharing_copy(model), tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)

@@ -129,6 +129,13 @@ class Layout:
         return torch.tensor(found, dtype=torch.long, device=device)
 
 
+def padded_on_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L) with ``filler`` before them, for decoding, and where they are none of it, (B, L)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
 def even_chunks(
     lengths: Sequence[int], max_tokens: int, streams: Sequence[int], quantum: int = 1
 ) -> Iterator[list[int]]:

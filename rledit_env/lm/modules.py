@@ -17,6 +17,7 @@ _FEED_FORWARD: dict[tuple[str, ...], str] = {
     ("gate_proj", "up_proj"): "{gate,up}_proj",
     **{(name,): name for name in ("gate_up_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h")},
 }
+_READING = re.compile(r"\b([qkv]|query|key|value|gate|router)(_|\b)")  # modules that read the residual stream
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -99,8 +100,8 @@ def middle_modules(model: PreTrainedModel) -> tuple[str, ...]:
     These are the widening projections of the feed-forward blocks (gate and up, or their equivalent) in the layers from
     1/5 to 2/5 of the depth, where what is known of a subject gathers at its last token (Meng et al., NeurIPS 2022) and
     where edits generalise best (benchmarks/NOTES.md). Where no module has a name known for that, they are those that
-    widen the states outside the attention, and where there is none (all experts of a layer are one parameter), those
-    that write to the residual stream.
+    widen the residual stream outside the attention, and where there is none (all experts of a layer are one
+    parameter), those that write to the residual stream.
 
     Raises:
         ValueError: the model has no such modules, or quantised ones.
@@ -139,9 +140,9 @@ def _groups(shapes: Mapping[str, tuple[int, int]], model: PreTrainedModel) -> It
         blocks = [kind.removesuffix(names[0]) for kind in shapes if kind.split(".")[-1] == names[0]]
         found = {tuple(block + name for name in names): block + pattern for block in blocks}
         yield {kinds: pattern for kinds, pattern in found.items() if set(kinds) <= set(shapes)}
-    yield {(k,): k for k, (d_in, d_out) in shapes.items() if d_out > d_in and "att" not in k}
     width = model.get_input_embeddings().get_parameter("weight").shape[1]  # of the residual stream
-    yield {(k,): k for k, (_, d_out) in shapes.items() if d_out == width}
+    yield {(k,): k for k, (d_in, d_out) in shapes.items() if d_in == width < d_out and "att" not in k}
+    yield {(k,): k for k, (_, d_out) in shapes.items() if d_out == width and not _READING.search(k)}
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

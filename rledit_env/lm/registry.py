@@ -283,7 +283,7 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ModelError(
             f"model '{name}' is quantised ({method or 'by its config.json'}), and quantised weights cannot be edited; "
-            " name the model that it was made from, or save it dequantised (model.dequantize()) first"
+            "name the model that it was made from, or save it dequantised (model.dequantize()) first"
         )
     kind = config.get("model_type")
     if config.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
@@ -291,7 +291,9 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
             raise ModelError(_NEEDS_CODE.format(name))
         return
     has_encoder = bool(config.get("is_encoder_decoder"))
-    if has_encoder or (kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    fills_gaps = any(str(made).endswith("ForMaskedLM") for made in config.get("architectures") or ())
+    is_known = kind in CONFIG_MAPPING_NAMES
+    if has_encoder or fills_gaps or (is_known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         what = "an encoder-decoder model" if has_encoder else "no causal language model"
         raise ModelError(
             f"model '{name}' ({kind}) is {what}; rledit edits decoder-only language models, such as Llama or GPT-2: "

@@ -27,9 +27,9 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
         return
     kept, written = source / GENERATION_FILE, folder / GENERATION_FILE
     if kept.is_file():
-        if GenerationConfig.from_pretrained(source).to_dict() == _settings(model):
+        if _settings(GenerationConfig.from_pretrained(source)) == _settings(model.generation_config):
             shutil.copyfile(kept, written)
-    elif GenerationConfig.from_model_config(model.config).to_dict() == _settings(model):
+    elif _settings(GenerationConfig.from_model_config(model.config)) == _settings(model.generation_config):
         written.unlink(missing_ok=True)
 
 
@@ -52,8 +52,9 @@ def _folder(name: str | None) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
-def _settings(model: Any) -> dict[str, Any]:
-    return dict(model.generation_config.to_dict())
+def _settings(generation: Any) -> dict[str, Any]:
+    """What is set to something."""
+    return {name: value for name, value in generation.to_dict().items() if value is not None and value is not False}
 
 
 def _is_unchanged(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:

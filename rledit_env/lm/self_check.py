@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.forward import Forward, SuffixForward, at_least_float32, execution_device
+from rledit_env.lm.forward import (
+    FAILURES,
+    Forward,
+    SuffixForward,
+    at_least_float32,
+    execution_device,
+    same_numbers,
+)
 from rledit_env.lm.head import AfterHead, OutputHead, read_after_head
 from rledit_env.lm.kernels import prefer_fast_modules
 from rledit_env.lm.layout import Layout
@@ -24,11 +31,8 @@ from rledit_env.lm.products import FASTER
 from rledit_env.lm.whole import WholeForward
 
 _TEXT = "The capital of France is Paris, and that of Peru is Lima."
-_TOKENS, _SHARED = 8, 5  # of the text, and those that a second one begins with, too
+_TOKENS, _SHARED = 8, 5  # of the text, and those of its beginning, which is run beside it
 _PLAIN = {*FASTER, *FASTER.values()}  # classes that multiply by their weight and do nothing else
-FAILURES = (
-    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
-)  # fmt: skip
 # Ways to run a model, the fastest first: with our modules or its own, and layer by layer or by its own forward.
 _WAYS = [(True, True), (True, False), (False, True), (False, False)]
 _SLOWER = {
@@ -61,7 +65,7 @@ class OwnPass:
     ) -> None:
         head = output_head(model)
         self.kind, self.unfit = type(model).__name__, dict[str, str]()
-        self._ids = _two_texts(tokenizer, len(head.weight)).to(execution_device(head))
+        self._ids = _text(tokenizer, len(head.weight)).to(execution_device(head))
         given: list[Tensor] = []
         handle = head.register_forward_hook(lambda _module, _args, output: given.append(output))
         try:
@@ -69,12 +73,6 @@ class OwnPass:
                 logits = model(input_ids=self._ids, use_cache=False).logits
         finally:
             handle.remove()
-        first, second = at_least_float32(logits)
-        if not same_numbers(first[:_SHARED], second[:_SHARED], logits.dtype):
-            raise ValueError(
-                f"{self.kind} is no causal language model: what it gives for a token depends on later tokens; "
-                "give a decoder-only model, one that is made to continue texts"
-            )
         if not given or given[-1].shape != logits.shape:
             raise ValueError(f"{self.kind} cannot be edited: its logits do not come from one output head")
         plain = torch.equal(given[-1].to(logits.dtype), logits)
@@ -85,11 +83,12 @@ class OwnPass:
                 "factor nor a cap"
             )
         self.output = OutputHead(head, after)
-        self._logits: Tensor | None = torch.cat([first, first[:_SHARED]])  # of texts that :meth:`forward` tries
+        self._logits: Tensor | None = at_least_float32(logits[0])  # until :meth:`forward` has tried its ways
+        self._precision = logits.dtype
         self._choice: tuple[bool, bool] | None = None  # of ways, once tried
 
     def forward(
-        self, model: PreTrainedModel, layers: nn.ModuleList, edited: Sequence[int], name: str
+        self, model: PreTrainedModel, layers: nn.ModuleList, modules: Mapping[str, nn.Module], name: str
     ) -> SuffixForward | WholeForward:
         """The fastest of our ways to run the model that gives its own logits; warns where that is a slower one.
 
@@ -98,12 +97,13 @@ class OwnPass:
         Args:
             model: the model; its modules are replaced by faster ones where these give what it gave.
             layers: its decoder layers.
-            edited: indices of those that hold an edited module.
+            modules: the edited modules by name.
             name: what to call the model.
 
         Raises:
             ValueError: none of them does.
         """
+        edited = [i for i, layer in enumerate(layers) if set(modules.values()) & set(layer.modules())]
         reason: Exception | None = None
         for has_kernels, is_split in [self._choice] if self._choice else _WAYS:
             put_back = prefer_fast_modules(model) if has_kernels else None
@@ -111,15 +111,18 @@ class OwnPass:
                 found: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
                 if is_split:
                     found = SuffixForward(model, min(edited), max(edited), self.output)
-                if self._choice or self._agrees(found):
+                if self._choice or self._agrees(found, modules):
                     self._settle((has_kernels, is_split), name or self.kind)
                     return found
             except FAILURES as error:  # a model of another make
-                reason = error
+                reason = None if is_split else error
             if put_back is not None:
                 put_back()
         said = "" if reason is None else f" ({' '.join(str(reason).split())[:200]})"
-        raise ValueError(f"{name or self.kind} cannot be edited: the same text twice gives different logits{said}")
+        raise ValueError(
+            f"{name or self.kind} ({self.kind}) cannot be edited: what it gives for a token depends on later tokens or "
+            f"on other texts beside it{said}; give a decoder-only model, one that is made to continue texts"
+        )
 
     def _settle(self, way: tuple[bool, bool], name: str) -> None:
         """Remember the way that the model is run, and say so where it is a slow one."""
@@ -128,19 +131,28 @@ class OwnPass:
         self._choice, self._logits = way, None
 
     @torch.no_grad()
-    def _agrees(self, forward: Forward) -> bool:
-        """Whether a pass gives the model's own logits, for the text and for its beginning, padded to its length."""
+    def _agrees(self, forward: Forward, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether a pass of the text and, padded to its length, its beginning gives the model's own logits for both,
+        and the edited modules see their tokens row by row."""
         assert self._logits is not None
-        texts = [self._ids[0], self._ids[0, :_SHARED]]
-        layout = Layout.padded([_TOKENS, _SHARED], forward.quantum)
+        layout = Layout.padded([_TOKENS, _SHARED])
         places = layout.places([range(_TOKENS), range(_SHARED)], forward.device)
-        prefix = forward.prefix(layout.batch(texts).to(forward.device), layout)
-        states = forward.final_states(prefix, F.pad(places, (0, -len(places) % forward.quantum)), layout)
-        return same_numbers(forward.logits(states)[: len(places)], self._logits, states.dtype)
+        batch = layout.batch([self._ids[0], self._ids[0, :_SHARED]]).to(forward.device)
+        seen: list[Tensor] = []
+        handles = [m.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) for m in modules.values()]
+        try:
+            logits = forward.logits(forward.final_states(forward.prefix(batch, layout), places, layout))
+        finally:
+            for handle in handles:
+                handle.remove()
+        rows = [keys.reshape(2, -1, keys.shape[-1])[:, :_SHARED] for keys in seen]
+        return same_numbers(logits, torch.cat([self._logits, self._logits[:_SHARED]]), self._precision) and all(
+            same_numbers(second, first, self._precision) for first, second in rows
+        )
 
     @contextmanager
     def _watching(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within it, :attr:`unfit` takes note of how a forward of the two texts calls these modules."""
+        """Within it, :attr:`unfit` takes note of how a forward of the text calls these modules."""
         calls: Counter[str] = Counter()
 
         def watch(name: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -170,8 +182,21 @@ def own_pass(
     """The model's :class:`OwnPass`, which is run once a model."""
     found = _known.get(model)
     if found is None or found.output.module is not output_head(model):
+        _keep_scale(model)
         found = _known[model] = OwnPass(model, tokenizer, linear)
     return found
+
+
+def _keep_scale(model: PreTrainedModel) -> None:
+    """Let a model run with its weights as they are saved: RWKV divides some by powers of two when it first runs without
+    training, and its states with them, against overflows of float16. What is edited would then be saved divided."""
+    for module in model.modules():
+        rescale: Any = getattr(module, "_rescale_layers", None)
+        if rescale is not None:
+            module.train()
+            rescale()  # takes an earlier division back
+            module.eval()
+            model.config.rescale_every = 0
 
 
 def output_head(model: PreTrainedModel) -> Any:
@@ -190,36 +215,19 @@ def output_head(model: PreTrainedModel) -> Any:
     return head
 
 
-def _two_texts(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-    """A text, and one that begins with its first _SHARED tokens, (2, _TOKENS)."""
-    ids = [i % vocabulary for i in tokenizer(_TEXT)["input_ids"]]
-    ids = (ids + list(range(2 * _TOKENS)))[: 2 * _TOKENS - _SHARED]
-    return torch.tensor([ids[:_TOKENS], ids[:_SHARED] + ids[_TOKENS:]])
-
-
-def same_numbers(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:
-    """Whether numbers of some tokens (P, …) are the same up to a precision's rounding, measured token by token.
-
-    In bfloat16, rounding may send a token to another expert: there, most tokens count.
-    """
-    seen = torch.isfinite(other)
-    one, other = (torch.where(seen, numbers.double(), 0.0) for numbers in (one, other))
-    errors = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
-    if precision.itemsize < 4:
-        return bool(errors.median() <= 0.1)
-    return bool((errors <= 1e-3).all())
+def _text(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
+    """Token ids of a text, (1, _TOKENS)."""
+    ids = [*tokenizer(_TEXT)["input_ids"], *range(1, _TOKENS)]
+    return torch.tensor([[i % vocabulary for i in ids[:_TOKENS]]])
 
 
 def _unfit(module: Any, args: tuple[Any, ...], output: Any) -> str | None:
-    """Why a linear module, called so for the two texts, cannot be edited; None where it can."""
+    """Why a linear module, called so for the text, cannot be edited; None where it can."""
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return "it takes more than its input, or gives more than its output"
     keys, width = args[0], args[0].shape[-1]
-    if keys.numel() != 2 * _TOKENS * width:
-        return "it does not see every token once, as an expert among several or a compressed state"
-    first, second = keys.reshape(2, _TOKENS, width)
-    if not same_numbers(first[:_SHARED], second[:_SHARED], keys.dtype):
-        return "it does not see the tokens in their order"
+    if keys.numel() != _TOKENS * width:
+        return "it does not see every token once"
     if type(module) in _PLAIN:
         return None
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from rledit_env.lm.forward import Forward, Passage, Reached, replaced_forward
+from rledit_env.lm.forward import FAILURES, Forward, Passage, Reached, replaced_forward, same_numbers
 from rledit_env.lm.head import OutputHead, own_head_inputs
-from rledit_env.lm.layout import Layout
+from rledit_env.lm.layout import Layout, padded_on_left
 
 
 class WholeForward:
@@ -61,25 +62,50 @@ class WholeForward:
             raise Reached
 
         with ExitStack() as stack, torch.no_grad():
-            for above in self.layers[layer:]:
+            for above in (*self.layers[layer:], self.output.module):
                 stack.enter_context(replaced_forward(above, stop))
             stack.enter_context(suppress(Reached))
-            own_head_inputs(self.model, self.output.module, input_ids)
+            self.model(input_ids=input_ids, use_cache=False)
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
         """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|); the
         model keeps what it needs from token to token in its own way."""
         if length < 1:
             return input_ids
+        parts = input_ids.split(1) if self.batching == "alone" else [input_ids]
+        return torch.cat([self._generated(part, length, logits_processor=[_Drawing(draw)]).sequences for part in parts])
+
+    @cached_property
+    def batching(self) -> str:
+        """Which texts the model continues together as it does alone (tried once): those of any length, "padded" on the
+        left, those of one length ("by length"), or none ("alone"), since some keep no state for each row or take
+        padding for text."""
+        first, second, longer = list(range(3, 9)), list(range(9, 15)), list(range(3, 12))
+        try:
+            alone = self._next_logits([first])
+            for other, found in ((longer, "padded"), (second, "by length")):
+                if same_numbers(self._next_logits([first, other]), alone, alone.dtype):
+                    return found
+        except FAILURES:  # a model that takes one text at a time
+            pass
+        return "alone"
+
+    def _next_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Of the first row, what the model gives for the next tokens, (tokens, |V|)."""
+        ids, mask = (part.to(self.device) for part in padded_on_left(rows, 0))
+        output = self._generated(ids, 3, attention_mask=mask, output_logits=True)
+        return torch.stack([logits[0] for logits in output.logits])
+
+    @torch.no_grad()
+    def _generated(self, input_ids: Tensor, length: int, **options: Any) -> Any:
+        """What the model's own generation gives for exactly so many tokens."""
         settings = GenerationConfig(
-            max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, pad_token_id=0
-        )
-        model: Any = self.model
-        output: Tensor = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=settings,
-            logits_processor=LogitsProcessorList([_Drawing(draw)]),
+            max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, pad_token_id=0,
+            return_dict_in_generate=True,
         )  # fmt: skip
-        return output
+        options = {"attention_mask": torch.ones_like(input_ids), **options}
+        model: Any = self.model
+        return model.generate(input_ids=input_ids, generation_config=settings, **options)
 
 
 class _Drawing(LogitsProcessor):

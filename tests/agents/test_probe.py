@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from agents.probe import FINAL, NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, linear_modules, run_glob
+from agents.probe import FINAL, NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, run_glob
 from rledit_env import cli, report
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset
+from rledit_env.lm.modules import linear_modules
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import load_model
 
@@ -111,7 +112,7 @@ def test_cells_do_not_depend_on_what_was_tried_before(make_probe: Callable[..., 
 
 def test_globs_name_just_the_run_s_modules() -> None:
     for name in ("tiny-llama", "tiny-gpt2"):
-        modules = linear_modules(load_model(name)[0])
+        modules = list(linear_modules(load_model(name)[0]))
         assert not any("head" in module for module in modules)
         for kinds in (1, 2):
             chosen = [n for n in modules if report.module_layer(n) in (1, 2)]
@@ -173,7 +174,7 @@ def test_the_command_recommends_what_the_other_commands_accept(
     told = next(line for line in out.splitlines() if line.startswith("recommended: "))
     words = told.replace("'", "").split()
     glob = words[words.index("--edit-modules") + 1]
-    assert expand_globs([glob], linear_modules(load_model("tiny-llama")[0]))
+    assert expand_globs([glob], list(linear_modules(load_model("tiny-llama")[0])))
     assert f"{glob} @ 0.1" in json.loads((tmp_path / "p" / "probe.json").read_text())["cells"]
     train = ["train", "--env", "RLEdit-CounterFact-v0", "--model", "tiny-llama", "--out", str(tmp_path / "run")]
     small = ["--num-batches", "1", "--batch-size", "2", "--trajectories", "1", "--rank", "2"]

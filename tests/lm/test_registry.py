@@ -334,13 +334,6 @@ def test_edit_modules_are_the_widening_projections_of_the_lower_middle(depth: in
     assert default_edit_modules("owner/name", model) == (expected,)
 
 
-def test_an_architecture_without_a_known_projection_edits_what_widens_its_states() -> None:
-    model = nn.Module()
-    wide = lambda: nn.Linear(4, 8)  # noqa: E731
-    model.layers = nn.ModuleList(Layer(router=linear(), widen=wide(), attend=wide(), back=linear()) for _ in range(5))
-    assert default_edit_modules("owner/name", model) == ("layers.[1-2].mlp.widen",)
-
-
 def test_a_model_without_layers_has_no_modules_to_edit_by_default() -> None:
     model = nn.Module()
     model.strange = linear()
