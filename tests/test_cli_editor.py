@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import find_agent, load_agent
+from agents import UltraEditAgent, find_agent, load_agent
 from agents.editors import EDITORS, training_free_editors
 from rledit_env import cli
 from rledit_env.cli import editing
@@ -233,6 +233,25 @@ def test_an_agent_with_another_model_than_its_own_names_its_model_and_the_two_wa
     assert "belongs to smollm2-135m" in said
     assert f"rledit edit --editor ultraedit --model {model}" in said
     assert f"rledit train --model {model}" in said
+
+
+@pytest.mark.parametrize("command", ["edit", "evaluate"])
+def test_modules_that_the_user_names_wrongly_are_not_said_to_be_another_model_s(
+    command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "evaluate":
+        arguments = ["evaluate", "--device", "cpu", "--model", "tiny-llama"]
+    said = error_of([*arguments, "--agent", "default", "--edit-modules", "model.layers.*.mpl.up_proj"], capsys)
+    assert "pattern 'model.layers.*.mpl.up_proj' matches no linear module" in said
+
+
+def test_an_agent_of_the_same_model_but_other_modules_is_mended_by_leaving_them_out(tmp_path: Path) -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    env = LifelongEditEnv("counterfact", lm, num_batches=1, batch_size=1)
+    UltraEditAgent(env).save(tmp_path)
+    other = EditableLM.load("tiny-llama", "model.layers.3.mlp.up_proj", dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="was trained for 4 modules.*leave edit_modules .--edit-modules. out, or edit"):
+        load_agent(tmp_path, LifelongEditEnv("counterfact", other, num_batches=1, batch_size=1))
 
 
 def test_an_agent_for_modules_of_other_shapes_names_the_two_ways_in_python_too() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     model = model_name(options, trained, folder)
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
-    with modules_of(folder, model):
+    with nullcontext() if options.edit_modules else modules_of(folder, model):
         lm = EditableLM.load(model, modules, options.dtype, options.device)
     facts = _as_asked(facts, lm, options)
     with warnings.catch_warnings():
