@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import UltraEditAgent, find_agent, load_agent
+from agents import UltraEditAgent, find_agent, load_agent, strength
 from agents.editors import EDITORS, training_free_editors
 from rledit_env import cli
 from rledit_env.cli import editing
@@ -28,8 +28,11 @@ LOCATE = [name for name in training_free_editors() if EDITORS[name].group == "lo
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for these tests, and little text to measure the divergence on."""
     monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "editor-cache"))
+    monkeypatch.setattr(strength, "TEXTS", strength.TEXTS[:2])
+    monkeypatch.setattr(strength, "TEXT_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,7 @@ def test_facts_without_subjects_are_refused_before_the_model_is_loaded_by_editor
 def test_without_a_step_size_one_is_found_shown_with_its_cost_and_kept_in_the_report(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[1-3].mlp.*"]
+    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[2-3].mlp.*"]
     arguments += ["--batch-size", "3"]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
@@ -217,6 +220,19 @@ def test_an_editor_s_interrupted_run_is_resumed_to_the_same_weights(
     (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[1]).unlink()
     assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize(("name", "mend"), [
+    ("ultraedit", "Give a smaller --step-size or another --editor, or give fewer facts"),
+    ("rome", "Take another --editor, or give fewer facts"),
+])  # fmt: skip
+def test_an_editor_that_goes_too_far_writes_nothing_and_names_what_helps(
+    name: str, mend: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--step-size", "1"] if name == "ultraedit" else ["--statistics-tokens", "1024"]
+    assert cli.main([*arguments, "--editor", name, *more, "--drift-bound", "1e-9"]) == 1
+    assert mend in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # -- agents of other models ----------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Editing:
         identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
         report: what edit_report.json says of the editor.
         notes: what the user should know.
+        mend: what helps where the editor breaks the model.
     """
 
     lm: EditableLM
@@ -54,6 +55,7 @@ class Editing:
     identity: dict[str, Any]
     report: dict[str, Any]
     notes: tuple[str, ...] = ()
+    mend: str = "Train the agent on longer streams"
 
 
 def editor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +188,8 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     probe = json.loads(json.dumps(search.as_dict())) if search else None
     identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
     described = {"name": editor.name, **strength, "config": config, "probe": probe}
-    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described})
+    mend = "Give a smaller --step-size or another --editor" if strength else "Take another --editor"
+    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described}, mend=mend)
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
