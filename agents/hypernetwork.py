@@ -328,8 +328,8 @@ class Hypernetwork(nn.Module):
         if fewest < 2:
             raise ValueError(f"the moments are of {fewest:g} rows; gather those of two facts or more")
         self.training_moments = dict(moments)
-        self.memory = {}
-        self.normalisers = self.first_normalisers()
+        self.reset()
+        self.normalisers = self.first_normalisers()  # a "lifetime" normaliser, too
 
     @torch.no_grad()
     def gather(self, keys: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from rledit_env.files import write_tensors
 from rledit_env.lm.continued import layer_of
@@ -228,22 +227,17 @@ def sample_continuations(
     """Texts (R, L + length), on the host, from their first tokens (R, L): each next token is drawn from the LLM's
     distribution, its special tokens and all but the ``top_k`` likeliest left out."""
     special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=lm.device)
-    name = lm.cache_argument
-    cache = DynamicCache()
-    ids = starts.to(lm.device)
-    text = [ids]
-    for _ in range(length):
-        hidden = lm.forward.base(input_ids=ids, use_cache=True, **{name: cache}).last_hidden_state[:, -1]
-        logits = lm.forward.logits(hidden.contiguous())  # (R, |V|)
+
+    def draw(logits: Tensor) -> Tensor:  # (R, |V|) → (R, 1)
         logits[:, special] = -torch.inf
         if top_k is not None:
             logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
         # By the inverse of the cumulative distribution: one random number a text, not one a token of the vocabulary.
         cumulative = logits.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(ids), 1, generator=generator).to(cumulative) * cumulative[:, -1:]
-        ids = torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[1] - 1)
-        text.append(ids)
-    return torch.cat(text, dim=1).cpu()
+        drawn = torch.rand(len(logits), 1, generator=generator).to(cumulative) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[1] - 1)
+
+    return lm.forward.extended(starts.to(lm.device), length, draw).cpu()
 
 
 def text_corpus(lm: EditableLM, path: str | Path, tokens: int) -> Tensor:

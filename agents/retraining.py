@@ -95,18 +95,16 @@ class BatchwiseAgent(RLEditAgent):
         if self._trained is None:
             self._trained = (self._policy(), self.optimizer, self.updates)
             self.optimizer = self._make_optimizer()
-        weights = lm.snapshot()
         memory, normalisers = network.memory, network.normalisers
         try:
             for _ in range(self.config.retrain_steps):
                 gradients = []
                 for i in range(self.config.trajectories_per_update):
                     seed = self.seed + self.updates * 1000 + i
-                    gradients.append(self._trajectory(env, seed, options={"keep_weights": True})[0])
-                    lm.restore(weights)
+                    with lm.preserved():  # they may be those of another environment's episode
+                        gradients.append(self._trajectory(env, seed, options={"keep_weights": True})[0])
                 self._update(gradients)
         finally:
-            lm.restore(weights)
             network.memory = memory
             if self.config.network.normaliser == "stream":
                 network.normalisers = normalisers

@@ -578,7 +578,9 @@ class RLEditAgent(Agent):
             raise ValueError(f"{error}; give another log_dir, or resume=False to start anew") from error
         with built_from(path.parent):
             counters = json.loads(metadata["training"])
-            counters["config"]["network"].setdefault("warm_up", False)  # of earlier versions
+            network = counters["config"]["network"]
+            if "warm_up" not in network:  # as in runs of earlier versions, whose streams began with nothing
+                network |= {"warm_up": False, "warm_up_rows": self.config.network.warm_up_rows}
             mine = json.loads(json.dumps(self._description()))
             found = setting_differences(counters, mine)
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agents.base import NotApplicable
 from rledit_env.knowledge import EditRecord
-from rledit_env.lm.continued import ContinuedForward, layer_of
+from rledit_env.lm.continued import at_places, continued_forward, layer_of
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
@@ -212,7 +212,8 @@ class _Pass:
         self.site, self.width = lm.model.get_submodule(module), lm.module_shapes[module][1]
         rewrites = [p for request in requests for p in request.rewrites]
         self.passages = [*rewrites, *(request.essence for request in requests)]
-        self.forward = ContinuedForward(lm, self.passages, layer_of(module))
+        self.layer = layer_of(module)
+        self.forward = continued_forward(lm, self.passages, self.layer)
         self.places = self.forward.places(self.passages)
         counts = [len(request.rewrites) for request in requests]
         owner = [i for i, n in enumerate(counts) for _ in range(n)]
@@ -231,13 +232,16 @@ class _Pass:
         seen: list[Tensor] = []
 
         def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            seen.append(at_least_float32(output[self.plain, 0]))
-            moved = at_least_float32(output[:, :1]) + delta[self.owner][:, None]
-            return torch.cat([moved.to(output.dtype), output[:, 1:]], dim=1)
+            subjects = at_least_float32(at_places(output, self.forward.subjects))  # (B, d_out)
+            seen.append(subjects[self.plain])
+            moved = (subjects + delta[self.owner]).to(output.dtype)
+            rows = output.view(len(moved), -1, self.width)
+            places = torch.arange(len(moved), device=output.device), self.forward.subjects
+            return rows.index_put(places, moved).view_as(output)
 
         handle = self.site.register_forward_hook(add)
         try:
-            states = self.forward.norm(self.forward.run_to(self.forward.hidden, self.places, self.forward.layout))
+            states = self.forward.states(self.places)
         finally:
             handle.remove()
         return states, seen[0]
@@ -250,9 +254,9 @@ class _Pass:
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            left.append(at_least_float32(states[self.plain, 0]))
+            left.append(at_least_float32(at_places(states, self.forward.subjects)[self.plain]))
 
-        handle = self.forward.layers[self.forward.first_layer].register_forward_hook(leave)
+        handle = self.forward.layers[self.layer].register_forward_hook(leave)
         try:
             states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
         finally:

@@ -41,10 +41,11 @@ class StreamsVecEnv(VecEnv):
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
-        _check_flat(env)
+        _check_vector(env)
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.DISABLED:
             raise ValueError(f"the environment's autoreset_mode is {mode}; make it with autoreset_mode='Disabled'")
+        _check_flat(env)
         self.env = env
         self._actions: Any = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -104,7 +105,7 @@ class StreamsVecEnv(VecEnv):
         return [frame if isinstance(frame, np.ndarray) else None for frame in frames or [None] * self.num_envs]
 
 
-def _check_flat(env: Any) -> None:
+def _check_vector(env: Any) -> None:
     kind = type(env).__name__
     if isinstance(env, gym.Env):
         raise ValueError(
@@ -113,6 +114,10 @@ def _check_flat(env: Any) -> None:
         )
     if not isinstance(env, VectorEnv):
         raise ValueError(f"StreamsVecEnv takes a vector environment, but was given a {kind}; make one with make_vec")
+
+
+def _check_flat(env: VectorEnv[Any, Any, Any]) -> None:
+    kind = type(env).__name__
     observations, actions = env.single_observation_space, env.single_action_space
     nested = isinstance(observations, spaces.Dict) and any(isinstance(s, spaces.Dict) for s in observations.values())
     if nested or isinstance(actions, spaces.Dict):

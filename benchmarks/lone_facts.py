@@ -2,9 +2,12 @@
 
     python benchmarks/lone_facts.py --data ../shared/data/counterfact_eval.jsonl
     python benchmarks/lone_facts.py --data bundled
+    python benchmarks/lone_facts.py --facts 12 --batch-size 12  # the same facts in one batch
+    python benchmarks/lone_facts.py --facts 10 --stream         # one after the other, none forgotten in between
 
-The first facts of the evaluation split are edited one by one, the weights restored in between. Beside what took stands
-what else changed: the mean divergence from the unedited model on text that it wrote (KL, in nats a token).
+The first facts of the evaluation split are edited batch by batch, the weights restored in between (but with --stream).
+What took is decided right after each batch. Beside it stands what else changed: the mean divergence from the unedited
+model on text that it wrote (KL, in nats a token).
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from agents import agent_settings, edit_facts, find_agent, load_agent
+from agents import agent_settings, edit_stream, find_agent, load_agent
 from rledit_env.answers import is_exact, took
+from rledit_env.env import LifelongEditEnv
 from rledit_env.files import write_text
 from rledit_env.general.self_text import OPENINGS, self_drift, self_text
 from rledit_env.knowledge import load_knowledge
@@ -31,7 +35,7 @@ TEXTS = 8  # of the model's own, which show what else changed
 
 @dataclass(frozen=True)
 class Args:
-    """Edits facts alone, one after the other; prints what took."""
+    """Edits facts, each alone unless said otherwise; prints what took."""
 
     data: str = "bundled"
     """As the environment's: a file, a folder, a hub id or "bundled"."""
@@ -39,6 +43,10 @@ class Args:
     """Whose facts."""
     facts: int = 50
     """How many: the first of the evaluation split."""
+    batch_size: int = 1
+    """Facts edited at once."""
+    stream: bool = False
+    """Keep the weights and the agent's memory from batch to batch."""
     agent: str = "default"
     """The agent's folder, or a run's."""
     dtype: str = "stored"
@@ -47,29 +55,44 @@ class Args:
     """A JSON file for the results of every fact."""
 
 
-def edit_alone(args: Args) -> list[dict[str, Any]]:
-    """Each fact's result: what the model answers, whether it took and matches exactly, the drift and KL."""
+def edit(args: Args) -> list[dict[str, Any]]:
+    """Each fact's result: what the model answers, whether it took and matches exactly, and its batch's drift and KL."""
     folder = find_agent(args.agent)
     settings = agent_settings(folder)["environment"]
     lm = EditableLM.load(settings["model"], settings["edit_modules"], args.dtype)
     agent = load_agent(folder)
+    agent.reset()
     dataset = load_knowledge(args.kind, args.data, split="eval")
+    records = dataset.records[: args.facts]
     text = self_text(lm, OPENINGS[:TEXTS])
-    results = []
-    for record in tqdm(dataset.records[: args.facts], "editing single facts", unit="fact"):
-        alone = replace(dataset, records=(record,))
-        log = edit_facts(lm, agent, alone, 1, settings["token"], settings["steps_per_batch"])
-        [answer] = continuations(lm, [record])
-        results.append({
-            "prompt": record.prompt, "target": record.target, "answer": answer, "took": took(answer, record.target),
-            "exact": is_exact(answer, record.target), "drift": log.drift, "kl": self_drift(lm, text).kl,
-        })  # fmt: skip
+    results: list[dict[str, Any]] = []
+    bar = tqdm(range(0, len(records), args.batch_size), "editing", unit="batch")
+    for start in bar:
+        batch = records[start : start + args.batch_size]
+        env = LifelongEditEnv(
+            args.kind, lm, data=replace(dataset, records=batch), num_batches=1, batch_size=len(batch), reward="none",
+            array_backend="torch", token=settings["token"], steps_per_batch=settings["steps_per_batch"],
+        )  # fmt: skip
+        if not args.stream:
+            agent.reset()
+        kept = {"indices": list(range(len(batch))), "keep_weights": args.stream}
+        log = edit_stream(env, agent, seed=0, options=kept)
+        kl = self_drift(lm, text).kl
+        for record, answer in zip(batch, continuations(lm, batch), strict=True):
+            results.append({
+                "prompt": record.prompt, "target": record.target, "answer": answer,
+                "took": took(answer, record.target), "exact": is_exact(answer, record.target),
+                "update_norm": log.update_norms[0], "drift": log.drift, "kl": kl,
+            })  # fmt: skip
+        bar.set_postfix_str(f"{sum(one['took'] for one in results)} of {len(results)} took")
     return results
 
 
 def main(args: Args) -> None:
-    results = edit_alone(args)
-    for one in results:
+    results = edit(args)
+    for number, one in enumerate(results, start=1):
+        if args.stream:
+            print(f"fact {number}: {'took' if one['took'] else 'did not take'}, update {one['update_norm']:.2f}")
         if not one["took"]:
             print(f"did not take: {one['prompt']!r}, wanted {one['target']!r}, answers {one['answer']!r}")
     taken, exact = (sum(one[key] for one in results) for key in ("took", "exact"))

@@ -9,8 +9,10 @@ import unicodedata
 MEANING = ("a fact took if the model's own greedy answer begins with the target, as a whole word; it is an exact match "
            "if the answer also ends there")
 ENDS = ".,;:!?…。，、；：！？।؟،؛"  # punctuation that closes a phrase
-# Scripts that put no space between words, where no letter can say whether a word goes on.
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# Scripts without a space between words, or before a particle, where no letter can say whether a word goes on.
+UNSPACED = (
+    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
+)  # fmt: skip
 
 
 def took(answer: str, target: str) -> bool:

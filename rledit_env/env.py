@@ -25,7 +25,7 @@ from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, 
 from rledit_env.ledger import Recorder
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
-from rledit_env.lm.given import editable_lm
+from rledit_env.lm.given import check_given, editable_lm
 from rledit_env.lm.weights import NotFiniteError
 from rledit_env.metrics import Metrics, evaluate
 from rledit_env.reward import (
@@ -217,6 +217,7 @@ class LifelongEditEnv(Copied, gym.Env):
         _require(action_noise_std >= 0, "action_noise_std", action_noise_std, "0 or more")
         modes = self.metadata["render_modes"]
         _require(render_mode is None or render_mode in modes, "render_mode", render_mode, f"None or one of {modes}")
+        check_given(model, tokenizer, edit_modules, dtype, device)
         self.reward_config = resolve_reward(reward)
         self.dataset = (
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
@@ -269,8 +270,8 @@ class LifelongEditEnv(Copied, gym.Env):
 
     def _share(self, memo: dict[int, Any]) -> None:
         super()._share(memo)
-        memo |= {id(part): part for part in (self.dataset, self.recorder)}
-        memo[id(self.encoded)] = copy.copy(self.encoded)
+        memo |= {id(self.dataset): self.dataset, id(self.recorder): self.recorder}
+        memo[id(self.encoded)] = copy.copy(self.encoded)  # the same passages
 
     def _state(self) -> dict[str, Any]:
         random = (self._np_random, self._np_random_seed)
@@ -311,7 +312,8 @@ class LifelongEditEnv(Copied, gym.Env):
         if self.lm.holder is not None and not self._holds():
             raise gym.error.ResetNeeded(
                 "another environment has begun an episode on the same EditableLM since, so that its weights are no "
-                "longer those of this one's: call reset(), or give each environment its own: model=copy.deepcopy(lm)"
+                "longer those of this one's: call reset(), or give each environment its own, model=copy.deepcopy(lm); "
+                "gymnasium.make_vec without vectorization_mode does so for many"
             )
 
     @property

@@ -76,4 +76,3 @@ def _mend(layer: Any, reader: str, agent: bool) -> str:
 
 def _same(space: Any, other: Any) -> bool:
     return space is other or bool(space == other)
-

@@ -462,3 +462,24 @@ def test_report_of_a_folder_without_results_says_how_to_get_one(
 ) -> None:
     assert cli.main(["report", str(run_folder)]) == 2
     assert "holds no result to show; write one with: rledit evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        ("correct it, or pass on_error='skip' to leave", "correct it, or pass --on-error skip to leave"),
+        ("lower num_batches or batch_size, or", "lower --num-batches or --batch-size, or"),
+        ('with edit_modules="x"', "with --edit-modules x"),
+        ("the file batch_size.json in /a/batch_size and 'batch_size'",) * 2,
+        ("my_batch_size and batch_sizes",) * 2,
+    ],
+)
+def test_errors_name_the_command_s_options_not_python_s_arguments(message: str, shown: str) -> None:
+    options = argparse.Namespace(on_error="raise", num_batches=1, batch_size=2, edit_modules=None, kind="x")
+    assert cli._as_options(message, options) == shown
+
+
+@pytest.mark.parametrize("command", ["train", "probe", "evaluate", "compare", "edit"])
+def test_every_command_that_reads_facts_can_leave_rows_out(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert "--on-error {raise,skip}" in capsys.readouterr().out

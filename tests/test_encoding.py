@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rledit_env.encoding import EncodedDataset, encode, largest_batch
-from rledit_env.knowledge import UnrelatedFact
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
 from rledit_env.lm.forward import TOKEN_CHOICES
 from rledit_env.lm.tiny import TINY_NAMES
 
@@ -26,6 +26,26 @@ def test_a_record_becomes_its_edit_every_paraphrase_and_every_unrelated_pair(tin
     assert [text_of(lm, p.input_ids[: p.positions[0] + 1]) for p in encoded.paraphrases] == list(record.paraphrases)
     assert {text_of(lm, p.targets) for p in encoded.paraphrases} == {" Old Church Slavonic"}
     assert [text_of(lm, p.targets) for p in encoded.unrelated] == [" yellow", " French"]
+
+
+def test_the_subject_is_found_in_the_prompt_and_in_its_paraphrases(tiny_lm):
+    lm = tiny_lm()
+    wordings, unrelated = ("Nigerian and Niger", "Elsewhere"), (UnrelatedFact("a", "b"),)
+    record = EditRecord("Nigeria borders Niger, which is", "Peru", wordings, unrelated, subject="Niger")
+    encoded = encode(lm, record)
+    assert encoded.edit.subject_position == len("Nigeria borders Niger") - 1
+    assert [p.subject_position for p in encoded.paraphrases] == [len("Nigerian and Niger") - 1, None]
+    given = dataclasses.replace(record, subject_start=0)  # the place of a schema's {}
+    assert encode(lm, given).edit.subject_position == len("Niger") - 1
+    assert EncodedDataset(lm, KnowledgeDataset("zsre", "list", "train", (given,))).traced_positions("subject") == [1]
+
+
+def test_text_is_joined_as_the_model_needs_it(tiny_lm):
+    lm = tiny_lm()
+    record = EditRecord("a:\n", "b ", ("法国的首都是",), (UnrelatedFact("(", "c"), UnrelatedFact("a ", " b")))
+    encoded = encode(lm, record)
+    passages = (encoded.edit, *encoded.paraphrases, *encoded.unrelated)
+    assert [text_of(lm, p.input_ids + p.targets[-1:]) for p in passages] == ["a:\nb", "法国的首都是b", "(c", "a b"]
 
 
 def test_each_record_is_tokenised_once(tiny_lm, uneven_facts):

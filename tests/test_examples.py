@@ -58,18 +58,19 @@ def test_train_rledit_trains_saves_and_compares(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_train_ppo_tests_everybody_on_the_same_streams(tmp_path: Path, algorithm: str) -> None:
+    out = tmp_path / "out"
     arguments = ["--steps", "16", "--baseline-streams", "2", "--rledit-steps", "2", "--test-streams", "2",
-                 "--curve-streams", "1", "--out", str(tmp_path)]  # fmt: skip
+                 "--curve-streams", "1", "--out", str(out)]  # fmt: skip
     shown = example("train_ppo", *SMALL, "--algorithm", algorithm, *arguments, folder=tmp_path)
-    returns = json.loads((tmp_path / "returns.json").read_text())
+    returns = json.loads((out / "returns.json").read_text())
     assert list(returns) == ["zero action", "random search", algorithm.upper(), "RLEdit"]
     assert all(len(values) == 2 for values in returns.values())
     assert "Returns on 2 held-out streams" in shown and "not the published CounterFact" in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith(tuple(returns))]
     assert len(rows) == 4 and all(len(row[-4:]) == 4 for row in rows)
-    assert (tmp_path / algorithm / "agent.safetensors").exists()
-    assert list((tmp_path / algorithm).glob("events.out.tfevents.*"))
-    assert "data:image/png;base64" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (out / algorithm / "agent.safetensors").exists()
+    assert list((out / algorithm).glob("events.out.tfevents.*"))
+    assert "data:image/png;base64" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_single_file_ppo_learns_and_logs(tmp_path: Path) -> None:

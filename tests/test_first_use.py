@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents import FineTuningAgent, HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents.files import agent_folder, check_agent_folder, remove_run, run_folder
 from rledit_env import cli
-from rledit_env.files import MARKER, read_marker
-from rledit_env.lm.delta import load_delta
+from rledit_env.files import MARKER, read_marker, write_tensors
+from rledit_env.lm.delta import load_delta, save_delta, save_lora
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.registry import load_model
 
@@ -303,6 +305,46 @@ def test_a_file_of_somebody_else_is_not_overwritten(
         assert (home / name).read_bytes() == before
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("demo", "out"), ("train_rledit", "out"), ("train_ppo", "out"), ("edit_my_model", "out"),
+     ("ppo_single_file", "log_dir")],
+)  # fmt: skip
+def test_an_example_refuses_what_it_cannot_write_before_any_work(
+    name: str, option: str, home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    settings = example.get("Args") or example["Settings"]
+    places = [("/sys/x", "name a place on a disk"), (str(home / "facts.jsonl"), "is a file; name a folder")]
+    if option == "out":  # logs are only added to a folder
+        (home / "mine" / "training").mkdir(parents=True)
+        (home / "mine" / "training" / "thesis.tex").touch()
+        places.append((str(home / "mine"), "another one"))
+    for out, message in places:
+        with pytest.raises(SystemExit) as stop:
+            example["main"](settings(**{option: Path(out) if option == "out" else out}))
+        printed, said = capsys.readouterr()
+        assert stop.value.code == 2 and printed == ""
+        assert said.startswith("error: ") and said.count("\n") == 1 and message.lower() in said.lower() and out in said
+    assert not (home / "mine").exists() or (home / "mine" / "training" / "thesis.tex").exists()
+
+
+def test_a_second_demo_takes_away_what_the_first_one_trained_and_nothing_else(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "training")
+    logs = ("events.out.tfevents.1", "steps/events.out.tfevents.1")
+    for name in ("best/agent.json", "last/training.safetensors", *logs):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+        (run / name).with_name("notes.txt").touch()
+    remove_run(run)
+    left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert left == {MARKER, "notes.txt", "best/notes.txt", "last/notes.txt", "steps/notes.txt"}
+
+
 # -- and what may be written is ------------------------------------------------------------------------------------
 
 
@@ -372,6 +414,70 @@ def test_an_edit_goes_on_with_its_ledger(home: Home, capsys: pytest.CaptureFixtu
     assert "go on with it: resume (--resume)" in said
     assert cli.main([*arguments, "--out", str(home / "again"), "--resume"]) == 0
     assert (home / "again" / "model.safetensors").read_bytes() == (home / "edited" / "model.safetensors").read_bytes()
+
+
+# -- the same in Python --------------------------------------------------------------------------------------------
+
+
+def test_saving_an_agent_replaces_an_agent_and_nothing_else(tmp_path: Path) -> None:
+    agent = RLEditAgent(shapes={"up": (4, 4)}, config=RLEditConfig(network=HypernetworkConfig(rank=2)))
+    (tmp_path / "notes.txt").touch()
+    agent.save(tmp_path)
+    agent.save(tmp_path)
+    (tmp_path / MARKER).unlink()  # as one that was saved before there were markers
+    agent.save(tmp_path)
+    for name in ("agent.json", "agent.safetensors", "training.safetensors"):
+        mine = tmp_path / f"with-{name}"
+        mine.mkdir()
+        (mine / name).write_text("{}")
+        for write in (agent.save, FineTuningAgent().save):
+            with pytest.raises(FileExistsError, match=f"{name} is there already, and no agent wrote it"):
+                write(mine)
+        assert {path.name: path.read_text() for path in mine.iterdir()} == {name: "{}"}
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file; name a folder for the agent"):
+        agent.save(tmp_path / "file")
+
+
+def test_training_does_not_begin_where_it_would_overwrite_what_no_training_wrote(tmp_path: Path) -> None:
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "agent.json").write_text('{"agent": "my own"}')
+    with pytest.raises(FileExistsError, match="no agent wrote it"):
+        run_folder(tmp_path)
+    (tmp_path / "last" / "agent.json").unlink()
+    tensors = tmp_path / "last" / "training.safetensors"
+    write_tensors(tensors, {"x": torch.zeros(1)})
+    with pytest.raises(FileExistsError, match="no agent wrote it"):
+        run_folder(tmp_path)
+    write_tensors(tensors, {"x": torch.zeros(1)}, {"training": "{}"})  # an interrupted run from before the markers
+    run_folder(tmp_path)
+    agent_folder(tmp_path)
+    marker = read_marker(tmp_path)
+    assert marker is not None and marker.what == "training run" and "agent.json" in marker.files
+    check_agent_folder(tmp_path)
+
+
+@pytest.mark.parametrize("save", [
+    lambda lm, folder, overwrite: lm.save_pretrained(folder, overwrite),
+    lambda lm, folder, overwrite: save_delta(lm, folder, overwrite),
+    lambda lm, folder, overwrite: save_lora(lm, folder, overwrite=overwrite),
+], ids=["model", "delta", "lora"])  # fmt: skip
+def test_a_saved_model_or_change_replaces_its_like_and_nothing_else(
+    save: Callable[[EditableLM, Path, bool], Any], tmp_path: Path, tiny_lm: Callable[..., EditableLM]
+) -> None:
+    lm = tiny_lm(modules="model.layers.1.mlp.up_proj")
+    save(lm, tmp_path / "out", False)
+    with pytest.raises(FileExistsError, match="not empty"):
+        save(lm, tmp_path / "out", False)
+    save(lm, tmp_path / "out", True)
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
+        save(lm, tmp_path / "out", True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="never replaced"):
+        save(lm, tmp_path / "mine", True)
+    assert (tmp_path / "out" / "thesis.tex").exists() and (tmp_path / "mine" / "thesis.tex").exists()
 
 
 # -- scores come first ---------------------------------------------------------------------------------------------
@@ -471,11 +577,12 @@ def test_a_probe_whose_pictures_cannot_be_written_has_said_its_recommendation(
     assert "recommended: --edit-modules" in out and "probe.png cannot be written" in err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [(TRAIN, "agents.rledit.RLEditAgent._checkpoint"), (PROBE, "agents.probe.Probe._score")], ids=["train", "probe"],
 )  # fmt: skip
-def test_what_can_be_gone_on_with_says_so_when_the_disk_is_full(
+def test_a_training_and_a_probe_say_that_they_go_on_when_the_disk_is_full(
     arguments: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     disk_full_at: Callable[[str, int], None],
 ) -> None:  # fmt: skip
@@ -483,3 +590,17 @@ def test_what_can_be_gone_on_with_says_so_when_the_disk_is_full(
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "cannot be written" in said and "the same command then goes on from what was written" in said
+
+
+def test_a_ledger_on_a_full_disk_is_gone_on_with(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    disk_full_at: Callable[[str, int], None], file_size_limit: Callable[[int], None],
+) -> None:  # fmt: skip
+    arguments = [*home.edit, "--batch-size", "1", "--out", str(home / "new"), "--ledger", str(home / "recorded")]
+    disk_full_at("rledit_env.ledger.EditLedger.append", 10)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be written" in said and "the same command with --resume then goes on from what was written" in said
+    monkeypatch.undo()
+    file_size_limit(2**40)
+    assert cli.main([*arguments, "--resume"]) == 0

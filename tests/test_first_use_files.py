@@ -234,6 +234,8 @@ UNREADABLE = {
     "a PDF": ("%PDF-1.7", "is a PDF file"),
     "a table without heading": ("Up is,down\nRome is in,Peru\n", "its first line names no prompt and no target"),
     "a table of other columns": ("prompt,traget\nUp is,down\n", "field 'target': is .* mean 'target' by 'traget'"),
+    "Excel's old letters": (b"prompt,target\nUp is,caf\xe9\n", "line 2: bad UTF-8 .*save the file as UTF-8"),
+    "chats": ('{"messages": [{"role": "user", "content": "Up?"}]}', "write a chat's question as prompt and its answer"),
     "a cut list": ('[{"prompt": "a", "target": "b"}', "the list breaks off"),
     "several lists": (json.dumps({"train": TWO, "test": TWO}), "holds several lists of facts, train, test"),
     "uneven columns": ('{"prompt": ["a", "b"], "target": ["c", "d"], "subject": ["a"]}', "1 entries for 2 prompts"),
@@ -317,7 +319,8 @@ def test_chat_puts_every_prompt_into_the_template_and_keeps_the_subject_s_place(
         "prompt": " Where is Bergen?", "target": "Peru", "subject": "Bergen", "paraphrases": ["Bergen?"],
         "unrelated": [{"prompt": "Oslo?", "answer": "Norway"}], "portability": [{"prompt": "Next?", "answer": "Chile"}],
     }  # fmt: skip
-    report = edit(json.dumps(row), "--chat", "--model", str(chat_model), "--token", "subject")
+    arguments = ["--chat", "--no-warm-up", "--model", str(chat_model), "--token", "subject"]
+    report = edit(json.dumps(row), *arguments)
     prompt = "<bos>user\nWhere is Bergen?<eos>\n<bos>assistant\n"
     assert facts_of(report) == [(prompt, "Peru")]
     assert {p for p, _ in seen} == {prompt.replace("Where is Bergen?", text)

@@ -18,10 +18,12 @@ from gymnasium.vector import AsyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, pipeline
 
+from agents import FTLAgent, FTLConfig, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
+from rledit_env.vector import VectorGradientFeatures, VectorScaledUpdate
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
 
 FACTS = [
@@ -88,6 +90,10 @@ def test_a_deep_copy_shares_all_weights_but_the_edited_ones(name: str, dtype: to
     for m in mine.module_shapes:
         assert mine.original_weight(m).data_ptr() == theirs.original_weight(m).data_ptr()
         assert mine.weight(m).data_ptr() != theirs.weight(m).data_ptr()
+    env.reset(seed=0)
+    other = copy.deepcopy(env)
+    other.close()  # which forgets its own cached states only
+    assert len(mine.prefix_cache) > len(other.unwrapped.lm.prefix_cache) == 0
     assert mine.tokenizer is theirs.tokenizer and env.unwrapped.dataset is other.unwrapped.dataset
 
 
@@ -107,8 +113,9 @@ def test_a_deep_copy_goes_on_as_the_original_does_and_neither_changes_the_other(
         for m in e.unwrapped.lm.module_shapes:
             run = modules[m].weight.t() if name == "tiny-gpt2" else modules[m].weight
             assert torch.equal(run, e.unwrapped.lm.weight(m).to(torch.bfloat16))
+    before = weights_of(env)
     other.reset(seed=4)
-    assert data_equivalence(weights_of(env), {m: w.numpy() for m, w in env.unwrapped.lm.snapshot().items()})
+    assert data_equivalence(weights_of(env), before, exact=True)
     assert len(env.unwrapped.evaluate().taken) == 4
 
 
@@ -185,7 +192,7 @@ def test_a_step_in_an_episode_whose_weights_another_environment_has_taken_is_ref
     following, *_ = env.step(fine_tuning(observation))
     theirs, _ = other.reset(seed=1)
     for stale in (lambda: env.step(fine_tuning(following)), lambda: env.unwrapped.evaluate(generate=False)):
-        with pytest.raises(gym.error.ResetNeeded, match="another environment has begun .* model=copy.deepcopy"):
+        with pytest.raises(gym.error.ResetNeeded, match="another environment has begun .*copy.deepcopy"):
             stale()
     other.step(fine_tuning(theirs))
     before = weights_of(other)
@@ -194,6 +201,13 @@ def test_a_step_in_an_episode_whose_weights_another_environment_has_taken_is_ref
     env.reset(seed=0)
     with pytest.raises(gym.error.ResetNeeded):
         other.step(fine_tuning(theirs))
+
+
+def test_many_environments_over_one_lm_in_gymnasium_s_own_vector_environment_name_the_mend() -> None:
+    envs = make_vec(model=EditableLM.load("tiny-llama"), vectorization_mode="sync")
+    envs.reset(seed=0)
+    with pytest.raises(gym.error.ResetNeeded, match="gymnasium.make_vec without vectorization_mode does so"):
+        envs.step(envs.action_space.sample())
 
 
 def test_a_shallow_copy_takes_turns_with_its_original() -> None:
@@ -280,6 +294,7 @@ LEFT_OUT = "give None, since model is an EditableLM already"
         (lambda m, t: {"model": Path("tiny-llama"), "tokenizer": t}, "model is the name 'tiny-llama'"),
         (lambda m, t: {"model": m.model, "tokenizer": t}, "LlamaModel, which is no causal language model"),
         (lambda m, t: {"model": 3, "tokenizer": t}, "model is a int; give a name, a folder, a causal LM"),
+        (lambda m, t: {"model": pipeline("text-generation", m, tokenizer=t)}, "Pipeline; give its model=….model and"),
         (lambda m, t: {"model": m, "tokenizer": t, "dtype": "bfloat16"}, "dtype is 'bfloat16', but model is an object"),
         (lambda m, t: {"model": m, "tokenizer": t, "device": "cpu"}, "device is 'cpu', but model is an object"),
         (lambda m, t: {"model": m, "tokenizer": t, "edit_modules": "x.*"}, "pattern 'x.*' matches no linear module"),
@@ -362,6 +377,57 @@ def test_an_episode_whose_facts_have_changed_since_is_not_gone_on_with(tmp_path:
     path.write_text(json.dumps([{**fact, "target_new": "Cairo"} for fact in FACTS]))
     with pytest.raises(pickle.UnpicklingError, match="no longer those of .*facts.json"):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_copied_views_of_many_environments_look_at_the_copies(again: Any) -> None:
+    envs = VectorGradientFeatures(VectorScaledUpdate(make_vec(), share="all"), share="all")
+    envs.reset(seed=0)
+    actions = np.full(envs.action_space.shape, 0.3, np.float32)
+    envs.step(actions)
+    other = again(envs)
+    assert [view.unwrapped for view in other.views] == other.unwrapped.envs != envs.unwrapped.envs
+    assert data_equivalence(envs.step(actions), other.step(actions), exact=True)
+
+
+# -- agents
+
+
+def copied_agents() -> dict[str, Any]:
+    env = make(array_backend="torch", reward_gradient=True, reward="efficacy")
+    tiny = {"n_steps": 6, "batch_size": 6, "n_epochs": 1}
+    return {
+        "RLEdit": RLEditAgent(env),
+        "PPO": StandardAgent(env, StandardConfig(baseline_streams=0, hyperparameters=tiny)),
+        "SAC": StandardAgent(env, StandardConfig("sac", hyperparameters={"learning_starts": 2, "buffer_size": 20})),
+        "random search": RandomSearchAgent(env),
+        "FT-L": FTLAgent(env, FTLConfig(steps=2)),
+    }
+
+
+@pytest.mark.parametrize("name", copied_agents())
+def test_copied_and_pickled_agents_go_on_and_share_the_model_where_they_can(name: str) -> None:
+    agent = copied_agents()[name]
+    if name in ("RLEdit", "PPO"):
+        agent.learn(6, progress_bar=False)
+    for other in (copy.deepcopy(agent), pickle.loads(pickle.dumps(agent))):
+        actions = []
+        for one in (agent, other):
+            one.reset()
+            actions.append(one.predict(one.env.reset(seed=0)[0])[0])
+        assert data_equivalence(*[{p: {m: t.numpy() for m, t in by.items()} for p, by in a.items()} for a in actions])
+        assert other.env.unwrapped.lm is not agent.env.unwrapped.lm
+    shared = set(places(agent.env.unwrapped.lm.model)) - edited_names(agent.env)
+    assert shared_names(agent.env, copy.deepcopy(agent).env) == shared
+
+
+def test_an_agent_or_lm_that_holds_a_model_object_says_why_it_is_not_pickled() -> None:
+    lm = EditableLM.load("tiny-llama")
+    agent = FTLAgent(make(model=lm))
+    with pytest.raises(pickle.PicklingError, match="An agent in it is written by its save"):
+        pickle.dumps(agent)
+    with pytest.raises(pickle.PicklingError, match="an EditableLM is not pickled.* write it by save_pretrained"):
+        pickle.dumps(lm)
 
 
 # -- environments in other processes

@@ -25,7 +25,7 @@ from rledit_env.cli.command import (
     warn,
 )
 from rledit_env.cli.editing import Editing, check_editor, editor_arguments, trained_agent, training_free
-from rledit_env.cli.paths import check_paths, written_path
+from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.cli.results import (
     finite,
     name_untaken,
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
     ledger = _ledger(options, editing, facts.dataset) if options.ledger is not None else None
     try:
-        with progress_bar(len(facts.dataset), "editing") as bar:
+        with going_on("the same command with --resume"), progress_bar(len(facts.dataset), "editing") as bar:
             log = edit_facts(lm, editing.agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
                              on_divergence=options.on_divergence, **settings)
     finally:

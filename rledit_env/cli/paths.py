@@ -58,12 +58,15 @@ def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[I
 
 
 @contextmanager
-def going_on() -> Iterator[None]:
-    """Within it, the message of an error in writing says that the same command goes on from what was written."""
+def going_on(how: str = "the same command") -> Iterator[None]:
+    """Within it, the message of an error in writing says how to go on from what was written."""
     try:
         yield
     except OSError as error:
-        raise PathError(f"{error}; the same command then goes on from what was written") from error
+        said = str(error)
+        if error.errno is not None:  # the system's own words, as TensorBoard hands them on
+            said = f"{error.filename or 'a file'} cannot be written ({error.strerror}); free some space"
+        raise PathError(f"{said}; {how} then goes on from what was written") from error
 
 
 def inputs_of(options: argparse.Namespace) -> list[Input]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def lm_eval_scores(
     if unknown:
         raise ValueError(f"lm-eval knows no task {unknown[0]!r}; 'lm-eval ls tasks' lists them")
     adapter = HFLM(
-        pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, max_length=lm.context_length
+        pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size,  # it is changed there
+        max_length=lm.context_length,
     )  # fmt: skip
     output: dict[str, Any] = simple_evaluate(
         model=adapter, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -54,22 +55,21 @@ def self_text(
         seed: of the sampling; torch's own random state is left alone.
     """
     rows = [lm.encode(text) for text in openings]
-    width = max(map(len, rows))
-    pad, end = lm.pad_token_id, lm.tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    end = lm.tokenizer.eos_token_id
     devices = [lm.device] if lm.device.type == "cuda" else []
+    passages = []
     with torch.random.fork_rng(devices=devices), lm.original_weights():
         torch.manual_seed(seed)
-        output = lm.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, pad_token_id=pad,
-        )  # fmt: skip
-    passages = []
-    for row, continuation in zip(rows, output[:, width:].tolist(), strict=True):
-        written = continuation[: continuation.index(end)] if end in continuation else continuation
-        if written:
-            passages.append(Passage(tuple(row + written[:-1]), tuple(written)))
+        for members in lm.decoded_together(rows):
+            ids, mask = lm.pad_on_left([rows[i] for i in members])
+            output: Any = lm.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, pad_token_id=lm.pad_token_id,
+            )  # fmt: skip
+            for i, continuation in zip(members, output[:, ids.shape[1] :].tolist(), strict=True):
+                written = continuation[: continuation.index(end)] if end in continuation else continuation
+                if written:
+                    passages.append(Passage(tuple(rows[i] + written[:-1]), tuple(written)))
     if not passages:
         raise ValueError(f"{lm.name or 'the model'} continues none of the {len(rows)} openings; give others")
     return passages

@@ -121,18 +121,22 @@ def _as_utf8(content: bytes, path: Path) -> bytes:
 # -- forms beside JSON -----------------------------------------------------------------------------------------------
 
 
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"{path}, line {line}: bad UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
+        raise KnowledgeError(message, reason="bad UTF-8") from error
+
+
 def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]] | None:
     """The rows of a table (CSV, TSV, semicolons), with the lines on which they begin; None if it is none.
 
     Raises:
-        KnowledgeError: it is a table without a heading that names a prompt or target.
+        KnowledgeError: it is a table without a heading that names a prompt or target, or not UTF-8.
     """
-    if content.lstrip()[:1] in (b"{", b"["):
-        return None
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+    text = _decoded(content, path)
     lines = text.split("\n", 20)[:20]
     headings = {mark: next(csv.reader([lines[0]], delimiter=mark), []) for mark in _DELIMITERS}
     known = {mark: len({names.plain(cell) for cell in cells} & _PARTS) for mark, cells in headings.items()}
@@ -180,10 +184,7 @@ def _cell(cell: str) -> Any:
 
 def yaml_values(content: bytes, path: Path) -> list[Any] | None:
     """The entries of a YAML list, or of a single object or several documents; None if it is no YAML of that kind."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+    text = _decoded(content, path)
     if not _YAML.match(text):
         return None
     yaml = importlib.import_module("yaml")  # transformers needs it, too

@@ -12,6 +12,7 @@ from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError,
 from rledit_env.knowledge.zsre import with_question_mark
 
 MEND = "give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER"
+CHATS = "write a chat's question as prompt and its answer as target, to be put into the model's chat template"
 _TEXT_KEYS = ("str", "text", "answer", "name", "label")  # where an object holds its text: ROME's {"str": …}, SQuAD's
 
 
@@ -78,7 +79,8 @@ def _missing(row: Row, part: str) -> KnowledgeError:
     near = ((name, names.did_you_mean(name, wanted)) for name in row.values if names.plain(name) not in names.USED)
     guess = next((f"; did you mean {meant!r} by {name!r}?" for name, meant in near if meant), "")
     has = ", ".join(map(str, row.values)) or "no fields"
-    return row.error(part, f"is missing among {has}{guess}", mend=MEND)
+    mend = CHATS if set(map(names.plain, row.values)) & {"messages", "conversations", "role"} else MEND
+    return row.error(part, f"is missing among {has}{guess}", mend=mend)
 
 
 class _Fields:

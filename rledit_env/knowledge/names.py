@@ -13,15 +13,16 @@ PROMPT = (
 )  # fmt: skip
 TARGET = (
     "target", "target_new", "new_target", "targets", "new_answer", "answer_new", "alt", "edit_target", "ans", "labels",
-    "label", "answer", "answers", "output", "response", "completion",
+    "label", "answer", "answers", "output", "response", "completion", "object",
 )  # fmt: skip
 SUBJECT = ("subject", "subjects", "concept", "entity")
 ORIGINAL = (
-    "original", "target_true", "ground_truth", "old_answer", "answer_old", "original_answer", "answers", "answer",
+    "original", "target_true", "target_old", "ground_truth", "old_answer", "answer_old", "original_answer", "answers",
+    "answer",
 )  # fmt: skip
 PARAPHRASES = (
     "paraphrases", "paraphrase_prompts", "paraphrase_prompt", "rephrase_prompts", "rephrase_prompt", "rephrases",
-    "rephrase", "equiv_prompt", "filtered_rephrases", "para_question", "question",
+    "rephrase", "equiv_prompt", "filtered_rephrases", "para_question", "paraphrased_question", "question",
 )  # fmt: skip
 UNRELATED = ("unrelated", "locality", "locality_inputs")  # groups of facts
 UNRELATED_PAIRS = (

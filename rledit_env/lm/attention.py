@@ -252,7 +252,7 @@ def short_attention(
         attention_mask if masked else None,
     )
     output = output.view(batch, heads, length, width).transpose(1, 2)
-    return output.to(dtype, memory_format=torch.contiguous_format), None
+    return output.to(dtype).contiguous(), None
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
 from rledit_env.lm.tokens import TextEncoder
 
-_MARK = "\ufffc8d1f\ufffc"  # a message that no template holds
+_MARK = "\ufffc8215\ufffc"  # a message that no template holds
 
 
 class ChatTemplate:

@@ -18,6 +18,8 @@ from transformers import DynamicCache
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, SuffixForward, _Stub, at_least_float32
 from rledit_env.lm.layout import Layout, cheapest_chunks
+from rledit_env.lm.self_check import FAILURES, same_numbers
+from rledit_env.lm.whole import WholeForward, WholePassages
 
 
 class _FixedPast(DynamicCache):
@@ -60,14 +62,18 @@ class ContinuedForward(SuffixForward):
         hidden: states (B, S, d) that enter that layer at the passages' tails, padded on the right; the subject's last
             token comes first.
         layout: how the tails lie in it.
+        subjects: place of each passage's subject's last token in its row, (B,): 0.
     """
 
     def __init__(self, lm: EditableLM, passages: Sequence[Passage], layer: int) -> None:
-        super().__init__(lm.model, layer, lm.forward.last_edited)
-        self.__dict__["narrows"] = lm.forward.narrows
-        self._attention = lm.forward._attention
+        whole = lm.forward
+        assert isinstance(whole, SuffixForward)
+        super().__init__(lm.model, layer, whole.last_edited, whole.output)
+        self.__dict__["narrows"] = whole.narrows
+        self._attention = whole._attention
         starts = subject_positions(passages)
         self._starts = starts
+        self.subjects = torch.zeros(len(starts), dtype=torch.long, device=lm.device)
         heads = [p.input_ids[:s] for p, s in zip(passages, starts, strict=True)]
         tails = [p.input_ids[s:] for p, s in zip(passages, starts, strict=True)]
         offset = torch.tensor(starts, device=lm.device)[:, None]  # (B, 1)
@@ -77,7 +83,7 @@ class ContinuedForward(SuffixForward):
         past = _FixedPast()
         if length:
             with torch.no_grad():
-                self.base(input_ids=lm.pad_ids(heads), use_cache=True, **{lm.cache_argument: past})
+                self.base(input_ids=lm.pad_ids(heads), use_cache=True, **{self.cache_argument: past})
             past.align(columns)
         past.fixed = True
         ids = lm.pad_ids(tails)
@@ -85,7 +91,7 @@ class ContinuedForward(SuffixForward):
         places = (offset + torch.arange(ids.shape[1], device=lm.device)).clamp(max=lm.context_length - 1)
         self._stubs = self._run_stubbed(
             ids, layer, attention_mask=torch.cat([seen, torch.ones_like(ids, dtype=torch.bool)], dim=1).long(),
-            position_ids=places, use_cache=True, **{lm.cache_argument: past},
+            position_ids=places, use_cache=True, **{self.cache_argument: past},
         )  # fmt: skip
         hidden = self._stubs[0].hidden
         assert hidden is not None
@@ -99,6 +105,35 @@ class ContinuedForward(SuffixForward):
         ``hidden``."""
         found = [[c - s for c in p.positions] for p, s in zip(passages, self._starts, strict=False)]
         return self.layout.places(found + [[]] * (len(self._starts) - len(found)), self.hidden.device)
+
+    def states(self, places: Tensor) -> Tensor:
+        """Normalised final states (P, d) at some tokens of ``hidden``, counted row by row."""
+        return self.final_states(self.hidden, places, self.layout)
+
+
+def continued_forward(lm: EditableLM, passages: Sequence[Passage], layer: int) -> ContinuedForward | WholePassages:
+    """What runs passages again and again while something changes at their subjects' last tokens, from a layer up:
+    their tails, or where the model does not allow that, the passages whole."""
+    if isinstance(lm.forward, SuffixForward):
+        if lm.forward.continues is None:
+            lm.forward.continues = _continues(lm, passages[:4], layer)
+        if lm.forward.continues:
+            return ContinuedForward(lm, passages, layer)
+    ids = lm.pad_ids([p.input_ids for p in passages])
+    return WholePassages(WholeForward.of(lm.forward), passages, subject_positions(passages), ids)
+
+
+@torch.no_grad()
+def _continues(lm: EditableLM, passages: Sequence[Passage], layer: int) -> bool:
+    """Whether these passages' tails give what the passages give whole."""
+    ids = lm.pad_ids([p.input_ids for p in passages])
+    whole = WholePassages(WholeForward.of(lm.forward), passages, subject_positions(passages), ids)
+    try:
+        tails = ContinuedForward(lm, passages, layer)
+        alone, both = (part.logits(part.states(part.places(passages))) for part in (tails, whole))
+    except FAILURES:  # a model of another make
+        return False
+    return same_numbers(alone, both, lm.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,6 +161,12 @@ def subject_positions(passages: Sequence[Passage]) -> list[int]:
     return [position for position in found if position is not None]
 
 
+def at_places(states: Tensor, places: Tensor) -> Tensor:
+    """Of the states of B rows, (B, L, d) or (B · L, d), those at one place in each row, (B, d)."""
+    rows = states.view(len(places), -1, states.shape[-1])
+    return rows[torch.arange(len(places)), places]
+
+
 @torch.no_grad()
 def subject_states(
     lm: EditableLM, modules: Sequence[str], passages: Sequence[Passage], updates: dict[str, Tensor] | None = None
@@ -150,13 +191,13 @@ def subject_states(
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            keys[name].append(at_least_float32(args[0][torch.arange(len(args[0])), place[-1]]))
+            keys[name].append(at_least_float32(at_places(args[0], place[-1])))
 
         return hook
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        hidden.append(at_least_float32(states[torch.arange(len(states)), place[-1]]))
+        hidden.append(at_least_float32(at_places(states, place[-1])))
 
     handles = [lm.model.get_submodule(m).register_forward_pre_hook(keep(m)) for m in modules]
     handles.append(lm.forward.layers[last].register_forward_hook(leave))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from rledit_env.files import whole_folder
 from rledit_env.knowledge.text import find_subject
-from rledit_env.lm.attention import prefer_fast_attention
 from rledit_env.lm.forward import (
+    Forward,
     Passage,
     PrefixCache,
-    SuffixForward,
     at_least_float32,
     decoder_layers,
 )
-from rledit_env.lm.gates import prefer_fast_gates
 from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks
 from rledit_env.lm.losses import negative_log_likelihood
-from rledit_env.lm.names import expand_globs
-from rledit_env.lm.norms import prefer_fast_norms
+from rledit_env.lm.modules import chosen_modules, linear_modules
 from rledit_env.lm.placement import resolve_device, resolve_dtype
-from rledit_env.lm.products import outer, prefer_fast_products
+from rledit_env.lm.products import outer
 from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
+from rledit_env.lm.saving import write_model, write_tokenizer
+from rledit_env.lm.self_check import FAILURES, own_pass, same_numbers
 from rledit_env.lm.sharing import frozen_weights
 from rledit_env.lm.tokens import Offsets, TextEncoder
 from rledit_env.lm.weights import EditedWeights
+
+CONTEXT_SETTINGS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
+    "context_length", "max_target_positions",
+)  # fmt: skip
+NO_BOUND = 10**9  # tokens; tokenizers without a bound name a larger number
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ class EditableLM(EditedWeights):
         max_tokens_per_pass: bound on the padded tokens of one pass that takes gradients (four times as many where none
             are taken); None means what suits the device: on a CPU, where matrix products gain little by more and memory
             grows with it, 384, or 256 in float32; 4096 elsewhere.
+        revision: of the name, where it is a hub id: for the record.
+
+    Raises:
+        ValueError: the model is no causal LM, is quantised, or has no linear modules that can be edited; a pattern in
+            ``edit_modules`` matches none of those; or the tokenizer is a slow one.
     """
 
     def __init__(
@@ -95,6 +104,7 @@ class EditableLM(EditedWeights):
         name: str = "",
         cache_bytes: int = 2**30,
         max_tokens_per_pass: int | None = None,
+        revision: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -103,19 +113,15 @@ class EditableLM(EditedWeights):
             )
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.text = TextEncoder(tokenizer)
-        prefer_fast_attention(model)
-        prefer_fast_norms(model)
-        prefer_fast_gates(model)
-        prefer_fast_products(model)
+        self.revision = revision
+        linear = linear_modules(model)
+        own = own_pass(model, tokenizer, linear)
         on_cpu = 384 if model.dtype.itemsize < 4 else 256
         self.max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
+        super().__init__(chosen_modules(model, linear, own.unfit, edit_modules))
         _, layers = decoder_layers(model)
-        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        layer_of = {n: i for i, layer in enumerate(layers) for n, m in linear.items() if m in set(layer.modules())}
-        names = expand_globs(edit_modules, [n for n in linear if n in layer_of])
-        super().__init__({n: linear[n] for n in names})
-        edited = [layer_of[n] for n in names]
-        self.forward = SuffixForward(model, min(edited), max(edited))
+        edited = [i for i, layer in enumerate(layers) if set(self._modules.values()) & set(layer.modules())]
+        self.forward: Forward = own.forward(model, layers, edited, name)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
 
@@ -129,6 +135,8 @@ class EditableLM(EditedWeights):
         device_map: str | Mapping[str, Any] | None = None,
         offload_folder: str | Path | None = None,
         max_memory: Mapping[Any, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> EditableLM:
         """An editable LM by registry name, hub id or folder.
 
@@ -142,24 +150,25 @@ class EditableLM(EditedWeights):
                 Accelerate takes it. Edited modules must lie on a device.
             offload_folder: where what is mapped to the disk goes.
             max_memory: device → bytes that ``"auto"`` may fill there.
+            revision: branch, tag or commit of a hub id; None means its main branch.
+            trust_remote_code: run the code that the model brings, where it needs that.
 
         Raises:
             ModelError: the model cannot be had.
             ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
-        dtype = stored_dtype(name) if dtype == "stored" else resolve_dtype(dtype, device)
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        dtype = stored_dtype(name, **source) if dtype == "stored" else resolve_dtype(dtype, device)
         model, tokenizer = load_model(
-            name, dtype, device, device_map=device_map, offload_folder=offload_folder, max_memory=max_memory
+            name, dtype, device, device_map=device_map, offload_folder=offload_folder, max_memory=max_memory, **source
         )
         patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
-        return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
+        return cls(model, tokenizer, [patterns] if isinstance(patterns, str) else patterns, name, revision=revision)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
-        """A copy with edited weights of its own, equal to these, over the same frozen weights; the tokenizer and the
-        caches are shared."""
-        shared = [self.tokenizer, self.prefix_cache, self.reference_cache]
-        shared += [*self._original.values(), *self._original_run.values()]
+        """A copy with edited weights of its own, equal to these, over the same frozen weights."""
+        shared = [self.tokenizer, *self._original.values(), *self._original_run.values()]
         memo |= frozen_weights(self.model, self._modules) | {id(part): part for part in shared}
         other = type(self).__new__(type(self))
         memo[id(self)] = other
@@ -181,21 +190,23 @@ class EditableLM(EditedWeights):
         return self.model.dtype
 
     @property
-    def cache_argument(self) -> str:
-        """What this release of transformers calls the decoder's argument for cached keys and values."""
-        names = inspect.signature(self.forward.base.forward).parameters
-        return "cache" if "cache" in names else "past_key_values"
-
-    @property
     def context_length(self) -> int:
-        return self.model.config.get_text_config().max_position_embeddings
+        """The most tokens that the model takes; ``sys.maxsize`` where nothing bounds them, as with ALiBi and state
+        spaces."""
+        config = self.model.config.get_text_config()
+        named = (getattr(config, name, None) for name in CONTEXT_SETTINGS)
+        bounds = [bound for bound in named if isinstance(bound, int) and bound > 0]
+        if not bounds and self.tokenizer.model_max_length < NO_BOUND:
+            bounds = [self.tokenizer.model_max_length]
+        return bounds[0] if bounds else sys.maxsize
 
     @property
     def pad_token_id(self) -> int:
-        """What rows are filled up with, which no token sees: the tokenizer's, its end token where it has none."""
-        known = len(self.model.get_input_embeddings().weight)
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in ids if token is not None and token < known), 0)
+        """What fills up rows of token ids, which no token sees: the tokenizer's pad token, or another one where it has
+        none, or none that the model has an embedding for."""
+        tokenizer, known = self.tokenizer, len(self.model.get_input_embeddings().weight)
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        return next((token for token in candidates if token is not None and token < known), 0)
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -280,8 +291,8 @@ class EditableLM(EditedWeights):
             places = layout.places([passages[i].positions for i in chunk], self.device)
             more = -len(places) % quantum  # positions that nobody asks for
             with self._routed([streams[i] for i in chunk], layout.sizes):
-                final = self.forward.run_to(batch, F.pad(places, (0, more)), layout)
-            yield chunk, layout, self.forward.norm(final)[: len(places)]
+                final = self.forward.final_states(batch, F.pad(places, (0, more)), layout)
+            yield chunk, layout, final[: len(places)]
 
     def _passes(
         self, rows: Sequence[Sequence[int]], streams: Sequence[int], sharing: bool = True
@@ -342,9 +353,8 @@ class EditableLM(EditedWeights):
             yield chunk, self._joined([states], [passages[i] for i in chunk])
 
     def _joined(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
-        scale = self.forward.norm.weight
         return AnswerStates(
-            hidden=torch.cat(list(pieces)) if pieces else scale.new_zeros(0, len(scale)),
+            hidden=torch.cat(list(pieces)) if pieces else self.forward.output.no_states(),
             targets=torch.tensor([t for p in passages for t in p.targets], dtype=torch.long, device=self.device),
             owner=torch.tensor(
                 [i for i, p in enumerate(passages) for _ in p.targets], dtype=torch.long, device=self.device
@@ -408,26 +418,60 @@ class EditableLM(EditedWeights):
             extra: tokens beyond that (or in all, without ``longest``).
             batch_size: prompts decoded together.
         """
-        tokenizer, pad = self.tokenizer, self.pad_token_id
+        tokenizer = self.tokenizer
         answers = [len(self.encode(" " + text.strip(" "))) for text in longest] if longest else [0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (answers[i], len(prompts[i])))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             rows = [self.encode(prompts[i]) for i in chunk]
-            width = max(map(len, rows))
-            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            output = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=max(answers[i] for i in chunk) + extra,
-                do_sample=False,
-                pad_token_id=pad,
-            )
-            for i, row in zip(chunk, output[:, width:], strict=True):
-                texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
+            for members in self.decoded_together(rows):
+                output = self._decode([rows[m] for m in members], max(answers[i] for i in chunk) + extra)
+                for m, row in zip(members, output, strict=True):
+                    texts[chunk[m]] = str(tokenizer.decode(row, skip_special_tokens=True))
         return texts
+
+    def decoded_together(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Indices of rows of token ids in batches that one may decode: all, or those of one length, where the model
+        takes padding on the left for text."""
+        lengths = [len(row) for row in rows]
+        if len(set(lengths)) <= 1 or self._pads_on_left:
+            yield list(range(len(rows)))
+            return
+        for length in sorted(set(lengths)):
+            yield [i for i, each in enumerate(lengths) if each == length]
+
+    def _decode(self, rows: Sequence[Sequence[int]], most: int) -> Tensor:
+        """Greedy continuations (B, most or less) of rows of token ids, padded on the left."""
+        ids, mask = self.pad_on_left(rows)
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=self.pad_token_id
+        )
+        return output[:, ids.shape[1] :]
+
+    def pad_on_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L), padded on the left, and where they are not padding."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.device), mask.to(self.device)
+
+    @cached_property
+    def _pads_on_left(self) -> bool:
+        """Whether padding on the left changes nothing in what the model gives next (tried once)."""
+        row = self.encode("The capital of France is")
+        logits = []
+        for rows in ([row], [row, row + row]):
+            ids, mask = self.pad_on_left(rows)
+            try:
+                output: Any = self.model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False, output_logits=True,
+                    pad_token_id=self.pad_token_id, return_dict_in_generate=True,
+                )  # fmt: skip
+            except FAILURES:  # a model that takes one text at a time
+                return False
+            logits.append(output.logits[0][:1])
+        return same_numbers(logits[0], logits[1], self.dtype)
 
     # -- the fine-tuning gradient --------------------------------------------------------------------------------
 
@@ -474,7 +518,8 @@ class EditableLM(EditedWeights):
                     losses = negative_log_likelihood(self.forward, states, targets)
                     whose = [batch_of[i] for i in chunk for _ in passages[i].targets]
                     share = torch.tensor([1 / totals[b] for b in whose], dtype=losses.dtype, device=self.device)
-                    grads = torch.autograd.grad((share * losses).sum(), [outputs[n] for n in self._modules])
+                    traced = [outputs[n] for n in self._modules]
+                    grads = torch.autograd.grad((share * losses).sum(), traced, materialize_grads=True)
                     theirs = torch.tensor(whose, device=self.device)
                     for b in sorted(set(whose)):
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
@@ -546,9 +591,15 @@ class EditableLM(EditedWeights):
         try:
             with torch.set_grad_enabled(wanted):
                 yield sums
+            for total in filter(None, sums):  # of modules whose outputs no loss depends on
+                total |= {n: self._zero(n) for n in self._modules if n not in total}
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _zero(self, name: str) -> Tensor:
+        d_in, d_out = self.module_shapes[name]
+        return torch.zeros(d_out, d_in, dtype=self.edit_dtype, device=self.device)
 
     def _side_by_side(self) -> dict[str, Tensor]:
         """Room for as many numbers as each edited weight has, (d_out, d_in) by module, in one piece of memory: many
@@ -561,15 +612,16 @@ class EditableLM(EditedWeights):
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model with its current weights, and its tokenizer, for ``from_pretrained`` to load anywhere.
 
-        The weights are written as the model runs with them, in its precision; the folder appears when it is complete.
+        The weights are written as the model runs with them, in its precision; the tokenizer and the settings of
+        generation as they were read. The folder appears when it is complete.
 
         Raises:
             FileExistsError: the folder is not empty. With ``overwrite`` it is replaced, if rledit wrote all of it in
                 one piece, as its marker says (`rledit_env.files.check_free`).
         """
         with whole_folder(folder, overwrite, "edited model") as work:
-            self.model.save_pretrained(work)
-            self.tokenizer.save_pretrained(work)
+            write_model(self.model, work)
+            write_tokenizer(self.tokenizer, work)
         return Path(folder)
 
 

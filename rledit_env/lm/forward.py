@@ -7,20 +7,24 @@ applied at the positions that predict an answer token only.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from rledit_env.lm.attention import NAME, SHORT, packed
 from rledit_env.lm.layout import Layout
-from rledit_env.lm.products import compiled, linear
+from rledit_env.lm.products import compiled
+
+if TYPE_CHECKING:
+    from rledit_env.lm.head import OutputHead
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
@@ -87,6 +91,12 @@ class PrefixCache:
         while self.bytes > self.max_bytes and len(self._entries) > 1:
             self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
+        """A cache that begins with the same tensors, which are never written."""
+        other = memo[id(self)] = PrefixCache(self.max_bytes)
+        other.bytes, other._entries = self.bytes, self._entries.copy()
+        return other
+
     def clear(self) -> None:
         self._entries.clear()
         self.bytes = 0
@@ -105,8 +115,8 @@ class _Stub:
         return hidden_states
 
 
-class _Reached(Exception):
-    """A layer's attention was called."""
+class Reached(Exception):
+    """A module that was waited for has been called."""
 
 
 @contextmanager
@@ -123,6 +133,71 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = earlier
 
 
+def execution_device(module: Any) -> torch.device:
+    """Where a module computes, wherever its weight rests."""
+    hook = getattr(module, "_hf_hook", None)  # of a model loaded with a device map
+    given = getattr(hook, "execution_device", None)
+    return module.weight.device if given is None else torch.device(given)
+
+
+class Scored(Protocol):
+    """What losses at final states need of a forward pass.
+
+    Attributes:
+        output: the output head, which gives logits for final states.
+        quantum: rows of matrix products are kept to multiples of this.
+    """
+
+    output: OutputHead
+
+    @property
+    def quantum(self) -> int: ...
+
+
+class Forward(Scored, Protocol):
+    """How passages are run through an LLM: by :class:`SuffixForward`, or by
+    `rledit_env.lm.whole.WholeForward` where that cannot follow the model (see `rledit_env.lm.self_check`).
+
+    Attributes:
+        model: the LLM.
+        layers: its decoder layers.
+        device: where final states are computed.
+        shares, longest_packed: how passages may lie in a batch (see `rledit_env.lm.layout`).
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def shares(self) -> bool: ...
+
+    @property
+    def longest_packed(self) -> int: ...
+
+    def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        """What of a batch of token ids (B, L) no edit can change, (B, L, …)."""
+        ...
+
+    def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        """States (P, d) that the output head takes, at some of the batch's tokens, counted row by row."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (P, |V|), at least in float32, from final states (P, d)."""
+        ...
+
+    def run_below(self, input_ids: Tensor, layer: int) -> None:
+        """Run at least the layers below one on token ids (B, L): for what hooks on their modules see."""
+        ...
+
+    def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        ...
+
+
 class SuffixForward:
     """Splits a Hugging Face causal LM at a decoder layer.
 
@@ -135,19 +210,22 @@ class SuffixForward:
         model: a causal LM in evaluation mode.
         first_layer: index of the first layer of the suffix.
         last_edited: index of the last layer that holds an edited module.
+        output: the model's output head.
+
+    Raises:
+        ValueError: the model has no layers or no final norm where they are sought.
     """
 
-    def __init__(self, model: PreTrainedModel, first_layer: int, last_edited: int) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, first_layer: int, last_edited: int, output: OutputHead) -> None:
+        self.model, self.output = model, output
         self.base, self.layers = decoder_layers(model)
         self.first_layer, self.last_edited = first_layer, last_edited
         self._attention = ""  # the name of a layer's attention, once needed
+        self.continues: bool | None = None  # whether passages' tails can be run alone, once tried
         norm_name = next((name for name in FINAL_NORMS if hasattr(self.base, name)), None)
         if norm_name is None:
             raise ValueError(f"{type(self.base).__name__} has no final norm under any of the names {FINAL_NORMS}")
         self.norm = getattr(self.base, norm_name)
-        self.head: Any = model.get_output_embeddings()
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._arguments: OrderedDict[tuple[int, int], list[_Stub]] = OrderedDict()
 
     @property
@@ -165,9 +243,13 @@ class SuffixForward:
     @property
     def device(self) -> torch.device:
         """Where the final states are computed, wherever the weights rest."""
-        hook = getattr(self.norm, "_hf_hook", None)  # of a model loaded with a device map
-        given = getattr(hook, "execution_device", None)
-        return self.norm.weight.device if given is None else torch.device(given)
+        return execution_device(self.norm)
+
+    @property
+    def cache_argument(self) -> str:
+        """What this release of transformers calls the decoder's argument for cached keys and values."""
+        names = inspect.signature(self.base.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
 
     def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: Any) -> list[_Stub]:
         """The model's forward (given ``options`` too) with layers ``first_stub`` and above replaced by stubs, which
@@ -245,9 +327,9 @@ class SuffixForward:
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             called.extend((args, kwargs))
-            raise _Reached
+            raise Reached
 
-        with replaced_forward(attention, stop), suppress(_Reached):
+        with replaced_forward(attention, stop), suppress(Reached):
             layer(hidden, *stub.args, **stub.kwargs)
         output = attention(*called[0], **called[1])
         chosen = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
@@ -320,38 +402,43 @@ class SuffixForward:
         tolerance = 0.05 if mine.dtype in (torch.bfloat16, torch.float16) else 1e-4
         return mine.shape == whole.shape and float((mine - whole).abs().max()) <= tolerance * float(whole.abs().max())
 
+    def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        """Normalised final states (P, d) at some of the batch's tokens, counted row by row, from the states (B, L, d)
+        that enter the first suffix layer."""
+        return self.norm(self.run_to(prefix, places, layout))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""
-        return self.capped(self.head(hidden))
+        return self.output.logits(hidden)
 
-    def back_through_head(self, cotangents: Tensor) -> Tensor:
-        """Gradients (P, d) for the head's input from those (P, |V|) for its output."""
-        if not self.head.weight.is_meta:
-            return linear(cotangents, self.head.weight.t())
-        from accelerate.utils import align_module_device  # the weight rests on the host or the disk
-
-        with align_module_device(self.head, self.device):
-            return linear(cotangents, self.head.weight.t())
-
-    def capped(self, raw: Tensor) -> Tensor:
-        """Logits, at least in float32, from the output head's (P, |V|)."""
-        logits = at_least_float32(raw)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    def softcap_slope(self, logits: Tensor) -> Tensor | None:
-        """Derivative of capped logits with respect to the head's output, by entry; None where nothing is capped."""
-        return None if self.softcap is None else 1 - (logits / self.softcap).square()
+    def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        cache, ids, text = DynamicCache(), input_ids, [input_ids]
+        for _ in range(length):
+            options: dict[str, Any] = {"use_cache": True, self.cache_argument: cache}
+            hidden = self.base(input_ids=ids, **options).last_hidden_state[:, -1]
+            ids = draw(self.logits(hidden.contiguous()))
+            text.append(ids)
+        return torch.cat(text, dim=1)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder of a causal LM and its list of layers.
+    """The decoder of a causal LM and its list of layers: as many as its configuration says, or else the longest list.
 
     Raises:
-        ValueError: the model has no list of as many layers as its configuration says.
+        ValueError: the model has no list of layers.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
-    raise ValueError(f"{type(model).__name__} has no list of its {count} decoder layers; it cannot be edited")
+    decoder, count = model, None
+    if isinstance(model, PreTrainedModel):
+        decoder = model.get_decoder()  # without a tower for images
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (module, child)
+        for root in (decoder, model)
+        for module in root.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers; it cannot be edited")
+    return next((found for found in lists if len(found[1]) == count), max(lists, key=lambda found: len(found[1])))

@@ -33,13 +33,29 @@ def editable_lm(
         ModelError: a named model cannot be had.
         ValueError: an argument is missing, or not for such a model, or a pattern matches nothing.
     """
+    check_given(model, tokenizer, edit_modules, dtype, device)
+    if isinstance(model, EditableLM):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device)
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
+    lm = EditableLM(sharing_copy(model), tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
+    lm.leave_originals()
+    return lm
+
+
+def check_given(
+    model: Any, tokenizer: Any, edit_modules: Any, dtype: torch.dtype | str, device: torch.device | str
+) -> None:
+    """Raise ValueError as :func:`editable_lm` does, before anything is loaded."""
     if isinstance(model, str | os.PathLike):
         if tokenizer is not None:
             raise ValueError(
-                f"tokenizer is a {type(tokenizer).__name__}, but model is the name {os.fspath(model)!r}, which brings "
-                "its own; leave tokenizer out, or give the model as an object, too"
+                f"tokenizer is {_shown(tokenizer)}, but model is the name {os.fspath(model)!r}, which brings its own; "
+                "leave tokenizer out, or give the model as an object, too"
             )
-        return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device)
+        return
     for name, value in (("device", device), ("dtype", dtype)):
         if value != "auto":
             raise ValueError(f"{name} is {value!r}, but model is an object and has one; move it first: model.to(…)")
@@ -49,15 +65,9 @@ def editable_lm(
                 raise ValueError(
                     f"{name} is {_shown(part)}; give None, since model is an EditableLM already, which has its own"
                 )
-        return model
+        return
     _check_causal(model)
     _check_tokenizer(tokenizer, model)
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
-    modules = [patterns] if isinstance(patterns, str) else list(patterns)
-    lm = EditableLM(sharing_copy(model), tokenizer, modules, name)
-    lm.leave_originals()
-    return lm
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rledit_env.lm.forward import SuffixForward, at_least_float32
+from rledit_env.lm.forward import Scored, at_least_float32
 
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
 BLOCK_BYTES = 2**24  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory
@@ -27,7 +27,7 @@ GPU_BLOCK = 256  # the same of other devices, which work on all of a block at on
 RowLoss = Callable[[Tensor, slice, Tensor], tuple[Tensor, Tensor]]
 
 
-def negative_log_likelihood(forward: SuffixForward, hidden: Tensor, targets: Tensor) -> Tensor:
+def negative_log_likelihood(forward: Scored, hidden: Tensor, targets: Tensor) -> Tensor:
     """−log p(target) at each position, (P,) at least in float32, from normalised final states (P, d)."""
     wanted = _wanted(hidden)
 
@@ -41,13 +41,13 @@ def negative_log_likelihood(forward: SuffixForward, hidden: Tensor, targets: Ten
     return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, wanted)
 
 
-def kl_divergence(forward: SuffixForward, hidden: Tensor, reference: Tensor) -> Tensor:
+def kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
     """KL(p_reference ‖ p) at each position, (P,) at least in float32, from normalised final states (P, d) each; the
     reference is a constant."""
     wanted = _wanted(hidden)
 
     def row_loss(log_p: Tensor, _place: slice, beside: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = forward.capped(beside).log_softmax(-1)
+        log_q = forward.output.after(beside).log_softmax(-1)
         difference = log_q - log_p
         q = log_q.exp_()
         loss = torch.linalg.vecdot(q, difference)
@@ -69,13 +69,13 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, forward: SuffixForward, beside: Tensor, row_loss: RowLoss, wanted: bool
+        ctx: Any, hidden: Tensor, forward: Scored, beside: Tensor, row_loss: RowLoss, wanted: bool
     ) -> Tensor:
         losses = at_least_float32(hidden.new_zeros(len(hidden)))
         slopes = torch.zeros_like(hidden if wanted else hidden[:0])
         sides = 1 if len(beside) == 0 else 2
         room = BLOCK_BYTES if wanted else 2 * BLOCK_BYTES  # without gradients, little else is held
-        most = room // (sides * forward.head.weight.shape[0] * hidden.element_size()) // 16 * 16
+        most = room // (sides * forward.output.size * hidden.element_size()) // 16 * 16
         size, step = GPU_BLOCK, GPU_BLOCK
         if hidden.device.type == "cpu":
             size, step = max(16, min(BLOCK, most)), ROWS
@@ -83,20 +83,19 @@ class _Losses(torch.autograd.Function):
             block = slice(begin, min(begin + size, len(hidden)))
             states = torch.cat([hidden[block], beside[block]])
             # (p or 2p and up to a quantum, |V|) in the head's precision
-            both = forward.head(F.pad(states, (0, 0, 0, -len(states) % forward.quantum)))
+            both = forward.output.module(F.pad(states, (0, 0, 0, -len(states) % forward.quantum)))
             raw = both[: block.stop - begin]  # the gradient is written over it
             for start in range(0, len(raw), step):
                 rows = raw[start : start + step]
                 place = slice(begin + start, begin + start + len(rows))
-                logits = forward.capped(rows)
-                slope = forward.softcap_slope(logits) if wanted else None
+                logits = forward.output.after(rows)
                 besides = both[len(raw) + start :][: len(rows)]
                 losses[place], gradient = row_loss(logits.log_softmax(-1), place, besides)
                 if wanted:
-                    rows.copy_(gradient if slope is None else gradient.mul_(slope))
+                    rows.copy_(forward.output.after.back(gradient, logits))
             if wanted:
                 even = both[: len(raw) + -len(raw) % forward.quantum]
-                slopes[block] = forward.back_through_head(even)[: len(raw)]  # (p, d)
+                slopes[block] = forward.output.back(even)[: len(raw)]  # (p, d)
         ctx.save_for_backward(slopes)
         return losses
 

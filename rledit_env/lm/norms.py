@@ -47,9 +47,10 @@ class FastNorm(nn.Module):
     one_more = False  # whether the scale is 1 + weight (Gemma), in float32
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.weight.requires_grad:
+        weight = getattr(self, "weight", None)  # some of a class may have none
+        if args or kwargs or weight is None or weight.requires_grad:
             return super().forward(hidden_states, *args, **kwargs)
-        scale = 1.0 + at_least_float32(self.weight) if self.one_more else self.weight
+        scale = 1.0 + at_least_float32(weight) if self.one_more else weight
         return _normalised(hidden_states, scale, _epsilon(self))
 
 

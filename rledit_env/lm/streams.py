@@ -56,8 +56,9 @@ class StreamLM(EditableLM):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamLM:
         """Another stream with the same edited weights, its own, over what this one shares."""
-        other = StreamLM(self)
-        memo[id(self)] = other
+        other = memo[id(self)] = StreamLM(self)
+        other.prefix_cache = copy.deepcopy(self.prefix_cache, memo)
+        other.reference_cache = copy.deepcopy(self.reference_cache, memo)
         other.restore(self._master)
         return other
 

@@ -29,6 +29,7 @@ from agents.add_moments import main
 from agents.base import used_rows
 from agents.dafnet import DAFNetConfig
 from agents.editors import EDITORS
+from agents.files import TRAINING_STATE, read_tensors
 from agents.hypernetwork import Hypernetwork, RunningNormaliser, moments_state
 from agents.moments import MissingMomentsWarning, Moments, start_warm, take, training_moments
 from rledit_env import cli
@@ -177,6 +178,18 @@ def test_an_interrupted_training_goes_on_with_its_moments(env, tmp_path: Path):
 
 
 # -- agents of earlier versions
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_was_begun(env, tmp_path: Path):
+    RLEditAgent(env, config(warm_up=False)).learn(3, log_dir=tmp_path, **QUIET)
+    tensors, metadata = read_tensors(tmp_path / "last" / TRAINING_STATE)
+    counters = json.loads(metadata["training"])
+    del counters["config"]["network"]["warm_up"], counters["config"]["network"]["warm_up_rows"]
+    save_file(tensors, tmp_path / "last" / TRAINING_STATE, {"training": json.dumps(counters)})
+    with pytest.raises(ValueError, match=r"config.network.warm_up: False there, True here"):
+        RLEditAgent(env, config()).learn(6, log_dir=tmp_path, **QUIET)
+    resumed = RLEditAgent(env, config(warm_up=False)).learn(6, log_dir=tmp_path, **QUIET)
+    assert resumed.updates == 2 and resumed.network.training_moments == {}
 
 
 def saved_by_an_earlier_version(env: Any, folder: Path) -> RLEditAgent:
@@ -362,7 +375,7 @@ def test_a_ledger_of_a_warm_start_is_not_gone_on_with_cold(env, cache, tmp_path:
     arguments = ["edit", "--facts", str(tmp_path / "warm.jsonl"), "--agent", str(tmp_path / "old"), *ledger, "--resume"]
     with pytest.warns(MissingMomentsWarning):
         assert cli.main([*arguments, "--out", str(tmp_path / "cold"), "--no-warm-up"]) == 2
-    assert "warm_up" in capsys.readouterr().err
+    assert "--warm-up: True there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "warm"), [((), True), (("--no-warm-up",), False)])

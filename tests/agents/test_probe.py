@@ -14,6 +14,7 @@ import torch
 
 from agents.probe import FINAL, NO_EDIT, Candidate, Probe, ProbeConfig, ProbeResult, linear_modules, run_glob
 from rledit_env import cli, report
+from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import load_model
@@ -167,7 +168,8 @@ def test_the_command_recommends_what_the_other_commands_accept(
     arguments += ["--out", str(tmp_path / "p")]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "no edit" in out and {"probe.json", "probe.png", "probe.pdf"} == {p.name for p in (tmp_path / "p").iterdir()}
+    assert "no edit" in out
+    assert {"probe.json", "probe.png", "probe.pdf", MARKER} == {p.name for p in (tmp_path / "p").iterdir()}
     told = next(line for line in out.splitlines() if line.startswith("recommended: "))
     words = told.replace("'", "").split()
     glob = words[words.index("--edit-modules") + 1]

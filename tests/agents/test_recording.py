@@ -18,6 +18,7 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
 from agents.base import Agent
 from agents.editing import EditLog
 from rledit_env.env import LifelongEditEnv
+from rledit_env.files import MARKER
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.ledger import EditLedger, LedgerError, weights_hash
@@ -232,14 +233,15 @@ def edit_and_die(folder: Path) -> str:
 
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     # From the folder on, through the header, to the second entry; one kill in a later entry, and one near the end.
-    moments = [*range(2, 20), 33, 54]
+    moments = [*range(2, 24), 37, 58]
     with forked("test_recording", "edit_and_die") as runner:
         left = assert_killed_runs_end_alike(runner, tmp_path, moments)
     for moment in moments:
         ledger = EditLedger(tmp_path / f"at -{moment}")
         assert ledger.verify() is None and len(ledger) == 14
-    assert set() in left and {".lock", ".ledger.json.partial"} in left and {".lock", "ledger.json"} in left
-    assert {".lock", "ledger.json", "memory", "00000000"} in left
+    assert set() in left and {".lock", f".{MARKER}.partial"} in left and {".lock", MARKER} in left
+    assert {".lock", MARKER, ".ledger.json.partial"} in left and {".lock", MARKER, "ledger.json"} in left
+    assert {".lock", MARKER, "ledger.json", "memory", "00000000"} in left
 
 
 # -- numerical safety -------------------------------------------------------------------------------------------------

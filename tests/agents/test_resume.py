@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.files import read_tensors
-from rledit_env.files import write_tensors
+from rledit_env.files import MARKER, write_tensors
 from rledit_env.knowledge import load_knowledge
 from rledit_env.ledger import weights_hash
 
@@ -44,7 +44,8 @@ def environments() -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
 
 def new_agent(env: gym.Env[Any, Any], **network: Any) -> RLEditAgent:
     settings = {"rank": 4, "step_size": 3e-3, "aggregation": "least_squares", **network}
-    return RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05), seed=3)
+    config = RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05, prior_batches=2)
+    return RLEditAgent(env, config, seed=3)
 
 
 def assert_same(one: RLEditAgent, other: RLEditAgent) -> None:
@@ -171,7 +172,7 @@ def test_checkpoints_hold_safetensors_and_json_only(tmp_path: Path) -> None:
     env, eval_env = environments()
     new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **SETTINGS)
     names = {path.name for folder in ("last", "best") for path in (tmp_path / folder).iterdir()}
-    assert names == {"agent.json", "agent.safetensors", "training.safetensors"}
+    assert names == {"agent.json", "agent.safetensors", "training.safetensors", MARKER}
     assert any(name.startswith("optimizer.") for name in load_file(tmp_path / "last" / "training.safetensors"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,3 +152,19 @@ def test_a_fact_without_a_subject_in_its_prompt_is_not_applicable(
     lm = tiny_lm("tiny-llama", output_projection("tiny-llama"))
     with pytest.raises(NotApplicable, match="list, item 1.*subject"):
         encode_request(lm, fact("The home of Ann is", "Peru", subject))
+
+
+def test_a_context_comes_between_a_chat_template_and_the_prompt(tiny_lm: Callable[..., EditableLM]) -> None:
+    lm, plain = tiny_lm(), fact("Anna met Ann in", "Peru", "Ann")
+    lead, tail = "<bos>user\n", "<eos>\n<bos>assistant\n"
+    chat = replace(plain, prompt=lead + plain.prompt + tail, subject_start=len(lead) + 9, lead=len(lead))
+    alone, after = encode_request(lm, chat, ("You know",)).rewrites
+    text = lm.tokenizer.decode(after.input_ids + after.targets[-1:])
+    assert text == f"{lead}You know. Anna met Ann in{tail}Peru"
+    for passage in (alone, after):
+        assert lm.tokenizer.decode(passage.input_ids[: (passage.subject_position or 0) + 1]).endswith("Anna met Ann")
+
+
+def test_a_chat_that_was_written_out_is_seen_without_contexts(tiny_lm: Callable[..., EditableLM]) -> None:
+    chat = fact("<bos>user\nAnn?<eos>\n<bos>assistant\n", "Peru", "Ann")
+    assert len(encode_request(tiny_lm(), chat, ("You know",)).rewrites) == 1

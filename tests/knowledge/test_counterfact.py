@@ -51,6 +51,13 @@ def test_lists_of_unlike_length_are_an_error():
         one(FLAT | {"locality_prompt": ["c", "d"], "locality_ground_truth": ["e"]})
 
 
+def test_the_subject_s_place_is_that_of_romes_braces():
+    template = {"prompt": "Danielle Darrieux's mother is {}, who is", "subject": "Danielle Darrieux"}
+    record = one(ROME | {"requested_rewrite": ROME["requested_rewrite"] | template})
+    assert record.subject_span == (30, 47)
+    assert record.prompt[30:] == "Danielle Darrieux, who is"
+
+
 def test_romes_schema_puts_the_subject_in_and_its_neighbours_keep_the_original():
     record = one(ROME)
     assert (record.prompt, record.target) == ("The mother tongue of Danielle Darrieux is", "English")

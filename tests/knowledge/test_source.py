@@ -124,6 +124,30 @@ def test_a_json_list_that_breaks_off_is_an_error_even_when_skipping(tmp_path):
         load_knowledge("zsre", path, on_error="skip")
 
 
+def test_lists_and_objects_one_after_the_other_are_read_with_their_lines(tmp_path):
+    path = tmp_path / "facts.txt"
+    texts = [json.dumps([row(1)]), json.dumps(row(2), indent=1), json.dumps([row(3), row(4)])]
+    path.write_text("\n".join(texts))
+    dataset = load_knowledge("zsre", path)
+    assert prompts(dataset) == [f"question {n}?" for n in (1, 2, 3, 4)]
+    assert [r.origin for r in dataset] == [f"facts.txt, line {n}" for n in (1, 2, 9, 9)]
+
+
+def test_a_table_is_read_with_the_line_of_every_row(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text('src,rephrase,ans,loc,loc_ans\n"a\nb",c,d,e,f\n\ng,h,i,j,k\n')
+    assert [(r.prompt, r.origin) for r in load_knowledge("zsre", path)] == [
+        ("a\nb", "facts.csv, line 2"), ("g", "facts.csv, line 5")
+    ]
+
+
+def test_a_table_s_row_with_more_cells_than_columns_is_named(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text("src,rephrase,ans,loc,loc_ans\na,b,c,d,e\na, or b,c,d,e,f\n")
+    with pytest.raises(KnowledgeError, match="line 3: has 6 cells for 5 columns; put quotes around a text"):
+        load_knowledge("zsre", path)
+
+
 def test_bad_utf8_in_a_json_list_names_the_line(tmp_path):
     path = tmp_path / "facts.json"
     path.write_bytes(b'[\n{"src": "caf\xe9"}]')

@@ -92,6 +92,14 @@ def test_knowedit_s_portability_is_what_the_edit_implies():
         one(KNOWEDIT | {"portability": {"Reasoning": [{"prompt": "Who?"}]}})
 
 
+def test_flat_zsre_s_new_question_is_what_the_edit_implies():
+    asked = {"Recalled Relation": "(x)", "New Question": "Where does it fly?", "New Answer": "north"}
+    assert one(MEND_FLAT | {"portability": asked}).implied == (ImpliedFact("Where does it fly?", "north"),)
+    assert one(MEND_FLAT).implied == ()
+    with pytest.raises(KnowledgeError, match=r"field 'portability\.New Answer': is missing"):
+        one(MEND_FLAT | {"portability": {"New Question": "Where?"}})
+
+
 def test_knowedit_without_any_locality_is_an_error():
     with pytest.raises(KnowledgeError, match="list item 0, field 'locality': is empty"):
         one(KNOWEDIT | {"locality": {"Relation_Specificity": None}})

@@ -292,14 +292,14 @@ def test_a_loaded_model_is_frozen_and_its_attention_exact(name: str) -> None:
     assert tokenizer.is_fast and tokenizer.pad_token_id is not None
 
 
-def test_a_folder_loads_in_the_precision_asked_for_and_gets_a_pad_token(tmp_path: Path) -> None:
+def test_a_folder_loads_in_the_precision_asked_for_and_its_tokenizer_as_it_is(tmp_path: Path) -> None:
     tiny_model("tiny-gemma2").save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = load_model(tmp_path, torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
-    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+    assert tokenizer.pad_token is None
 
 
 @pytest.mark.parametrize("name", TINY_NAMES)
@@ -334,10 +334,17 @@ def test_edit_modules_are_the_widening_projections_of_the_lower_middle(depth: in
     assert default_edit_modules("owner/name", model) == (expected,)
 
 
-def test_an_architecture_without_a_known_projection_asks_for_edit_modules() -> None:
+def test_an_architecture_without_a_known_projection_edits_what_widens_its_states() -> None:
+    model = nn.Module()
+    wide = lambda: nn.Linear(4, 8)  # noqa: E731
+    model.layers = nn.ModuleList(Layer(router=linear(), widen=wide(), attend=wide(), back=linear()) for _ in range(5))
+    assert default_edit_modules("owner/name", model) == ("layers.[1-2].mlp.widen",)
+
+
+def test_a_model_without_layers_has_no_modules_to_edit_by_default() -> None:
     model = nn.Module()
     model.strange = linear()
-    with pytest.raises(ModelError, match=r"pass edit_modules with some of its linear layers: strange"):
+    with pytest.raises(ValueError, match="no list of decoder layers"):
         default_edit_modules("owner/name", model)
 
 

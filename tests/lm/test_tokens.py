@@ -80,7 +80,7 @@ def test_published_facts_are_tokenised_as_prompt_space_trimmed_answer(kind: str)
 
 
 def assert_joined_by_a_space(tokenizer: PreTrainedTokenizerFast, kind: str, data: Any) -> None:
-    records = load_knowledge(kind, data, "eval", on_error="skip").records[::5]
+    records = load_knowledge(kind, data, "eval", on_error="skip").records[::20]
     pairs = [(p, r.target) for r in records for p in (r.prompt, *r.paraphrases)]
     pairs += [(u.prompt, u.answer) for r in records for u in (*r.unrelated, *r.implied)]
     prompts, answers = [p for p, _ in pairs], [a for _, a in pairs]

@@ -1,0 +1,120 @@
+"""From a model's final states to its logits: the product with the output head, and what the model does after it.
+
+Some models scale their logits (Cohere, Granite), some cap them (Gemma 2). Which of it a model does is read off its own
+forward, with the head replaced by known numbers (:func:`read_after_head`); no architecture's setting is named here.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rledit_env.lm.forward import Reached, at_least_float32, execution_device, replaced_forward
+from rledit_env.lm.products import linear
+
+_EXACT = 1e-6  # relative difference of scales and caps that rounding to float32 explains
+
+
+@dataclass(frozen=True)
+class AfterHead:
+    """Logits from what the output head gives, x: cap · tanh(scale · x / cap), or scale · x where there is no cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits, at least in float32, from the head's output (P, |V|)."""
+        logits = at_least_float32(raw)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def back(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient for the head's output from that for these logits, both (P, |V|), written over it."""
+        if self.cap is not None:
+            gradient.mul_(1 - (logits / self.cap).square())
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
+
+
+class OutputHead:
+    """A model's output head.
+
+    Args:
+        module: a linear module from final states (…, d) to one number a token of the vocabulary.
+        after: what the model does with these numbers.
+    """
+
+    def __init__(self, module: Any, after: AfterHead) -> None:
+        self.module, self.after = module, after
+
+    @property
+    def size(self) -> int:
+        """Numbers that the head gives for a state: the vocabulary's, and what fills it up."""
+        return int(self.module.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        return execution_device(self.module)
+
+    def no_states(self) -> Tensor:
+        """Final states (0, d) of no positions."""
+        return torch.empty(0, self.module.weight.shape[1], dtype=self.module.weight.dtype, device=self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""
+        return self.after(self.module(hidden))
+
+    def back(self, cotangents: Tensor) -> Tensor:
+        """Gradients (P, d) for the head's input from those (P, |V|) for its output."""
+        if not self.module.weight.is_meta:
+            return linear(cotangents, self.module.weight.t())
+        from accelerate.utils import align_module_device  # the weight rests on the host or the disk
+
+        with align_module_device(self.module, self.device):
+            return linear(cotangents, self.module.weight.t())
+
+
+def own_head_inputs(model: PreTrainedModel, head: nn.Module, input_ids: Tensor) -> Tensor:
+    """What the model's own forward gives its output head for token ids (B, L); the head itself is not run.
+
+    Raises:
+        ValueError: the model's forward does not call its head.
+    """
+    states: list[Tensor] = []
+
+    def take(hidden: Tensor, *_args: Any, **_kwargs: Any) -> None:
+        states.append(hidden)
+        raise Reached
+
+    with replaced_forward(head, take), suppress(Reached):
+        model(input_ids=input_ids, use_cache=False)
+    if not states:
+        raise ValueError(f"the forward of {type(model).__name__} does not call its output head")
+    return states[0]
+
+
+@torch.no_grad()
+def read_after_head(model: PreTrainedModel, head: Any, input_ids: Tensor) -> AfterHead | None:
+    """What the model does after its head, found by giving known numbers in its place; None where it is of another form
+    than :class:`AfterHead`'s."""
+    size = len(head.weight)
+    numbers = torch.linspace(-100, 100, size, dtype=torch.float64)
+    numbers[0], numbers[-1] = 1e-4, 1e8  # the slope at zero, and the limit
+
+    def given(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return numbers.to(hidden.device).repeat(*hidden.shape[:-1], 1)
+
+    with replaced_forward(head, given):
+        logits = model(input_ids=input_ids, use_cache=False).logits.double().flatten(0, -2)[-1].cpu()
+    if logits.shape != numbers.shape or not torch.isfinite(logits).all():
+        return None
+    scale, limit = float(logits[0] / numbers[0]), float(logits[-1])
+    scale = 1.0 if abs(scale - 1) < _EXACT else scale
+    is_capped = abs(limit) < _EXACT * abs(scale * float(numbers[-1]))
+    after = AfterHead(scale, limit if is_capped else None)
+    return after if torch.allclose(after(numbers), logits, rtol=1e-5, atol=1e-9) else None

@@ -1,0 +1,159 @@
+"""Which modules of a model can be edited, and why others cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rledit_env.lm.forward import decoder_layers
+from rledit_env.lm.names import expand_globs
+
+# Names of the projections that widen a feed-forward block's states, and patterns for them; the first that a model has.
+_FEED_FORWARD: dict[tuple[str, ...], str] = {
+    ("gate_proj", "up_proj"): "{gate,up}_proj",
+    **{(name,): name for name in ("gate_up_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h")},
+}
+
+
+def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear modules inside a model's decoder layers by name, in the model's order.
+
+    Raises:
+        ValueError: the weights are quantised, or there is no such module.
+    """
+    kind = type(model).__name__
+    _, layers = decoder_layers(model)
+    if getattr(model, "is_quantized", False) or any(p.dtype.itemsize < 2 for p in layers.parameters()):
+        raise ValueError(
+            f"the weights of {kind} are quantised, and a quantised weight cannot be edited; load the model in float32 "
+            "or bfloat16, or dequantise it first (model.dequantize())"
+        )
+    inside = {id(module) for module in layers.modules()}
+    found: dict[str, nn.Module] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inside
+    }
+    if not found:
+        raise ValueError(f"{kind} has no linear modules inside its decoder layers, so there is nothing to edit")
+    return found
+
+
+def chosen_modules(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], unfit: Mapping[str, str], patterns: Sequence[str]
+) -> dict[str, nn.Module]:
+    """The modules that patterns name, of those that can be edited.
+
+    Args:
+        model: the model.
+        linear: its linear modules by name.
+        unfit: those that cannot be edited → why.
+        patterns: names or globs; a glob takes those that can be edited.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing that can be edited.
+    """
+    fit = [name for name in linear if name not in unfit]
+    if not fit:
+        name, reason = next(iter(unfit.items()))
+        raise ValueError(f"{type(model).__name__} has no linear module that can be edited: {name}: {reason}; …")
+    for pattern in patterns:
+        refused = _matched([pattern], list(unfit))
+        if refused and not _matched([pattern], fit):
+            raise ValueError(
+                f"edit_modules: {refused[0]} cannot be edited: {unfit[refused[0]]}. {_examples(fit)}"
+            )
+        if not refused and "expert" in pattern and not _matched([pattern], fit) and (fused := _fused_experts(model)):
+            raise ValueError(
+                f"edit_modules: {pattern!r}: the experts of {type(model).__name__} cannot be edited: all those of a "
+                f"layer are one parameter ({fused}), and each sees a part of the tokens. {_examples(fit)}"
+            )
+    return {name: linear[name] for name in expand_globs(patterns, fit)}
+
+
+def _matched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    try:
+        return expand_globs(patterns, names) if names else []
+    except ValueError:
+        return []
+
+
+def _fused_experts(model: PreTrainedModel) -> str | None:
+    """Name of a parameter that holds the weights of all experts of a layer, if there is one."""
+    return next((name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name), None)
+
+
+def _examples(fit: Sequence[str]) -> str:
+    """What can be edited instead: one module of each kind."""
+    kinds: dict[tuple[str, ...], str] = {}
+    for name in fit:
+        kinds.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), name)
+    return f"What can be edited: {', '.join(kinds.values())}"
+
+
+def middle_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """Patterns of the modules that are edited where nobody names any.
+
+    These are the widening projections of the feed-forward blocks (gate and up, or their equivalent) in the layers from
+    1/5 to 2/5 of the depth, where what is known of a subject gathers at its last token (Meng et al., NeurIPS 2022) and
+    where edits generalise best (benchmarks/NOTES.md). Where no module has a name known for that, they are those that
+    widen the states outside the attention, and where there is none (all experts of a layer are one parameter), those
+    that write to the residual stream.
+
+    Raises:
+        ValueError: the model has no such modules, or quantised ones.
+    """
+    linear = linear_modules(model)
+    # A path with one number in it is a layer's own module; a second number would be an expert among several.
+    named = [match for name in linear if (match := re.fullmatch(r"(\D+)\.(\d+)\.((?:(?!\d+\.).)+)", name))]
+    stem, depth = named[0][1], 1 + max(int(match[2]) for match in named)
+    middle = range(depth // 5, 2 * depth // 5 + 1)
+    kinds: dict[str, list[int]] = {}  # what a module is called inside a layer → the layers that have one
+    for match in named:
+        kinds.setdefault(match[3], []).append(int(match[2]))
+    shapes = {kind: _shape(linear[f"{stem}.{layers[0]}.{kind}"]) for kind, layers in kinds.items()}
+    patterns: list[str] = []
+    for chosen in _groups(shapes, model):
+        for kinds_together, pattern in chosen.items():
+            layers = sorted(set.intersection(*(set(kinds[kind]) for kind in kinds_together)))
+            if inside := [layer for layer in layers if layer in middle]:
+                patterns.append(f"{stem}.{_span(inside)}.{pattern}")
+        if patterns:
+            return tuple(patterns)
+    raise ValueError(
+        f"no modules of {type(model).__name__} are known to be good to edit; name some in edit_modules. "
+        f"{_examples(list(linear))}"
+    )
+
+
+def _groups(shapes: Mapping[str, tuple[int, int]], model: PreTrainedModel) -> Iterator[dict[tuple[str, ...], str]]:
+    """Kinds of modules to be edited together, the best first, each with a pattern.
+
+    Args:
+        shapes: kind → (d_in, d_out).
+        model: theirs.
+    """
+    for names, pattern in _FEED_FORWARD.items():
+        blocks = [kind.removesuffix(names[0]) for kind in shapes if kind.split(".")[-1] == names[0]]
+        found = {tuple(block + name for name in names): block + pattern for block in blocks}
+        yield {kinds: pattern for kinds, pattern in found.items() if set(kinds) <= set(shapes)}
+    yield {(k,): k for k, (d_in, d_out) in shapes.items() if d_out > d_in and "att" not in k}
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]  # of the residual stream
+    yield {(k,): k for k, (_, d_out) in shapes.items() if d_out == width}
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear module."""
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _span(layers: Sequence[int]) -> str:
+    """A pattern for layers."""
+    if len(layers) == 1:
+        return str(layers[0])
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"[{layers[0]}-{layers[-1]}]"
+    return f"{{{','.join(map(str, layers))}}}"

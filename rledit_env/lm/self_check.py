@@ -1,0 +1,230 @@
+"""What a loaded model gives by itself for one short text, and which of our forward passes gives the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from rledit_env.lm.forward import Forward, SuffixForward, at_least_float32, execution_device
+from rledit_env.lm.head import AfterHead, OutputHead, read_after_head
+from rledit_env.lm.kernels import prefer_fast_modules
+from rledit_env.lm.layout import Layout
+from rledit_env.lm.products import FASTER
+from rledit_env.lm.whole import WholeForward
+
+_TEXT = "The capital of France is Paris, and that of Peru is Lima."
+_TOKENS, _SHARED = 8, 5  # of the text, and those that a second one begins with, too
+_PLAIN = {*FASTER, *FASTER.values()}  # classes that multiply by their weight and do nothing else
+FAILURES = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+# Ways to run a model, the fastest first: with our modules or its own, and layer by layer or by its own forward.
+_WAYS = [(True, True), (True, False), (False, True), (False, False)]
+_SLOWER = {
+    (True, False): "the layers of {} cannot be run one by one to its own logits; its own forward is used, which is "
+    "slower",
+    (False, True): "our faster modules do not give the logits of {}; its own modules are used, which are slower",
+    (False, False): "neither our faster modules nor its layers one by one give the logits of {}; its own forward is "
+    "used, which is slower",
+}
+
+
+class OwnPass:
+    """What a model gives for one short text, run by its own forward before anything of ours is in it.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        tokenizer: its own.
+        linear: the linear modules that one may want to edit, by name.
+
+    Attributes:
+        output: the output head, with what the model does after it.
+        unfit: linear module → why it cannot be edited; modules that can are not in it.
+
+    Raises:
+        ValueError: the model is no causal LM, or none whose logits come from an output head.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, nn.Module]
+    ) -> None:
+        head = output_head(model)
+        self.kind, self.unfit = type(model).__name__, dict[str, str]()
+        self._ids = _two_texts(tokenizer, len(head.weight)).to(execution_device(head))
+        given: list[Tensor] = []
+        handle = head.register_forward_hook(lambda _module, _args, output: given.append(output))
+        try:
+            with torch.no_grad(), self._watching(linear):
+                logits = model(input_ids=self._ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        first, second = at_least_float32(logits)
+        if not same_numbers(first[:_SHARED], second[:_SHARED], logits.dtype):
+            raise ValueError(
+                f"{self.kind} is no causal language model: what it gives for a token depends on later tokens; "
+                "give a decoder-only model, one that is made to continue texts"
+            )
+        if not given or given[-1].shape != logits.shape:
+            raise ValueError(f"{self.kind} cannot be edited: its logits do not come from one output head")
+        plain = torch.equal(given[-1].to(logits.dtype), logits)
+        after = AfterHead() if plain else read_after_head(model, head, self._ids)
+        if after is None:
+            raise ValueError(
+                f"{self.kind} cannot be edited: it changes the logits of its output head in a way that is neither a "
+                "factor nor a cap"
+            )
+        self.output = OutputHead(head, after)
+        self._logits: Tensor | None = torch.cat([first, first[:_SHARED]])  # of texts that :meth:`forward` tries
+        self._choice: tuple[bool, bool] | None = None  # of ways, once tried
+
+    def forward(
+        self, model: PreTrainedModel, layers: nn.ModuleList, edited: Sequence[int], name: str
+    ) -> SuffixForward | WholeForward:
+        """The fastest of our ways to run the model that gives its own logits; warns where that is a slower one.
+
+        They are tried once, before the model is edited.
+
+        Args:
+            model: the model; its modules are replaced by faster ones where these give what it gave.
+            layers: its decoder layers.
+            edited: indices of those that hold an edited module.
+            name: what to call the model.
+
+        Raises:
+            ValueError: none of them does.
+        """
+        reason: Exception | None = None
+        for has_kernels, is_split in [self._choice] if self._choice else _WAYS:
+            put_back = prefer_fast_modules(model) if has_kernels else None
+            try:
+                found: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
+                if is_split:
+                    found = SuffixForward(model, min(edited), max(edited), self.output)
+                if self._choice or self._agrees(found):
+                    self._settle((has_kernels, is_split), name or self.kind)
+                    return found
+            except FAILURES as error:  # a model of another make
+                reason = error
+            if put_back is not None:
+                put_back()
+        said = "" if reason is None else f" ({' '.join(str(reason).split())[:200]})"
+        raise ValueError(f"{name or self.kind} cannot be edited: the same text twice gives different logits{said}")
+
+    def _settle(self, way: tuple[bool, bool], name: str) -> None:
+        """Remember the way that the model is run, and say so where it is a slow one."""
+        if self._choice is None and way in _SLOWER:
+            warnings.warn(f"{name}: {_SLOWER[way].format(self.kind)}", stacklevel=5)
+        self._choice, self._logits = way, None
+
+    @torch.no_grad()
+    def _agrees(self, forward: Forward) -> bool:
+        """Whether a pass gives the model's own logits, for the text and for its beginning, padded to its length."""
+        assert self._logits is not None
+        texts = [self._ids[0], self._ids[0, :_SHARED]]
+        layout = Layout.padded([_TOKENS, _SHARED], forward.quantum)
+        places = layout.places([range(_TOKENS), range(_SHARED)], forward.device)
+        prefix = forward.prefix(layout.batch(texts).to(forward.device), layout)
+        states = forward.final_states(prefix, F.pad(places, (0, -len(places) % forward.quantum)), layout)
+        return same_numbers(forward.logits(states)[: len(places)], self._logits, states.dtype)
+
+    @contextmanager
+    def _watching(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within it, :attr:`unfit` takes note of how a forward of the two texts calls these modules."""
+        calls: Counter[str] = Counter()
+
+        def watch(name: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
+            calls[name] += 1
+            if (reason := _unfit(module, args, output)) is not None:
+                self.unfit[name] = reason
+
+        handles = [module.register_forward_hook(partial(watch, name)) for name, module in linear.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in linear:
+            if calls[name] == 0:
+                self.unfit[name] = "the model's forward does not call it"
+            elif calls[name] > 1:
+                self.unfit[name] = f"the model's forward calls it {calls[name]} times in one pass"
+
+
+_known: WeakKeyDictionary[PreTrainedModel, OwnPass] = WeakKeyDictionary()
+
+
+def own_pass(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, nn.Module]
+) -> OwnPass:
+    """The model's :class:`OwnPass`, which is run once a model."""
+    found = _known.get(model)
+    if found is None or found.output.module is not output_head(model):
+        found = _known[model] = OwnPass(model, tokenizer, linear)
+    return found
+
+
+def output_head(model: PreTrainedModel) -> Any:
+    """The linear module that gives a model's logits.
+
+    Raises:
+        ValueError: there is none.
+    """
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        vocabulary: Any = model.get_input_embeddings()
+        sized = [m for m in model.modules() if isinstance(m, nn.Linear) and len(m.weight) == len(vocabulary.weight)]
+        if not sized:
+            raise ValueError(f"{type(model).__name__} has no output head; give a causal language model")
+        head = sized[-1]
+    return head
+
+
+def _two_texts(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
+    """A text, and one that begins with its first _SHARED tokens, (2, _TOKENS)."""
+    ids = [i % vocabulary for i in tokenizer(_TEXT)["input_ids"]]
+    ids = (ids + list(range(2 * _TOKENS)))[: 2 * _TOKENS - _SHARED]
+    return torch.tensor([ids[:_TOKENS], ids[:_SHARED] + ids[_TOKENS:]])
+
+
+def same_numbers(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:
+    """Whether numbers of some tokens (P, …) are the same up to a precision's rounding, measured token by token.
+
+    In bfloat16, rounding may send a token to another expert: there, most tokens count.
+    """
+    seen = torch.isfinite(other)
+    one, other = (torch.where(seen, numbers.double(), 0.0) for numbers in (one, other))
+    errors = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
+    if precision.itemsize < 4:
+        return bool(errors.median() <= 0.1)
+    return bool((errors <= 1e-3).all())
+
+
+def _unfit(module: Any, args: tuple[Any, ...], output: Any) -> str | None:
+    """Why a linear module, called so for the two texts, cannot be edited; None where it can."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        return "it takes more than its input, or gives more than its output"
+    keys, width = args[0], args[0].shape[-1]
+    if keys.numel() != 2 * _TOKENS * width:
+        return "it does not see every token once, as an expert among several or a compressed state"
+    first, second = keys.reshape(2, _TOKENS, width)
+    if not same_numbers(first[:_SHARED], second[:_SHARED], keys.dtype):
+        return "it does not see the tokens in their order"
+    if type(module) in _PLAIN:
+        return None
+    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    if weight.is_meta or weight.shape != (output.shape[-1], width):
+        return f"{type(module).__name__} keeps its weight in another form"
+    product = F.linear(keys, weight, module.bias)
+    same = same_numbers(product, output, keys.dtype)
+    return None if same else f"{type(module).__name__} does more than multiply by its weight"
