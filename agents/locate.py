@@ -265,7 +265,7 @@ def default_output_projections(lm: EditableLM) -> list[str]:
         block = widening.rpartition(".")[0]
         for name, module in lm.model.get_submodule(block).named_children():
             # One that makes gate and up at once is twice as wide.
-            if _linear_shape(module) in ((inner, width), (inner // 2, width)):
+            if linear_shape(module) in ((inner, width), (inner // 2, width)):
                 found[block] = f"{block}.{name}"
     if not found:
         raise ValueError(
@@ -275,7 +275,7 @@ def default_output_projections(lm: EditableLM) -> list[str]:
     return list(found.values())
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear module; None for any other."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features

@@ -112,10 +112,11 @@ def _other_model(folder: str | Path, model: str, found: Mapping[str, tuple[int, 
     modules = list(shapes) or settings["environment"].get("edit_modules") or ["unknown"]
     example = f"{modules[0]} {tuple(shapes[modules[0]])}" if shapes else modules[0]
     edited = f"edits {len(found)} such as {' '.join(map(str, next(iter(found.items()))))}" if found else "has none such"
+    other = "leave edit_modules (--edit-modules) out, or edit" if model == trained else "edit"
     model = model or "this model"
     return (
         f"the agent in {folder} belongs to {trained} and was trained for {len(modules)} modules such as {example}; "
-        f"{model} {edited}. Edit {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
+        f"{model} {edited}; {other} {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
         f"{model} --facts FILE --out DIR; or train an agent for it: rledit train --model {model} --out RUN"
     )
 

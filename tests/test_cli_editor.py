@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import find_agent, load_agent
+from agents import UltraEditAgent, find_agent, load_agent, strength
 from agents.editors import EDITORS, training_free_editors
 from rledit_env import cli
 from rledit_env.cli import editing
@@ -28,8 +28,11 @@ LOCATE = [name for name in training_free_editors() if EDITORS[name].group == "lo
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for these tests, and little text to measure the divergence on."""
     monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "editor-cache"))
+    monkeypatch.setattr(strength, "TEXTS", strength.TEXTS[:2])
+    monkeypatch.setattr(strength, "TEXT_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,7 @@ def test_facts_without_subjects_are_refused_before_the_model_is_loaded_by_editor
 def test_without_a_step_size_one_is_found_shown_with_its_cost_and_kept_in_the_report(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[1-3].mlp.*"]
+    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[2-3].mlp.*"]
     arguments += ["--batch-size", "3"]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
@@ -219,6 +222,19 @@ def test_an_editor_s_interrupted_run_is_resumed_to_the_same_weights(
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
 
 
+@pytest.mark.parametrize(("name", "mend"), [
+    ("ultraedit", "Give a smaller --step-size or another --editor, or give fewer facts"),
+    ("rome", "Take another --editor, or give fewer facts"),
+])  # fmt: skip
+def test_an_editor_that_goes_too_far_writes_nothing_and_names_what_helps(
+    name: str, mend: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--step-size", "1"] if name == "ultraedit" else ["--statistics-tokens", "1024"]
+    assert cli.main([*arguments, "--editor", name, *more, "--drift-bound", "1e-9"]) == 1
+    assert mend in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # -- agents of other models ----------------------------------------------------------------------------------------
 
 
@@ -233,6 +249,25 @@ def test_an_agent_with_another_model_than_its_own_names_its_model_and_the_two_wa
     assert "belongs to smollm2-135m" in said
     assert f"rledit edit --editor ultraedit --model {model}" in said
     assert f"rledit train --model {model}" in said
+
+
+@pytest.mark.parametrize("command", ["edit", "evaluate"])
+def test_modules_that_the_user_names_wrongly_are_not_said_to_be_another_model_s(
+    command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "evaluate":
+        arguments = ["evaluate", "--device", "cpu", "--model", "tiny-llama"]
+    said = error_of([*arguments, "--agent", "default", "--edit-modules", "model.layers.*.mpl.up_proj"], capsys)
+    assert "pattern 'model.layers.*.mpl.up_proj' matches no linear module" in said
+
+
+def test_an_agent_of_the_same_model_but_other_modules_is_mended_by_leaving_them_out(tmp_path: Path) -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    env = LifelongEditEnv("counterfact", lm, num_batches=1, batch_size=1)
+    UltraEditAgent(env).save(tmp_path)
+    other = EditableLM.load("tiny-llama", "model.layers.3.mlp.up_proj", dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="was trained for 4 modules.*leave edit_modules .--edit-modules. out, or edit"):
+        load_agent(tmp_path, LifelongEditEnv("counterfact", other, num_batches=1, batch_size=1))
 
 
 def test_an_agent_for_modules_of_other_shapes_names_the_two_ways_in_python_too() -> None:

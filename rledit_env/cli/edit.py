@@ -115,8 +115,8 @@ def run(options: argparse.Namespace) -> int:
             ledger.close()
     if log.diverged or log.stopped:
         what = "broke the model" if log.diverged else "moved the model further than --drift-bound on held text"
-        mend = "Train the agent on longer streams" if options.agent else "Give a smaller --step-size, another --editor"
-        warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. {mend}, or give fewer facts")
+        warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. {editing.mend}, or give fewer "
+             "facts")
         return FAILED
     records = list(facts.dataset)
     metrics, answers = score_facts(lm, records, facts.dataset.kind)

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class Editing:
         identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
         report: what edit_report.json says of the editor.
         notes: what the user should know.
+        mend: what helps where the editor breaks the model.
     """
 
     lm: EditableLM
@@ -54,6 +56,7 @@ class Editing:
     identity: dict[str, Any]
     report: dict[str, Any]
     notes: tuple[str, ...] = ()
+    mend: str = "Train the agent on longer streams"
 
 
 def editor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +142,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     model = model_name(options, trained, folder)
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
-    with modules_of(folder, model):
+    with nullcontext() if options.edit_modules else modules_of(folder, model):
         lm = EditableLM.load(model, modules, options.dtype, options.device, **model_source(options, trained))
     facts = _as_asked(facts, lm, options)
     with warnings.catch_warnings():
@@ -186,7 +189,8 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     probe = json.loads(json.dumps(search.as_dict())) if search else None
     identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
     described = {"name": editor.name, **strength, "config": config, "probe": probe}
-    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described})
+    mend = "Give a smaller --step-size or another --editor" if strength else "Take another --editor"
+    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described}, mend=mend)
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
     }
     say_loading(settings["model"])
-    with modules_of(folder, settings["model"]):
+    with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):
         env = gym.make(
             env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
             reward="none", array_backend="torch", disable_env_checker=True, **settings,

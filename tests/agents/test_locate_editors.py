@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from agents import (
     AlphaEditAgent,
@@ -35,6 +38,7 @@ from agents.locate import (
     default_output_projections,
     dense,
     least_squares_keys,
+    linear_shape,
     mean_keys,
     output_projections,
     rescaled,
@@ -47,6 +51,7 @@ from agents.rome import sequential_rank_one
 from agents.value_optimisation import Values, encode_request, optimise_values
 from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.names import expand_globs
 from rledit_env.lm.registry import MODELS, default_edit_modules
 
 ONE = "model.layers.1.mlp.down_proj"
@@ -441,3 +446,29 @@ def test_the_expected_time_of_the_statistics_is_near_what_they_take_and_nothing_
     taken = key_statistics(lm, names, tokens=4_096, cache=tmp_path, progress=False).seconds
     assert taken / 5 < expected < 5 * taken
     assert expected_seconds(lm, names, 4_096, cache=tmp_path) == 0.0
+
+
+SMALL = {"num_hidden_layers": 6, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+OTHER_MODELS = {
+    "GPTNeoX": ({**SMALL, "intermediate_size": 64}, "dense_4h_to_h"),
+    "OPT": ({**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 16}, "fc2"),
+    "Bloom": ({**SMALL, "n_layer": 6, "n_head": 4}, "dense_4h_to_h"),
+    "Falcon": (SMALL, "dense_4h_to_h"),
+    "GPTNeo": ({"num_layers": 6, "hidden_size": 32, "num_heads": 4, "vocab_size": 64,
+                "attention_types": [[["global"], 6]]}, "c_proj"),
+    "Phi3": ({**SMALL, "intermediate_size": 64, "pad_token_id": 0}, "down_proj"),
+    "Phi": ({**SMALL, "intermediate_size": 64}, "fc2"),
+    "GPTJ": ({"n_layer": 6, "n_embd": 32, "n_head": 4, "vocab_size": 64, "rotary_dim": 4}, "fc_out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_the_last_projections_are_found_whatever_an_architecture_calls_them(name: str) -> None:
+    settings, last = OTHER_MODELS[name]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    shapes = {n: linear_shape(linear[n]) for n in expand_globs(default_edit_modules(name, model), list(linear))}
+    found = default_output_projections(SimpleNamespace(model=model, module_shapes=shapes, name=name))
+    assert [module.rpartition(".")[2] for module in found] == [last, last]
+    assert {linear_shape(linear[module])[1] for module in found} == {32}
