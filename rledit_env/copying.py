@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import pickle
 from collections.abc import Iterator, Mapping
+from pickle import PicklingError
 from typing import Any
 
 from gymnasium import spaces
@@ -65,7 +65,7 @@ class Copied:
     def __reduce__(self) -> Any:
         model = self.arguments.get("model", "")
         if not isinstance(model, str | os.PathLike):
-            raise pickle.PicklingError(
+            raise PicklingError(
                 f"this environment was made with a model object ({type(model).__name__}), which is not pickled; make "
                 "it with the model's name or folder, or copy it in this process: copy.deepcopy(env). An agent in it is "
                 "written by its save(folder)"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any, Literal
 from weakref import ref
 
@@ -296,7 +296,7 @@ class LifelongEditEnv(Copied, gym.Env):
             return
         self.stream.reset(self.np_random, state["indices"])
         if self._fingerprint() != state["facts"]:
-            raise pickle.UnpicklingError(
+            raise UnpicklingError(
                 f"the facts of the pickled episode are no longer those of {self.dataset.source}; bring the data back "
                 "as it was, or pickle the environment before its first reset"
             )
