@@ -120,6 +120,7 @@ class EditableLM(EditedWeights):
         self.max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
         super().__init__(chosen_modules(model, linear, own.unfit, edit_modules))
         _, layers = decoder_layers(model)
+        self._overwritten = own.overwritten
         self.forward: Forward = own.forward(model, layers, self._modules, name)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
@@ -477,7 +478,7 @@ class EditableLM(EditedWeights):
         def record(name: str) -> Callable[..., Tensor]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 inputs[name] = args[0].detach()
-                outputs[name], passed_on = _watched(output)
+                outputs[name], passed_on = self._watched(name, output)
                 return passed_on
 
             return hook
@@ -547,7 +548,7 @@ class EditableLM(EditedWeights):
             if not torch.is_grad_enabled():
                 return output
             keys, route = arguments[0].detach(), self._route
-            output, passed_on = _watched(output)
+            output, passed_on = self._watched(name, output)
             output.register_hook(lambda gradient: add(name, keys, gradient, route))
             return passed_on
 
@@ -573,6 +574,11 @@ class EditableLM(EditedWeights):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _watched(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
+        """A module's output, which takes a gradient, and what the model goes on with: a copy, if it changes that."""
+        output = output if output.requires_grad else output.requires_grad_()
+        return output, output.clone() if name in self._overwritten else output
 
     def _zero(self, name: str) -> Tensor:
         d_in, d_out = self.module_shapes[name]
@@ -600,15 +606,6 @@ class EditableLM(EditedWeights):
             write_model(self.model, work)
             write_tokenizer(self.tokenizer, work)
         return Path(folder)
-
-
-def _watched(output: Tensor) -> tuple[Tensor, Tensor]:
-    """A module's output that takes a gradient, and what the model goes on with: a copy where nothing before it takes
-    one, since a model may add to it in place (Falcon, Llama 4)."""
-    if output.requires_grad:
-        return output, output
-    output.requires_grad_()
-    return output, output.clone()
 
 
 def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -55,6 +55,7 @@ class OwnPass:
     Attributes:
         output: the output head, with what the model does after it.
         unfit: linear module → why it cannot be edited; modules that can are not in it.
+        overwritten: linear modules whose outputs the model changes in place (Falcon, Llama 4).
 
     Raises:
         ValueError: the model is no causal LM, or none whose logits come from an output head.
@@ -65,6 +66,7 @@ class OwnPass:
     ) -> None:
         head = output_head(model)
         self.kind, self.unfit = type(model).__name__, dict[str, str]()
+        self.overwritten: set[str] = set()
         self._ids = _text(tokenizer, len(head.weight)).to(execution_device(head))
         given: list[Tensor] = []
         handle = head.register_forward_hook(lambda _module, _args, output: given.append(output))
@@ -154,11 +156,14 @@ class OwnPass:
     def _watching(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
         """Within it, :attr:`unfit` takes note of how a forward of the text calls these modules."""
         calls: Counter[str] = Counter()
+        outputs: dict[str, tuple[Tensor, int]] = {}  # with how often each was changed when it was given
 
         def watch(name: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
             calls[name] += 1
             if (reason := _unfit(module, args, output)) is not None:
                 self.unfit[name] = reason
+            else:
+                outputs[name] = output, output._version
 
         handles = [module.register_forward_hook(partial(watch, name)) for name, module in linear.items()]
         try:
@@ -166,6 +171,7 @@ class OwnPass:
         finally:
             for handle in handles:
                 handle.remove()
+        self.overwritten = {name for name, (output, version) in outputs.items() if output._version > version}
         for name in linear:
             if calls[name] == 0:
                 self.unfit[name] = "the model's forward does not call it"
