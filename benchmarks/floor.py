@@ -144,7 +144,7 @@ def pass_rate(lm: EditableLM, tokens: int, answers: int) -> float:
     and the output head, forward and backward, and the gradients of the edited weights. Unlike :func:`matmul_rate`'s,
     they are of the shapes that a step has, and their weights come from memory, one after another.
     """
-    layers, head = lm.forward.layers[lm.forward.first_layer :], lm.forward.head.weight
+    layers, head = lm.forward.layers[lm.forward.first_layer :], lm.forward.output.module.weight
     weights = [(p, tokens) for layer in layers for p in layer.parameters() if p.dim() == 2] + [(head, answers)]
     edited = [lm.model.get_submodule(name).weight for name in lm.module_shapes]
     numbers = {

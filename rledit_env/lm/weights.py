@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pickle import PicklingError
 from typing import Any
 from weakref import ref
 
@@ -226,7 +226,7 @@ class EditedWeights:
         return other
 
     def __reduce__(self) -> Any:
-        raise pickle.PicklingError(
+        raise PicklingError(
             f"an {type(self).__name__} is not pickled, since its model may take gigabytes; write it by "
             "save_pretrained(folder) and load it by the folder's name, or copy it in this process: copy.deepcopy(lm)"
         )
