@@ -64,7 +64,7 @@ class HypernetworkConfig:
     prior: float = 100.0
     normaliser: Literal["stream", "lifetime"] = "stream"
     warm_up: bool = True
-    warm_up_rows: float = 20.0
+    warm_up_rows: float = 40.0
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
