@@ -225,8 +225,8 @@ def test_a_saved_agent_goes_on_with_the_stream(training_env, tmp_path):
 def test_the_agent_must_know_the_environment_that_it_edits_in(training_env, tmp_path):
     agent = agent_of(training_env()).learn(3, progress_bar=False)
     other = training_env(batch_size=3, num_batches=2)
-    observation, _ = other.reset(seed=1)
     agent.env.reset(seed=0)
+    observation, _ = other.reset(seed=1)
     with pytest.raises(ValueError, match=r"name the environment that it edits in with on\(env\)"):
         agent.predict(observation)
     observation, *_ = other.step(agent.on(other).predict(observation)[0])
