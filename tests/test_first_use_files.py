@@ -290,6 +290,18 @@ def test_unusable_rows_end_the_command_or_are_skipped_in_the_command_line_s_word
     assert "1 field 'target' is empty" in capsys.readouterr().out
 
 
+def test_facts_that_do_not_fit_the_model_are_skipped_where_that_is_asked_for(
+    refused: Callable[..., str], edit: Edit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = "\n".join(map(json.dumps, [TWO[0], {"prompt": "word " * 400 + "is", "target": "Peru"}]))
+    assert "line 2: prompt and answer have" in refused(content)
+    assert facts_of(edit(content, "--on-error", "skip")) == [UP]
+    shown = capsys.readouterr()
+    assert "facts that do not fit tiny-llama are skipped: 1; the first one: facts.jsonl, line 2: prompt" in shown.err
+    assert "1 too long or unfit for the chat template" in shown.out
+    assert "no fact fits tiny-llama" in refused(content.split("\n")[1], "--on-error", "skip")
+
+
 # -- text, chat, subjects ----------------------------------------------------------------------------------------------
 
 

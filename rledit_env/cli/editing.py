@@ -194,13 +194,35 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
-    """The facts, with --chat in the model's chat template."""
-    from rledit_env.lm.chat import in_chat
+    """The facts, with --chat in the model's chat template, and with --on-error skip without those that do not fit it or
+    the model's context.
 
-    if not options.chat:
-        return facts
-    records = in_chat(facts.dataset.records, lm.tokenizer, lm.name)
-    return replace(facts, dataset=replace(facts.dataset, records=records))
+    Raises:
+        ValueError: a fact does not fit; with --on-error skip, none does.
+    """
+    from rledit_env.encoding import encode
+    from rledit_env.lm.chat import ChatTemplate
+
+    template = ChatTemplate(lm.tokenizer, lm.name) if options.chat else None
+    skips = options.on_error == "skip"
+    records, reasons = [], list[str]()
+    for record in facts.dataset:
+        try:
+            shown = template.wrapped(record) if template else record
+            if skips:  # where nothing is skipped, the environment checks the lengths
+                encode(lm, shown)
+        except ValueError as error:
+            if not skips:
+                raise
+            reasons.append(str(error))
+        else:
+            records.append(shown)
+    if not records:
+        raise ValueError(f"no fact fits {lm.name}; the first one: {reasons[0]}")
+    if reasons:
+        warn(f"warning: facts that do not fit {lm.name} are skipped: {len(reasons)}; the first one: {reasons[0]}")
+    skipped = {**facts.dataset.skipped, **({"too long or unfit for the chat template": len(reasons)} if reasons else {})}
+    return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
 def _settings(options: argparse.Namespace, own: Any, facts: Facts) -> dict[str, Any]:
