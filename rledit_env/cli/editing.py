@@ -219,9 +219,10 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
             records.append(shown)
     if not records:
         raise ValueError(f"no fact fits {lm.name}; the first one: {reasons[0]}")
+    skipped = dict(facts.dataset.skipped)
     if reasons:
         warn(f"warning: facts that do not fit {lm.name} are skipped: {len(reasons)}; the first one: {reasons[0]}")
-    skipped = {**facts.dataset.skipped, **({"too long or unfit for the chat template": len(reasons)} if reasons else {})}
+        skipped["too long or unfit for the chat template"] = len(reasons)
     return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
