@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 EVERY_LINEAR = "{model.layers,transformer.h}.[1-3].*"  # all linear modules of the tiny models' last three layers
 
+_bundled = functools.cache(load_knowledge)
 _LMS: dict[tuple[Any, ...], EditableLM] = {}
 
 
@@ -55,7 +57,7 @@ def facts() -> Callable[..., KnowledgeDataset]:
     """Gives the first ``count`` bundled records; ``single``: with one paraphrase and one unrelated pair each."""
 
     def first(kind: str = "zsre", count: int = 12, single: bool = False) -> KnowledgeDataset:
-        dataset = load_knowledge(kind)
+        dataset = _bundled(kind)
         records: tuple[EditRecord, ...] = dataset.records[:count]
         if single:
             records = tuple(
