@@ -40,17 +40,11 @@ class HypernetworkConfig:
             "bfloat16" takes half the time where the machine multiplies it natively.
         normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
             seen and stay as they are outside training.
-        warm_up: whether the running moments begin as those of training facts (see :meth:`Hypernetwork.start_from`), so
-            that a fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth.
-            Moments that begin with nothing take the batch in and subtract its mean: of a single row nothing is left.
-        warm_up_rows: how many rows the training facts' moments weigh as; the stream's own rows are added to them.
-        precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
-            "bfloat16" takes half the time where the machine multiplies it natively.
-        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
-            seen and stay as they are outside training.
-        warm_up: whether the moments begin as those of training facts (see :meth:`Hypernetwork.gather_moments`), so that
-            a fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth. Moments
+        warm_up: whether the moments begin as those of training facts (see :meth:`Hypernetwork.start_from`), so that a
+            fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth. Moments
             that begin with nothing, as published, take the batch in and subtract its mean: of one row nothing is left.
+        warm_up_rows: the training facts' moments stand in for the rows that a stream has fewer than these: they weigh
+            as so many rows less its own, and as nothing from then on.
     """
 
     rank: int = 256
@@ -90,9 +84,20 @@ class HypernetworkConfig:
 
 
 class RunningNormaliser:
-    """Running mean and variance of rows (Welford's update in batches)."""
+    """Running mean and variance of rows (Welford's update in batches).
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    Args:
+        width: of a row.
+        device: of the tensors.
+        start: moments that stand in for the rows that are missing from ``start_rows``.
+        start_rows: from so many rows on, the start counts no more.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device | str = "cpu", start: RunningNormaliser | None = None,
+        start_rows: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.start, self.start_rows = start, start_rows
         self.count = torch.zeros((), device=device)
         self.mean = torch.zeros(width, device=device)
         self.squares = torch.zeros(width, device=device)
@@ -102,23 +107,29 @@ class RunningNormaliser:
         if not len(rows):
             return
         mean = rows.mean(0)
-        total = self.count + len(rows)
-        shift = mean - self.mean
-        self.squares = self.squares + (rows - mean).square().sum(0) + shift.square() * self.count * len(rows) / total
-        self.mean = self.mean + shift * len(rows) / total
-        self.count = total
+        self.count, self.mean, self.squares = self._with(len(rows), mean, (rows - mean).square().sum(0))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal standard deviation, (width,) each."""
-        std = (self.squares / (self.count - 1).clamp(min=1)).sqrt()
-        return self.mean, 1 / (std + 1e-8)
+        """Mean and reciprocal standard deviation, (width,) each: of the rows taken in and of the start's."""
+        count, mean, squares = self.count, self.mean, self.squares
+        if self.start is not None:
+            rows = (self.start_rows - count).clamp(min=0)
+            weight = (rows - 1).clamp(min=0) / (self.start.count - 1)  # of its squares: the same variance in these rows
+            count, mean, squares = self._with(rows, self.start.mean, self.start.squares * weight)
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        return mean, 1 / (std + 1e-8)
 
-    def weighing(self, rows: float, device: torch.device) -> RunningNormaliser:
-        """The same moments as if of so many rows, two or more, on this device."""
+    def _with(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and sum of squares of these rows and others."""
+        total = self.count + count
+        shift = mean - self.mean
+        both = self.squares + squares + shift.square() * self.count * count / total
+        return total, self.mean + shift * count / total, both
+
+    def to(self, device: torch.device) -> RunningNormaliser:
+        """The same moments on this device."""
         other = RunningNormaliser(len(self.mean), device)
-        count = torch.as_tensor(float(rows))
-        squares = self.squares * ((count - 1) / (self.count - 1)).to(self.squares)
-        other.load({"count": count, "mean": self.mean.clone(), "squares": squares})
+        other.load(self.state())
         return other
 
     def state(self) -> dict[str, Tensor]:
@@ -293,10 +304,9 @@ class Hypernetwork(nn.Module):
 
     def first_normalisers(self) -> dict[str, RunningNormaliser]:
         """The moments that a stream begins with: the training facts', or none."""
-        if self.training_moments:
-            rows = self.config.warm_up_rows
-            return {m: self.training_moments[m].weighing(rows, self.device) for m in self.shapes}
-        return {m: RunningNormaliser(sum(s), self.device) for m, s in self.shapes.items()}
+        starts = {m: n.to(self.device) for m, n in self.training_moments.items()}
+        rows = self.config.warm_up_rows
+        return {m: RunningNormaliser(sum(s), self.device, starts.get(m), rows) for m, s in self.shapes.items()}
 
     @property
     def wants_prior(self) -> bool:
@@ -508,12 +518,14 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: one is missing or of another shape.
         """
-        normalisers = moments_from(state, "normaliser.", self.shapes, self.device)
+        moments = moments_from(state, "normaliser.", self.shapes, self.device)
         memory = {m: state[f"memory.{m}"] for m in self.shapes if f"memory.{m}" in state}
         for module, inverse in memory.items():
             d_in = self.shapes[module][0]
             _check_shape(f"memory.{module}", inverse, (d_in, d_in))
-        self.normalisers = normalisers
+        self.normalisers = self.first_normalisers()
+        for module, normaliser in self.normalisers.items():
+            normaliser.load(moments[module].state())
         self.memory = {m: inverse.to(self.device) for m, inverse in memory.items()}
 
 

@@ -25,7 +25,7 @@ def test_the_shipped_agents_streams_start_from_moments_of_its_training_facts():
     network = load_agent(find_agent("default")).network
     assert network.config.warm_up and set(network.training_moments) == set(network.shapes)
     assert {float(n.count) for n in network.training_moments.values()} == {800.0}  # 40 batches of 20 facts
-    assert {float(n.count) for n in network.normalisers.values()} == {network.config.warm_up_rows}
+    assert {float(n.count) for n in network.normalisers.values()} == {0.0}
 
 
 def test_an_agent_of_less_than_20_megabytes_ships_for_the_default_model():

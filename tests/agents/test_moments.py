@@ -100,22 +100,30 @@ def test_the_gradient_of_a_fact_counts_alike_in_batches_of_every_size(aggregatio
     weight = net.config.warm_up_rows
     mean, own = moments["a"].mean, torch.cat([u, gradient], 1)
     for rows, n in ((one, 1), (twice, 2)):  # the row itself is part of the running mean
-        normaliser = moments["a"].weighing(weight, torch.device("cpu"))
+        normaliser = RunningNormaliser(10, start=moments["a"], start_rows=weight)
         normaliser.update(own.repeat(n, 1))
-        expected = (own - (weight * mean + n * own) / (weight + n)) * normaliser.moments()[1]
+        expected = (own - ((weight - n) * mean + n * own) / weight) * normaliser.moments()[1]
         torch.testing.assert_close(rows[0], expected.repeat(n, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_moments_keep_mean_and_deviation_when_they_weigh_as_fewer_rows():
-    normaliser = RunningNormaliser(3)
-    normaliser.update(5 + 2 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
-    light = normaliser.weighing(4, torch.device("cpu"))
-    assert float(light.count) == 4 and float(normaliser.count) == 50
-    for mine, other in zip(light.moments(), normaliser.moments(), strict=True):
+def test_a_start_stands_in_for_missing_rows_and_counts_no_more_when_there_are_enough():
+    generator = torch.Generator().manual_seed(0)
+    start, own = RunningNormaliser(3), 3 - torch.randn(8, 3, generator=generator)
+    start.update(5 + 2 * torch.randn(50, 3, generator=generator))
+    before = {k: v.clone() for k, v in start.state().items()}
+    normaliser, alone = RunningNormaliser(3, start=start, start_rows=8), RunningNormaliser(3)
+    for mine, other in zip(normaliser.moments(), start.moments(), strict=True):
         torch.testing.assert_close(mine, other)
-    before = {k: v.clone() for k, v in normaliser.state().items()}
-    light.update(torch.zeros(2, 3))
-    assert all(torch.equal(v, before[k]) for k, v in normaliser.state().items())
+    normaliser.update(own[:2])
+    mean = (6 * start.mean + own[:2].sum(0)) / 8
+    variance = (start.squares / 49 * 5 + 6 * (start.mean - mean) ** 2 + ((own[:2] - mean) ** 2).sum(0)) / 7
+    torch.testing.assert_close(normaliser.moments()[0], mean)
+    torch.testing.assert_close(normaliser.moments()[1], 1 / (variance.sqrt() + 1e-8), rtol=1e-5, atol=0)
+    normaliser.update(own[2:])
+    for part in (own[:2], own[2:]):
+        alone.update(part)
+    assert all(torch.equal(a, b) for a, b in zip(normaliser.moments(), alone.moments(), strict=True))
+    assert all(torch.equal(v, before[k]) for k, v in start.state().items())
 
 
 # -- the agent's own moments
@@ -142,7 +150,10 @@ def test_learning_gathers_moments_first_and_every_stream_starts_from_them(env):
     assert all(torch.equal(v, saved[k]) for k, v in moments_state(agent.network.training_moments).items())
     for _ in range(2):
         agent.reset()
-        assert {float(n.count) for n in agent.network.normalisers.values()} == {agent.config.network.warm_up_rows}
+        for m, normaliser in agent.network.normalisers.items():
+            first, gathered_moments = normaliser.moments(), agent.network.training_moments[m].moments()
+            assert float(normaliser.count) == 0
+            assert all(torch.allclose(a, b) for a, b in zip(first, gathered_moments, strict=True))
         agent.predict(env.reset(seed=0)[0])
     cold = RLEditAgent(env, config(warm_up=False)).learn(3, **QUIET)
     assert cold.network.training_moments == {}
