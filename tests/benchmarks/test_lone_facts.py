@@ -46,3 +46,14 @@ def test_the_sum_is_printed_and_every_fact_written(folder: Path, tmp_path: Path,
     shown = capsys.readouterr().out
     assert "0 of 2 took, 0 exact matches; drift " in shown and "fact 2: did not take, update " in shown
     assert shown.count("wanted ") == 2 and out.read_text(encoding="utf-8").count('"took": false') == 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.data
+def test_48_of_50_single_facts_take_with_the_shipped_agent() -> None:
+    data = Path(__file__).parents[3] / "shared" / "data" / "counterfact_eval.jsonl"
+    if not data.exists():
+        pytest.skip(f"{data} is not there")
+    results = lone_facts.edit(lone_facts.Args(data=str(data)))
+    assert len(results) == 50 and sum(one["took"] for one in results) >= 48
