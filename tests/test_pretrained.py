@@ -41,7 +41,7 @@ def test_an_agent_of_less_than_20_megabytes_ships_for_the_default_model():
 def test_the_shipped_agent_teaches_more_than_it_costs_on_another_data_set_than_it_was_trained_on():
     settings = agent_settings(find_agent("default"))["environment"]
     env = gym.make(
-        "rledit_env:RLEdit-CounterFact-v0", split="eval", num_batches=2, batch_size=20, reward="none",
+        "rledit_env:RLEdit-CounterFact-v0", split="eval", num_batches=3, batch_size=20, reward="none",
         array_backend="torch", token=settings["token"], steps_per_batch=settings["steps_per_batch"],
         disable_env_checker=True,
     )  # fmt: skip
