@@ -1,6 +1,6 @@
 """Measures one step of the tests' usual work on this machine, and says whether the slow tests run here.
 
-    python tests/machine.py --limit-ms 45
+    python tests/machine.py --limit-ms 90
 
 The step: an environment step on tiny-llama (a batch of two facts, with the reward), one thread, the fastest of fifty.
 The exit code is 0 where it takes less than the limit, else 1. `.ci/run` asks it before `make test-slow`.
