@@ -189,7 +189,8 @@ class Comparison:
         train_env, folder, seconds = self._trained(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
         agent.config = editor.configuration()
-        return agent.on(env), env, seconds
+        agent.set_env(env)
+        return agent, env, seconds
 
     def _env(
         self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: dict[str, Any],

@@ -264,7 +264,7 @@ class DAFNetAgent(RLEditAgent):
     are only added.
 
     A fact's rows are not marked in the observation, so that the agent asks the environment which facts are presented:
-    name the one it edits in with :meth:`on`, unless that is ``env``.
+    name the one it edits in with :meth:`set_env`, unless that is ``env``.
 
     Args:
         env: the environment to learn in.
@@ -282,22 +282,21 @@ class DAFNetAgent(RLEditAgent):
         super().__init__(*args, **options)
         self._presenting: gym.Env | None = self.env
 
-    def on(self, env: gym.Env[Any, Any]) -> DAFNetAgent:
-        """Edit in this environment from now on; returns itself."""
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        super().set_env(env)
         self._presenting = env
-        return self
 
     def _trajectory(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
-        self.on(env)
+        self._presenting = env
         return super()._trajectory(env, seed, **reset)
 
     def _evaluate(self, eval_env: gym.Env, *arguments: Any) -> bool:
-        self.on(eval_env)
+        self._presenting = eval_env
         return super()._evaluate(eval_env, *arguments)
 
     def calibrate(self, env: gym.Env, *args: Any, **options: Any) -> dict[float, float]:
         """As :meth:`RLEditAgent.calibrate`."""
-        self.on(env)
+        self._presenting = env
         return super().calibrate(env, *args, **options)
 
     def _observe(self, observation: Any, adapt: bool) -> StepRecord:
@@ -311,12 +310,12 @@ class DAFNetAgent(RLEditAgent):
             return []
         if self._presenting is None:
             raise ValueError("this agent asks its environment which facts are presented; load it with env=… or give it "
-                             "with on(env)")
+                             "with set_env(env)")
         inner: Any = self._presenting.unwrapped
         lengths = [len(record.edit.chosen_positions(inner.token)) for record in inner.current_batch()]
         if sum(lengths) != rows:
             raise ValueError(
                 f"the observation has {rows} rows, but the facts that the agent's environment presents have "
-                f"{sum(lengths)}; name the environment that it edits in with on(env)"
+                f"{sum(lengths)}; name the environment that it edits in with set_env(env)"
             )
         return lengths
