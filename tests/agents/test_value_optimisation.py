@@ -141,8 +141,9 @@ def test_optimisation_lowers_the_loss_and_leaves_the_model_alone(tiny_lm: Callab
     module = output_projection("tiny-llama")
     lm = tiny_lm("tiny-llama", module)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    start = optimise_values(lm, module, requests(lm), ValueConfig(steps=1))
-    end = optimise_values(lm, module, requests(lm), ValueConfig(steps=31, clamp=100, learning_rate=0.1))
+    # Without the divergence: what δ can do for an answer in a random model is little beside it.
+    start = optimise_values(lm, module, requests(lm), ValueConfig(steps=1, kl_weight=0.0))
+    end = optimise_values(lm, module, requests(lm), ValueConfig(steps=31, clamp=100, kl_weight=0.0))
     assert (end.loss < start.loss - 0.03).all()
     assert (start.delta == 0).all() and torch.equal(start.initial, end.initial)
     assert all(torch.equal(before[name], p) for name, p in lm.model.named_parameters())
