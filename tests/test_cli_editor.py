@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,11 @@ def test_a_single_fact_takes_at_once_on_the_default_model(
     written = report(tmp_path)
     assert written["taken"] == [True]
     assert written["editor"]["probe"]["chosen"]["kl"] <= 0.1
+
+
+def test_a_method_without_second_moments_wants_no_text_for_them(tiny_lm: Any) -> None:
+    lm = tiny_lm("tiny-llama", "model.layers.1.mlp.down_proj")
+    options = argparse.Namespace(statistics_tokens=1024)
+    editing._check_statistics(EDITORS["rome"], lm, options)
+    with pytest.raises(ValueError, match="--statistics-tokens: rome .* takes no second moments.*leave it out"):
+        editing._check_statistics(replace(EDITORS["rome"], settings={"second_moment": False}), lm, options)

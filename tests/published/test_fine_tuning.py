@@ -104,7 +104,7 @@ def published_fine_tuning(
                 adam.zero_grad()
                 loss = torch.stack([losses.mean() for losses in fact_losses(lm, part, prompt_last)]).mean()
                 seen += float(loss.detach()) * len(part)
-                if float(loss) >= config.loss_goal:
+                if float(loss.detach()) >= config.loss_goal:
                     loss.backward()
                     adam.step()
                 with torch.no_grad():
