@@ -303,7 +303,7 @@ examples:
 
   # any model, without a trained agent: the step size is found on a few of the facts, or given
   rledit edit --facts facts.jsonl --model owner/name --editor ultraedit --out edited-model
-  rledit edit --facts facts.jsonl --model owner/name --editor ft-l --step-size 5e-4 --out edited-model
+  rledit edit --facts facts.jsonl --model owner/name --editor ft-m --step-size 5e-4 --out edited-model
 
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger  # and, if interrupted,
