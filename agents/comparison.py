@@ -286,8 +286,8 @@ def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:
     mend = f"delete {path} to compute it anew, or give another folder"
     version = cell.get("metrics_version", 1)
     if version != METRICS_VERSION:
-        raise ValueError(f"{path} holds scores of metrics version {version}, which do not compare with those of version "
-                         f"{METRICS_VERSION} (docs/metrics.md); {mend}")
+        raise ValueError(f"{path} holds scores of metrics version {version}, which do not compare with those of "
+                         f"version {METRICS_VERSION} (docs/metrics.md); {mend}")
     if cell["metrics"] != metrics:
         raise ValueError(f"{path} was scored with metrics {cell['metrics']!r}, not {metrics!r}; {mend}")
 

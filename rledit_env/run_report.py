@@ -251,8 +251,8 @@ def _legend(kind: str, version: int, metrics: str) -> str:
         )
     means = (
         "Every score is the mean over facts." if version >= 2 else
-        "Scored by an earlier version, over the answer tokens and prompts of all facts together: not to be compared with "
-        "scores of today's version, which are means over facts."
+        "Scored by an earlier version, over the answer tokens and prompts of all facts together: not to be compared "
+        "with scores of today's version, which are means over facts."
     )  # fmt: skip
     return f"In percent. {text} {exact} {means}"
 

@@ -164,8 +164,8 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
-               f"percent after the last edit{_scored(options)}. KL: from the unedited model on text that it wrote, nats "
-               "a token. s/fact in all: with training and statistics, shared by a stream's facts.")
+               f"percent after the last edit{_scored(options)}. KL: from the unedited model on text that it wrote, "
+               "nats a token. s/fact in all: with training and statistics, shared by a stream's facts.")
     texts = (
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
         tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),

@@ -39,7 +39,8 @@ def lm(tiny_lm: Any) -> EditableLM:
     for _ in range(60):
         trace = lm.trace([short])
         lm.apply(trace.keys, {m: -0.01 * g for m, g in trace.value_gradients.items()})
-    said = [tokens == torch.tensor(p.targets) for tokens, p in zip(top_tokens(lm, [short, long]), (short, long))]
+    best = top_tokens(lm, [short, long])
+    said = [tokens == torch.tensor(p.targets) for tokens, p in zip(best, (short, long), strict=True)]
     assert said[0].all() and not said[1].any()
     assert round(100 * float(torch.cat(said).double().mean()), 1) == 22.2  # what pooling the tokens would give
     return lm
