@@ -112,7 +112,7 @@ def evaluate(
         records: the facts that were edited.
         kind: "zsre", "counterfact" or "fever", which decides the metrics' form.
         generate: also decode freely, for ``taken`` and ``exact_match`` (much slower than the teacher-forced scores).
-        metrics: "paper", or "rledit-code" for what the paper's released code computes, which reproduces its tables.
+        metrics: "paper", or "rledit-code" for what the paper's released code computes, to be set beside its tables.
             CounterFact: the share of the first min(m, m_old) answer tokens where P(y*ᵢ) > P(y_oldᵢ), both after the
             prompt and y*₁…y*ᵢ₋₁ (m tokens in y*, m_old in y_old); on x′ the answers' roles are swapped, so that it is
             P(y_oldᵢ) > P(y*ᵢ) after y_old's own tokens. ZsRE and FEVER: Specificity is `specificity_answer`.
