@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.answers import MEANING
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
+    from rledit_env.metrics import METRICS_VERSION
     from rledit_env.report import versions
 
     check_editor(options)
@@ -130,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
         "facts_file": str(options.facts),
         "data_source": facts.dataset.source,
         **editing.report,
+        "metrics_version": METRICS_VERSION,
         "metrics": scores,
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
