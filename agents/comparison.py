@@ -209,7 +209,8 @@ class Comparison:
         size = training.batch_size or self.setting.batch_size
         if training.steps_per_batch is not None:
             settings = {**settings, "steps_per_batch": training.steps_per_batch}
-        env = self._env(lm, facts, training.num_batches, size, settings, editor.reward(), reward_gradient=True)
+        length = self.setting.num_batches if training.num_batches is None else training.num_batches
+        env = self._env(lm, facts, length, size, settings, editor.reward(), reward_gradient=True)
         finished = folder / "finished.json"
         if not finished.exists():
             clock = _Clock(folder / "seconds.json")
