@@ -171,8 +171,8 @@ class RewardConfig:
 
     @staticmethod
     def published(locality: float = 0.6) -> RewardConfig:
-        """The loss of RLEdit's published code, which differs from :meth:`paper` where the paper does not say so: locality
-        is measured from W_{t−1}, the regularisation has no gradient, and k counts the current batch."""
+        """The loss of RLEdit's published code, which differs from :meth:`paper`, though the paper does not say so:
+        locality is measured from W_{t−1}, the regularisation has no gradient, and k counts the current batch."""
         return replace(
             RewardConfig.paper(locality), backtracking_depth=9, locality_reference="previous",
             regularisation_gradient=False,

@@ -180,7 +180,7 @@ def training_env(tiny_lm, make_env):
 
 def agent_of(env, step_size: float = 1e-3, **settings) -> DAFNetAgent:
     rates = {"learning_rate": 1e-3, "step_size_learning_rate": 0.1, "max_gradient_norm": 1.0}
-    network = DAFNetNetworkConfig(**SMALL, step_size=step_size, step_size_parameter="log")  # which learns in a few updates
+    network = DAFNetNetworkConfig(**SMALL, step_size=step_size, step_size_parameter="log")  # ours learns sooner
     return DAFNetAgent(env, DAFNetConfig(network, **rates | settings))
 
 

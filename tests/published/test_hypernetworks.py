@@ -671,6 +671,31 @@ def test_a_vectorised_environment_refuses_a_reward_that_looks_back(tiny_lm, fact
                      reward=RewardConfig.published())  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["zsre", "counterfact", "fever"])
+@pytest.mark.parametrize("model", ["llama-3-8b", "mistral-7b", "gemma-2-9b"])
+def test_large_models_are_configured_with_the_published_numbers(model, kind):
+    entries = load_configs(find_configs(model), kind)
+    config = configured(EDITORS["rledit-paper"], entries).configuration()
+    published = rledit_paper(rledit_paper_network(rank=config.network.rank))
+    assert config == published and config.network.rank in (512, 1024)
+    editor = configured(EDITORS["rledit-paper"], entries)
+    reward = editor.reward()
+    assert {n: w for n, (w, _) in reward.components.items() if n != "locality"} == {"generalization": 1.0}
+    assert reward.components["locality"][0] in (0.6, 0.8)
+    for field in ("backtracking_depth", "backtracking_decay", "locality_reference", "regularisation_gradient",
+                  "regularisation", "batch_stride", "every_step"):  # fmt: skip
+        assert getattr(reward, field) == getattr(RewardConfig.published(), field), field
+    assert (editor.training.trajectories, editor.training.num_batches) == (1, None)
+    for name, network in (("mend+rledit", mend_network()), ("malmen+rledit", malmen_network())):
+        config = configured(EDITORS[name], entries).configuration()
+        assert dataclasses.replace(config.network, rank=network.rank) == network
+        assert (config.learning_rate, config.step_size_learning_rate) == (1e-5, 1e-5)
+    assert configured(EDITORS["mend"], entries).configuration() == MENDConfig()
+    assert configured(EDITORS["malmen"], entries).configuration() == MALMENConfig()
+    assert configured(EDITORS["dafnet"], entries).configuration() == DAFNetConfig()
+    assert configured(EDITORS["ultraedit"], entries).configuration() == UltraEditConfig()
+
+
 # -- every preset trains and goes on
 
 
