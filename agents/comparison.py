@@ -188,6 +188,9 @@ class Comparison:
         trainer = editor.trainer or editor
         train_env, folder, seconds = self._trained(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
+        if agent.config != trainer.configuration():  # such as an earlier version's defaults
+            raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has now; "
+                             f"delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
         return agent.on(env), env, seconds
 

@@ -271,8 +271,8 @@ class RLEditAgent(Agent):
         folder = Path(log_dir) if log_dir is not None else None
         self._waited, self._evaluated = 0, None
         processes = processes or Processes()
-        if processes.count > 1 and self.config.network.normaliser == "lifetime":
-            raise ValueError("normaliser is 'lifetime', but every process would have moments of its own streams; give "
+        if processes.count > 1 and self.config.network.normaliser != "stream":
+            raise ValueError(f"normaliser is {self.config.network.normaliser!r}, but every process would have moments of its own streams; give "
                              "normaliser='stream', or train in one process")
         if not processes.first:
             folder, progress_bar = None, False
