@@ -57,7 +57,10 @@ class AlphaEditAgent(MEMITAgent):
         super().__init__(env, config, seed)
         self._bases: dict[str, Tensor] = {}
 
-    def learn(self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> Self:
+    def learn(
+        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> Self:  # fmt: skip
         """Compute what is needed once, the null spaces included."""
         super().learn(total_timesteps, callback, progress_bar)
         for module in self.modules:

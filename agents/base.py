@@ -23,15 +23,34 @@ class Agent(ABC):
     """Whatever proposes updates. It meets the environment through Gymnasium's interface only.
 
     An agent may carry memory from step to step of a stream; :meth:`reset` clears it and must be called whenever the
-    environment is reset.
+    environment's weights are reset, as :func:`run_stream` and `agents.edit_stream` do.
+
+    Attributes:
+        env: the environment that the agent edits and learns in; None for an agent that was loaded without one.
+        timesteps: environment steps that :meth:`learn` has taken since it last counted from 0.
     """
+
+    env: gym.Env[Any, Any] | None = None
+    timesteps: int = 0
 
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
 
-    def on(self, env: gym.Env[Any, Any]) -> Agent:
-        """The agent for editing in this environment, of the same modules; itself, where it makes no difference."""
-        return self
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        """Edit and learn in this environment from now on. The agent itself changes, and nothing is returned.
+
+        For an agent in each of two environments, set the environment of a copy (``copy.copy(agent)``); both share
+        what was learned.
+
+        Args:
+            env: of this package, with the modules that the agent edits.
+
+        Raises:
+            ValueError: it is no environment of this package, a wrapper has replaced its observations or actions, or it
+                edits other modules; the agent is as it was.
+        """
+        environment_inside(env, type(self).__name__, agent=True)
+        self.env = env
 
     def memory(self) -> dict[str, Tensor] | None:
         """What the agent remembers of the stream, for :meth:`load_memory` in another process: {} for nothing at all.
@@ -55,8 +74,20 @@ class Agent(ABC):
         """The action for an observation, and None (Stable-Baselines3's place for a recurrent state)."""
 
     @abstractmethod
-    def learn(self, total_timesteps: int, callback: Any = None, progress_bar: bool = True) -> Agent:
-        """Train for this many environment steps; returns itself."""
+    def learn(
+        self, total_timesteps: int, callback: Any = None, progress_bar: bool = True, reset_num_timesteps: bool = True
+    ) -> Agent:
+        """Train for this many further environment steps; returns itself.
+
+        Every agent reads the arguments alike. An agent that learns from whole episodes rounds the steps up to whole
+        ones. One that has nothing to train takes none, and computes what it needs once.
+
+        Args:
+            total_timesteps: environment steps to take in this call, however many were taken before.
+            callback: called with the numbers of each update, round or stream; training stops when it returns False.
+            progress_bar: show one.
+            reset_num_timesteps: count :attr:`timesteps` from 0 again, as in Stable-Baselines3; False counts on.
+        """
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
@@ -69,9 +100,12 @@ class Agent(ABC):
 
 
 def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[str, Any]]:
-    """Let an agent edit one whole stream; returns the return and the last step's info."""
+    """Let an agent edit one whole stream; returns the return and the last step's info.
+
+    The agent is reset, unless the weights are kept (see :func:`begin_stream`).
+    """
+    begin_stream(agent, reset)
     observation, info = env.reset(**reset)
-    agent.reset()
     total, done = 0.0, False
     while not done:
         action, _ = agent.predict(observation)
@@ -79,6 +113,39 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
         total += float(reward)
         done = terminated or truncated
     return total, info
+
+
+def begin_stream(agent: Any, reset: Mapping[str, Any]) -> None:
+    """Reset an agent before a stream, unless it goes on with the weights, and so with the memory, of the last one.
+
+    Every function that edits a stream follows this rule.
+
+    Args:
+        agent: the agent, or anything with ``reset()``.
+        reset: the arguments of the environment's ``reset``; with ``options={"keep_weights": True}`` it keeps them.
+    """
+    if not (reset.get("options") or {}).get("keep_weights"):
+        agent.reset()
+
+
+def require_modules(env: gym.Env, shapes: Mapping[str, tuple[int, int]], owner: str, mend: str) -> None:
+    """Make sure that an environment edits the modules that an agent was made for.
+
+    Args:
+        env: the environment.
+        shapes: module → (d_in, d_out) of the agent's.
+        owner: the agent, or the folder that it is in, for the message.
+        mend: what to do about it.
+
+    Raises:
+        ValueError: it edits others, or modules of other shapes.
+    """
+    wanted = module_shapes(env)
+    if wanted != dict(shapes):
+        raise ValueError(
+            f"{owner} was made for {len(shapes)} modules such as {next(iter(shapes.items()))}, the environment edits "
+            f"{len(wanted)} such as {next(iter(wanted.items()))}; {mend}"
+        )
 
 
 def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:

@@ -38,7 +38,10 @@ class NoEditAgent(Agent):
         """The update of no module."""
         return {"updates": {}}, None
 
-    def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> NoEditAgent:
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> NoEditAgent:  # fmt: skip
         """There is nothing to train."""
         return self
 
@@ -89,7 +92,10 @@ class FineTuningAgent(Agent):
         values = {m: -self.config.step_size * g for m, g in observation["value_gradients"].items()}
         return {"keys": observation["keys"], "values": values}, None
 
-    def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> FineTuningAgent:
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> FineTuningAgent:  # fmt: skip
         """There is nothing to train."""
         return self
 

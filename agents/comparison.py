@@ -189,10 +189,11 @@ class Comparison:
         train_env, folder, seconds = self._trained(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
         if agent.config != trainer.configuration():  # such as an earlier version's defaults
-            raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has now; "
-                             f"delete {folder.parent} to train it anew, or give another folder")
+            raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has "
+                             f"now; delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
-        return agent.on(env), env, seconds
+        agent.set_env(env)
+        return agent, env, seconds
 
     def _env(
         self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: dict[str, Any],

@@ -353,7 +353,7 @@ class DAFNetAgent(RLEditAgent):
     clipped with the network. The published code adds +η_l δ̂ ûᵀ, and leaves it to training to find η_l's sign.
 
     A fact's rows are not marked in the observation, so that the agent asks the environment which facts are presented,
-    and reads W − W₀ of its LLM: name the one it edits in with :meth:`on`, unless that is ``env``.
+    and reads W − W₀ of its LLM: name the one it edits in with :meth:`set_env`, unless that is ``env``.
 
     Args:
         env: the environment to learn in.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from agents.base import Agent
+from agents.base import Agent, begin_stream
 from agents.recording import LedgerRecorder, Position
 from rledit_env.env import LifelongEditEnv
 from rledit_env.guard import DriftGuard
@@ -74,7 +74,8 @@ def edit_stream(
 
     Args:
         env: the environment.
-        agent: it goes on with its memory of the stream; reset it before a new one.
+        agent: it is reset, unless the weights are kept (``options={"keep_weights": True}``): then it goes on with its
+            memory of the stream.
         log: an earlier stream's, to be continued.
         progress: called after every batch with the number of its facts.
         callbacks: each is called before the first batch with 0, and after every batch with the number of batches
@@ -89,6 +90,7 @@ def edit_stream(
         LedgerError: the ledger holds another run.
     """
     log = log or EditLog()
+    begin_stream(agent, reset)
     inner: Any = env.unwrapped
     started = time.perf_counter()
     first, size, presentations = len(log.batch_sizes), inner.stream.batch_size, inner.steps_per_batch
@@ -189,7 +191,8 @@ def edit_facts(
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
-    The LLM starts from its pre-trained weights and keeps the edited ones. No reward is computed.
+    The LLM starts from its pre-trained weights and keeps the edited ones; the agent is reset, and its environment is
+    afterwards the one it had before. No reward is computed.
 
     Args:
         lm: the LLM.
@@ -202,17 +205,22 @@ def edit_facts(
         ledger, guard: as for :func:`edit_stream`.
         on_divergence: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
-    agent.reset()
-    log = EditLog()
+    log, before = EditLog(), agent.env
     whole = len(facts) // batch_size
-    for start, batches, size in ((0, whole, batch_size), (whole * batch_size, 1, len(facts) % batch_size)):
-        if batches * size == 0 or log.diverged or log.stopped:
-            continue
-        env = LifelongEditEnv(
-            facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
-            steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
-        )
-        options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
-        agent = agent.on(env)  # editors that read the facts themselves must read these
-        edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
+    try:
+        for start, batches, size in ((0, whole, batch_size), (whole * batch_size, 1, len(facts) % batch_size)):
+            if batches * size == 0 or log.diverged or log.stopped:
+                continue
+            env = LifelongEditEnv(
+                facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
+                steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
+            )
+            options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
+            agent.set_env(env)  # editors that read the facts themselves must read these
+            edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
+    finally:
+        if before is None:
+            agent.env = None
+        else:
+            agent.set_env(before)
     return log

@@ -52,9 +52,9 @@ class PresentedFacts:
             return []
         if self.env is None:
             raise ValueError("this agent asks its environment which facts are presented; load it with env=… or give it "
-                             "with on(env)")
+                             "with set_env(env)")
         inner: Any = self.env.unwrapped
-        mend = "name the environment that it edits in with on(env)"
+        mend = "name the environment that it edits in with set_env(env)"
         holder = inner.lm.holder() if inner.lm.holder is not None else None
         if holder is not None and holder is not inner:
             raise ValueError(f"another environment has begun an episode on the agent's LLM since; {mend}")

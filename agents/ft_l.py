@@ -78,10 +78,6 @@ class FTLAgent(Agent):
             environment_inside(env, "FTLAgent", agent=True)
         self.env, self.config, self.seed = env, config or FTLConfig(), seed
 
-    def on(self, env: gym.Env[Any, Any]) -> FTLAgent:
-        """The same editor for the facts that another environment presents."""
-        return FTLAgent(env, self.config, self.seed)
-
     def memory(self) -> dict[str, Tensor]:
         return {}
 
@@ -103,7 +99,10 @@ class FTLAgent(Agent):
         names = list(lm.module_shapes)
         return names[-1:] if self.config.module is None else expand_globs([self.config.module], names)
 
-    def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> FTLAgent:
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> FTLAgent:  # fmt: skip
         """There is nothing to train."""
         return self
 

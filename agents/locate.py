@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from abc import abstractmethod
@@ -109,11 +108,18 @@ class LocateAgent(Agent):
         """What to edit in an LLM for which nothing is published: see :func:`default_output_projections`."""
         return default_output_projections(lm)
 
-    def on(self: Self, env: gym.Env[Any, Any]) -> Self:
-        """The same editor, not a copy, for the facts that another environment of the same LLM presents."""
-        other = copy.copy(self)
-        other.env, other.inner = env, env.unwrapped
-        return other
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        """Edit in this environment from now on. What was computed once is kept, unless the LLM is another one.
+
+        Raises:
+            NotApplicable: none of its facts has a subject that occurs in its prompt.
+            ValueError: it is no environment of this package, or its edited modules are of another kind; the agent is as
+                it was.
+        """
+        other = type(self)(env, self.config, self.seed)
+        if other.lm is not self.lm:
+            self.__dict__ |= vars(other)
+        self.env, self.inner = env, other.inner
 
     def reset(self) -> None:
         self.key_moments = {}
@@ -128,7 +134,10 @@ class LocateAgent(Agent):
 
     # -- what is computed once -------------------------------------------------------------------------------------
 
-    def learn(self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> Self:
+    def learn(
+        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> Self:  # fmt: skip
         """Compute what is needed once; nothing is trained, and no environment step is taken."""
         started = time.perf_counter()
         if self.contexts is None:

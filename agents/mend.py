@@ -67,7 +67,7 @@ class MENDAgent(BatchwiseAgent):
     In a batch the environment's loss is a mean over the answer tokens of all facts, MEND's is each fact's own: δ is
     multiplied by A/A_i, the answer tokens of the batch over those of the fact. A batch's update is then the sum of the
     updates that its facts get alone; alone, a fact's is as published. The agent asks its environment for the facts:
-    name the one that it edits in with :meth:`on`, unless that is ``env``.
+    name the one that it edits in with :meth:`set_env`, unless that is ``env``.
 
     Where the published code differs from this: it adds +η_l δ̂ ûᵀ, and leaves it to training to find η_l's sign (the
     paper subtracts, as here); and its step sizes get a second step of Adam, at the network's rate.

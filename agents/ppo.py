@@ -121,29 +121,48 @@ class StandardAgent(Agent):
 
     def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config or StandardConfig(), seed
-        c = self.config
+        self._training: Any = None  # the vector environment that the model learns in
         self._look_at(env)
-        settings = {**HYPERPARAMETERS[c.algorithm], **c.hyperparameters}
+        settings = {**HYPERPARAMETERS[self.config.algorithm], **self.config.hyperparameters}
         policy = {"features_extractor_class": Standardised, **settings.pop("policy_kwargs", {})}
-        self.relative = RelativeReward(self.view, c.baseline_streams) if c.baseline_streams else None
-        training = self.relative or self.view
-        scaled_rewards = gym.wrappers.TransformReward(training, partial(_scaled, c.reward_scale))
-        algorithm: Any = ALGORITHMS[c.algorithm]
+        algorithm: Any = ALGORITHMS[self.config.algorithm]
         # On the CPU: the policy is tiny, and the LLM may fill the accelerator.
-        self.model = algorithm("MlpPolicy", scaled_rewards, seed=seed, device="cpu", policy_kwargs=policy, **settings)
+        self.model = algorithm(
+            "MlpPolicy", self._training_view(), seed=seed, device="cpu", policy_kwargs=policy, **settings
+        )
+        self._training = self.model.env
         self.best_score = -math.inf
+        self.earlier_timesteps = 0  # those that were taken before ``timesteps`` was last counted from 0
+        self._unfinished_in: Path | None = None  # the log_dir of a run that was interrupted in this process
+        self._fitted = False  # whether the features' scale is the policy's own, to be kept
 
     def _look_at(self, env: gym.Env[Any, Any]) -> None:
         environment_inside(env, "StandardAgent", agent=True)
         c = self.config
+        self.env = env
         self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
         self.view = GradientFeatures(self.scaled, c.share)
+        self.relative = RelativeReward(self.view, c.baseline_streams) if c.baseline_streams else None
+        self._training = None
 
-    def on(self, env: gym.Env[Any, Any]) -> StandardAgent:
-        """The same policy, not a copy, looking at another environment of the same modules."""
+    def _training_view(self) -> Any:
+        """What the algorithm learns in: the view with relative and scaled rewards."""
+        training = self.relative or self.view
+        return gym.wrappers.TransformReward(training, partial(_scaled, self.config.reward_scale))
+
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        """Edit and learn in this environment from now on; the zero action is measured there before learning.
+
+        Raises:
+            ValueError: it is no environment of this package, or edits another number of modules; the agent is as it
+                was.
+        """
         other = copy.copy(self)
         other._look_at(env)
-        return other
+        if len(other.scaled.shapes) != len(self.scaled.shapes):
+            raise ValueError(f"the policy is for {len(self.scaled.shapes)} modules, the environment edits "
+                             f"{len(other.scaled.shapes)}; make an agent for it: StandardAgent(env)")
+        self.__dict__ |= vars(other)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandardAgent:
         # The last pass's distribution holds tensors that cannot be copied; the next pass makes its own.
@@ -168,27 +187,31 @@ class StandardAgent(Agent):
         total_timesteps: int,
         callback: Callback | None = None,
         progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
         log_dir: str | Path | None = None,
         eval_env: gym.Env[Any, Any] | None = None,
         eval_every: int = 10,
         eval_seed: int = 12345,
         resume: bool = True,
     ) -> StandardAgent:
-        """Train for this many environment steps, in addition to those taken.
+        """Train for this many further environment steps.
 
-        A run in ``log_dir`` that was interrupted, however roughly, goes on from its last rollout (SAC and TD3: from its
-        last ``eval_every`` streams), and from the beginning of a stream.
+        A run in ``log_dir`` that was interrupted, however roughly, is finished, counted from its own start: it goes on
+        from its last rollout (SAC and TD3: from its last ``eval_every`` streams), and from the beginning of a stream.
+        An agent that has finished it takes further steps; a new agent takes it as it is.
 
         Args:
-            total_timesteps: environment steps, those that measure the zero action among them.
+            total_timesteps: further environment steps, those that measure the zero action among them; PPO and A2C
+                round them up to whole rollouts (``n_steps``).
             callback: called after every stream with its numbers; training stops when it returns False.
             progress_bar: show one.
+            reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
             log_dir: TensorBoard's folder; the best policy is kept in its folder ``best``.
             eval_env: a held-out stream; its metrics choose the policy that the agent holds at the end. It may share the
                 LLM with the training environment.
             eval_every: streams between two evaluations.
             eval_seed: the seed that ``eval_env`` is always reset with.
-            resume: go on from ``last`` in ``log_dir``, where an interrupted run has left it; False starts anew.
+            resume: go on from ``last`` in ``log_dir``, where a run has left it; False starts anew.
 
         Raises:
             ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` holds an
@@ -197,46 +220,68 @@ class StandardAgent(Agent):
         """
         folder = Path(log_dir) if log_dir is not None else None
         watch = _Watch(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
-        if folder is not None and resume and (folder / "last" / TRAINING_STATE).exists():
+        self._learn_in_own_env()
+        own = self.earlier_timesteps + self.timesteps  # before what the folder holds
+        found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
+        if folder is not None and found:
             watch.resume(folder / "last")
+        begins = not found or (watch.finished and own == self.earlier_timesteps + self.timesteps)  # else it goes on
+        if begins:
+            self._check_steps(total_timesteps)
+            watch.begin(reset_num_timesteps)
         if folder is not None:
             run_folder(folder)
-        self._prepare(total_timesteps)
-        left = watch.begun + total_timesteps - self.timesteps
         try:
-            if left > 0:
+            if watch.begun + total_timesteps > self.timesteps:
+                self._prepare()
+                left = watch.begun + total_timesteps - self.timesteps
                 self.model.learn(left, callback=watch, reset_num_timesteps=False)
-            watch.evaluate()
+                watch.end()
+        except BaseException:
+            self._unfinished_in = folder
+            raise
         finally:
             watch.close()
         if watch.best is not None:
             self.model.policy.load_state_dict(watch.best)
-        if folder is not None:  # nothing is left to go on from
-            (folder / "last" / TRAINING_STATE).unlink(missing_ok=True)
         return self
 
-    def _prepare(self, total_timesteps: int) -> None:
-        """Measure the zero action on the training streams, which takes environment steps, and fit the features' scale,
-        before the first step of all."""
-        if self.relative is None or self.relative.baseline_steps:
+    def _learn_in_own_env(self) -> None:
+        """Let the model, which copies of the agent share, learn in this one's environment."""
+        if self._training is None:
+            self.model.set_env(self._training_view())
+            self._training = self.model.env
+        elif self.model.env is not self._training:
+            self.model.set_env(self._training)
+
+    def _check_steps(self, total_timesteps: int) -> None:
+        """Raise ValueError where measuring the zero action would take all steps."""
+        if self.relative is None or self.relative.baseline_steps or total_timesteps == 0:
             return
-        inner: Any = self.env.unwrapped
+        inner: Any = self.scaled.unwrapped
         needed = self.relative.streams * inner.episode_steps
         if total_timesteps <= needed:
             raise ValueError(
                 f"total_timesteps is {total_timesteps}, but measuring the zero action takes {needed} steps "
                 f"(baseline_streams={self.relative.streams}); give more steps or fewer streams"
             )
+
+    def _prepare(self) -> None:
+        """Measure the zero action on the training streams, which takes environment steps, and fit the features' scale,
+        before the first step in an environment."""
+        if self.relative is None or self.relative.baseline_steps:
+            return
         observations = self.relative.measure(self.seed)
-        if self.timesteps == 0:  # a loaded policy keeps the scale it was trained with
+        if not self._fitted:  # a trained policy keeps the scale that it was trained with
             for module in self.model.policy.modules():
                 if isinstance(module, Standardised):
                     module.fit(observations)
+        self._fitted = True
         self.model.num_timesteps += self.relative.baseline_steps
 
     @property
-    def timesteps(self) -> int:
-        """Environment steps taken in training so far."""
+    def timesteps(self) -> int:  # type: ignore[override]
+        """Environment steps that `learn` has taken since it last counted from 0."""
         return int(self.model.num_timesteps)
 
     def save(self, path: str | Path) -> None:
@@ -253,6 +298,7 @@ class StandardAgent(Agent):
             "seed": self.seed,
             "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
             "timesteps": self.timesteps,
+            "earlier_timesteps": self.earlier_timesteps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "environment": environment_settings(self.env),
         }
@@ -282,6 +328,8 @@ class StandardAgent(Agent):
                 )
             agent.model.policy.load_state_dict(tensors)
             agent.model.num_timesteps = description["timesteps"]
+            agent.earlier_timesteps = description.get("earlier_timesteps", 0)  # which earlier versions did not have
+            agent._fitted = agent.timesteps + agent.earlier_timesteps > 0
         return agent
 
 
@@ -335,12 +383,30 @@ class _Watch(BaseCallback):
         self.show = progress_bar
         self.eval_env, self.eval_every, self.eval_seed = eval_env, eval_every, eval_seed
         self.best: dict[str, torch.Tensor] | None = None
-        self.begun = agent.timesteps  # environment steps before this training
+        self.begun = agent.timesteps  # environment steps before this run
+        self.finished = False
         self.streams, self._evaluated, self._kept = 0, -1, -1
         self._numbers: dict[str, list[float]] = {}
         self._return = 0.0  # of the stream so far, the environment's own
         self._writer: Any = None
         self._bar: Any = None
+
+    def begin(self, reset_num_timesteps: bool) -> None:
+        """Begin a run, with a new stream."""
+        model = self.agent.model
+        if reset_num_timesteps:
+            self.agent.earlier_timesteps += self.agent.timesteps
+            model.num_timesteps = 0
+        model._last_obs = None
+        self.begun, self.finished = self.agent.timesteps, False
+        self.streams, self._evaluated, self._kept = 0, -1, -1
+
+    def end(self) -> None:
+        """Score the last policy, and write down that the run is finished."""
+        self.evaluate()
+        self.finished = True
+        if self.folder is not None:
+            self._keep(self.folder / "last")
 
     def _on_training_start(self) -> None:
         done = self.num_timesteps - self.begun
@@ -379,9 +445,11 @@ class _Watch(BaseCallback):
         if self.eval_env is None or self._evaluated == self.num_timesteps:
             return
         self._evaluated = self.num_timesteps
+        looking_on = copy.copy(self.agent)
+        looking_on.set_env(self.eval_env)
         inner: Any = self.eval_env.unwrapped
         with inner.lm.preserved():  # a training stream may be under way on the same LLM
-            total, info = run_stream(self.eval_env, self.agent.on(self.eval_env), seed=self.eval_seed)
+            total, info = run_stream(self.eval_env, looking_on, seed=self.eval_seed)
             metrics = inner.evaluate(generate=False)
         score = -math.inf if info["diverged"] else metrics.mean
         numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
@@ -398,7 +466,10 @@ class _Watch(BaseCallback):
         this one."""
         self._kept = self.streams
         tensors, numbers = training_state(self.model)
-        numbers |= {"begun": self.begun, "streams": self.streams, "evaluated": self._evaluated}
+        numbers |= {
+            "begun": self.begun, "finished": self.finished, "earlier": self.agent.earlier_timesteps,
+            "streams": self.streams, "evaluated": self._evaluated,
+        }  # fmt: skip
         if self.agent.relative is not None:
             numbers["relative"] = self.agent.relative.state()
         tensors |= {f"best/{k}": v for k, v in (self.best or {}).items()}
@@ -422,8 +493,12 @@ class _Watch(BaseCallback):
             theirs, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
             mine = json.loads(json.dumps(agent._description()))
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in setting_differences(theirs, mine)]
-            if agent.timesteps != numbers["begun"]:
-                different.append(f"steps before it: {numbers['begun']} there, {agent.timesteps} here")
+            # Earlier versions did not say the last two: they counted on, and left nothing of a finished run.
+            earlier, finished = numbers.get("earlier", 0), numbers.get("finished", False)
+            before_it, own = earlier + numbers["begun"], agent.earlier_timesteps + agent.timesteps
+            same = agent._unfinished_in == self.folder
+            if not same and own not in (0, before_it, earlier + numbers["timesteps"]):
+                different.append(f"steps before it: {before_it} there, {own} here")
             if different:
                 raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
                                  f"give the same settings, {mend}")
@@ -447,7 +522,8 @@ class _Watch(BaseCallback):
             agent.model._last_episode_starts = np.ones((1,), dtype=bool)
             agent.best_score = -math.inf if best_score is None else best_score
             self.best = best
-            self.begun, self.streams, self._evaluated = numbers["begun"], streams, evaluated
+            agent.earlier_timesteps, agent._fitted = earlier, True
+            self.begun, self.finished, self.streams, self._evaluated = numbers["begun"], finished, streams, evaluated
         tqdm.write(f"going on from {folder} (step {agent.timesteps})")
 
     def close(self) -> None:

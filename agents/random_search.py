@@ -40,12 +40,14 @@ class RandomSearchAgent(Agent):
         self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
         self.action: np.ndarray = np.zeros(self.scaled.action_space.shape or (), np.float32)
         self.timesteps = 0
+        self.searches = 0  # calls of learn, each of which tries other actions
 
-    def on(self, env: gym.Env[Any, Any]) -> RandomSearchAgent:
-        """The same action in another environment of the same modules."""
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
         other = RandomSearchAgent(env, self.config, self.seed)
-        other.action, other.timesteps = self.action, self.timesteps
-        return other
+        if len(other.scaled.shapes) != len(self.scaled.shapes):
+            raise ValueError(f"the action is for {len(self.scaled.shapes)} modules, the environment edits "
+                             f"{len(other.scaled.shapes)}; make an agent for it: RandomSearchAgent(env)")
+        self.env, self.scaled = env, other.scaled
 
     def memory(self) -> dict[str, torch.Tensor]:
         return {}
@@ -55,51 +57,70 @@ class RandomSearchAgent(Agent):
         return self.scaled.factors(observation, self.action), None
 
     def learn(
-        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True, rounds: int = 4
-    ) -> RandomSearchAgent:
+        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True, rounds: int = 4,
+    ) -> RandomSearchAgent:  # fmt: skip
         """Search by successive halving: in every round the better half of the actions goes on to twice the streams.
 
         The action so far is one of the first round's, the others are uniform on the space. Within a round all are tried
         on the same streams, so that their returns differ by what they do and not by their facts.
 
         Args:
-            total_timesteps: environment steps to take at most; a first round of two actions on one stream is the least.
+            total_timesteps: further environment steps to take, rounded up to whole streams; a first round of two
+                actions on one stream is the least. Streams that are left over after the last round go to the best
+                action, whose return is then the mean over more of them.
             callback: called after every round with its numbers; the search stops when it returns False.
             progress_bar: show one.
+            reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
             rounds: how often to halve.
 
         Raises:
             ValueError: too few steps for two actions.
         """
-        inner: Any = self.env.unwrapped
-        streams = total_timesteps // inner.episode_steps
+        inner: Any = self.scaled.unwrapped
+        streams = -(-total_timesteps // inner.episode_steps)
         if streams < 2:
             raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
                              "for each of two actions")
         while rounds > 1 and streams // rounds < 2**rounds:  # so that the last round, too, has two actions to compare
             rounds -= 1
-        rng = np.random.default_rng(self.seed)
+        # Other actions at each call.
+        rng = np.random.default_rng([self.seed, self.searches] if self.searches else self.seed)
+        self.searches += 1
+        self.timesteps = 0 if reset_num_timesteps else self.timesteps
         shape = self.action.shape
         count = streams // rounds
         candidates = [self.action, *rng.uniform(-1, 1, (count - 1, *shape)).astype(np.float32)]
-        each = 1
+        each, left = 1, streams
         with tqdm(total=streams, unit="stream", desc="random search", disable=not progress_bar) as bar:
             for turn in range(rounds):
                 seeds = rng.integers(2**31, size=each).tolist()
                 means = []
                 for action in candidates:
-                    self.action = action
-                    means.append(float(np.mean([run_stream(self.scaled.env, self, seed=s)[0] for s in seeds])))
-                    self.timesteps += each * inner.episode_steps
-                    bar.update(each)
+                    means.append(self._mean_return(action, seeds, bar))
+                left -= each * len(candidates)
                 order = np.argsort(means)[::-1]
-                self.action = candidates[int(order[0])]
-                numbers = {"round": float(turn), "candidates": float(len(candidates)), "return": max(means)}
+                self.action, best = candidates[int(order[0])], max(means)
+                if turn == rounds - 1 and left:
+                    more = self._mean_return(self.action, rng.integers(2**31, size=left).tolist(), bar)
+                    best = (each * best + left * more) / (each + left)
+                numbers = {"round": float(turn), "candidates": float(len(candidates)), "return": best}
                 if callback is not None and callback(numbers) is False:
                     break
                 candidates = [candidates[int(i)] for i in order[: len(candidates) // 2]]
                 each *= 2
         return self
+
+    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: Any) -> float:
+        """The mean return of always taking an action, over the streams of these seeds."""
+        self.action = action
+        inner: Any = self.scaled.unwrapped
+        returns = []
+        for seed in seeds:
+            returns.append(run_stream(self.scaled.env, self, seed=seed)[0])
+            self.timesteps += inner.episode_steps
+            bar.update(1)
+        return float(np.mean(returns))
 
     def save(self, path: str | Path) -> None:
         """Write the action and the view as JSON."""
@@ -111,6 +132,7 @@ class RandomSearchAgent(Agent):
             "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
             "action": self.action.tolist(),
             "timesteps": self.timesteps,
+            "searches": self.searches,
             "environment": environment_settings(self.env),
         }
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
@@ -140,4 +162,5 @@ class RandomSearchAgent(Agent):
             if not agent.scaled.action_space.contains(action):
                 raise ValueError(f"action has shape {action.shape}; it must be {agent.action.shape}, within ±1")
             agent.action, agent.timesteps = action, description["timesteps"]
+            agent.searches = description.get("searches", 1)  # which earlier versions did not count
         return agent

@@ -49,15 +49,19 @@ class BatchwiseAgent(RLEditAgent):
     they never saw. ``env`` is therefore best made with ``num_batches=1`` and :func:`batchwise_reward`.
 
     With ``retrain_every`` the network is trained again while it edits, on training facts (those of ``env``) and the
-    weights as the stream has left them. ``env`` must then share the `EditableLM` of the environment that the agent
-    edits in, and be another environment than it. The weights are put back bit for bit; the network's own parameters are
-    again the trained ones after :meth:`reset`.
+    weights as the stream has left them. The agent is then made with the environment of the training facts and told with
+    :meth:`set_env` where it edits; both must share one `EditableLM`. The weights are put back bit for bit; the
+    network's own parameters are again the trained ones after :meth:`reset`.
+
+    Attributes:
+        retraining_env: the environment of the training facts: the one that the agent was made or loaded with.
     """
 
     config: BatchwiseConfig
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.retraining_env = self.env
         self._presentations = 0  # observations of the stream so far
         self._editing = True  # whether predictions are edits, not a training's evaluations
         # What there was before the first retraining of the stream: the policy, its optimiser, its updates.
@@ -82,7 +86,7 @@ class BatchwiseAgent(RLEditAgent):
             ValueError: a retraining is due, and the agent has no environment to learn in.
         """
         if self._editing and self.config.retrain_every > 0:
-            period = self.config.retrain_every * self._training_env().unwrapped.steps_per_batch  # type: ignore[attr-defined]
+            period = self.config.retrain_every * self._training_env(self.retraining_env).unwrapped.steps_per_batch  # type: ignore[attr-defined]
             if self._presentations > 0 and self._presentations % period == 0:
                 self.retrain()
             self._presentations += 1
@@ -90,7 +94,7 @@ class BatchwiseAgent(RLEditAgent):
 
     def retrain(self) -> None:
         """Train the network for ``retrain_steps`` updates on the LLM's weights as they are; they stay as they are."""
-        env: Any = self._training_env()
+        env: Any = self._training_env(self.retraining_env)
         lm = env.unwrapped.lm
         network = self.network
         if self._trained is None:

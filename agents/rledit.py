@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm, trange
 
-from agents.base import Agent, factor_action, module_shapes, run_stream, used_rows
+from agents.base import Agent, factor_action, module_shapes, require_modules, run_stream, used_rows
 from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
 from agents.facts import PresentedFacts
@@ -125,7 +125,7 @@ class RLEditAgent(Agent):
     """The RLEdit agent.
 
     Where the network wants the gradients of a fact's own loss (see `HypernetworkConfig.loss`), the agent asks its
-    environment which facts are presented: name the one that it edits in with :meth:`on`, unless that is ``env``.
+    environment which facts are presented: name the one that it edits in with :meth:`set_env`, unless that is ``env``.
 
     Args:
         env: a `LifelongEditEnv` made with ``array_backend="torch"`` (and ``reward_gradient=True`` to learn); None for
@@ -161,6 +161,8 @@ class RLEditAgent(Agent):
         self.optimizer = self._make_optimizer()
         self.updates = 0
         self.timesteps = 0
+        self._begun = 0  # timesteps at the start of the run
+        self._finished = False  # whether the run has ended
         self.best_score = -math.inf
         self._best: dict[str, Tensor] | None = None  # the policy with the best score, as _policy() gives it
         self._waited = 0  # evaluations since then
@@ -177,10 +179,10 @@ class RLEditAgent(Agent):
 
     # -- acting --------------------------------------------------------------------------------------------------
 
-    def on(self, env: gym.Env[Any, Any]) -> RLEditAgent:
-        """Edit in this environment from now on; returns itself."""
-        self.presented.env = env
-        return self
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
+        super().set_env(env)
+        self.presented = PresentedFacts(env)
 
     def reset(self) -> None:
         self.network.reset()
@@ -229,6 +231,7 @@ class RLEditAgent(Agent):
         total_timesteps: int,
         callback: Callback | None = None,
         progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
         log_dir: str | Path | None = None,
         eval_env: gym.Env | None = None,
         eval_every: int = 5,
@@ -240,13 +243,16 @@ class RLEditAgent(Agent):
     ) -> RLEditAgent:
         """Train by whole-trajectory updates: each ends with one step of Adam on the gradient of the return.
 
-        A run in ``log_dir`` that was interrupted, however roughly, goes on from its last checkpoint and ends as it
-        would have ended. Ctrl-C writes a checkpoint of the last finished update first.
+        A run in ``log_dir`` that was interrupted, however roughly, is finished, counted from its own start: it goes on
+        from its last checkpoint and ends as it would have ended. An agent that has finished it takes further steps;
+        a new agent takes it as it is. Ctrl-C writes a checkpoint of the last finished update first.
 
         Args:
-            total_timesteps: environment steps to take in all, counted over every call of ``learn``.
+            total_timesteps: further environment steps to take, rounded up to whole trajectories (and to as many for
+                each process).
             callback: called after every update with its numbers; training stops when it returns False.
             progress_bar: show one.
+            reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
             log_dir: TensorBoard's folder (each update's numbers, and in ``steps`` those of each environment step, the
                 drift among them); checkpoints ``last`` and ``best`` are written there too, and training goes on from
                 ``last`` if it is there.
@@ -267,15 +273,17 @@ class RLEditAgent(Agent):
                 other settings.
             FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
         """
-        env = self._training_env()
+        env = self._training_env(self.env)
         folder = Path(log_dir) if log_dir is not None else None
         self._waited, self._evaluated = 0, None
         processes = processes or Processes()
         if processes.count > 1 and self.config.network.normaliser != "stream":
-            raise ValueError(f"normaliser is {self.config.network.normaliser!r}, but every process would have moments of its own streams; give "
+            kind = self.config.network.normaliser
+            raise ValueError(f"normaliser is {kind!r}, but every process would have moments of its own streams; give "
                              "normaliser='stream', or train in one process")
         if not processes.first:
             folder, progress_bar = None, False
+        own = self.updates  # before what the folder holds
         found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
         if folder is not None and found:
             self._resume(folder / "last" / TRAINING_STATE)
@@ -283,13 +291,21 @@ class RLEditAgent(Agent):
             theirs = processes.from_first(self._training_state() if processes.first else None)
             if not processes.first:
                 self._load_training_state(*theirs)
+        begins = not processes.from_first(found) or (self._finished and own == self.updates)  # else it goes on with one
+        if begins:
+            self.timesteps = 0 if reset_num_timesteps else self.timesteps
+            self._begun = self.timesteps
+        self._finished = False
+        end = self._begun + total_timesteps
         if folder is not None:
             run_folder(folder)
         writer = summary_writer(folder, self.updates)
         step_writer = summary_writer(folder and folder / "steps", self.timesteps)
-        bar = tqdm(total=total_timesteps, initial=self.timesteps, unit="step", disable=not progress_bar)
+        bar = tqdm(total=total_timesteps, initial=self.timesteps - self._begun, unit="step", disable=not progress_bar)
         horizon = _inner(env).episode_steps
         state = self._training_state()
+        if begins and found:  # or a process killed before its first checkpoint would find the finished run
+            self._checkpoint(folder, state)
 
         def judge(at_end: bool = False) -> None:
             nonlocal state
@@ -305,11 +321,13 @@ class RLEditAgent(Agent):
             if self.network.wants_prior or self.network.wants_moments:
                 self._gather(env, self.network.wants_prior, self.network.wants_moments, progress_bar)
             judge()
-            while self.timesteps < total_timesteps and not (eval_env is not None and self._waited >= patience):
+            while self.timesteps < end and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
                 numbers: dict[str, float] = {}
-                first = processes.rank * self.config.trajectories_per_update
-                for place in range(first, first + self.config.trajectories_per_update):
+                left = math.ceil((end - self.timesteps) / (horizon * processes.count))
+                count = min(self.config.trajectories_per_update, left)
+                first = processes.rank * count
+                for place in range(first, first + count):
                     gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + place)
                     gradients.append(gradient)
                     for step, numbers_of_step in enumerate(_inner(env).history):
@@ -339,7 +357,8 @@ class RLEditAgent(Agent):
                     one.close()
         if eval_env is not None and self._waited >= patience:
             tqdm.write(f"stopped early at update {self.updates}: no better score in {self._waited} evaluations")
-        self._checkpoint(folder, state)
+        self._finished = True
+        self._checkpoint(folder, (state[0], {**state[1], "finished": True}))
         if self._best is not None:
             self._load_policy(self._best)
         return self
@@ -389,10 +408,12 @@ class RLEditAgent(Agent):
             self.reset()
         return scores
 
-    def _training_env(self) -> gym.Env:
-        if self.env is None:
-            raise ValueError("this agent has no environment to learn in; load it with env=…")
-        inner = _inner(self.env)
+    def _training_env(self, env: gym.Env | None) -> gym.Env:
+        """The environment, which must give what training needs."""
+        if env is None:
+            raise ValueError("this agent has no environment to learn in; load it with env=…, or give it with "
+                             "set_env(env)")
+        inner = _inner(env)
         if inner.array_backend != "torch" or not inner.reward_gradient:
             raise ValueError(
                 "the environment must be made with array_backend='torch' and reward_gradient=True, so that a "
@@ -400,7 +421,7 @@ class RLEditAgent(Agent):
             )
         if inner.reward_config is None:
             raise ValueError("the environment was made with reward='none', which leaves nothing to learn from")
-        return self.env
+        return env
 
     def gather_moments(self, env: gym.Env, progress_bar: bool = True) -> None:
         """Let streams start from the moments of an environment's facts (see `HypernetworkConfig.warm_up`), as
@@ -583,13 +604,8 @@ class RLEditAgent(Agent):
             shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
             check_size(cls.network_type.parameter_count(shapes, network), tensors)
             if env is not None:
-                wanted = module_shapes(env)
-                if wanted != shapes:
-                    raise ValueError(
-                        f"{folder} was trained for {len(shapes)} modules such as {next(iter(shapes.items()))}, the "
-                        f"environment edits {len(wanted)} such as {next(iter(wanted.items()))}; make the environment "
-                        f"with the settings in {folder / 'agent.json'}"
-                    )
+                require_modules(env, shapes, str(folder), "make the environment with the settings in "
+                                f"{folder / 'agent.json'}")
             agent = cls(env, config, shapes, description["seed"])
             agent._load_policy(tensors)
             if lacks_moments and network.normaliser == "stream" and not agent.network.training_moments:
@@ -633,7 +649,10 @@ class RLEditAgent(Agent):
                 for name, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer.{self._place(parameter)}.{name}"] = value.detach().clone()
         tensors |= {f"best.{k}": v for k, v in (self._best or {}).items()}
-        return tensors, {**self._description(), "waited": self._waited, "evaluated": self._evaluated}
+        return tensors, {
+            **self._description(), "begun": self._begun, "finished": self._finished, "waited": self._waited,
+            "evaluated": self._evaluated,
+        }  # fmt: skip
 
     def _place(self, parameter: Tensor) -> int:
         """The parameter's index in the optimiser's own numbering."""
@@ -651,6 +670,8 @@ class RLEditAgent(Agent):
         self._best = best or None
         self.best_score = -math.inf if counters["best_score"] is None else counters["best_score"]
         self.updates, self.timesteps = counters["updates"], counters["timesteps"]
+        # Earlier versions did not say these: their runs began at 0, and went on whenever they were short of the total.
+        self._begun, self._finished = counters.get("begun", 0), counters.get("finished", False)
         self._waited, self._evaluated = counters["waited"], counters["evaluated"]
 
     def _resume(self, path: Path) -> None:
@@ -680,10 +701,10 @@ class RLEditAgent(Agent):
             if different:
                 raise ValueError(f"{run} holds a run with other settings ({'; '.join(different)}); {mend} "
                                  f"({path.parent})")
-            if counters["timesteps"] < self.timesteps:
+            if counters["updates"] < self.updates:
                 raise ValueError(
-                    f"{run} holds a run of {counters['timesteps']} steps, but this agent has already "
-                    f"taken {self.timesteps}; {mend} ({path.parent})"
+                    f"{run} holds a run after update {counters['updates']}, but this agent has already made "
+                    f"{self.updates}; {mend} ({path.parent})"
                 )
             before = self._training_state()
             try:

@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 from safetensors.torch import load_file
 
-from agents.base import Agent, factor_action, module_shapes, used_rows
+from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
 from agents.files import agent_folder
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
 from agents.moments import training_moments
@@ -101,6 +101,10 @@ class UltraEditAgent(Agent):
             self.network.to(inner.lm.device)
         self.network.reset()
 
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
+        super().set_env(env)
+
     def reset(self) -> None:
         self.network.reset()
 
@@ -116,7 +120,10 @@ class UltraEditAgent(Agent):
         record = self.network.observe(*used_rows(observation, self.network.device))
         return factor_action(observation, *self.network.factors(record)), None
 
-    def learn(self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True) -> UltraEditAgent:
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> UltraEditAgent:  # fmt: skip
         """There is nothing to train; with ``warm_up``, the moments of training facts are gathered.
 
         Raises:
@@ -157,11 +164,8 @@ class UltraEditAgent(Agent):
             raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
-        if env is not None and module_shapes(env) != shapes:
-            raise ValueError(
-                f"{folder} was made for {len(shapes)} modules such as {next(iter(shapes.items()))}, which are not "
-                f"those that the environment edits; make it with the settings in {folder / 'agent.json'}"
-            )
+        if env is not None:
+            require_modules(env, shapes, str(folder), f"make it with the settings in {folder / 'agent.json'}")
         config = UltraEditConfig(**FIRST_FORMAT | description["config"])
         agent = cls(env, config, description["seed"], shapes)
         tensors = load_file(folder / "agent.safetensors")

@@ -25,6 +25,7 @@ import torch
 import tyro
 from learning import ENV_IDS, Cells, table
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.hypernetwork import Aggregation
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge

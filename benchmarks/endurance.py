@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import tyro
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
 from agents.editing import EditLog, edit_stream
 from rledit_env.env import LifelongEditEnv

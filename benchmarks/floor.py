@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import ATTENTIONS, Passage

@@ -21,6 +21,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import agent_settings, edit_stream, find_agent, load_agent
 from rledit_env.answers import is_exact, took
 from rledit_env.env import LifelongEditEnv

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.names import expand_globs

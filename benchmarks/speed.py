@@ -31,6 +31,7 @@ from shapes import SHAPES, random_model
 from torch import Tensor
 from tqdm import tqdm
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Hypernetwork, HypernetworkConfig
 from agents.credit import CreditAccumulator
 from rledit_env.files import write_text

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents.comparison import Comparison, Setting, Views
 from agents.editors import EDITORS, Editor, configured, find_configs, load_configs, merged
 from rledit_env.files import write_text

@@ -16,6 +16,7 @@ import gymnasium as gym
 import tyro
 from tqdm import tqdm
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import RLEditAgent, edit_stream
 from agents.files import remove_run
 from agents.rledit import RECOMMENDED

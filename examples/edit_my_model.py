@@ -23,6 +23,7 @@ import tyro
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Agent, agent_settings, edit_facts, find_agent, load_agent
 from agents.comparison import Views
 from agents.editors import configured, find_configs, find_editor, load_configs, with_step_size

@@ -10,6 +10,7 @@ Writes report.html with the learning curves, TensorBoard's logs and the agents.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -23,6 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from agents.base import run_stream
 from rledit_env import report
@@ -111,15 +113,18 @@ def main(args: Args) -> None:
     config = StandardConfig(
         args.algorithm, step_size=args.step_size, share=args.share, baseline_streams=args.baseline_streams
     )
-    zero = RandomSearchAgent(env, config, args.seed).on(held_out)
-    found = RandomSearchAgent(env, config, args.seed).learn(args.steps).on(held_out)
+    zero = RandomSearchAgent(held_out, config, args.seed)
+    found = RandomSearchAgent(env, config, args.seed).learn(args.steps)
     found.save(args.out / "random_search")
+    found.set_env(held_out)
     agent, name = StandardAgent(env, config, args.seed), args.algorithm.upper()
     every = max(1, args.steps // args.num_batches // 6)
-    watch = measured(name, agent.on(held_out), lambda: agent.timesteps, every)
+    looking_on = copy.copy(agent)  # the same policy, in the environment that the curve is measured in
+    looking_on.set_env(held_out)
+    watch = measured(name, looking_on, lambda: agent.timesteps, every)
     agent.learn(args.steps, watch, log_dir=args.out / args.algorithm)
     agent.save(args.out / args.algorithm)
-    everybody: dict[str, Agent] = {"zero action": zero, "random search": found, name: agent.on(held_out)}
+    everybody: dict[str, Agent] = {"zero action": zero, "random search": found, name: looking_on}
     learned_from = {"zero action": 0, "random search": found.timesteps, name: agent.timesteps}
     if args.rledit_steps:
         rledit = RLEditAgent(stream("train", reward_gradient=True), seed=args.seed)

@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 import tyro
 
+import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.distributed import Processes
 from agents.files import RUN, RUN_PARTS

@@ -105,6 +105,60 @@ def test_changelog_speaks_of_the_version_or_of_what_is_not_released_yet() -> Non
     assert headings[0] in ("Unreleased", rledit_env.__version__)
 
 
+def foreign_wheel(folder: Path) -> Path:
+    """A wheel of another project whose import name is ``agents`` as well."""
+    path, info = folder / "assistant_sdk-0.3.2-py3-none-any.whl", "assistant_sdk-0.3.2.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("agents/__init__.py", "class Agent:\n    pass\n")
+        file.writestr("agents/run.py", "")
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: assistant-sdk\nVersion: 0.3.2\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/top_level.txt", "agents\n")
+        file.writestr(f"{info}/RECORD", f"agents/__init__.py,,\nagents/run.py,,\n{info}/RECORD,,\n")
+    return path
+
+
+def installed(prefix: Path, *wheels: Path) -> Path:
+    """The folder of packages of a prefix into which pip has installed the wheels, in this order."""
+    for wheel in wheels:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--ignore-installed",
+             "--prefix", str(prefix), str(wheel)], check=True,
+        )  # fmt: skip
+    return next(prefix.rglob("agents")).parent
+
+
+def run_with(packages: list[Path], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python, away from the sources, with these folders of packages first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, packages))}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=packages[0], capture_output=True, text=True, check=False
+    )
+
+
+def test_another_package_called_agents_is_named_with_the_mend(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    ours, theirs = Path(str(wheel.filename)), foreign_wheel(tmp_path)
+    alone, foreign = installed(tmp_path / "ours", ours), installed(tmp_path / "theirs", theirs)
+    both = installed(tmp_path / "both", ours, theirs)  # theirs came last, and some files are theirs now
+    rledit = ("-m", "rledit_env.cli", "--version")
+    done = run_with([alone], *rledit)
+    assert done.returncode == 0 and rledit_env.__version__ in done.stdout
+    mend = "install rledit-env in a virtual environment of its own: python3 -m venv .venv, then"
+    example = str(ROOT / "examples" / "train_rledit.py")
+    for packages, what in (
+        ([foreign, alone], f"the import name 'agents' is assistant-sdk 0.3.2 here ({foreign / 'agents'})"),
+        ([both], "assistant-sdk 0.3.2 has overwritten files of rledit-env's package 'agents' (agents/__init__.py)"),
+    ):
+        done = run_with(packages, *rledit)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"rledit: error: {what}" in done.stderr and mend in done.stderr and "Traceback" not in done.stderr
+        done = run_with(packages, example, "--help")
+        assert done.returncode == 1 and what in done.stderr and mend in done.stderr
+    assert "pip install --force-reinstall --no-deps rledit-env" in done.stderr
+    # Where theirs came first, ours is whole.
+    assert run_with([installed(tmp_path / "late", theirs, ours)], *rledit).returncode == 0
+
+
 def test_extra_bundled_data_is_what_the_bundled_data_is_built_from() -> None:
     extra = requirements(setup_cfg()["options.extras_require"]["bundled-data"])
     assert extra == {name: f"=={version}" for name, version in SOURCE_PACKAGES.items()}

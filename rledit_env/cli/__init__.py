@@ -50,6 +50,11 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `rledit` with these arguments (the process's own by default) and return its exit code."""
+    try:
+        import rledit_env.own_agents  # noqa: F401 - commands import agents
+    except ImportError as error:
+        warn(f"rledit: error: {error}")
+        return USAGE
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(given[0] if given else None)
     try:

@@ -193,10 +193,12 @@ def test_learning_improves_the_return_on_held_out_streams(training_env):
     agent = agent_of(env).learn(3, progress_bar=False)
 
     def held_out_return() -> float:
-        return float(np.mean([run_stream(test_env, agent.on(test_env), seed=seed)[0] for seed in range(3)]))
+        agent.set_env(test_env)
+        return float(np.mean([run_stream(test_env, agent, seed=seed)[0] for seed in range(3)]))
 
     before = held_out_return()
-    agent.learn(63, progress_bar=False)
+    agent.set_env(env)
+    agent.learn(60, progress_bar=False)
     assert agent.updates == 21
     assert held_out_return() > before + 1.0
 
@@ -236,9 +238,10 @@ def test_the_agent_must_know_the_environment_that_it_edits_in(training_env, tmp_
     other = training_env(batch_size=3, num_batches=2)
     agent.env.reset(seed=0)
     observation, _ = other.reset(seed=1)
-    with pytest.raises(ValueError, match=r"name the environment that it edits in with on\(env\)"):
+    with pytest.raises(ValueError, match=r"name the environment that it edits in with set_env\(env\)"):
         agent.predict(observation)
-    observation, *_ = other.step(agent.on(other).predict(observation)[0])
+    agent.set_env(other)
+    observation, *_ = other.step(agent.predict(observation)[0])
     other.step(agent.predict(observation)[0])
     agent.save(tmp_path)
     with pytest.raises(ValueError, match="load it with env"):

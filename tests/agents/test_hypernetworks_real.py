@@ -30,7 +30,8 @@ def taken(agent, lm, presentations: int, token: str, facts: int = 5) -> int:
     """How many of some held-out facts, each edited alone into the pre-trained weights, the LLM answers first."""
     env = gym.make(COUNTERFACT, model=lm, split="eval", num_batches=1, batch_size=1, reward="none", token=token,
                    steps_per_batch=presentations, **COMMON)  # fmt: skip
-    agent, count = agent.on(env), 0
+    agent.set_env(env)
+    count = 0
     for seed in range(facts):
         observation, _ = env.reset(seed=seed)
         fact, done = env.unwrapped.current_batch()[0].edit, False

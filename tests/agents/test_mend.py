@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -107,7 +108,8 @@ def test_mends_update_is_the_sum_of_rank_one_updates_over_all_tokens(training_en
     agent = trained("mend", env)
     batch_env = training_env(batch_size=2)
     observation, _ = batch_env.reset(seed=1)
-    action, _ = agent.on(batch_env).predict(observation)
+    agent.set_env(batch_env)
+    action, _ = agent.predict(observation)
     facts = [record.edit for record in batch_env.current_batch()]
     assert len(observation["mask"]) == sum(map(len, facts))
     answers = sum(len(fact.targets) for fact in facts)
@@ -199,11 +201,13 @@ def test_training_raises_the_reward_of_held_out_facts(training_env, name):
     agent = trained(name, env, updates=1, step_size=3e-4)
 
     def held_out_reward() -> float:
-        return float(np.mean([run_stream(test_env, agent.on(test_env), seed=seed)[0] for seed in range(6)]))
+        editing = copy.copy(agent)
+        editing.set_env(test_env)
+        return float(np.mean([run_stream(test_env, editing, seed=seed)[0] for seed in range(6)]))
 
     before = held_out_reward()
     agent.learn(80, progress_bar=False)
-    assert agent.updates == 40
+    assert agent.updates == 41
     assert held_out_reward() > before + 0.5
 
 
@@ -217,7 +221,7 @@ def edited(training_env):
     def make(name: str, batches: int, **settings):
         agent = trained(name, training_env(name), retrain_every=2, retrain_steps=2, **settings)
         env = training_env(name, num_batches=4, batch_size=2, reward="none", reward_gradient=False)
-        agent.on(env)
+        agent.set_env(env)
         observation, _ = env.reset(seed=7)
         agent.reset()
         for _ in range(batches):
@@ -247,13 +251,13 @@ def test_retraining_leaves_the_weights_and_the_streams_memory_bit_for_bit(edited
 def test_an_interrupted_retraining_leaves_the_weights_bit_for_bit(edited, monkeypatch):
     agent, env, _ = edited("mend", 2)
     weights = env.lm.snapshot()
-    step = agent.env.step
+    step = agent.retraining_env.step
 
     def interrupted(action):
         step(action)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agent.env, "step", interrupted)
+    monkeypatch.setattr(agent.retraining_env, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         agent.retrain()
     assert all(torch.equal(env.lm.weight(m), w) for m, w in weights.items())
@@ -324,7 +328,9 @@ def test_a_saved_agent_predicts_the_same(training_env, tmp_path, name):
     assert isinstance(loaded.config.network, HypernetworkConfig)
     env = training_env(name)
     observation, _ = env.reset(seed=5)
-    mine, theirs = agent.on(env).predict(observation)[0], loaded.on(env).predict(observation)[0]
+    agent.set_env(env)
+    loaded.set_env(env)
+    mine, theirs = agent.predict(observation)[0], loaded.predict(observation)[0]
     for part in ("keys", "values"):
         assert all(torch.equal(mine[part][m], theirs[part][m]) for m in mine[part])
 

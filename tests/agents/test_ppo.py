@@ -76,11 +76,11 @@ def test_every_algorithm_learns_from_rewards_relative_to_the_zero_action_s(algor
     assert agent.timesteps == 6 + 8 and len(seen) == 4 and max(seen) < -1  # the environment's own returns
     scales = scales_of(agent)
     assert scales and all(m.mean.any() and not torch.equal(m.std, torch.ones_like(m.std)) for m in scales)
-    agent.learn(4, progress_bar=False)  # measured once
+    agent.learn(4, progress_bar=False, reset_num_timesteps=False)  # measured once
     assert agent.timesteps == 6 + 8 + 4
     agent.save(tmp_path)
     loaded = StandardAgent.load(tmp_path, env).learn(6 + 4, progress_bar=False)
-    assert loaded.timesteps == 2 * 14
+    assert loaded.timesteps == 6 + 4 and loaded.earlier_timesteps == 6 + 8 + 4
     assert all(torch.equal(a.mean, b.mean) for a, b in zip(scales, scales_of(loaded), strict=True))
 
 
@@ -89,15 +89,16 @@ def test_random_search_keeps_the_best_constant_action_and_its_steps(tmp_path: Pa
     agent = RandomSearchAgent(env, StandardConfig(step_size=0.5))
     assert not agent.action.any()
     rounds: list[dict[str, float]] = []
-    agent.learn(60, callback=rounds.append, progress_bar=False)  # 30 streams: 10, 5 and 2 actions on 1, 2 and 4 each
+    # 30 streams: 10, 5 and 2 actions on 1, 2 and 4 each, and the best one on two more.
+    agent.learn(59, callback=rounds.append, progress_bar=False)
     assert [r["candidates"] for r in rounds] == [10, 5, 2]
-    assert agent.timesteps == 2 * (10 + 5 * 2 + 2 * 4) and agent.action.shape == (2,)
+    assert agent.timesteps == 2 * (10 + 5 * 2 + 2 * 4 + 2) == 60 and agent.action.shape == (2,)
     agent.save(tmp_path)
     loaded = load_agent(tmp_path, env)
     assert isinstance(loaded, RandomSearchAgent) and loaded.timesteps == agent.timesteps
     np.testing.assert_array_equal(loaded.action, agent.action)
-    with pytest.raises(ValueError, match="total_timesteps is 3; give 4 or more"):
-        agent.learn(3)
+    with pytest.raises(ValueError, match="total_timesteps is 2; give 4 or more"):
+        agent.learn(2)
     with pytest.raises(ValueError, match="give the environment"):
         RandomSearchAgent.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no agent"):
@@ -117,7 +118,8 @@ def test_the_policy_acts_in_the_numpy_backend_too() -> None:
     agent = agent_of("ppo", make())
     numpy_env = make(array_backend="numpy")
     observation, _ = numpy_env.reset(seed=0)
-    action, _ = agent.on(numpy_env).predict(observation)
+    agent.set_env(numpy_env)
+    action, _ = agent.predict(observation)
     assert all(isinstance(f, np.ndarray) for by in action.values() for f in by.values())
     numpy_env.step(action)
 
@@ -131,13 +133,13 @@ def test_evaluation_on_a_shared_llm_leaves_the_training_stream_as_it_was(tmp_pat
         eval_env = make(lm, split="eval", reward="efficacy") if evaluated else None
         agent.learn(
             8, callback=lambda n, to=numbers: to.append(n["return"]), progress_bar=False, eval_env=eval_env,
-            eval_every=1, log_dir=tmp_path,
+            eval_every=1, log_dir=tmp_path / str(evaluated),
         )  # fmt: skip
         returns.append(numbers)
     assert len(returns[0]) == 4 and returns[0] == returns[1]
     assert agent.best_score > 0
-    assert json.loads((tmp_path / "best" / "agent.json").read_text())["best_score"] == agent.best_score
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert json.loads((tmp_path / "True" / "best" / "agent.json").read_text())["best_score"] == agent.best_score
+    assert list((tmp_path / "True").glob("events.out.tfevents.*"))
 
 
 def test_the_logged_return_is_the_environment_s_own() -> None:
@@ -215,7 +217,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(algorithm:
     assert going_on.best_score == pytest.approx(whole.best_score)
     for name, value in whole.model.policy.state_dict().items():
         torch.testing.assert_close(going_on.model.policy.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
-    assert not unfinished.exists(), "nothing is left to go on from"
+    again = learned("cut", interrupted_at(0))  # a new agent takes the finished run as it is
+    assert again.timesteps == 22 and again.best_score == going_on.best_score
     assert (unfinished.parent / "another's").exists(), "files that are not its own stay"
 
 
@@ -227,8 +230,8 @@ def test_an_interrupted_run_is_gone_on_with_under_its_own_settings_only(tmp_path
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 there, 1 here\).*resume=False"):
         other.learn(16, progress_bar=False, log_dir=tmp_path)
     assert other.timesteps == 0
-    trained = StandardAgent(make(), config).learn(4, progress_bar=False)
-    with pytest.raises(ValueError, match="steps before it: 0 there, 4 here"):
+    trained = StandardAgent(make(), config).learn(20, progress_bar=False)
+    with pytest.raises(ValueError, match="steps before it: 0 there, 20 here"):
         trained.learn(16, progress_bar=False, log_dir=tmp_path)
     path = tmp_path / "last" / "training.safetensors"
     tensors, metadata = read_tensors(path)

@@ -138,7 +138,10 @@ def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
     env, eval_env = environments()
     whole = new_agent(env).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
     first = new_agent(env).learn(log_dir=tmp_path / "parts", eval_env=eval_env, **{**SETTINGS, "total_timesteps": 8})
-    second = first.learn(log_dir=tmp_path / "parts", eval_env=eval_env, **SETTINGS)
+    rest = {**SETTINGS, "total_timesteps": 4, "reset_num_timesteps": False}
+    second = first.learn(log_dir=tmp_path / "parts", eval_env=eval_env, **rest)
+    assert (first._begun, whole._begun) == (8, 0)
+    second._begun = 0
     assert_same(whole, second)
 
 
@@ -202,7 +205,7 @@ def test_a_run_shorter_than_the_agent_is_not_taken_for_its_past(tmp_path: Path) 
     env, _ = environments()
     new_agent(env).learn(2, log_dir=tmp_path, progress_bar=False)
     agent = new_agent(env).learn(4, progress_bar=False)
-    with pytest.raises(ValueError, match="holds a run of 2 steps, but this agent has already taken 4"):
+    with pytest.raises(ValueError, match="holds a run after update 1, but this agent has already made 2"):
         agent.learn(6, log_dir=tmp_path, progress_bar=False)
 
 

@@ -176,13 +176,16 @@ def test_the_gradient_does_not_depend_on_how_many_graphs_are_kept(training_env, 
     torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-6 * float(results[0].abs().max()))
 
 
-def test_learning_counts_steps_over_calls_and_reports_each_update(training_env):
+def test_every_call_of_learn_takes_so_many_further_steps_and_reports_each_update(training_env):
     seen = []
     agent = RLEditAgent(training_env(), config(trajectories_per_update=2))
     assert agent.learn(12, callback=seen.append, progress_bar=False) is agent
     assert (agent.timesteps, agent.updates, len(seen)) == (12, 2, 2)
     agent.learn(12, callback=seen.append, progress_bar=False)
-    assert (agent.timesteps, len(seen)) == (12, 2)
+    assert (agent.timesteps, agent.updates, len(seen)) == (12, 4, 4)
+    # 7 steps are three trajectories: an update of two, and one of the last.
+    agent.learn(7, callback=seen.append, progress_bar=False, reset_num_timesteps=False)
+    assert (agent.timesteps, agent.updates, len(seen)) == (12 + 9, 6, 6)
     assert {"return", "drift", "steps", "reward", "generalization", "gradient_norm", "step_size"} <= set(seen[0])
     assert seen[0]["steps"] == 3
 
@@ -464,7 +467,7 @@ def test_a_loaded_agent_edits_whole_streams_and_learns_as_the_saved_one(training
     loaded = RLEditAgent.load(tmp_path, env)
     assert (loaded.updates, loaded.timesteps, loaded.seed, loaded.config) == (1, 3, 4, agent.config)
     assert run_stream(env, loaded, seed=0)[0] == pytest.approx(run_stream(env, agent, seed=0)[0], rel=1e-6)
-    assert loaded.learn(6, progress_bar=False).updates == 2
+    assert loaded.learn(3, progress_bar=False).updates == 2
 
 
 def test_the_description_names_what_the_agent_was_trained_on(training_env, tmp_path):
@@ -505,7 +508,7 @@ def test_a_saved_agents_files_are_as_readable_as_any_new_file(training_env, tmp_
 def test_an_agent_for_other_modules_is_refused(training_env, tmp_path):
     RLEditAgent(training_env(), config()).save(tmp_path)
     other = EditableLM.load("tiny-llama", "model.layers.3.mlp.down_proj", dtype="float32", device="cpu")
-    with pytest.raises(ValueError, match=r"trained for 4 modules.*the environment edits 1 such as .*down_proj"):
+    with pytest.raises(ValueError, match=r"made for 4 modules.*the environment edits 1 such as .*down_proj"):
         RLEditAgent.load(tmp_path, training_env(model=other))
 
 

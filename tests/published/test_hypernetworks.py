@@ -230,7 +230,8 @@ def test_in_a_batch_mends_facts_get_the_updates_that_they_get_alone(tiny_lm, mak
     alone = []
     for index in indices:
         seen, _ = single.reset(options={"indices": [index]})
-        alone.append(agent.on(single).predict(seen)[0])
+        agent.set_env(single)
+        alone.append(agent.predict(seen)[0])
     for m in lm.module_shapes:
         expected = sum(action["values"][m].T @ action["keys"][m] for action in alone)
         together = batch["values"][m].T @ batch["keys"][m]
