@@ -243,9 +243,7 @@ EDITORS: dict[str, Editor] = {
             "rledit-paper", "RLEdit (paper)", "agents.rledit:rledit_paper", env=ANSWER,
             training=Training(
                 num_batches=None, trajectories=1,
-                reward={
-                    "backtracking_depth": 9, "locality_reference": "previous", "regularisation_gradient": False
-                },
+                reward={"locality_reference": "previous", "regularisation_gradient": False},
             ),
         ),
         _trajectory(

@@ -110,6 +110,10 @@ def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> 
       Adam's first step moves each parameter by the rate, whatever its gradient: η_l becomes 1.1e-5 or −9e-6, B and b
       ±1e-5, so that most of what is learned is the sign of η_l.
     - The normaliser multiplies the batch's unbiased variance by N, and takes the stream that is edited in, too.
+    - Locality is measured from the weights of before the step, and the regularisation has no gradient (the reward's).
+
+    One thing stays the paper's: k is 10 earlier batches, where the code's ``back_depth: 10`` counts the current one
+    (``backtracking_depth=9`` in `RewardConfig`).
 
     What learns more is the same network with the gradient of the whole return, and as many updates as it takes:
     `agents.malmen_rledit` (with the same rates, 2 blocks and MALMEN's rank); and what we recommend is `RLEditConfig()`.

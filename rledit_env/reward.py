@@ -122,8 +122,8 @@ class RewardConfig:
             your own to replace any of them; their unweighted means appear in ``info`` under their names.
         locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights of before
             the step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
-        backtracking_depth: k, how many earlier batches are scored (Eq. 9). The published ``back_depth: 10`` counts the
-            current batch, and is 9 here.
+        backtracking_depth: k, how many earlier batches are scored (Eq. 9). RLEdit's published ``back_depth: 10`` counts
+            the current batch, and would be 9 here.
         backtracking_decay: μ, weight of the batch i steps back is μ^i.
         backtracking_samples: score only this many of the k, drawn with replacement by weight and reweighted so that
             the expected reward is the full sum; None scores all.
@@ -172,10 +172,10 @@ class RewardConfig:
     @staticmethod
     def published(locality: float = 0.6) -> RewardConfig:
         """The loss of RLEdit's published code, which differs from :meth:`paper`, though the paper does not say so:
-        locality is measured from W_{t−1}, the regularisation has no gradient, and k counts the current batch."""
+        locality is measured from W_{t−1}, and the regularisation has no gradient. k stays the paper's 10 earlier
+        batches, where the code's 10 count the current one; ``replace(..., backtracking_depth=9)`` is the code's."""
         return replace(
-            RewardConfig.paper(locality), backtracking_depth=9, locality_reference="previous",
-            regularisation_gradient=False,
+            RewardConfig.paper(locality), locality_reference="previous", regularisation_gradient=False
         )  # fmt: skip
 
     @property
