@@ -24,6 +24,7 @@ from agents import (
     RLEditConfig,
     UltraEditAgent,
     UltraEditConfig,
+    edit_facts,
     malmen_network,
     malmen_rledit,
     mend_network,
@@ -36,6 +37,7 @@ from agents.credit import CreditAccumulator
 from agents.dafnet import TRAINING as DAFNET_TRAINING
 from agents.dafnet import DAFNetwork
 from agents.editors import EDITORS, configured, find_configs, load_configs
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import kl_divergence
 from rledit_env.reward import Locality, RewardConfig
@@ -406,6 +408,38 @@ def test_dafnet_goes_on_exactly_from_its_memory(tiny_lm, make_env):
     assert set(one) == {"updates"} and all(torch.equal(u, two["updates"][m]) for m, u in one["updates"].items())
 
 
+def test_an_interrupted_edit_with_dafnet_ends_as_it_would_have(tiny_lm, make_env, facts, tmp_path):
+    """Seven facts in batches of two; the last, of one fact, comes in an environment of its own."""
+    lm, data = tiny_lm(modules=MODULES), facts("zsre", 7)
+    run = {"batch_size": 2, "token": "all"}
+
+    def agent() -> DAFNetAgent:
+        made = DAFNetAgent(None, DAFNetConfig(DAFNetNetworkConfig(**SMALL, step_size=0.05)), lm.module_shapes)
+        moved(made.network)
+        seen = tuple({m: torch.randn(9, s[side], generator=torch.Generator().manual_seed(side)) for m, s in
+                      lm.module_shapes.items()} for side in (0, 1))  # fmt: skip
+        made.network.observe(*seen, adapt=True)
+        return made
+
+    edit_facts(lm, agent(), data, ledger=EditLedger.create(tmp_path / "whole", lm), **run)
+    whole = lm.snapshot()
+    done = []
+
+    def interrupted(size: int) -> None:
+        done.append(size)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edit_facts(lm, agent(), data, progress=interrupted, ledger=EditLedger.create(tmp_path / "cut", lm), **run)
+    assert any(not torch.equal(lm.weight(m), w) for m, w in whole.items())
+    lm.restore()
+    log = edit_facts(lm, agent(), data, ledger=EditLedger.resume(tmp_path / "cut", lm), **run)
+    assert log.facts == 7
+    assert all(torch.equal(lm.weight(m), w) for m, w in whole.items())
+    assert any(not torch.equal(w, lm.original_weight(m)) for m, w in whole.items())
+
+
 def test_dafnets_actions_are_the_same_in_both_array_backends(tiny_lm, make_env):
     steps = {}
     for backend in ("torch", "numpy"):
@@ -608,6 +642,10 @@ def test_the_running_sum_is_clipped_after_every_step(paper_env):
     whole = torch.cat([g.flatten() for g in free._trajectory(env, seed=0)[0]])
     assert len(single) == 3
     torch.testing.assert_close(whole, sum(single), rtol=1e-4, atol=1e-5 * float(whole.abs().max()))  # a sum, no mean
+    usual = paper_agent(env, max_gradient_norm=1e9, clipping="update")
+    moved(usual.network, 0.05)
+    mean = torch.cat([g.flatten() for g in usual._trajectory(env, seed=0)[0]])
+    torch.testing.assert_close(whole, 3 * mean, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
     bound = 0.7 * float(single[0].norm())
     clipped = paper_agent(env, max_gradient_norm=bound)
     moved(clipped.network, 0.05)
