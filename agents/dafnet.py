@@ -381,7 +381,7 @@ class DAFNetAgent(RLEditAgent):
         inner: Any = self.presented.env.unwrapped
         updates = {}
         for m, share in record.retained.items():
-            added = (inner.lm.weight(m) - inner.lm.original_weight(m)).to(keys[m].dtype)  # (d_out, d_in)
+            added = (inner.lm.weight(m) - inner.lm.original_weight(m)).to(keys[m])  # (d_out, d_in)
             updates[m] = values[m].T @ keys[m] - (1 - share) * added
         if isinstance(observation["mask"], np.ndarray):
             return {"updates": {m: update.cpu().numpy() for m, update in updates.items()}}
