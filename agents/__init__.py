@@ -5,7 +5,7 @@ from agents.base import Agent, NotApplicable
 from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
 from agents.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
 from agents.editing import EditLog, edit_facts, edit_stream
-from agents.ft_l import FTLAgent, FTLConfig
+from agents.ft_l import FTLAgent, FTLConfig, FTMAgent, FTMConfig
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig
 from agents.key_statistics import KeyStatistics
 from agents.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
@@ -32,6 +32,8 @@ __all__ = [
     "EditLog",
     "FTLAgent",
     "FTLConfig",
+    "FTMAgent",
+    "FTMConfig",
     "FineTuningAgent",
     "FineTuningConfig",
     "Hypernetwork",

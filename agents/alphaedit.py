@@ -24,8 +24,9 @@ class AlphaEditConfig(LocateConfig):
     """AlphaEdit's settings; defaults are those published for Llama-3-8B.
 
     Attributes:
-        threshold: eigenvalues of C below it are taken as zero: their eigenvectors span the null space.
-        ridge: weight of ‖ΔW‖² in the system.
+        threshold: eigenvalues of C below it are taken as zero: their eigenvectors span the null space
+            (``nullspace_threshold``).
+        ridge: weight of ‖ΔW‖² in the system (``L2``).
         remember: keep earlier batches' keys in the system.
     """
 
@@ -45,6 +46,9 @@ class AlphaEditAgent(MEMITAgent):
     ΔW = R (K₁ᵀU) (Uᵀ(K_pK_pᵀ + K₁K₁ᵀ)U + ridge·I)⁻¹ Uᵀ, a symmetric system of the null space's size. It is at the same
     time the recursion of recursive least squares (see `MEMITAgent`) in these coordinates, with ``ridge`` as its anchor
     to W₀; there is nothing for the recursion plug-in to add.
+
+    As published: the values, the keys (half plain prompt, half contexts), the null space by a threshold on C's
+    eigenvalues, the earlier batches' keys and the ridge. Ours: float64 where the published code solves in float32.
 
     Args:
         env, config, seed: see `LocateAgent`.

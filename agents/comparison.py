@@ -26,7 +26,7 @@ from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.registry import default_edit_modules
-from rledit_env.metrics import evaluate
+from rledit_env.metrics import METRICS_VERSION, check_metrics, evaluate
 
 SAID = ("efficacy", "generalization", "specificity", "mean")  # of a cell's scores, as soon as they are known
 
@@ -91,6 +91,7 @@ class Setting:
         num_batches, batch_size: T and n.
         edit_modules: modules that all edit; None leaves the choice to each editor.
         generate: whether to decode freely as well (slower).
+        metrics: how the facts are scored (see `rledit_env.metrics.evaluate`).
     """
 
     env_id: str
@@ -100,6 +101,10 @@ class Setting:
     batch_size: int
     edit_modules: tuple[str, ...] | None = None
     generate: bool = True
+    metrics: str = "paper"
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
 
 
 class Comparison:
@@ -125,12 +130,15 @@ class Comparison:
         """A finished cell; None if it is not finished.
 
         Raises:
-            ValueError: it was computed with other settings of the editor.
+            ValueError: it was computed with other settings of the editor, or scored by another version of the metrics
+                or otherwise.
         """
         path = self.cell_path(editor, seed)
         if not path.exists():
             return None
         cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "not_applicable" not in cell:
+            _check_scores(path, cell, self.setting.metrics)
         mine = editor.description()
         different = sorted(k for k in mine | cell["editor"] if mine.get(k) != cell["editor"].get(k))
         if different:
@@ -249,9 +257,12 @@ class Comparison:
                   leave=False) as bar:
             log = edit_stream(env, agent, progress=bar.update, seed=seed)
         records = [record for t in range(self.setting.num_batches) for record in inner.stream.batch(t)]
-        metrics = evaluate(inner.lm, records, inner.dataset.kind, generate=self.setting.generate)
+        setting = self.setting
+        metrics = evaluate(inner.lm, records, inner.dataset.kind, generate=setting.generate, metrics=setting.metrics)
         return {
             **metrics.as_dict(),
+            "metrics": setting.metrics,
+            "metrics_version": METRICS_VERSION,
             "kl": self._kl(inner.lm),
             "seconds_per_fact": log.seconds_per_fact,
             "drift": log.drift,
@@ -269,6 +280,21 @@ class Comparison:
             self._own_text = self_text(lm)
         kl = self_drift(lm, self._own_text).kl
         return kl if math.isfinite(kl) else None
+
+
+def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:
+    """Make sure that a cell's scores may stand beside those of this version with these ``metrics``.
+
+    Raises:
+        ValueError: they may not.
+    """
+    mend = f"delete {path} to compute it anew, or give another folder"
+    version = cell.get("metrics_version", 1)
+    if version != METRICS_VERSION:
+        raise ValueError(f"{path} holds scores of metrics version {version}, which do not compare with those of "
+                         f"version {METRICS_VERSION} (docs/metrics.md); {mend}")
+    if cell["metrics"] != metrics:
+        raise ValueError(f"{path} was scored with metrics {cell['metrics']!r}, not {metrics!r}; {mend}")
 
 
 class _Clock:

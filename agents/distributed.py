@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import Metrics, evaluate
+from rledit_env.metrics import Metrics, averaged, score_records
 
 
 @dataclass(frozen=True)
@@ -88,35 +88,20 @@ class Processes:
         return list(items[self.rank :: self.count])
 
 
-def evaluate_sharded(processes: Processes, lm: EditableLM, records: Sequence[EditRecord], kind: str) -> Metrics:
+def evaluate_sharded(
+    processes: Processes, lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
+) -> Metrics:
     """:func:`rledit_env.metrics.evaluate` without generation, each process scoring its share of the records.
 
-    Every process's LM must hold the same edited weights. The result is the same in all of them, and that of one process
-    alone, to rounding.
+    Every process's LM must hold the same edited weights. What travels is each record's scores, so that the result is
+    the same in all processes, and that of one process alone, to rounding; arguments and errors are `evaluate`'s.
     """
+    if not records:
+        raise ValueError("no fact has been edited yet; take at least one step first")
     mine = processes.share(records)
-    metrics = evaluate(lm, mine, kind, generate=False) if mine else None
-    parts = [p for p in processes.gathered((metrics, _scored_things(lm, mine, kind))) if p[0] is not None]
-    if len(parts) == 1:
-        return parts[0][0]
-
-    def mean(name: str) -> float:
-        total = sum(counts[name] for _, counts in parts)
-        return float(sum(getattr(one, name) * counts[name] for one, counts in parts) / total)
-
-    names = ("efficacy", "generalization", "specificity", "specificity_answer", "top1")
-    return Metrics(**{name: mean(name) for name in names}, exact_match=None, taken=())
-
-
-def _scored_things(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> dict[str, int]:
-    """What each score is the share of: prompts for CounterFact's comparisons, answer tokens otherwise."""
-    tokens = [len(lm.tokenize(r.prompt, r.target, origin=r.origin).targets) for r in records]
-    if kind == "counterfact":
-        edits, general = len(records), sum(len(r.paraphrases) for r in records)
-        specific = sum(len(r.unrelated) for r in records)
-    else:
-        edits = sum(tokens)
-        general = sum(len(lm.tokenize(p, r.target).targets) for r in records for p in r.paraphrases)
-        specific = sum(len(lm.tokenize(u.prompt, u.answer).targets) for r in records for u in r.unrelated)
-    return {"efficacy": edits, "generalization": general, "specificity": specific, "specificity_answer": specific,
-            "top1": sum(tokens)}
+    shards = processes.gathered(score_records(lm, mine, kind, metrics) if mine else {})
+    scores: dict[str, list[float | None]] = {name: [None] * len(records) for name in shards[0]}
+    for name, shares in scores.items():
+        for rank, shard in enumerate(shards):
+            shares[rank :: processes.count] = shard.get(name, [])
+    return averaged(scores, metrics)

@@ -217,6 +217,10 @@ EDITORS: dict[str, Editor] = {
             "ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER,
             step_size=("learning_rate", "epsilon"),
         ),
+        Editor(
+            "ft-m", "FT-M", "reference", "agents.ft_l:FTMAgent", "agents.ft_l:FTMConfig", env=ANSWER,
+            step_size=("learning_rate", "epsilon"),
+        ),
         ROME,
         _anchored(ROME),
         MEMIT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rledit_env.files import MARKER, mark, read_marker
+from rledit_env.metrics import METRICS_VERSION
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
@@ -85,6 +87,13 @@ def _holds_agent(folder: Path) -> bool:
     with suppress(OSError, SafetensorError), safe_open(folder / TRAINING_STATE, "pt") as file:
         return "training" in (file.metadata() or {})
     return False
+
+
+def known_best(description: Mapping[str, Any]) -> float:
+    """The best held-out score of an interrupted training's description, to go on from; −inf where there is none, and
+    where it is of another version of the metrics, so that the next score is not compared with it."""
+    score = description["best_score"]
+    return -math.inf if score is None or description.get("metrics_version", 1) != METRICS_VERSION else float(score)
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

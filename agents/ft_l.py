@@ -1,4 +1,4 @@
-"""FT-L: constrained fine-tuning of one weight (Zhu et al., 2021)."""
+"""FT-L and FT-M: fine-tuning of one weight within a box (Zhu et al., 2021; Zhang et al., 2024)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import gymnasium as gym
 import torch
@@ -26,18 +26,37 @@ from rledit_env.nesting import environment_inside
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 
 
+FORMAT = 2  # of agent.json
+OBJECTIVES = ("prompt_last", "target_new", "pooled")
+Self = TypeVar("Self", bound="FTLAgent")
+
+
 @dataclass(frozen=True)
 class FTLConfig:
-    """FT-L's numbers; the defaults are those of ROME's FT+L (Meng et al., NeurIPS 2022).
+    """FT-L's numbers; the defaults are those published for GPT-2 XL with ROME (Meng et al., NeurIPS 2022).
 
     Attributes:
         module: name or glob of the edited modules to fine-tune; None is the last of the environment's.
-        steps: of Adam, at most.
-        learning_rate: Adam's.
-        epsilon: the most that an entry of W may move (L∞); ``math.inf`` for plain fine-tuning.
-        around: "current", the batch's own start, as in ROME's FT+L and what followed it, or "original", W₀, as Zhu et
-            al. constrain a single round of fine-tuning: the whole stream then shares the budget.
-        loss_goal: the steps end once the batch's loss is below this.
+        objective: the loss of a fact with target tokens y₁ … y_T after the prompt x, by the published names:
+
+            - "prompt_last", FT-L's: −mean_t log p(y_t | x). Every target token is predicted from the prompt's last
+              position, as if it came first.
+            - "target_new", FT-M's: −mean_t log p(y_t | x, y_<t), teacher-forced.
+            - "pooled", ours, the loss of earlier versions: as "target_new", but the mean is taken over the target
+              tokens of all facts together, so that a fact with a longer target weighs more.
+        steps: rounds over the batch, at most.
+        learning_rate: Adam's. There is no weight decay, as published.
+        epsilon: the most that an entry of W may move (L∞). Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J and Mistral-7B;
+            ``math.inf`` is no limit, as published for Llama-3.
+        around: what ε is measured from: "current", the weight at the batch's start, as in ROME's FT+L and what followed
+            it, or "original", W₀, as Zhu et al. constrain a single round of fine-tuning: the whole stream then shares
+            the budget.
+        loss_goal: no step is taken where the loss is below this, and the rounds end once their mean loss is.
+        batch_size: facts of an Adam step; a round over more takes several, in order. ROME's code has 64, EasyEdit's
+            files 1 for most models. None takes all facts at once.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     module: str | None = None
@@ -46,23 +65,41 @@ class FTLConfig:
     epsilon: float = 5e-4
     around: Literal["current", "original"] = "current"
     loss_goal: float = 1e-2
+    objective: Literal["prompt_last", "target_new", "pooled"] = "prompt_last"
+    batch_size: int | None = 64
 
     def __post_init__(self) -> None:
         if self.around not in ("current", "original"):
             raise ValueError(f"around is {self.around!r}; give 'current' or 'original'")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; give {' or '.join(map(repr, OBJECTIVES))}")
         for name in ("learning_rate", "epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; give 0 or more")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; give 1 or more, or None for all facts at once")
+
+
+@dataclass(frozen=True)
+class FTMConfig(FTLConfig):
+    """FT-M's numbers: FT-L's, with the teacher-forced loss."""
+
+    objective: Literal["prompt_last", "target_new", "pooled"] = "target_new"
 
 
 class FTLAgent(Agent):
-    """FT-L (Zhu et al., "Modifying Memories in Transformer Models", arXiv 2012.00363).
+    """FT-L (Zhu et al., "Modifying Memories in Transformer Models", arXiv 2012.00363), as ROME's code has it.
 
-    Minimises L(B, W) = −mean log p_W(y*|x) over the batch's answer tokens, subject to ‖W − W′‖_∞ ≤ ε, for one weight of
-    one layer's feed-forward block: Adam steps on the whole batch, each followed by the projection
-    W ← clamp(W, W′ − ε, W′ + ε). W′ is the weight at the batch's start (or W₀, see `FTLConfig.around`).
+    Minimises the mean of the facts' losses L (`FTLConfig.objective`) over one weight of one layer's feed-forward block,
+    subject to ‖W − W′‖_∞ ≤ ε: Adam steps, each followed by the projection W ← clamp(W, W′ − ε, W′ + ε). W′ is the
+    weight at the batch's start (or W₀, see `FTLConfig.around`). FT-L predicts all target tokens from the prompt's last
+    position, so that a target of several tokens cannot be learned as a sequence. FT-M (`FTMAgent`) is teacher-forced.
+
+    As published: the loss, the mean per fact, Adam, the numbers, the projection after every step, the end. Ours: tokens
+    that the published code adds to a target by accident (the beginning-of-text token that Llama's tokenizer writes
+    before it, and padding where the tokenizer knows no unknown token) are left out.
 
     It asks the environment for the LLM and the facts of the batch, and leaves the LLM as it was, bit for bit; its
     action is the dense update.
@@ -73,10 +110,13 @@ class FTLAgent(Agent):
         seed: unused, since nothing is random.
     """
 
+    name: ClassVar[str] = "ft-l"
+    config_class: ClassVar[type[FTLConfig]] = FTLConfig
+
     def __init__(self, env: gym.Env | None, config: FTLConfig | None = None, seed: int = 0) -> None:
         if env is not None:
-            environment_inside(env, "FTLAgent", agent=True)
-        self.env, self.config, self.seed = env, config or FTLConfig(), seed
+            environment_inside(env, type(self).__name__, agent=True)
+        self.env, self.config, self.seed = env, config or self.config_class(), seed
 
     def memory(self) -> dict[str, Tensor]:
         return {}
@@ -100,9 +140,9 @@ class FTLAgent(Agent):
         return names[-1:] if self.config.module is None else expand_globs([self.config.module], names)
 
     def learn(
-        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
-    ) -> FTLAgent:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """There is nothing to train."""
         return self
 
@@ -110,23 +150,43 @@ class FTLAgent(Agent):
         """Write the numbers as JSON."""
         folder = agent_folder(path)
         description = {
-            "agent": "ft-l", "format": 1, "seed": self.seed, "config": asdict(self.config),
+            "agent": self.name, "format": FORMAT, "seed": self.seed, "config": asdict(self.config),
             "environment": environment_settings(self.env),
         }  # fmt: skip
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> FTLAgent:
-        """The agent in a folder that :meth:`save` wrote.
+    def load(cls: type[Self], path: str | Path, env: gym.Env | None = None) -> Self:
+        """The agent in a folder that :meth:`save` wrote; one of the first format fine-tunes as it did, with the pooled
+        loss.
 
         Raises:
             FileNotFoundError: there is no agent there.
+            ValueError: a later version saved the agent.
         """
         folder = Path(path)
         if not (folder / "agent.json").exists():
             raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        return cls(env, FTLConfig(**description["config"]), description["seed"])
+        settings = description["config"]
+        if description["format"] == 1:
+            settings = {**settings, "objective": "pooled", "batch_size": None}
+        elif description["format"] != FORMAT:
+            raise ValueError(f"{folder} was saved by a later version of this package (format {description['format']}; "
+                             f"known are 1 and {FORMAT}); install that version, or save the agent again with this one")
+        return cls(env, cls.config_class(**settings), description["seed"])
+
+
+class FTMAgent(FTLAgent):
+    """FT-M (Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286):
+    FT-L with the teacher-forced loss of the target's tokens, EasyEdit's ``objective_optimization: target_new``.
+
+    Args:
+        env, config, seed: see `FTLAgent`.
+    """
+
+    name = "ft-m"
+    config_class = FTMConfig
 
 
 def constrained_fine_tuning(
@@ -144,31 +204,56 @@ def constrained_fine_tuning(
     changes = {m: torch.zeros_like(start[m]) for m in modules}
     middle = {m: lm.original_weight(m) - start[m] if config.around == "original" else 0.0 for m in modules}
     optimizer = torch.optim.Adam(list(changes.values()), lr=config.learning_rate)
+    size = config.batch_size or max(len(passages), 1)
+    parts = [passages[first : first + size] for first in range(0, len(passages), size)]
     try:
         for _ in range(config.steps if passages else 0):
-            loss, gradients = _loss_and_gradients(lm, passages, modules)
-            if not loss >= config.loss_goal:  # reached, or the model broke
+            total = 0.0
+            for part in parts:
+                loss, gradients = _loss_and_gradients(lm, part, modules, config.objective)
+                total += loss * len(part) / len(passages)
+                if not loss >= config.loss_goal:  # reached, or the model broke
+                    continue
+                for m, change in changes.items():
+                    change.grad = gradients[m]
+                optimizer.step()
+                for m, change in changes.items():
+                    change.copy_((change - middle[m]).clamp_(-config.epsilon, config.epsilon).add_(middle[m]))
+                lm.restore({**start, **{m: start[m] + change for m, change in changes.items()}})
+            if not total >= config.loss_goal:
                 break
-            for m, change in changes.items():
-                change.grad = gradients[m]
-            optimizer.step()
-            for m, change in changes.items():
-                change.copy_((change - middle[m]).clamp_(-config.epsilon, config.epsilon).add_(middle[m]))
-            lm.restore({**start, **{m: start[m] + change for m, change in changes.items()}})
     finally:
         lm.restore(start)
     return changes
 
 
 def _loss_and_gradients(
-    lm: EditableLM, passages: Sequence[Passage], modules: Sequence[str]
+    lm: EditableLM, passages: Sequence[Passage], modules: Sequence[str], objective: str
 ) -> tuple[float, dict[str, Tensor]]:
-    """The mean answer-token cross-entropy and its gradient by module (d_out, d_in), in the weights' precision."""
-    tokens = sum(len(p.targets) for p in passages)
+    """The loss of some facts (see `FTLConfig.objective`) and its gradient by module (d_out, d_in), in the weights'
+    precision."""
+    counts = [len(p.targets) for p in passages]
+    if objective == "pooled":
+        shares = [1 / sum(counts)] * len(passages)
+    else:
+        shares = [1 / (count * len(passages)) for count in counts]
+    run = [prompt_of(p) for p in passages] if objective == "prompt_last" else list(passages)
     total = 0.0
     with lm.collecting() as (sums,):
-        for _, states in lm.answer_chunks(passages):
-            loss = negative_log_likelihood(lm.forward, states.hidden, states.targets).sum() / tokens
+        for chunk, states in lm.answer_chunks(run):
+            hidden, own = states.hidden, torch.tensor([counts[i] for i in chunk], device=lm.device)
+            if objective == "prompt_last":  # one state a fact, for all of its target tokens
+                hidden = hidden.repeat_interleave(own, dim=0)
+            targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=lm.device)
+            nll = negative_log_likelihood(lm.forward, hidden, targets)
+            share = torch.tensor([shares[i] for i in chunk], device=lm.device, dtype=nll.dtype)
+            loss = nll @ share.repeat_interleave(own)
             loss.backward()
             total += float(loss.detach())
     return total, {m: sums[m] for m in modules}
+
+
+def prompt_of(passage: Passage) -> Passage:
+    """A passage's prompt alone, whose last position predicts the first target token."""
+    end = passage.positions[0] + 1
+    return Passage(passage.input_ids[:end], passage.targets[:1], passage.subject_position)

@@ -27,6 +27,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.nesting import environment_inside
 
 MEMORY = "memory.safetensors"
+FORMAT = 2  # of agent.json
 _CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
 Self = TypeVar("Self", bound="LocateAgent")
 
@@ -37,32 +38,54 @@ class LocateConfig:
 
     Attributes:
         value: how the facts' values are found.
-        contexts: texts that the LLM writes, before which each prompt is seen beside alone.
-        context_length: their tokens.
-        key: k*, the module's input at the subject: "mean", over the prompt alone and after each context, as published,
-            or "prompt", alone. With the mean, v* reaches the prompt itself only as far as its key is like the mean's.
-            "mixed" is for ROME only, see there.
-        corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file.
+        contexts: texts that the LLM writes, before which each prompt is seen beside alone. MEMIT, PRUNE, RECT and
+            AlphaEdit are published with 5, ROME with 20.
+        context_lengths: their tokens; with several lengths, each is that of an equal share of the contexts. Published:
+            10; ROME: 5 and 10.
+        key: k*, the module's input at the subject's last token:
+
+            - "balanced": half the key of the prompt alone, half the mean over the contexts, as in the published code
+              of MEMIT, PRUNE, RECT and AlphaEdit.
+            - "mean": the mean over the prompt alone and after each context, all equal, as ROME's paper has it. (It was
+              every editor's key before.)
+            - "prompt": the prompt alone. v* reaches the prompt itself only as far as its key is like k*, so that a
+              single edit takes most surely with this one.
+            - "mixed": for ROME only, see there.
+        corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file. (The
+            published code reads 100,000 articles of Wikipedia.)
         corpus_tokens: how much of it.
         norm_anchor: NAS (arXiv 2602.02543): every v* is rescaled to ``‖v*‖``'s mean in the original model, which the
             method takes over some facts, without the largest 5 %.
         anchor_facts: how many; the first of the environment's data set.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     value: ValueConfig = field(default_factory=ValueConfig)
     contexts: int = 5
-    context_length: int = 10
-    key: Literal["mean", "prompt", "mixed"] = "mean"
+    context_lengths: tuple[int, ...] = (10,)
+    key: Literal["balanced", "mean", "prompt", "mixed"] = "balanced"
     corpus: str = GENERATED
     corpus_tokens: int = 65_536
     norm_anchor: bool = False
     anchor_facts: int = 32
 
-    KEYS: ClassVar[tuple[str, ...]] = ("mean", "prompt")
+    KEYS: ClassVar[tuple[str, ...]] = ("balanced", "mean", "prompt")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
         if self.key not in self.KEYS:
             raise ValueError(f"key is {self.key!r}; give {' or '.join(map(repr, self.KEYS))}")
+        if self.contexts < 0:
+            raise ValueError(f"contexts is {self.contexts}; give 0 or more")
+        if self.contexts and not (self.context_lengths and min(self.context_lengths) > 0):
+            raise ValueError(f"context_lengths is {self.context_lengths}; give numbers of tokens, such as (10,)")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method uses the second moments of the modules' inputs."""
+        return True
 
 
 class LocateAgent(Agent):
@@ -141,8 +164,8 @@ class LocateAgent(Agent):
         """Compute what is needed once; nothing is trained, and no environment step is taken."""
         started = time.perf_counter()
         if self.contexts is None:
-            self.contexts = write_contexts(self.lm, self.config.contexts, self.config.context_length, self.seed)
-        if self.statistics is None:
+            self.contexts = write_contexts(self.lm, self.config.contexts, self.config.context_lengths, self.seed)
+        if self.statistics is None and self.config.needs_statistics:
             before = time.perf_counter()
             self.statistics = key_statistics(
                 self.lm, self.modules, self.config.corpus, self.config.corpus_tokens, progress=progress_bar
@@ -179,8 +202,6 @@ class LocateAgent(Agent):
             if self.anchor_norm is not None:
                 delta = rescaled(values.solved, self.anchor_norm) - values.initial
                 values = replace(values, delta=delta)
-            if self.config.key == "prompt":
-                requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
             keys, residuals = self.solve(requests, values)
             return self.action(observation, keys, residuals), None
 
@@ -202,7 +223,7 @@ class LocateAgent(Agent):
         folder = agent_folder(path)
         description = {
             "agent": self.name,
-            "format": 1,
+            "format": FORMAT,
             "seed": self.seed,
             "config": asdict(self.config),
             "contexts": self.contexts,
@@ -210,16 +231,16 @@ class LocateAgent(Agent):
             "statistics": None if self.statistics is None else self.statistics.source,
             "environment": environment_settings(self.env),
         }
-        write_tensors(folder / MEMORY, self.key_moments)
+        write_tensors(folder / MEMORY, self.memory())
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
     def load(cls: type[Self], path: str | Path, env: gym.Env[Any, Any] | None = None) -> Self:
-        """The agent in a folder that :meth:`save` wrote.
+        """The agent in a folder that :meth:`save` wrote; one of the first format edits as it did.
 
         Raises:
             FileNotFoundError: there is no agent there.
-            ValueError: no environment was given, or it edits other modules.
+            ValueError: no environment was given, or it edits other modules; or a later version saved the agent.
         """
         folder = Path(path)
         if not (folder / "agent.json").exists():
@@ -228,6 +249,11 @@ class LocateAgent(Agent):
             raise ValueError(f"the agent in {folder} needs the LLM that it edits; give the environment: env=…")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         settings: Mapping[str, Any] = description["config"]
+        if description["format"] == 1:
+            settings = cls.of_first_format(settings)
+        elif description["format"] != FORMAT:
+            raise ValueError(f"{folder} was saved by a later version of this package (format {description['format']}; "
+                             f"known are 1 and {FORMAT}); install that version, or save the agent again with this one")
         config = cls.config_class(**{**settings, "value": ValueConfig(**settings["value"])})
         agent = cls(env, config, description["seed"])
         theirs = description["environment"]["edit_modules"]
@@ -237,8 +263,17 @@ class LocateAgent(Agent):
                 f"with the settings in {folder / 'agent.json'}"
             )
         agent.contexts, agent.anchor_norm = description["contexts"], description["anchor_norm"]
-        agent.key_moments = {name: tensor.to(agent.lm.device) for name, tensor in load_file(folder / MEMORY).items()}
+        agent.load_memory(load_file(folder / MEMORY))
         return agent
+
+    @classmethod
+    def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration of the first format, in today's words: all editors then had one length of contexts, an Adam
+        step after each loss, and the KL after the essence."""
+        old = dict(settings)
+        length, value = old.pop("context_length"), dict(old["value"])
+        value |= {"steps": value["steps"] + 1, "kl": "essence"}
+        return {**old, "context_lengths": (length,), "value": value}
 
 
 def output_projections(lm: EditableLM) -> list[str]:
@@ -293,32 +328,71 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def write_contexts(lm: EditableLM, count: int, length: int, seed: int) -> list[str]:
-    """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed."""
+def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int) -> list[str]:
+    """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed.
+
+    They begin with the five words of the published code, in turn. (ROME's first code began with the end-of-text token.)
+
+    Args:
+        lm: the LLM.
+        count: of texts.
+        lengths: tokens of a text, its beginning included; the first lengths get one text more where ``count`` cannot
+            be shared equally.
+        seed: of what is drawn.
+    """
     if count == 0:
         return []
     rows = [lm.encode(word) for word in _CONTEXT_WORDS]
     shortest = min(map(len, rows))
-    starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(count)])
     generator = torch.Generator().manual_seed(seed)
-    with lm.original_weights():
-        # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
-        ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
-    texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts: list[str] = []
+    for place, length in enumerate(lengths):
+        share = count // len(lengths) + (place < count % len(lengths))
+        if share == 0:
+            continue
+        starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(share)])
+        with lm.original_weights():
+            # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
+            ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
+        texts += lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
 
-def mean_keys(
-    lm: EditableLM, modules: Sequence[str], requests: Sequence[Request], updates: dict[str, Tensor] | None = None
+def subject_keys(
+    lm: EditableLM,
+    modules: Sequence[str],
+    requests: Sequence[Request],
+    kind: str,
+    updates: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Each fact's key, the mean over its contexts, by module (F, d_in); and the states (F, d) that leave the last
-    module's layer at the plain prompt's subject. With ``updates`` ΔW added to the weights."""
+    """Each fact's key by module (F, d_in), and the states (F, d) that leave the last module's layer at the plain
+    prompt's subject.
+
+    Args:
+        lm: the LLM at its current weights.
+        modules: in the layers' order.
+        requests: the facts.
+        kind: "balanced", "mean" or "prompt", see `LocateConfig.key`.
+        updates: ΔW (d_out, d_in) by module that are added to the weights.
+    """
+    if kind == "prompt":
+        requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
     passages = [p for request in requests for p in request.rewrites]
     counts = torch.tensor([len(request.rewrites) for request in requests])
     states = subject_states(lm, modules, passages, updates)
     pieces = counts.tolist()
-    keys = {m: torch.stack([part.mean(0) for part in k.split(pieces)]) for m, k in states.keys.items()}
+    keys = {m: torch.stack([averaged(part, kind) for part in k.split(pieces)]) for m, k in states.keys.items()}
     return keys, states.hidden[(counts.cumsum(0) - counts).to(states.hidden.device)]
+
+
+def averaged(keys: Tensor, kind: str) -> Tensor:
+    """One key (d_in,) from those of the plain prompt, which comes first, and of C contexts: (1 + C, d_in).
+
+    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), and k₀ where there is no context; "mean", "prompt": the mean of all.
+    """
+    if kind == "balanced" and len(keys) > 1:
+        return (keys[0] + keys[1:].mean(0)) / 2
+    return keys.mean(0)
 
 
 def dense(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

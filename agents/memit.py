@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from agents.locate import LocateAgent, LocateConfig, dense, least_squares_keys, mean_keys
+from agents.locate import LocateAgent, LocateConfig, dense, least_squares_keys, subject_keys
 from agents.value_optimisation import Request, ValueConfig, Values
 
 # The environment's settings that the agent is best used with.
@@ -20,11 +20,11 @@ RECOMMENDED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class MEMITConfig(LocateConfig):
-    """MEMIT's settings; defaults are those published for GPT-J.
+    """MEMIT's settings beside `LocateConfig`'s; defaults are those published for GPT-J.
 
     Attributes:
-        covariance_weight: λ.
-        recursion: keep earlier keys in the system (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686).
+        covariance_weight: λ (``mom2_update_weight``).
+        recursion: keep earlier keys in the system (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686); not MEMIT's own.
         anchor: with ``recursion``, the weight of ‖W − W₀‖² in it.
     """
 
@@ -37,7 +37,8 @@ class MEMITConfig(LocateConfig):
 class MEMITAgent(LocateAgent):
     """MEMIT: values are found at the last edited layer L; each layer l, from the lowest up, takes its share of what is
     left, R = (z − h_L) / (L − l + 1), by ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (Eq. 14–20; here facts are rows: ΔW = Rᵀũ,
-    ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed anew for each layer, under the updates of the layers below.
+    ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed anew for each layer, under the updates of the layers below. As in the
+    published code, a key is half the plain prompt's and half the contexts' mean, and h_L is the plain prompt's.
 
     With ``recursion`` the system is λC + anchor·I + Σ KᵀK over this and all earlier batches, that of recursive least
     squares: the sequence of updates is then the solution for all facts so far of
@@ -59,7 +60,9 @@ class MEMITAgent(LocateAgent):
         shares: dict[str, Tensor] = {}
         targets: Tensor | None = None
         for place, module in enumerate(self.modules):
-            keys, hidden = mean_keys(self.lm, self.modules, requests, dense(update_keys, shares))
+            keys, hidden = subject_keys(
+                self.lm, self.modules, requests, self.config.key, dense(update_keys, shares)
+            )
             if targets is None:
                 targets = hidden + values.delta
             shares[module] = ((targets - hidden) / (len(self.modules) - place)).to(dtype)

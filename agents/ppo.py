@@ -27,6 +27,7 @@ from agents.files import (
     agent_folder,
     built_from,
     check_counters,
+    known_best,
     read_description,
     read_tensors,
     run_folder,
@@ -35,6 +36,7 @@ from agents.logs import log, summary_writer
 from agents.settings import environment_settings, setting_differences
 from agents.standard_state import load_training_state, training_state
 from rledit_env.files import write_tensors, write_text
+from rledit_env.metrics import METRICS_VERSION
 from rledit_env.nesting import environment_inside
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
@@ -300,6 +302,7 @@ class StandardAgent(Agent):
             "timesteps": self.timesteps,
             "earlier_timesteps": self.earlier_timesteps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "metrics_version": METRICS_VERSION,
             "environment": environment_settings(self.env),
         }
 
@@ -505,7 +508,7 @@ class _Watch(BaseCallback):
             assert agent.model.env is not None
             agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
-            best_score, streams, evaluated = theirs["best_score"], numbers["streams"], numbers["evaluated"]
+            streams, evaluated = numbers["streams"], numbers["evaluated"]
             before = training_state(agent.model), agent.relative.state() if agent.relative is not None else {}
             try:
                 if best is not None:
@@ -520,7 +523,7 @@ class _Watch(BaseCallback):
                 raise
             agent.model._last_obs = agent.model.env.reset()
             agent.model._last_episode_starts = np.ones((1,), dtype=bool)
-            agent.best_score = -math.inf if best_score is None else best_score
+            agent.best_score = known_best(theirs)
             self.best = best
             agent.earlier_timesteps, agent._fitted = earlier, True
             self.begun, self.finished, self.streams, self._evaluated = numbers["begun"], finished, streams, evaluated

@@ -24,7 +24,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.modules import linear_modules
 from rledit_env.lm.names import expand_globs
 from rledit_env.lm.self_check import own_pass
-from rledit_env.metrics import Metrics, evaluate
+from rledit_env.metrics import METRICS_VERSION, Metrics, evaluate
 from rledit_env.report import module_kind, module_layer
 
 SCORES = ("efficacy", "generalization", "specificity", "mean")
@@ -134,7 +134,10 @@ class Probe:
         self.modules = linear if among is None else expand_globs(among, linear)
         together = tuple(expand_globs(beside, linear)) if beside else ()
         self.beside = [Candidate(run_glob(together), together)] if together else []
-        settings = {"model": name, "dtype": str(model.dtype), "data": facts.source, **asdict(config)}
+        settings = {
+            "model": name, "dtype": str(model.dtype), "data": facts.source, "metrics_version": METRICS_VERSION,
+            **asdict(config),
+        }  # fmt: skip
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.cells: dict[str, dict[str, float]] = self._stored()
 

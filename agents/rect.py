@@ -24,14 +24,23 @@ class RECTConfig(MEMITConfig):
 
     Attributes:
         kept: share of an update's entries that is kept.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     kept: float = 0.4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kept is {self.kept}; give a share above 0, at most 1")
+
 
 class RECTAgent(MEMITAgent):
     """RECT: of each of MEMIT's updates, only the entries with the largest relative change |ΔW / W| are made (section
-    5), the others are zero.
+    5), the others are zero. As in the code published with AlphaEdit, MEMIT's updates are computed whole, layer by
+    layer, and masked at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
 
     Args:
         env, config, seed: see `LocateAgent`.

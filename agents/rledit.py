@@ -26,6 +26,7 @@ from agents.files import (
     built_from,
     check_counters,
     check_size,
+    known_best,
     moments_of,
     read_description,
     read_tensors,
@@ -36,6 +37,7 @@ from agents.logs import log, summary_writer
 from agents.moments import MissingMomentsWarning, Moments, take
 from agents.settings import environment_settings, setting_differences
 from rledit_env.files import write_tensors, write_text
+from rledit_env.metrics import METRICS_VERSION
 
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
@@ -586,6 +588,7 @@ class RLEditAgent(Agent):
             "updates": self.updates,
             "timesteps": self.timesteps,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "metrics_version": METRICS_VERSION,
             "environment": environment_settings(self.env),
         }
 
@@ -672,7 +675,7 @@ class RLEditAgent(Agent):
         self._load_policy(policy)
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self._best = best or None
-        self.best_score = -math.inf if counters["best_score"] is None else counters["best_score"]
+        self.best_score = known_best(counters)
         self.updates, self.timesteps = counters["updates"], counters["timesteps"]
         # Earlier versions did not say these: their runs began at 0, and went on whenever they were short of the total.
         self._begun, self._finished = counters.get("begun", 0), counters.get("finished", False)

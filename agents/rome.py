@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
-from agents.locate import LocateAgent, LocateConfig, mean_keys
+from agents.locate import LocateAgent, LocateConfig, subject_keys
 from agents.value_optimisation import Request, Values
 from rledit_env.lm.editable import EditableLM
 
@@ -22,23 +22,42 @@ RECOMMENDED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ROMEConfig(LocateConfig):
-    """ROME's settings; see `LocateConfig`. ``value`` has the values published for GPT-J. With ``key="mixed"`` the
-    formula is that of the published code (see `ROMEAgent`)."""
+    """ROME's settings; see `LocateConfig`. Defaults are those published for GPT-J.
 
-    KEYS: ClassVar[tuple[str, ...]] = ("mean", "prompt", "mixed")
+    Attributes:
+        key: "mixed", as in the published code: the contexts' mean gives the direction of the update, the plain prompt
+            its size. "mean", ROME's paper and the repair of Gupta et al. ("Rebuilding ROME", 2024): the mean for both.
+            "prompt": the plain prompt for both.
+        second_moment: direct the update by u = C⁻¹k (``mom2_adjustment: true``, as published for GPT-2 and GPT-J).
+            False: by u = k / ‖k‖, as the files of AlphaEdit (Llama-3) and EasyEdit (every model) have it; C is then
+            not computed.
+    """
+
+    contexts: int = 20
+    context_lengths: tuple[int, ...] = (5, 10)
+    key: Literal["balanced", "mean", "prompt", "mixed"] = "mixed"
+    second_moment: bool = True
+
+    KEYS: ClassVar[tuple[str, ...]] = ("mixed", "mean", "prompt")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.second_moment
 
 
 class ROMEAgent(LocateAgent):
-    """ROME: ΔW = (v* − W k*) (C⁻¹k*)ᵀ / (k*ᵀ C⁻¹ k*) (Eq. 2), which makes W k* = v* and moves what W gives for ordinary
+    """ROME: ΔW = (v* − W k*) uᵀ / (uᵀk*), u = C⁻¹k* (Eq. 2), which makes W k* = v* and moves what W gives for ordinary
     keys least. k* is the mean of the module's inputs at the subject's last token over contexts (Eq. 3).
 
-    The method edits one fact at a time. A batch is edited as that sequence of single edits, all solved at once: each
-    v* is optimised under the weights at the batch's beginning, and its v* − W k* counts the edits before it. (Keys of
-    one layer do not depend on the layer's own weight.)
+    As published: 20 contexts beside the plain prompt, 10 of 5 tokens and 10 of 10, all of one weight in k*. The
+    published code takes u from that mean and k* elsewhere (in uᵀk* and W k*) from the plain prompt, so that uᵀk* may be
+    small and the edit huge, which breaks the model now and then (Gupta et al., 2024); ``key="mean"`` is the formula as
+    it stands. ``second_moment=False`` is the published variant with u = k* / ‖k*‖.
 
-    The published code takes k* from the contexts' mean in the direction C⁻¹k* and from the plain prompt elsewhere, so
-    that k*ᵀC⁻¹k* may be small and the edit huge, which breaks the model now and then (Gupta et al., "Rebuilding ROME",
-    2024). Here k* is the same everywhere, unless ``config.key`` is "mixed".
+    Ours: the method edits one fact at a time, and a batch is edited as that sequence of single edits, all solved at
+    once: each v* − W k* counts the edits before it, but each v* is optimised under the weights at the batch's
+    beginning, where the published code optimises it after the edit before. (Keys of one layer do not depend on its own
+    weight.) With batches of one fact there is no difference.
 
     Args:
         env, config, seed: see `LocateAgent`; the environment edits a single module.
@@ -63,22 +82,26 @@ class ROMEAgent(LocateAgent):
 
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         (module,) = self.modules
-        keys = directed = mean_keys(self.lm, self.modules, requests)[0][module].double()
-        if self.config.key == "mixed":
-            alone = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
-            keys = mean_keys(self.lm, self.modules, alone)[0][module].double()
+
+        def keys_of(kind: str) -> Tensor:
+            return subject_keys(self.lm, self.modules, requests, kind)[0][module].double()
+
+        mixed = self.config.key == "mixed"
+        directed = keys_of("mean" if mixed else self.config.key)
+        keys = keys_of("prompt") if mixed else directed
         # v* is the module's whole output, a bias included, which W k* is not.
         bias = getattr(self.lm.model.get_submodule(module), "bias", None)
         targets = values.solved.double() - (0 if bias is None else bias.double())
         update_keys, residuals = sequential_rank_one(
-            self.lm.weight(module).double(), keys, targets, self.second_moment(module), directed
-        )
+            self.lm.weight(module).double(), keys, targets,
+            self.second_moment(module) if self.config.second_moment else None, directed,
+        )  # fmt: skip
         dtype = self.lm.edit_dtype
         return {module: update_keys.to(dtype)}, {module: residuals.to(dtype)}
 
 
 def sequential_rank_one(
-    weight: Tensor, keys: Tensor, targets: Tensor, second_moment: Tensor, directed: Tensor | None = None
+    weight: Tensor, keys: Tensor, targets: Tensor, second_moment: Tensor | None, directed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Factors ũ (N, d_in) and ṽ (N, d_out) of N rank-one edits, each made after those before it.
 
@@ -89,15 +112,17 @@ def sequential_rank_one(
         weight: W before the first edit, (d_out, d_in).
         keys: (N, d_in).
         targets: v* without the module's bias, (N, d_out).
-        second_moment: C, (d_in, d_in), positive semidefinite.
+        second_moment: C, (d_in, d_in), positive semidefinite. None takes the identity for it: u = k, whose length does
+            not matter.
         directed: what takes the place of k in C⁻¹k, (N, d_in); None means the keys.
     """
-    size = len(second_moment)
-    # A trace of ridge, for a corpus that leaves directions out.
-    ridge = 1e-8 * second_moment.trace() / size
-    system = second_moment + ridge * torch.eye(size, dtype=keys.dtype, device=keys.device)
-    directed = keys if directed is None else directed
-    directions = torch.cholesky_solve(directed.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
+    directions = keys if directed is None else directed
+    if second_moment is not None:
+        size = len(second_moment)
+        # A trace of ridge, for a corpus that leaves directions out.
+        ridge = 1e-8 * second_moment.trace() / size
+        system = second_moment + ridge * torch.eye(size, dtype=keys.dtype, device=keys.device)
+        directions = torch.cholesky_solve(directions.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
     update_keys = directions / (directions * keys).sum(1, keepdim=True)
     before = (keys @ update_keys.T).tril(-1)  # (i, j): how much of edit j reaches key i
     residuals = torch.linalg.solve_triangular(before, targets - keys @ weight.T, upper=False, unitriangular=True)

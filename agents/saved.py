@@ -14,7 +14,7 @@ from agents.base import Agent, module_shapes
 from agents.baselines import FineTuningAgent, NoEditAgent
 from agents.dafnet import DAFNetAgent
 from agents.files import built_from, read_description
-from agents.ft_l import FTLAgent
+from agents.ft_l import FTLAgent, FTMAgent
 from agents.malmen import MALMENAgent
 from agents.memit import MEMITAgent
 from agents.mend import MENDAgent
@@ -37,6 +37,7 @@ CLASSES: dict[str, type[Agent]] = {
     "fine-tuning": FineTuningAgent,
     "dafnet": DAFNetAgent,
     "ft-l": FTLAgent,
+    "ft-m": FTMAgent,
     "malmen": MALMENAgent,
     "mend": MENDAgent,
     "ultraedit": UltraEditAgent,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from agents.editing import edit_facts
@@ -19,7 +19,7 @@ from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.metrics import continuations, top_tokens
+from rledit_env.metrics import continuations, top1_by_record
 
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
@@ -37,7 +37,7 @@ class Trial:
     Attributes:
         step_size, steps_per_batch: with what.
         taken: how many of the facts took.
-        top1: share of the targets' tokens that the LLM now says, in percent (`Metrics.top1`).
+        top1: share of a target's tokens that the LLM now says, the mean over facts, in percent (`Metrics.top1`).
         kl: divergence from the unedited LLM on text of its own, in nats a token; None where the LLM broke, or went too
             far for the guard of the run.
     """
@@ -177,18 +177,12 @@ class StrengthProbe:
         if log.diverged or log.stopped:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)
         kl = self_drift(self.lm, text).kl
-        return Trial(step_size, steps_per_batch, self._taken(), self._top1(), kl if math.isfinite(kl) else None)
+        top1 = 100 * fmean(top1_by_record(self.lm, self.facts.records))
+        return Trial(step_size, steps_per_batch, self._taken(), top1, kl if math.isfinite(kl) else None)
 
     def _taken(self) -> int:
         answers = continuations(self.lm, self.facts.records)
         return sum(took(answer, r.target) for answer, r in zip(answers, self.facts, strict=True))
-
-    def _top1(self) -> float:
-        edits = [self.lm.tokenize(r.prompt, r.target, origin=r.origin) for r in self.facts]
-        said = [token for tokens in top_tokens(self.lm, edits) for token in tokens.tolist()]
-        wanted = [token for passage in edits for token in passage.targets]
-        return 100 * sum(map(operator.eq, said, wanted)) / len(wanted)
-
 
 class Bracket:
     """The step sizes between which the smallest one lies with which all facts take, for one number of presentations.

@@ -8,7 +8,7 @@ the subject's last one on are run, and only the layers from the edited one up (`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,22 +19,34 @@ from rledit_env.knowledge import EditRecord
 from rledit_env.lm.continued import at_places, continued_forward, layer_of
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
-from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
+from rledit_env.lm.losses import kl_divergence, negative_log_likelihood, reverse_kl_divergence
+
+KL_TERMS = ("subject", "essence")
 
 
 @dataclass(frozen=True)
 class ValueConfig:
     """How v* is found. Defaults are those published for GPT-J with ROME.
 
+    The loss of a fact is mean −log p(target) over its target tokens and prompts (each prompt weighs the same), plus
+    ``kl_weight`` · KL, plus ``weight_decay`` · ‖δ‖ / ‖r‖², as in the published code of ROME, MEMIT and AlphaEdit.
+
     Attributes:
-        steps: of Adam, at most; a fact whose loss falls below ``loss_threshold`` ends earlier.
+        steps: times that the loss is computed, at most. An Adam step follows each but the last, as in the published
+            code: its ``v_num_grad_steps: 25`` takes 24. A fact whose loss falls below ``loss_threshold`` ends earlier.
         learning_rate: Adam's.
         weight_decay: weight of ‖δ‖ / ‖r‖² in the loss.
-        kl_weight: weight of the KL divergence from the LLM before, after "{subject} is a".
+        kl_weight: weight of the KL divergence between the LLM with δ and the LLM before.
         clamp: ‖δ‖ is at most this many times ‖r‖.
         loss_threshold: see ``steps``.
         relative_to: what r is at the prompt's subject: "output", m itself, as in ROME, or "state", the state that
             leaves the layer, as in MEMIT and AlphaEdit.
+        kl: which divergence. "subject", as published: KL(new ‖ old) of the next token at the subject's last token in
+            "{subject} is a", the token where δ is added. "essence", ours: KL(old ‖ new) of the token after
+            "{subject} is a".
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     steps: int = 20
@@ -44,10 +56,22 @@ class ValueConfig:
     clamp: float = 4.0
     loss_threshold: float = 0.05
     relative_to: Literal["output", "state"] = "output"
+    kl: Literal["subject", "essence"] = "subject"
 
     def __post_init__(self) -> None:
         if self.relative_to not in ("output", "state"):
             raise ValueError(f"relative_to is {self.relative_to!r}; give 'output' or 'state'")
+        if self.kl not in KL_TERMS:
+            raise ValueError(f"kl is {self.kl!r}; give 'subject', as published, or 'essence'")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; give 1 or more: the loss is computed so often, and an Adam step "
+                             "follows each time but the last")
+        for name in ("learning_rate", "clamp"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+        for name in ("weight_decay", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ class Request:
 
     Attributes:
         rewrites: the prompt with its new target, alone and after each context.
-        essence: "{subject} is a", whose next token should stay.
+        essence: "{subject} is a", whose next tokens should stay.
     """
 
     rewrites: tuple[Passage, ...]
@@ -86,8 +110,9 @@ class Values:
 
 
 def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] = ()) -> Request:
-    """The passages of a fact; contexts that mention the subject are left out. In a chat template, a context comes
-    right before the prompt's own words.
+    """The passages of a fact. In a chat template, a context comes right before the prompt's own words.
+
+    Contexts that mention the subject are left out, which is ours: the published code keeps them.
 
     Raises:
         NotApplicable: the fact has no subject, or its prompt does not contain it.
@@ -112,6 +137,13 @@ def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] =
     return Request(tuple(rewrites), Passage(essence.input_ids[:end], essence.targets[:1], essence.subject_position))
 
 
+def up_to_subject(essence: Passage) -> Passage:
+    """The essence up to its subject's last token, whose state then predicts its only target."""
+    position = essence.subject_position
+    assert position is not None
+    return Passage(essence.input_ids[: position + 1], essence.targets[:1], position)
+
+
 def optimise_values(
     lm: EditableLM,
     module: str,
@@ -130,6 +162,8 @@ def optimise_values(
         config: how.
         progress: called with the number of facts done since the last call.
     """
+    if config.kl == "subject":
+        requests = [replace(request, essence=up_to_subject(request.essence)) for request in requests]
     width = lm.module_shapes[module][1]
     empty = torch.zeros(len(requests), width, device=lm.device, dtype=lm.edit_dtype)
     values = Values(
@@ -180,16 +214,16 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
             size = (state if config.relative_to == "state" else initial).norm(dim=1, keepdim=True)  # ‖r‖, (F, 1)
         resting = torch.zeros(len(active), dtype=torch.bool, device=lm.device)
         while True:
-            losses, gradient = running.losses(delta[active], reference[active], config.kl_weight)
+            losses, gradient = running.losses(delta[active], reference[active], config)
             now, norm = delta[active], delta[active].norm(dim=1, keepdim=True)
             scale = config.weight_decay / size[active].square()
             losses = losses + (scale * norm)[:, 0]
             gradient = gradient + scale * now / norm.clamp(min=torch.finfo(norm.dtype).tiny)
             loss[active] = torch.where(resting, loss[active], losses)
             resting = resting | (losses < config.loss_threshold)
+            step += 1
             if step == config.steps:
                 return Values(initial, delta, loss, steps.cpu())
-            step += 1
             moving = active[~resting]
             gradient = gradient[~resting]
             first[moving] = 0.9 * first[moving] + 0.1 * gradient
@@ -263,14 +297,15 @@ class _Pass:
             handle.remove()
         return initial, left[0], states[len(self.targets) :]
 
-    def losses(self, delta: Tensor, reference: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    def losses(self, delta: Tensor, reference: Tensor, config: ValueConfig) -> tuple[Tensor, Tensor]:
         """Loss of each fact without the weight decay (F,), and its gradient for δ (F, d_out)."""
         with torch.enable_grad():
             leaf = delta.detach().requires_grad_()
             states, _ = self._states(leaf)
             nll = negative_log_likelihood(self.forward, states[: len(self.targets)], self.targets)
-            kl = kl_divergence(self.forward, states[len(self.targets) :], reference)
-            losses = torch.zeros_like(kl).index_add(0, self.fact, nll * self.share.to(nll.dtype)) + kl_weight * kl
+            divergence = reverse_kl_divergence if config.kl == "subject" else kl_divergence
+            kl = config.kl_weight * divergence(self.forward, states[len(self.targets) :], reference)
+            losses = torch.zeros_like(kl).index_add(0, self.fact, nll * self.share.to(nll.dtype)) + kl
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         return losses.detach(), gradient
 

@@ -30,7 +30,7 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.hypernetwork import Aggregation
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import evaluate
+from rledit_env.metrics import METRICS_VERSION, evaluate
 from rledit_env.reward import RewardConfig
 
 
@@ -132,6 +132,7 @@ class Ablation:
         free = ("data", "out", "seeds", "only", "threads", "depths", "decays", "localities", "grid", "lengths")
         settings = {k: v for k, v in asdict(args).items() if k not in free}  # what every row depends on
         settings |= {"train": self.training.source, "test": self.test.source, "dtype": str(self.lm.dtype)}
+        settings |= {"metrics_version": METRICS_VERSION}
         self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
 
     def _facts(self, split: str) -> KnowledgeDataset:

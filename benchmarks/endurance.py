@@ -34,7 +34,7 @@ from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.ledger import LEDGER, EditLedger
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import evaluate
+from rledit_env.metrics import METRICS_VERSION, evaluate
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def run(args: Args) -> dict[str, Any]:
         "memory_deviation": flatness(np.asarray(memory, float), args.warm_up),
         "memory_growth": memory[-1] / memory[int(args.warm_up * len(memory))] - 1,
         "step_time_deviation": flatness(np.asarray(seconds), args.warm_up),
+        "metrics_version": METRICS_VERSION,
         "metrics": measured,
         "memory_bytes": memory,
         "batch_seconds": seconds,

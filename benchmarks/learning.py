@@ -34,7 +34,7 @@ from agents import FineTuningAgent, FineTuningConfig, HypernetworkConfig, RLEdit
 from agents.hypernetwork import Aggregation
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import Metrics, evaluate
+from rledit_env.metrics import METRICS_VERSION, Metrics, evaluate
 from rledit_env.report import text_table
 from rledit_env.reward import RewardConfig
 
@@ -186,6 +186,7 @@ class Benchmark:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in asdict(args).items() if k not in ("data", "out", "seeds", "only", "threads")}
         settings |= {"train": self.training.source, "test": self.test.source, "dtype": str(self.lm.dtype)}
+        settings |= {"metrics_version": METRICS_VERSION}
         self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
 
     def _facts(self, split: str) -> KnowledgeDataset:

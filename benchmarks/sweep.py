@@ -29,6 +29,7 @@ from agents.comparison import Comparison, Setting, Views
 from agents.editors import EDITORS, Editor, configured, find_configs, load_configs, merged
 from rledit_env.files import write_text
 from rledit_env.knowledge import held_out, load_knowledge
+from rledit_env.metrics import METRICS_VERSION
 from rledit_env.report import text_table
 
 HERE = Path(__file__).parent
@@ -162,6 +163,7 @@ def record(args: Args, sweep: Sweep, found: list[tuple[dict[str, Any], dict[str,
     results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results[f"{args.model}/{args.kind}/{sweep.name}"] = {
         "facts": f"{args.batches}×{args.batch_size} of {sweep.held_out.source}, stream {args.seed}",
+        "metrics_version": METRICS_VERSION,
         "grid": sweep.grid,
         "complete": len(found) == len(list(points(sweep.grid))),
         "best": point,

@@ -183,7 +183,8 @@ class LifelongEditEnv(Copied, gym.Env):
 
     ## Version History
 
-    * v0: first release.
+    * v0: first release. Since metrics version 2 (`rledit_env.metrics.METRICS_VERSION`) `evaluate()` scores record by
+      record and gives the mean over records, where it pooled answer tokens before; rewards and dynamics are the same.
     """
 
     metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 2}
@@ -624,20 +625,22 @@ class LifelongEditEnv(Copied, gym.Env):
         batches = -(-self._step // self.steps_per_batch)
         return [record for batch in range(batches) for record in self.stream.batch(batch)]
 
-    def evaluate(self, generate: bool = True) -> Metrics:
-        """The metrics on all facts edited so far, at the current weights.
+    def evaluate(self, generate: bool = True, metrics: str = "paper") -> Metrics:
+        """The metrics on all facts edited so far, at the current weights; printed in one line.
 
         Args:
             generate: also decode freely for ``exact_match`` (slower).
+            metrics: "paper", or "rledit-code" for what the paper's released code computes (see
+                `rledit_env.metrics.evaluate`).
 
         Raises:
-            ValueError: no fact has been edited yet.
+            ValueError: no fact has been edited yet, or there is no such ``metrics``.
             gymnasium.error.ResetNeeded: another environment has begun an episode on the same `EditableLM` since.
         """
         records = self.edited_records()
         if records:
             self._check_held()
-        return evaluate(self.lm, records, self.dataset.kind, generate=generate)
+        return evaluate(self.lm, records, self.dataset.kind, generate, metrics)
 
     def _answers(self, batch: int | None = None) -> list[str]:
         batch = self._step // self.steps_per_batch if batch is None else batch

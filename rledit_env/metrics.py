@@ -1,9 +1,16 @@
-"""Efficacy, Generalization and Specificity per data set (Appendix A.3), and free-running exact match."""
+"""Efficacy, Generalization and Specificity per data set (Appendix A.3), and free-running exact match.
+
+Every score is a mean over records: a passage's score is the share of its answer tokens that are right (or whether one
+answer is the more probable), a record's is the mean over its passages of that sort (its paraphrases, say), and the
+data's the mean over the records that have any. A record with a long answer counts no more than one with a short one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +23,36 @@ from rledit_env.lm.losses import negative_log_likelihood
 
 CHUNK = 256  # passages whose logits are held at once
 
+METRICS_VERSION = 2
+"""How scores are computed, in whole numbers; saved with every score, so that scores of two versions never share a
+table. 1: answer tokens and prompts pooled over all records. 2: the mean over records."""
 
-@dataclass(frozen=True)
+METRICS = {
+    "paper": "as the paper defines them (Appendix A.3)",
+    "rledit-code": "as the paper's released code computes them",
+}
+"""The ways to score, by name."""
+
+
+@dataclass(frozen=True, repr=False)
 class Metrics:
-    """Scores in percent, over all records (and over all their paraphrases and unrelated pairs).
+    """Scores in percent: each record's, then the mean over the records that have one.
 
     Attributes:
-        efficacy, generalization: CounterFact: share of prompts with P(y*) > P(y_old); else share of answer tokens
-            whose top-1 token is the target's, on x and on x̃.
-        specificity: share of unrelated facts kept. CounterFact: P(y_old) > P(y*) on x′; else share of answer tokens
-            of x′ where the top-1 token is the *original model's*.
+        efficacy, generalization: on x and on x̃. CounterFact: whether P(y*) > P(y_old); else the share of the answer's
+            tokens that are the model's top-1 token, teacher-forced.
+        specificity: whether unrelated facts are kept, on x′. CounterFact: P(y_old) > P(y*); else the share of the
+            answer's tokens where the top-1 token is the *original model's*.
         specificity_answer: the same against the data set's answer (what published ZsRE and FEVER code reports). For
             CounterFact the two readings are one.
         exact_match: share of edit prompts whose greedy, free-running continuation begins with the target and ends there
             (`rledit_env.answers.is_exact`); None if it was not asked for.
-        top1: share of edit prompts' answer tokens whose top-1 token is the target's (teacher-forced).
+        top1: share of the target's tokens that are the model's top-1 token on x (teacher-forced); for CounterFact, too.
         taken: one entry a record: does that continuation begin with the target (`rledit_env.answers.took`); empty if
             that was not asked for.
-        portability: share of answer tokens of what the edits imply whose top-1 token is the answer's (KnowEdit); None
+        portability: share of the answer's tokens of what an edit implies that are the top-1 token (KnowEdit); None
             where the data implies nothing.
+        metrics: the name in ``METRICS`` of how the first four were scored.
     """
 
     efficacy: float
@@ -45,6 +63,7 @@ class Metrics:
     top1: float
     taken: tuple[bool, ...]
     portability: float | None = None
+    metrics: str = "paper"
 
     @property
     def mean(self) -> float:
@@ -53,14 +72,39 @@ class Metrics:
 
     def as_dict(self) -> dict[str, float | None]:
         """The scores by name, without the per-record list; portability only where the data has it."""
-        scores = asdict(self)
-        del scores["taken"]
+        scores: dict[str, Any] = asdict(self)
+        del scores["taken"], scores["metrics"]
         if self.portability is None:
             del scores["portability"]
         return {**scores, "mean": self.mean}
 
+    def __repr__(self) -> str:
+        """The scores in one line, to one decimal; which facts took is in `taken`."""
+        names = ("efficacy", "generalization", "specificity", "mean", "exact_match", "portability")
+        shown = [f"{name}={value:.1f}" for name in names if (value := getattr(self, name)) is not None]
+        if self.metrics != "paper":
+            shown.append(f"metrics={self.metrics!r}")
+        return f"Metrics({', '.join(shown)})"
 
-def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate: bool = True) -> Metrics:
+
+RecordScores = Mapping[str, Sequence[float | None]]
+"""Score → one share a record, from 0 to 1; None for a record without such passages."""
+
+
+def check_metrics(metrics: str) -> None:
+    """Make sure that there is such a way to score.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if metrics not in METRICS:
+        known = ", ".join(f"{name!r} ({meaning})" for name, meaning in METRICS.items())
+        raise ValueError(f"metrics {metrics!r} is unknown; give one of {known}")
+
+
+def evaluate(
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, generate: bool = True, metrics: str = "paper"
+) -> Metrics:
     """Metrics of the current weights on these records.
 
     Args:
@@ -68,23 +112,43 @@ def evaluate(lm: EditableLM, records: Sequence[EditRecord], kind: str, generate:
         records: the facts that were edited.
         kind: "zsre", "counterfact" or "fever", which decides the metrics' form.
         generate: also decode freely, for ``taken`` and ``exact_match`` (much slower than the teacher-forced scores).
+        metrics: "paper", or "rledit-code" for what the paper's released code computes, to be set beside its tables.
+            CounterFact: the share of the first min(m, m_old) answer tokens where P(y*ᵢ) > P(y_oldᵢ), both after the
+            prompt and y*₁…y*ᵢ₋₁ (m tokens in y*, m_old in y_old); on x′ the answers' roles are swapped, so that it is
+            P(y_oldᵢ) > P(y*ᵢ) after y_old's own tokens. ZsRE and FEVER: Specificity is `specificity_answer`.
 
     Raises:
-        ValueError: no records, or a CounterFact record without the answer it had before.
+        ValueError: no records, a CounterFact record without the answer it had before, or no such ``metrics``.
     """
+    check_metrics(metrics)
     if not records:
         raise ValueError("no fact has been edited yet; take at least one step first")
-    edits = [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records]
-    top1 = _percent(torch.cat(_token_matches(lm, edits)))
-    answers = continuations(lm, records) if generate else None
-    if kind == "counterfact":
-        scores = _comparison_metrics(lm, records)
-    else:
-        scores = _token_metrics(lm, records, edits)
+    scores = averaged(score_records(lm, records, kind, metrics), metrics)
+    return with_answers(scores, records, continuations(lm, records)) if generate else scores
+
+
+def score_records(
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
+) -> dict[str, list[float | None]]:
+    """Every teacher-forced score of every record, for :func:`averaged`; arguments and errors are :func:`evaluate`'s."""
+    check_metrics(metrics)
+    top1: list[float | None] = [*top1_by_record(lm, records)]
     implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
-    portability = _percent(torch.cat(_token_matches(lm, implied))) if implied else None
-    metrics = Metrics(*scores, exact_match=None, top1=top1, taken=(), portability=portability)
-    return metrics if answers is None else with_answers(metrics, records, answers)
+    if kind == "counterfact":
+        scores = _comparison_scores(lm, records, metrics)
+    else:
+        scores = {"efficacy": top1, **_token_scores(lm, records, metrics)}
+    portability = _by_record(_share_right(lm, implied), [len(r.implied) for r in records])
+    return {**scores, "top1": top1, "portability": portability}
+
+
+def averaged(scores: RecordScores, metrics: str = "paper") -> Metrics:
+    """The means of :func:`score_records` over records, without free answers."""
+    means = {}
+    for name, shares in scores.items():
+        known = [share for share in shares if share is not None]
+        means[name] = 100 * fmean(known) if known else None
+    return Metrics(**means, exact_match=None, taken=(), metrics=metrics)  # type: ignore[arg-type]
 
 
 def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Sequence[str]) -> Metrics:
@@ -94,62 +158,106 @@ def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Seque
     return replace(metrics, exact_match=exact, taken=tuple(took(*pair) for pair in pairs))
 
 
-def _percent(hits: Tensor) -> float:
-    return 100 * float(hits.float().mean())
-
-
-def efficacy_counts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Tensor, Tensor]:
-    """What Efficacy is made of, by record: (hits, of how many), (records,) each, so that it is their sums' ratio.
-
-    CounterFact: one comparison of P(y*) with P(y_old) a record; else its answer tokens.
-    """
+def record_efficacy(
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
+) -> list[float]:
+    """What Efficacy is the mean of, by record, from 0 to 1."""
     if kind == "counterfact":
-        _require_originals(records)
-        hits = _preferred(lm, [(r.prompt, r.target, str(r.original), r.origin) for r in records])
-        return hits, torch.ones_like(hits)
-    matches = _token_matches(lm, [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records])
-    counts = [len(tokens) for tokens in matches]
-    return torch.stack([tokens.sum() for tokens in matches]), torch.tensor(counts, device=matches[0].device)
+        return _preferred(lm, _edit_rows(records), metrics).tolist()
+    return top1_by_record(lm, records)
 
 
-def _require_originals(records: Sequence[EditRecord]) -> None:
+def top1_by_record(lm: EditableLM, records: Sequence[EditRecord]) -> list[float]:
+    """What `Metrics.top1` is the mean of, by record, from 0 to 1."""
+    return _share_right(lm, [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records]).tolist()
+
+
+def _by_record(shares: Tensor, counts: Sequence[int]) -> list[float | None]:
+    """The mean of each record's shares, given how many passages each has; None where it has none."""
+    return [float(part.mean()) if len(part) else None for part in shares.split(list(counts))]
+
+
+# (prompt, the answer that should be the more probable, the other one, the record's origin)
+Comparison = tuple[str, str, str, str]
+
+
+def _edit_rows(records: Sequence[EditRecord]) -> list[Comparison]:
     missing = next((r for r in records if r.original is None), None)
     if missing is not None:
         raise ValueError(f"{missing.origin}: CounterFact's metrics compare with the answer before the edit, and it "
                          "has none; give the field of its schema that holds it")
+    return [(r.prompt, r.target, str(r.original), r.origin) for r in records]
 
 
-def _preferred(lm: EditableLM, rows: Sequence[tuple[str, str, str, str]]) -> Tensor:
-    """For each (prompt, first answer, second answer, origin): is the first the more probable."""
-    first = sequence_losses(lm, [lm.tokenize(p, a, origin=o) for p, a, _, o in rows])
-    second = sequence_losses(lm, [lm.tokenize(p, b, origin=o) for p, _, b, o in rows])
-    return first < second
-
-
-def _comparison_metrics(lm: EditableLM, records: Sequence[EditRecord]) -> tuple[float, float, float, float]:
-    _require_originals(records)
-    efficacy = [(r.prompt, r.target, str(r.original), r.origin) for r in records]
+def _comparison_scores(
+    lm: EditableLM, records: Sequence[EditRecord], metrics: str
+) -> dict[str, list[float | None]]:
+    edited = _edit_rows(records)
     general = [(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases]
     specific = [(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated]
-    scores = [_percent(_preferred(lm, rows)) for rows in (efficacy, general, specific)]
-    return scores[0], scores[1], scores[2], scores[2]
+    kept = _by_record(_preferred(lm, specific, metrics), [len(r.unrelated) for r in records])
+    return {
+        "efficacy": _preferred(lm, edited, metrics).tolist(),
+        "generalization": _by_record(_preferred(lm, general, metrics), [len(r.paraphrases) for r in records]),
+        "specificity": kept,
+        "specificity_answer": kept,
+    }
 
 
-def _token_metrics(
-    lm: EditableLM, records: Sequence[EditRecord], edits: Sequence[Passage]
-) -> tuple[float, float, float, float]:
+def _preferred(lm: EditableLM, rows: Sequence[Comparison], metrics: str = "paper") -> Tensor:
+    """How far each row's first answer is preferred to its second, (rows,) float64: whether its mean log-probability is
+    the higher one, or, as the released code has it, the share of its tokens that are more probable than the second
+    one's at the same place."""
+    first = [lm.tokenize(p, a, origin=o) for p, a, _, o in rows]
+    second = [lm.tokenize(p, b, origin=o) for p, _, b, o in rows]
+    if metrics == "rledit-code":
+        return _tokens_preferred(lm, first, second)
+    return (sequence_losses(lm, first) < sequence_losses(lm, second)).double().cpu()
+
+
+@torch.no_grad()
+def _tokens_preferred(lm: EditableLM, first: Sequence[Passage], second: Sequence[Passage]) -> Tensor:
+    shares: list[float] = []
+    for start in range(0, len(first), CHUNK):
+        chunk = first[start : start + CHUNK]
+        logits = lm.forward.logits(lm.answer_states(chunk).hidden).split([len(p.targets) for p in chunk])
+        for scores, one, other in zip(logits, chunk, second[start : start + CHUNK], strict=True):
+            pairs = list(zip(one.targets, other.targets, strict=False))  # up to the shorter answer's end
+            own, others = torch.tensor(pairs, device=scores.device).T
+            rows = torch.arange(len(pairs), device=scores.device)
+            shares.append(float((scores[rows, own] > scores[rows, others]).double().mean()))
+    return torch.tensor(shares, dtype=torch.float64)
+
+
+def _token_scores(
+    lm: EditableLM, records: Sequence[EditRecord], metrics: str
+) -> dict[str, list[float | None]]:
     paraphrases = [lm.tokenize(p, r.target, origin=r.origin) for r in records for p in r.paraphrases]
     unrelated = [lm.tokenize(u.prompt, u.answer, origin=r.origin) for r in records for u in r.unrelated]
-    predicted = torch.cat(top_tokens(lm, unrelated))
+    predicted = top_tokens(lm, unrelated)
     with lm.original_weights():
-        original = torch.cat(top_tokens(lm, unrelated))
-    answers = torch.tensor([t for p in unrelated for t in p.targets], device=predicted.device)
-    return (
-        _percent(torch.cat(_token_matches(lm, edits))),
-        _percent(torch.cat(_token_matches(lm, paraphrases))),
-        _percent(predicted == original),
-        _percent(predicted == answers),
-    )
+        original = top_tokens(lm, unrelated)
+    counts = [len(r.unrelated) for r in records]
+    answers = [torch.tensor(p.targets, device=b.device) for p, b in zip(unrelated, predicted, strict=True)]
+    against_answer = _by_record(_share_equal(predicted, answers), counts)
+    against_original = _by_record(_share_equal(predicted, original), counts)
+    return {
+        "generalization": _by_record(_share_right(lm, paraphrases), [len(r.paraphrases) for r in records]),
+        "specificity": against_answer if metrics == "rledit-code" else against_original,
+        "specificity_answer": against_answer,
+    }
+
+
+def _share_right(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
+    """Share of each passage's answer tokens that are the top-1 token, (passages,) float64."""
+    best = top_tokens(lm, passages)
+    return _share_equal(best, [torch.tensor(p.targets, device=b.device) for b, p in zip(best, passages, strict=True)])
+
+
+def _share_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Share of equal tokens, passage by passage, (passages,) float64."""
+    shares = [(a == b).double().mean() for a, b in zip(first, second, strict=True)]
+    return torch.stack(shares).cpu() if shares else torch.zeros(0, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -161,11 +269,6 @@ def top_tokens(lm: EditableLM, passages: Sequence[Passage]) -> list[Tensor]:
         best = lm.forward.logits(lm.answer_states(chunk).hidden).argmax(-1)
         tokens.extend(best.split([len(p.targets) for p in chunk]))
     return tokens
-
-
-def _token_matches(lm: EditableLM, passages: Sequence[Passage]) -> list[Tensor]:
-    best = top_tokens(lm, passages)
-    return [b == torch.tensor(p.targets, device=b.device) for b, p in zip(best, passages, strict=True)]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from rledit_env.knowledge import EditRecord
-from rledit_env.metrics import efficacy_counts, exact_matches
+from rledit_env.metrics import check_metrics, exact_matches, record_efficacy
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,18 @@ class RetentionProbe:
         env: the stream's environment.
         every: batches between two measurements; the first batch and the last are always measured.
         generate: also decode the first batch's prompts freely, at each measurement.
+        metrics: how Efficacy is scored (see `rledit_env.metrics.evaluate`).
+
+    Raises:
+        ValueError: ``every`` is less than 1, or there is no such ``metrics``.
     """
 
-    def __init__(self, env: gym.Env, every: int = 1, generate: bool = True) -> None:
+    def __init__(self, env: gym.Env, every: int = 1, generate: bool = True, metrics: str = "paper") -> None:
+        check_metrics(metrics)
         if every < 1:
             raise ValueError(f"every is {every}; give 1 or more")
         self.env: Any = env.unwrapped
-        self.every, self.generate = every, generate
+        self.every, self.generate, self.metrics = every, generate, metrics
         self._edited: list[int] = []
         self._rows: list[np.ndarray] = []
         self._exact: list[float] = []
@@ -91,7 +96,7 @@ class RetentionProbe:
         elif edited in (1, batches) or edited % self.every == 0:
             groups = [self.env.stream.batch(batch) for batch in range(edited)]
             row = np.full(batches, np.nan)
-            row[:edited] = batch_efficacy(self.env.lm, groups, self.env.dataset.kind)
+            row[:edited] = batch_efficacy(self.env.lm, groups, self.env.dataset.kind, self.metrics)
             first = exact_matches(self.env.lm, groups[0]) if self.generate else []
             self._edited.append(edited)
             self._rows.append(row)
@@ -135,12 +140,16 @@ class DriftProbe:
                 self.by_module[module].append(round(value, 6))
 
 
-def batch_efficacy(lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str) -> np.ndarray:
-    """Efficacy of each batch of records at the current weights, in percent, (batches,); all in shared passes."""
-    hits, counts = efficacy_counts(lm, [record for batch in batches for record in batch], kind)
-    owner = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-    sums = [np.bincount(owner, weights.double().cpu().numpy(), len(batches)) for weights in (hits, counts)]
-    return 100 * sums[0] / sums[1]
+def batch_efficacy(
+    lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
+) -> np.ndarray:
+    """Efficacy of each batch of records at the current weights, in percent, (batches,); all in shared passes.
+
+    It is `Metrics.efficacy` of the batch alone: the mean over its records.
+    """
+    shares = record_efficacy(lm, [record for batch in batches for record in batch], kind, metrics)
+    sizes = [len(batch) for batch in batches]
+    return np.array([100 * float(np.mean(part)) for part in np.split(np.array(shares), np.cumsum(sizes)[:-1])])
 
 
 def _or_none(value: float) -> float | None:

@@ -27,7 +27,8 @@ class RunReport:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no result.
+        ValueError: it holds no result, or results whose scores do not compare, since they are of different versions
+            of the metrics or scored otherwise.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,6 +41,7 @@ class RunReport:
                 f"{folder} holds no result to show; write one with: rledit evaluate --agent {folder} --retention "
                 f"--general self --json {self.folder / 'result.json'}"
             )
+        _check_comparable(self.folder, self.results)
         self.curves = report.read_curves(self.folder) if list(self.folder.glob("events.out.tfevents.*")) else {}
         self.pictures: dict[str, Picture] = {}  # by file name, in the page's order
 
@@ -52,7 +54,8 @@ class RunReport:
         page.table(*report.score_table(scores))
         self._picture(page, "scores", lambda form: report.score_bars(scores, form),
                       "Scores on the edited facts after the last of them.")
-        page.paragraph(_legend(str(next(iter(results.values()))["settings"].get("kind", ""))))
+        first = next(iter(results.values()))
+        page.paragraph(_legend(str(first["settings"].get("kind", "")), *_scored_as(first)))
         if any(report.PORTABILITY in row for row in scores.values()):
             page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
         for name, result in results.items():
@@ -212,8 +215,31 @@ def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{sentence}; every score is taken after the last of them. Data: {result['data_source']}."
 
 
-def _legend(kind: str) -> str:
-    if kind == "counterfact":
+def _scored_as(result: Mapping[str, Any]) -> tuple[int, str]:
+    """The version of the metrics that a result was scored with, and the name of the way."""
+    return result.get("metrics_version", 1), result["settings"].get("metrics", "paper")
+
+
+def _check_comparable(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make sure that all results may stand in one table.
+
+    Raises:
+        ValueError: they may not.
+    """
+    (first, kept), *others = results.items()
+    for name, result in others:
+        if _scored_as(result) != _scored_as(kept):
+            said = [f"{folder / f'{stem}.json'} of version {one[0]} ('{one[1]}')"
+                    for stem, one in ((first, _scored_as(kept)), (name, _scored_as(result)))]
+            raise ValueError(f"the scores of {folder} do not compare, since they are of different metrics: "
+                             f"{' and '.join(said)}; write the older one again with its command, or move one away")
+
+
+def _legend(kind: str, version: int, metrics: str) -> str:
+    exact = "Exact match: the answer written freely begins with the new one and ends there."
+    if metrics == "rledit-code":
+        text = "Efficacy, Generalization and Specificity are what the paper's released code computes (docs/metrics.md)."
+    elif kind == "counterfact":
         text = (
             "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same "
             "on paraphrases. Specificity: neighbouring facts that still prefer their own answer."
@@ -223,7 +249,12 @@ def _legend(kind: str) -> str:
             "Efficacy: answer tokens of the edited prompts that the model gives, teacher-forced. Generalization: the "
             "same on paraphrases. Specificity: answer tokens of unrelated prompts that are as before editing."
         )
-    return f"In percent. {text} Exact match: the answer written freely begins with the new one and ends there."
+    means = (
+        "Every score is the mean over facts." if version >= 2 else
+        "Scored by an earlier version, over the answer tokens and prompts of all facts together: not to be compared "
+        "with scores of today's version, which are means over facts."
+    )  # fmt: skip
+    return f"In percent. {text} {exact} {means}"
 
 
 def _shown(value: Any) -> str:

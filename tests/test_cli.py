@@ -21,6 +21,7 @@ from agents import saved as saved_agents
 from rledit_env import cli, report
 from rledit_env.cli import results, train
 from rledit_env.env import LifelongEditEnv
+from rledit_env.metrics import METRICS_VERSION
 
 ROOT = Path(__file__).parents[1]
 ENV = "RLEdit-CounterFact-v0"
@@ -89,6 +90,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
         (["train", "--env", ENV, "--out", "x", "--data", "nowhere.jsonl"], "no such file"),
         (["train", "--env", ENV, "--out", "x", "--batch-size", "0"], "--batch-size is 0"),
         (["edit", "--facts", "nowhere.jsonl", "--agent", "default", "--out", "x"], "no such file of facts"),
+        (["evaluate", "--agent", "default", "--metrics", "rome"], "metrics 'rome' is unknown; give one of 'paper'"),
     ],
 )
 def test_unusable_input_ends_with_2_and_one_line(
@@ -228,6 +230,7 @@ def test_evaluate_writes_metrics_settings_and_versions(run_folder: Path, tmp_pat
     }  # fmt: skip
     assert all(0 <= score <= 100 for score in written["metrics"].values())
     assert written["versions"] == report.versions()
+    assert (written["metrics_version"], written["settings"]["metrics"]) == (METRICS_VERSION, "paper")
     assert len(written["taken"]) == 6
     assert written["seconds_per_fact"] > 0
     assert "not the published CounterFact" in written["data_source"]
@@ -236,6 +239,23 @@ def test_evaluate_writes_metrics_settings_and_versions(run_folder: Path, tmp_pat
     assert settings["edit_modules"] == json.loads((run_folder / "best" / "agent.json").read_text())["environment"][
         "edit_modules"
     ]
+
+
+def test_evaluate_scores_as_the_released_code_does_where_that_is_asked_for(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "--agent", str(run_folder), "--num-batches", "2", "--batch-size", "4", "--retention"]
+    results = {}
+    for metrics in ("paper", "rledit-code"):
+        assert cli.main([*arguments, "--json", "-", "--metrics", metrics]) == 0
+        results[metrics] = json.loads(capsys.readouterr().out)
+        assert results[metrics]["settings"]["metrics"] == metrics
+        last = results[metrics]["retention"]["efficacy"][-1]
+        assert sum(last) / 2 == pytest.approx(results[metrics]["metrics"]["efficacy"], abs=1e-3)
+    for scores in ("metrics", "before"):
+        paper, code = (results[metrics][scores] for metrics in results)
+        assert code["top1"] == paper["top1"]
+        assert any(code[name] != paper[name] for name in ("efficacy", "generalization", "specificity"))
 
 
 def test_evaluate_gives_json_alone_on_the_standard_output(
@@ -315,7 +335,7 @@ def test_edit_writes_a_model_that_loads_and_differs_in_the_edited_modules_only(
     changed = {key.removesuffix(".weight") for key, value in original.items() if not torch.equal(value, edited[key])}
     assert changed == set(report["settings"]["edit_modules"])
     assert len(report["taken"]) == len(report["answers"]) == 3
-    assert report["metrics"]["generalization"] is None
+    assert report["metrics"]["generalization"] is None and report["metrics_version"] == METRICS_VERSION
     assert report["metrics"]["efficacy"] is not None
     shown = capsys.readouterr()
     assert "2 facts have no paraphrases" in shown.out

@@ -17,6 +17,7 @@ import pytest
 from agents.comparison import Comparison
 from agents.editors import EDITORS
 from rledit_env import cli
+from rledit_env.metrics import METRICS_VERSION
 
 ROOT = Path(__file__).parents[1]
 COMPARE = [
@@ -144,6 +145,7 @@ def test_an_editor_that_is_not_applicable_says_so_in_the_table_and_why(tmp_path,
         (["--editors", "romeo"], "editor 'romeo' is unknown; editors are none,"),
         (["--editors", "none", "--batches", "0"], "--batches is 0; give 1 or more"),
         (["--editors", "none", "--seeds", "0"], "--seeds is 0; give 1 or more"),
+        (["--editors", "none", "--metrics", "rome"], "metrics 'rome' is unknown; give one of 'paper'"),
         (["--editors", "none", "--batches", "9999"], "9999 batches of 2 need 19998 records, but bundled"),
         (["--editors", "none", "--data", "./nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         (["--editors", "none", "--configs", "./nowhere.json"], "nowhere.json"),
@@ -175,3 +177,54 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*command, "--batches", "3"]) == 2
     assert f"{tmp_path} holds a comparison with batches 2, not 3; give another --out" in capsys.readouterr().err
+
+
+def aged(out: Path, editor: str = "none", seed: int = 0) -> Path:
+    """A cell as the first version of the metrics wrote it: without one."""
+    path = out / "cells" / editor / f"seed-{seed}.json"
+    cell = json.loads(path.read_text(encoding="utf-8"))
+    assert cell.pop("metrics_version") == METRICS_VERSION and cell.pop("metrics") == "paper"
+    path.write_text(json.dumps(cell), encoding="utf-8")
+    settings = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    del settings["metrics"]
+    (out / "comparison.json").write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def test_cells_of_another_metrics_version_are_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    command = [*COMPARE, *COUNTERFACT, "--seeds", "2", "--out", str(tmp_path), "--no-generate", "--editors"]
+    assert cli.main([*command, "none"]) == 0
+    (tmp_path / "cells" / "none" / "seed-0.json").unlink()  # a missing cell before it does not hide the old one
+    old = aged(tmp_path, seed=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    monkeypatch.setattr("agents.comparison.EditableLM.load", lambda *a, **k: pytest.fail("the model was loaded"))
+    assert cli.main([*command, "none", "fine-tuning"]) == 2
+    said = capsys.readouterr().err
+    assert f"{old} holds scores of metrics version 1, which do not compare with those of version 2" in said
+    assert f"delete {old} to compute it anew, or give another folder" in said and "Traceback" not in said
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_cell_without_scores_has_no_metrics_version(tmp_path, capsys, monkeypatch):
+    from agents import NotApplicable
+
+    def refuse(self: Any, observation: Any, deterministic: bool = True) -> Any:
+        raise NotApplicable("the facts name no subject")
+
+    monkeypatch.setattr("agents.baselines.FineTuningAgent.predict", refuse)
+    command = [*COMPARE, *FEVER, "--editors", "fine-tuning", "--seeds", "1", "--out", str(tmp_path)]
+    assert cli.main(command) == cli.main(command) == 0
+
+
+def test_scores_of_two_ways_to_score_are_not_mixed(tmp_path, capsys):
+    command = [*COMPARE, *COUNTERFACT, "--editors", "none", "--seeds", "1", "--out", str(tmp_path), "--no-generate"]
+    assert cli.main([*command, "--metrics", "rledit-code"]) == 0
+    cell = json.loads((tmp_path / "cells" / "none" / "seed-0.json").read_text(encoding="utf-8"))
+    assert (cell["metrics"], cell["metrics_version"]) == ("rledit-code", METRICS_VERSION)
+    assert "with metrics 'rledit-code'" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert "holds a comparison with metrics 'rledit-code', not 'paper'" in capsys.readouterr().err
+    (tmp_path / "comparison.json").unlink()  # the cell itself says how it was scored, too
+    assert cli.main(command) == 2
+    assert "seed-0.json was scored with metrics 'rledit-code', not 'paper'; delete" in capsys.readouterr().err

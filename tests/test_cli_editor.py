@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +153,11 @@ def test_facts_without_subjects_are_refused_before_the_model_is_loaded_by_editor
 def test_without_a_step_size_one_is_found_shown_with_its_cost_and_kept_in_the_report(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments += ["--editor", "ft-l", "--drift-bound", "2.5", "--edit-modules", "model.layers.[2-3].mlp.*"]
+    arguments += ["--editor", "ft-m", "--drift-bound", "2.5", "--edit-modules", "model.layers.[2-3].mlp.*"]
     arguments += ["--batch-size", "3"]
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "FT-L is tried on 3 of the facts, for about 60 seconds" in shown
+    assert "FT-M is tried on 3 of the facts, for about 60 seconds" in shown
     assert "presentations  step size  facts that took  KL on own text" in shown
     found = report(tmp_path)["editor"]
     search = found["probe"]
@@ -209,7 +211,7 @@ def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no
     assert "--editor: ultraedit there, ft-l here" in error_of(other, capsys)
 
 
-@pytest.mark.parametrize("name", ["memit", "ft-l", "recursion"])
+@pytest.mark.parametrize("name", ["memit", "ft-l", "ft-m", "recursion"])
 def test_an_editor_s_interrupted_run_is_resumed_to_the_same_weights(
     name: str, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -294,3 +296,11 @@ def test_a_single_fact_takes_at_once_on_the_default_model(
     written = report(tmp_path)
     assert written["taken"] == [True]
     assert written["editor"]["probe"]["chosen"]["kl"] <= 0.1
+
+
+def test_a_method_without_second_moments_wants_no_text_for_them(tiny_lm: Any) -> None:
+    lm = tiny_lm("tiny-llama", "model.layers.1.mlp.down_proj")
+    options = argparse.Namespace(statistics_tokens=1024)
+    editing._check_statistics(EDITORS["rome"], lm, options)
+    with pytest.raises(ValueError, match="--statistics-tokens: rome .* takes no second moments.*leave it out"):
+        editing._check_statistics(replace(EDITORS["rome"], settings={"second_moment": False}), lm, options)

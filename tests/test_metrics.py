@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
-from rledit_env.metrics import evaluate, exact_matches
+from rledit_env.metrics import Metrics, evaluate, exact_matches
 
 
 @pytest.fixture
@@ -29,14 +29,38 @@ def edited(tiny_lm):
 
 
 def percent(hits) -> float:
-    hits = [bool(h) for h in hits]
+    hits = [float(h) for h in hits]
     return 100 * sum(hits) / len(hits)
 
 
+def over_records(groups) -> float:
+    """The mean over records of the mean over each one's shares, in percent; records without any do not count."""
+    return percent(sum(map(float, group)) / len(group) for group in groups if group)
+
+
 @torch.no_grad()
-def tokens_hit(lm, full_logits, pairs) -> list[bool]:
-    passages = [lm.tokenize(prompt, answer) for prompt, answer in pairs]
-    return [h for p in passages for h in (full_logits(lm, p).argmax(-1) == torch.tensor(p.targets)).tolist()]
+def share_hit(lm, full_logits, prompt, answer) -> float:
+    """Share of the answer's tokens that the whole model finds the most probable."""
+    passage = lm.tokenize(prompt, answer)
+    hits = full_logits(lm, passage).argmax(-1) == torch.tensor(passage.targets)
+    return float(hits.double().mean())
+
+
+@torch.no_grad()
+def share_kept(lm, original, full_logits, prompt, answer) -> float:
+    """Share of the answer's positions where the most probable token is the unedited model's."""
+    passage = lm.tokenize(prompt, answer)
+    return float((full_logits(lm, passage).argmax(-1) == full_logits(original, passage).argmax(-1)).double().mean())
+
+
+@torch.no_grad()
+def tokens_preferred(lm, full_logits, prompt, first, second) -> float:
+    """Share of the tokens of the first answer, up to the shorter one's end, that are more probable than the second's at
+    the same place, after the prompt and the first answer's tokens so far."""
+    one, other = lm.tokenize(prompt, first), lm.tokenize(prompt, second)
+    logits = full_logits(lm, one)
+    pairs = list(zip(one.targets, other.targets, strict=False))
+    return sum(float(logits[i, a] > logits[i, b]) for i, (a, b) in enumerate(pairs)) / len(pairs)
 
 
 @torch.no_grad()
@@ -51,7 +75,7 @@ def prefers(lm, full_logits, prompt, first, second) -> bool:
 
 @pytest.mark.parametrize("kind", ["zsre", "fever"])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2", "tiny-gpt2"])
-def test_zsre_and_fever_count_answer_tokens_where_the_top_token_is_right(
+def test_zsre_and_fever_score_each_record_s_share_of_right_answer_tokens(
     edited, facts, uneven_facts, full_logits, name, kind
 ):
     lm, original = edited(name)
@@ -62,19 +86,17 @@ def test_zsre_and_fever_count_answer_tokens_where_the_top_token_is_right(
     known = [dataclasses.replace(r, target=t) for r, t in zip(records, texts, strict=True) if t and t.isascii()]
     records = [*records, *known]
     metrics = evaluate(lm, records, kind, generate=False)
-    edit = tokens_hit(lm, full_logits, [(r.prompt, r.target) for r in records])
-    assert metrics.efficacy == pytest.approx(percent(edit))
+
+    def share(groups):
+        return over_records([share_hit(lm, full_logits, *pair) for pair in group] for group in groups)
+
+    assert metrics.efficacy == pytest.approx(share([(r.prompt, r.target)] for r in records))
     assert metrics.top1 == metrics.efficacy
-    assert metrics.generalization == pytest.approx(
-        percent(tokens_hit(lm, full_logits, [(p, r.target) for r in records for p in r.paraphrases]))
-    )
-    unrelated = [(u.prompt, u.answer) for r in records for u in r.unrelated]
-    assert metrics.specificity_answer == pytest.approx(percent(tokens_hit(lm, full_logits, unrelated)))
-    with torch.no_grad():
-        passages = [lm.tokenize(*pair) for pair in unrelated]
-        kept = [h for p in passages
-                for h in (full_logits(lm, p).argmax(-1) == full_logits(original, p).argmax(-1)).tolist()]
-    assert metrics.specificity == pytest.approx(percent(kept))
+    assert metrics.generalization == pytest.approx(share([(p, r.target) for p in r.paraphrases] for r in records))
+    unrelated = [[(u.prompt, u.answer) for u in r.unrelated] for r in records]
+    assert metrics.specificity_answer == pytest.approx(share(unrelated))
+    kept = over_records([share_kept(lm, original, full_logits, *pair) for pair in group] for group in unrelated)
+    assert metrics.specificity == pytest.approx(kept)
     assert 0 < metrics.specificity < 100
     assert metrics.mean == pytest.approx((metrics.efficacy + metrics.generalization + metrics.specificity) / 3)
 
@@ -87,14 +109,14 @@ def test_counterfact_compares_the_mean_log_probabilities_of_the_new_and_the_old_
     records = [*facts("counterfact", 10), *uneven_facts]
     metrics = evaluate(lm, records, "counterfact", generate=False)
 
-    def share(rows):
-        return percent(prefers(lm, full_logits, *row) for row in rows)
+    def share(groups):
+        return over_records([prefers(lm, full_logits, *row) for row in group] for group in groups)
 
-    assert metrics.efficacy == pytest.approx(share((r.prompt, r.target, r.original) for r in records))
+    assert metrics.efficacy == pytest.approx(share([(r.prompt, r.target, r.original)] for r in records))
     assert metrics.generalization == pytest.approx(
-        share((p, r.target, r.original) for r in records for p in r.paraphrases)
+        share([(p, r.target, r.original) for p in r.paraphrases] for r in records)
     )
-    expected = share((u.prompt, u.answer, r.target) for r in records for u in r.unrelated)
+    expected = share([(u.prompt, u.answer, r.target) for u in r.unrelated] for r in records)
     assert metrics.specificity == metrics.specificity_answer == pytest.approx(expected)
     assert all(0 < score < 100 for score in (metrics.efficacy, metrics.generalization, metrics.specificity))
 
@@ -105,16 +127,69 @@ def test_the_original_model_keeps_all_its_answers(tiny_lm, facts):
     assert metrics.exact_match is None
 
 
-def test_portability_counts_the_implied_answers_tokens_and_is_absent_without_any(edited, facts, full_logits):
+def test_portability_is_the_mean_over_the_records_that_imply_something_and_absent_without_any(
+    edited, facts, full_logits
+):
     lm, _ = edited()
     records = facts("zsre", 6)
     without = evaluate(lm, records, "zsre", generate=False)
     assert without.portability is None and "portability" not in without.as_dict()
-    implied = [(r.prompt, r.target) for r in records[:4]]  # their hits differ from the others'
-    some = [dataclasses.replace(records[5], implied=tuple(ImpliedFact(*pair) for pair in implied)), *records[:5]]
-    metrics = evaluate(lm, some, "zsre", generate=False)
-    assert metrics.as_dict()["portability"] == pytest.approx(percent(tokens_hit(lm, full_logits, implied)))
+    # Their hits differ from the others'.
+    implied = [[(r.prompt, r.target) for r in records[start:stop]] for start, stop in ((0, 3), (3, 4))]
+    some = [dataclasses.replace(r, implied=tuple(ImpliedFact(*pair) for pair in pairs))
+            for r, pairs in zip(records[4:], implied, strict=True)]
+    metrics = evaluate(lm, [*some, *records[:4]], "zsre", generate=False)
+    expected = over_records([share_hit(lm, full_logits, *pair) for pair in pairs] for pairs in implied)
+    assert metrics.as_dict()["portability"] == pytest.approx(expected)
     assert metrics.efficacy == pytest.approx(without.efficacy)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_the_released_code_scores_counterfact_token_by_token_after_the_answer_that_should_win(
+    edited, facts, uneven_facts, full_logits, name
+):
+    lm, _ = edited(name)
+    records = [*facts("counterfact", 10), *uneven_facts]
+    metrics = evaluate(lm, records, "counterfact", generate=False, metrics="rledit-code")
+
+    def share(groups):
+        return over_records([tokens_preferred(lm, full_logits, *row) for row in group] for group in groups)
+
+    assert metrics.efficacy == pytest.approx(share([(r.prompt, r.target, r.original)] for r in records))
+    assert metrics.generalization == pytest.approx(
+        share([(p, r.target, r.original) for p in r.paraphrases] for r in records)
+    )
+    expected = share([(u.prompt, u.answer, r.target) for u in r.unrelated] for r in records)
+    assert metrics.specificity == metrics.specificity_answer == pytest.approx(expected)
+    paper = evaluate(lm, records, "counterfact", generate=False)
+    assert metrics.top1 == paper.top1
+    assert (metrics.efficacy, metrics.specificity) != (paper.efficacy, paper.specificity)
+
+
+@pytest.mark.parametrize("kind", ["zsre", "fever"])
+def test_the_released_code_compares_zsre_s_and_fever_s_specificity_with_the_data_s_answer(edited, facts, kind):
+    lm, _ = edited()
+    paper, code = (evaluate(lm, facts(kind, 6), kind, generate=False, metrics=m) for m in ("paper", "rledit-code"))
+    assert code.specificity == code.specificity_answer == paper.specificity_answer != paper.specificity
+    assert (code.efficacy, code.generalization) == (paper.efficacy, paper.generalization)
+
+
+def test_metrics_that_are_unknown_are_refused_with_those_that_are_known(tiny_lm, facts):
+    with pytest.raises(ValueError, match="metrics 'rome' is unknown; give one of 'paper' .*, 'rledit-code' "):
+        evaluate(tiny_lm(), facts("zsre", 2), "zsre", metrics="rome")
+
+
+def test_scores_are_shown_in_one_line_without_the_list_of_facts():
+    metrics = Metrics(95.0, 80.0, 61.549, 61.549, 55.0, 90.0, (True, False) * 200)
+    assert repr(metrics) == (
+        "Metrics(efficacy=95.0, generalization=80.0, specificity=61.5, mean=78.8, exact_match=55.0)"
+    )
+    assert len(metrics.taken) == 400
+    other = Metrics(95.0, 80.0, 61.549, 61.549, None, 90.0, (), portability=12.34, metrics="rledit-code")
+    assert repr(other) == (
+        "Metrics(efficacy=95.0, generalization=80.0, specificity=61.5, mean=78.8, portability=12.3, "
+        "metrics='rledit-code')"
+    )
 
 
 @pytest.mark.parametrize("kind", ["zsre", "counterfact"])
@@ -140,7 +215,7 @@ def test_a_fact_took_when_the_free_answer_begins_with_its_target_as_a_whole_word
     assert lm.generate([record.prompt], longest=["Peru"])[0].startswith(" Peru")
     metrics = evaluate(lm, records, "zsre")
     assert metrics.taken == (True, False, False)
-    assert metrics.efficacy > 100 * 5 / 15
+    assert metrics.efficacy > 100 / 3  # the first record's answer is right, and so are most tokens of the second's
 
 
 def test_without_free_answers_nobody_says_which_facts_took(tiny_lm, facts):

@@ -49,15 +49,30 @@ def test_each_row_is_the_efficacy_of_the_batches_edited_by_then(env: Any) -> Non
         np.testing.assert_allclose(row[: len(hand)], hand, rtol=1e-5)
         assert np.isnan(row[len(hand) :]).all()
     assert result.first_exact_match[-1] == 100 * np.mean(exact_matches(env.lm, env.stream.batch(0)))
-    if env.dataset.kind == "counterfact":  # equal batches of equal weight
-        assert result.efficacy[-1].mean() == pytest.approx(env.evaluate(generate=False).efficacy)
+    # Equal batches have equal weight, whatever the lengths of their answers.
+    assert result.efficacy[-1].mean() == pytest.approx(env.evaluate(generate=False).efficacy)
 
 
-def test_batches_weigh_by_their_answer_tokens(env: Any) -> None:
-    env.reset(seed=0)
-    records = env.dataset.records[:5]
-    whole = batch_efficacy(env.lm, [records], "zsre")
-    assert whole[0] == pytest.approx(evaluate(env.lm, records, "zsre", generate=False).efficacy)
+@pytest.mark.parametrize("metrics", ["paper", "rledit-code"])
+@pytest.mark.parametrize("kind", ["zsre", "counterfact"])
+def test_a_batch_s_efficacy_is_that_of_its_metrics(
+    make_env: Callable[..., Any], kind: str, metrics: str
+) -> None:
+    env = make_env(kind)
+    batches = [env.dataset.records[:5], env.dataset.records[5:6]]
+    expected = [evaluate(env.lm, b, kind, generate=False, metrics=metrics).efficacy for b in batches]
+    np.testing.assert_allclose(batch_efficacy(env.lm, batches, kind, metrics), expected)
+
+
+def test_a_probe_scores_as_it_is_told_and_knows_the_ways(make_env: Callable[..., Any]) -> None:
+    env = make_env("counterfact", array_backend="torch", reward="none")
+    probe = RetentionProbe(env, generate=False, metrics="rledit-code")
+    edit_stream(env, FineTuning(), callbacks=[probe], seed=0)
+    assert probe.result.efficacy[-1].mean() == pytest.approx(
+        env.evaluate(generate=False, metrics="rledit-code").efficacy
+    )
+    with pytest.raises(ValueError, match="metrics 'rome' is unknown"):
+        RetentionProbe(env, metrics="rome")
 
 
 def test_measurements_can_be_sparse_but_have_the_first_batch_and_the_last(env: Any) -> None:

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rledit_env import report
 from rledit_env.answers import MEANING
+from rledit_env.metrics import METRICS_VERSION
 from rledit_env.retention import Retention
 from rledit_env.run_report import RunReport, answer_rows, score_rows
 
@@ -100,6 +101,29 @@ def test_several_results_are_compared_and_share_the_unedited_row(tmp_path: Path)
     assert list(rows) == ["no edit", "a", "b", "no edit (c)", "c"]
     assert rows["b"]["efficacy"] == 50.0
     assert "<h2>Retention (b)" in RunReport(tmp_path).page().html()
+
+
+def test_results_of_different_metrics_are_not_put_into_one_table(tmp_path: Path) -> None:
+    write(tmp_path, "old.json", result())
+    write(tmp_path, "new.json", result(metrics_version=METRICS_VERSION))
+    with pytest.raises(ValueError, match=r"scores of .* do not compare.*old.json of version 1 \('paper'\).*new.json of "
+                                         r"version 2 \('paper'\); write the older one again"):
+        RunReport(tmp_path)
+    (tmp_path / "old.json").unlink()
+    settings = {**result()["settings"], "metrics": "rledit-code"}
+    write(tmp_path, "code.json", result(metrics_version=METRICS_VERSION, settings=settings))
+    with pytest.raises(ValueError, match=r"code.json of version 2 \('rledit-code'\)"):
+        RunReport(tmp_path)
+    (tmp_path / "new.json").unlink()
+    assert "what the paper&#x27;s released code computes" in RunReport(tmp_path).page().html()
+
+
+def test_a_page_says_how_its_scores_were_averaged(tmp_path: Path) -> None:
+    write(tmp_path, "result.json", result())
+    assert "Scored by an earlier version" in RunReport(tmp_path).page().html()
+    write(tmp_path, "result.json", result(metrics_version=METRICS_VERSION))
+    page = RunReport(tmp_path).page().html()
+    assert "mean over facts" in page and "Scored by an earlier version" not in page
 
 
 def test_pictures_are_written_for_a_paper_too(tmp_path: Path) -> None:

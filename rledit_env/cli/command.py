@@ -72,6 +72,12 @@ def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> 
     _hardware_arguments(parser, dtype)
 
 
+def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """How the facts are scored."""
+    parser.add_argument("--metrics", default="paper", metavar="NAME",
+                        help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
+
+
 def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     parser.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'; 'auto' takes an accelerator")
     parser.add_argument("--dtype", default=dtype,

@@ -16,6 +16,7 @@ from rledit_env.cli.command import (
     check_positive,
     environment_arguments,
     kind_of,
+    metrics_argument,
     model_source,
     say_loading,
     skipped_rows,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="hyperparameters by editor (default: those that ship for the model, agents/configs)")
     parser.add_argument("--no-generate", dest="generate", action="store_false",
                         help="leave the free-running exact match out, which takes long")
+    metrics_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,9 +63,11 @@ def run(options: argparse.Namespace) -> int:
     from agents.editors import chosen_editors, configured, find_configs, load_configs
     from rledit_env.files import mark, write_text
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
+    from rledit_env.metrics import check_metrics
     from rledit_env.report import versions
 
     check_positive(options, "batches", "batch_size", "seeds")
+    check_metrics(options.metrics)
     kind = kind_of(options.env)
     configs = options.configs or find_configs(options.model)
     entries = load_configs(configs, kind)
@@ -82,12 +86,15 @@ def run(options: argparse.Namespace) -> int:
     if any(editor.training and not editor.saved for editor in editors):
         training()
     modules = tuple(options.edit_modules) if options.edit_modules else None
-    setting = Setting(options.env, test, training, options.batches, options.batch_size, modules, options.generate)
+    setting = Setting(
+        options.env, test, training, options.batches, options.batch_size, modules, options.generate, options.metrics
+    )
     views = Views(options.model, options.dtype, options.device, **model_source(options))
     comparison = Comparison(setting, views, options.out)
     _check_folder(options, test.source)
     seeds = range(options.seeds)
-    missing = [e for e in editors if any(comparison.cell(e, seed) is None for seed in seeds)]
+    # Every cell is read, so that one that cannot be gone on from is refused before anything is computed.
+    missing = [e for e in editors if None in [comparison.cell(e, seed) for seed in seeds]]
 
     print(f"data     {test.source} ({test.split}): {options.batches} × {options.batch_size} of {len(test):,} facts, "
           f"{options.seeds} streams", *skipped_rows(test))
@@ -157,8 +164,8 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
-               "percent after the last edit. KL: from the unedited model on text that it wrote, nats a token. s/fact "
-               "in all: with training and statistics, shared by a stream's facts.")
+               f"percent after the last edit{_scored(options)}. KL: from the unedited model on text that it wrote, "
+               "nats a token. s/fact in all: with training and statistics, shared by a stream's facts.")
     texts = (
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
         tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),
@@ -166,10 +173,15 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
     return dict(zip(TABLES, texts, strict=True))
 
 
+def _scored(options: argparse.Namespace) -> str:
+    return "" if options.metrics == "paper" else f", with metrics {options.metrics!r}"
+
+
 def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
     """What the folder's cells have in common, beside the editors' own settings."""
     names = (
-        "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate"
+        "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",
+        "metrics",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names} | {"source": source}
 

@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.answers import MEANING
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
+    from rledit_env.metrics import METRICS_VERSION
     from rledit_env.report import versions
 
     check_editor(options)
@@ -130,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
         "facts_file": str(options.facts),
         "data_source": facts.dataset.source,
         **editing.report,
+        "metrics_version": METRICS_VERSION,
         "metrics": scores,
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
@@ -303,7 +305,7 @@ examples:
 
   # any model, without a trained agent: the step size is found on a few of the facts, or given
   rledit edit --facts facts.jsonl --model owner/name --editor ultraedit --out edited-model
-  rledit edit --facts facts.jsonl --model owner/name --editor ft-l --step-size 5e-4 --out edited-model
+  rledit edit --facts facts.jsonl --model owner/name --editor ft-m --step-size 5e-4 --out edited-model
 
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger  # and, if interrupted,

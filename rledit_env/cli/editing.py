@@ -66,7 +66,7 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
                         "'default', the agent that ships with the package for smollm2-135m")
     parser.add_argument("--editor", metavar="NAME",
                         help="instead of an agent, an editor that needs no training, for any model: ultraedit, "
-                        "recursion, ft-l, rome, memit, alphaedit or another one of 'rledit compare'")
+                        "recursion, ft-l, ft-m, rome, memit, alphaedit or another one of 'rledit compare'")
     group = parser.add_argument_group("an editor's strength")
     group.add_argument("--step-size", type=float, metavar="X",
                        help="of the editor (default: found in about a minute on a few of the facts: most of them take, "
@@ -284,6 +284,9 @@ def _check_subjects(editor: Editor, facts: KnowledgeDataset) -> None:
 def _check_statistics(editor: Editor, lm: EditableLM, options: argparse.Namespace) -> None:
     """Refuse a text that is too short for second moments of full rank."""
     tokens, widest = options.statistics_tokens, max(shape[0] for shape in lm.module_shapes.values())
+    if tokens is not None and not editor.configuration().needs_statistics:
+        raise ValueError(f"--statistics-tokens: {editor.name} as configured for {lm.name} takes no second moments "
+                         "(second_moment is false); leave it out")
     if editor.group == "locate" and tokens is not None and tokens <= widest:
         raise ValueError(f"--statistics-tokens is {tokens}; second moments of {widest} inputs need more tokens, "
                          f"better {16 * widest}")
@@ -382,10 +385,10 @@ def _say_search(search: StrengthSearch) -> None:
 
 def _get_ready(editor: Editor, agent: Agent, lm: EditableLM) -> None:
     """What the editor needs once per model; what takes long is said beforehand."""
-    if editor.group == "locate":
+    config = editor.configuration()
+    if editor.group == "locate" and config.needs_statistics:
         from agents.key_statistics import expected_seconds
 
-        config = editor.configuration()
         seconds = expected_seconds(lm, list(lm.module_shapes), config.corpus_tokens)
         if seconds:
             print(f"once for this model: second moments of {len(lm.module_shapes)} modules' inputs over "

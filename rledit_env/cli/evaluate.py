@@ -19,6 +19,7 @@ from rledit_env.cli.command import (
     check_positive,
     dtype_name,
     environment_arguments,
+    metrics_argument,
     model_name,
     model_source,
     override_arguments,
@@ -57,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", type=file_or_dash, metavar="FILE",
                         help="write the result there, over an earlier result perhaps; '-' for the standard output")
-    group = parser.add_argument_group("what else is measured")
+    group = parser.add_argument_group("how it is scored, and what else is measured")
+    metrics_argument(group)
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
     group.add_argument("--general", nargs="+", metavar="SOURCE",
@@ -74,9 +76,11 @@ def run(options: argparse.Namespace) -> int:
     from agents.saved import modules_of
     from rledit_env.answers import MEANING
     from rledit_env.general import GeneralAbility, GeneralEvery
+    from rledit_env.metrics import METRICS_VERSION, check_metrics
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
 
+    check_metrics(options.metrics)
     if options.json not in (None, "-"):
         check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
     folder = find_agent(options.agent)
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         f"{len(inner.dataset):,} facts", *skipped_rows(inner.dataset))
     say(f"model  {inner.lm.name} ({dtype_name(inner.lm)}, {inner.lm.device}), {len(inner.lm.module_shapes)} modules")
     say(f"agent  {folder}")
-    retention = RetentionProbe(env, options.retention_every) if options.retention else None
+    retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
     general = None
     if options.general:
         ability = GeneralAbility(inner.lm, options.general, options.general_shots, options.general_limit, options.seed)
@@ -121,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
         log = edit_stream(env, agent, progress=bar.update, callbacks=callbacks, seed=options.seed)
     records = inner.edited_records()
-    metrics, answers = score_facts(inner.lm, records, inner.dataset.kind)
+    metrics, answers = score_facts(inner.lm, records, inner.dataset.kind, options.metrics)
     before, shown = before_and_after(inner.lm, records, inner.dataset.kind, metrics, answers)
     content = {
         "format": RESULT_FORMAT,
@@ -129,13 +133,14 @@ def run(options: argparse.Namespace) -> int:
         "agent": str(folder),
         "data_source": inner.dataset.source,
         "command": options.command_line,
+        "metrics_version": METRICS_VERSION,
         "metrics": rounded(metrics.as_dict()),
         "before": rounded(before.as_dict()),
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
         "diverged": log.diverged,
         "settings": {**settings, "data": options.data, "seed": options.seed, "device": str(inner.lm.device),
-                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind},
+                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind, "metrics": options.metrics},
         "versions": versions(),
         "taken": list(metrics.taken),
         "taken_means": MEANING,

@@ -18,13 +18,16 @@ LISTED = 20  # facts that did not take are named up to this many
 SHOWN = 20  # facts are shown with the answers before and after
 
 
-def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tuple[Metrics, list[str]]:
-    """The metrics on these records, and the LLM's answer to each one's prompt, to be shown."""
+def score_facts(
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, how: str = "paper"
+) -> tuple[Metrics, list[str]]:
+    """The metrics on these records (``how``: a name of `rledit_env.metrics.METRICS`), and the LLM's answer to each
+    one's prompt, to be shown."""
     from rledit_env.answers import answer_of
     from rledit_env.metrics import continuations, evaluate, with_answers
 
     with progress_bar(len(records), "scoring") as bar:
-        metrics = evaluate(lm, records, kind, generate=False)
+        metrics = evaluate(lm, records, kind, generate=False, metrics=how)
         written: list[str] = []
         for start in range(0, len(records), 64):
             chunk = records[start : start + 64]
@@ -36,15 +39,15 @@ def score_facts(lm: EditableLM, records: Sequence[EditRecord], kind: str) -> tup
 def before_and_after(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str]
 ) -> tuple[Metrics, list[dict[str, Any]]]:
-    """The metrics of the unedited LLM (teacher-forced), and some facts, evenly from the stream whatever became of them,
-    with its answers before and after, and whether they took."""
+    """The metrics of the unedited LLM (teacher-forced, scored as the edited one's were), and some facts, evenly from
+    the stream whatever became of them, with its answers before and after, and whether they took."""
     from rledit_env.metrics import evaluate, free_answers
 
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
     some = [records[i] for i in chosen]
     with lm.original_weights():
-        before = evaluate(lm, records, kind, generate=False)
+        before = evaluate(lm, records, kind, generate=False, metrics=edited.metrics)
         answers_before = free_answers(lm, some)
     return before, [
         {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i], "took": edited.taken[i]}

@@ -56,6 +56,21 @@ def kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
     return _Losses.apply(hidden, forward, reference, row_loss, wanted)
 
 
+def reverse_kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
+    """KL(p ‖ p_reference) at each position, (P,) at least in float32, from normalised final states (P, d) each; the
+    reference is a constant."""
+    wanted = _wanted(hidden)
+
+    def row_loss(log_p: Tensor, _place: slice, beside: Tensor) -> tuple[Tensor, Tensor]:
+        difference = log_p - forward.output.after(beside).log_softmax(-1)
+        p = log_p.exp()
+        loss = torch.linalg.vecdot(p, difference)
+        # ∂/∂logits of Σ p (log p − log q): p ⊙ (log p − log q − KL)
+        return loss, difference.sub_(loss[:, None]).mul_(p) if wanted else log_p
+
+    return _Losses.apply(hidden, forward, reference, row_loss, wanted)
+
+
 def _wanted(hidden: Tensor) -> bool:
     return hidden.requires_grad and torch.is_grad_enabled()
 

@@ -41,7 +41,7 @@ ONE_MODULE = "model.layers.1.mlp.down_proj"  # for ROME
 EPISODE = 2  # steps: two batches, presented once
 TRAINED = [name for name, kind in CLASSES.items() if issubclass(kind, (RLEditAgent, StandardAgent, RandomSearchAgent))]
 RESUMING = [name for name in TRAINED if not issubclass(CLASSES[name], RandomSearchAgent)]
-QUICK = {"contexts": 1, "context_length": 4, "corpus_tokens": 512}
+QUICK = {"contexts": 1, "context_lengths": (4,), "corpus_tokens": 512}
 
 
 class Counted(gym.Wrapper[Any, Any, Any, Any]):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from test_resume import environments, new_agent
 
 from agents import RLEditAgent
-from agents.distributed import Processes, _scored_things, evaluate_sharded
-from rledit_env.knowledge import load_knowledge
+from agents.distributed import Processes, evaluate_sharded
+from rledit_env.knowledge import ImpliedFact, load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.metrics import Metrics, evaluate
 
@@ -25,8 +26,6 @@ SETTINGS: dict[str, Any] = {"eval_every": 1, "patience": 99, "progress_bar": Fal
 
 
 def train(folder: Path, total_timesteps: int, processes: Processes | None = None, trajectories: int = 1) -> RLEditAgent:
-    from dataclasses import replace
-
     env, eval_env = environments()
     agent = new_agent(env)
     agent.config = replace(agent.config, trajectories_per_update=trajectories)
@@ -85,22 +84,40 @@ class Fake(Processes):
         return self.said
 
 
-@pytest.mark.parametrize("kind", ["zsre", "counterfact"])
-def test_sharded_scores_are_those_of_one_process(kind: str) -> None:
-    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
-    records = load_knowledge(kind).records[:7]
-    wanted = evaluate(lm, records, kind, generate=False)
-    said: list[Any] = [None, None, None]
+def scored_by(count: int, records: Any, kind: str, lm: EditableLM, metrics: str = "paper") -> Metrics:
+    """What the last of several processes gets."""
+    said: list[Any] = [None] * count
     found: Metrics | None = None
-    for rank in range(3):
-        processes = Fake(rank, 3)
+    for rank in range(count):
+        processes = Fake(rank, count)
         object.__setattr__(processes, "said", said)
         with suppress(Waiting):
-            found = evaluate_sharded(processes, lm, records, kind)
+            found = evaluate_sharded(processes, lm, records, kind, metrics)
     assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("metrics", ["paper", "rledit-code"])
+@pytest.mark.parametrize("kind", ["zsre", "counterfact"])
+def test_sharded_scores_are_those_of_one_process(kind: str, metrics: str) -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    # Random weights know nothing: half the records ask for what they do answer.
+    records = [*load_knowledge(kind).records[:7]]
+    for i, text in enumerate(lm.generate([r.prompt for r in records], extra=2)[::2]):
+        text = "".join(c for c in text if c.isascii()).strip()
+        records[2 * i] = replace(records[2 * i], target=text or "?", implied=(ImpliedFact("Rome is in", "Peru"),) * i)
+    wanted = evaluate(lm, records, kind, generate=False, metrics=metrics)
+    found = scored_by(3, records, kind, lm, metrics)
     assert found.as_dict() == pytest.approx(wanted.as_dict())
-    assert found.taken == wanted.taken
-    assert sum(_scored_things(lm, records, kind).values()) > 0
+    assert found.taken == wanted.taken and found.metrics == metrics
+    assert found.portability is not None
+
+
+def test_processes_beyond_the_records_have_nothing_to_score() -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    records = load_knowledge("counterfact").records[:2]
+    wanted = evaluate(lm, records, "counterfact", generate=False)
+    assert scored_by(3, records, "counterfact", lm).as_dict() == pytest.approx(wanted.as_dict())
 
 
 def test_moments_of_a_lifetime_are_not_split_among_processes() -> None:

@@ -1,4 +1,4 @@
-"""Tests of FT-L."""
+"""Tests of FT-L and FT-M."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import FTLAgent, FTLConfig, load_agent
+from agents import FTLAgent, FTLConfig, FTMAgent, FTMConfig, load_agent
 from agents.ft_l import constrained_fine_tuning
 from rledit_env.metrics import sequence_losses, top_tokens
 
@@ -43,10 +43,11 @@ def test_no_entry_leaves_the_box_and_most_steps_reach_its_walls(env, around):
     assert far <= 1.001 * epsilon if around == "original" else far > 1.5 * epsilon
 
 
-def test_without_a_wall_the_first_steps_are_adams_on_the_batchs_mean_loss(env):
+@pytest.mark.parametrize("objective", ["prompt_last", "target_new", "pooled"])
+def test_without_a_wall_the_first_steps_are_adams_on_the_batchs_mean_loss(env, objective):
     env.reset(seed=0)
     lm = env.lm
-    config = FTLConfig(DOWN, steps=3, learning_rate=1e-3, epsilon=math.inf)
+    config = FTLConfig(DOWN, steps=3, learning_rate=1e-3, epsilon=math.inf, objective=objective)
     update = constrained_fine_tuning(lm, edits(env), [DOWN], config)[DOWN]
     weight = next(m for n, m in lm.model.named_modules() if n == DOWN).weight
     before = weight.detach().clone()
@@ -55,9 +56,12 @@ def test_without_a_wall_the_first_steps_are_adams_on_the_batchs_mean_loss(env):
         losses = []
         for p in edits(env):
             logits = lm.model(input_ids=torch.tensor([p.input_ids])).logits[0, list(p.positions)]
+            if objective == "prompt_last":
+                logits = logits[:1].expand_as(logits)
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(p.targets), reduction="none"))
         optimizer.zero_grad()
-        torch.cat(losses).mean().backward()
+        every = losses if objective == "pooled" else [loss.mean()[None] for loss in losses]
+        torch.cat(every).mean().backward()
         optimizer.step()
     expected = (weight.detach() - before).clone()
     weight.requires_grad_(False)
@@ -71,7 +75,7 @@ def test_a_prediction_leaves_the_llm_bit_for_bit_and_the_update_lowers_the_loss(
     env.reset(seed=0)
     lm, passages = env.lm, edits(env)
     before, loss = lm.snapshot(), float(sequence_losses(lm, passages).mean())
-    action, _ = FTLAgent(env, FTLConfig(DOWN, learning_rate=3e-3, epsilon=0.02)).predict(None)
+    action, _ = FTMAgent(env, FTMConfig(DOWN, learning_rate=3e-3, epsilon=0.02)).predict(None)
     assert set(action["updates"]) == {DOWN}
     assert all(torch.equal(lm.weight(m), w) for m, w in before.items())
     assert not any(p.requires_grad for p in lm.model.parameters())
@@ -113,14 +117,17 @@ def test_the_last_edited_module_is_tuned_unless_others_are_named(env):
 
 
 def test_wrong_numbers_are_refused():
-    for wrong in ({"around": "here"}, {"epsilon": 0.0}, {"learning_rate": -1.0}, {"steps": -1}):
+    for wrong in ({"around": "here"}, {"epsilon": 0.0}, {"learning_rate": -1.0}, {"steps": -1}, {"batch_size": 0},
+                  {"objective": "last"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FTLConfig(**wrong)
 
 
-def test_a_saved_agent_predicts_the_same_and_needs_its_environment(env, tmp_path):
-    agent = FTLAgent(env, FTLConfig(DOWN, steps=3, learning_rate=1e-3))
+@pytest.mark.parametrize("agent_class", [FTLAgent, FTMAgent])
+def test_a_saved_agent_predicts_the_same_and_needs_its_environment(env, tmp_path, agent_class):
+    agent = agent_class(env, agent_class.config_class(DOWN, steps=3, learning_rate=1e-3))
     agent.learn(10).save(tmp_path)
+    assert type(load_agent(tmp_path, env)) is agent_class
     env.reset(seed=0)
     mine, theirs = agent.predict(None)[0], load_agent(tmp_path, env).predict(None)[0]
     assert torch.equal(mine["updates"][DOWN], theirs["updates"][DOWN])
@@ -142,7 +149,7 @@ def test_a_single_edit_of_the_default_model_takes():
         "rledit_env:RLEdit-CounterFact-v0", num_batches=1, batch_size=1, reward="none", array_backend="torch",
         edit_modules="model.layers.12.mlp.down_proj", disable_env_checker=True,
     )  # fmt: skip
-    agent = FTLAgent(env, FTLConfig(learning_rate=5e-3, epsilon=1e-2))
+    agent = FTMAgent(env, FTMConfig(learning_rate=5e-3, epsilon=1e-2))
     taken = 0
     for seed in range(3):
         observation, _ = env.reset(seed=seed)

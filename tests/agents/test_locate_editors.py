@@ -39,9 +39,9 @@ from agents.locate import (
     dense,
     least_squares_keys,
     linear_shape,
-    mean_keys,
     output_projections,
     rescaled,
+    subject_keys,
     trimmed_mean,
     write_contexts,
 )
@@ -134,7 +134,7 @@ def test_the_published_formula_gives_the_value_at_the_key_in_the_mean_keys_direc
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
 # Without contexts the mean is the prompt's key.
-@pytest.mark.parametrize("key", [{"key": "prompt"}, {"key": "mixed"}, {"contexts": 0}])
+@pytest.mark.parametrize("key", [{"key": "prompt"}, {"key": "mixed"}, {"contexts": 0}, {"second_moment": False}])
 def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any], make: Callable[..., Any]) -> None:
     env = make(ROMEAgent, name, batch_size=1)
     agent = ROMEAgent(env, ROMEConfig(**{**QUICK, **key}))
@@ -156,9 +156,9 @@ def test_rome_gives_a_fact_its_value_in_the_model(name: str, key: dict[str, Any]
 
 
 def test_an_unknown_kind_of_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean' or 'prompt' or 'mixed'"):
+    with pytest.raises(ValueError, match="'mixed' or 'mean' or 'prompt'"):
         ROMEConfig(key="median")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'mixed'; give 'mean' or 'prompt'"):
+    with pytest.raises(ValueError, match="'mixed'; give 'balanced' or 'mean' or 'prompt'"):
         MEMITConfig(key="mixed")
 
 
@@ -191,9 +191,9 @@ def test_memit_moves_the_last_layers_states_by_the_values_found(name: str, make:
     delta = 0.1 * random(2, 32).float()
     none = torch.zeros(2)
     keys, residuals = agent.solve(requests, Values(torch.zeros(2, 32), delta, none, none))
-    _, before = mean_keys(env.lm, agent.modules, requests)
+    _, before = subject_keys(env.lm, agent.modules, requests, "balanced")
     env.lm.add(dense(keys, residuals))
-    _, after = mean_keys(env.lm, agent.modules, requests)
+    _, after = subject_keys(env.lm, agent.modules, requests, "balanced")
     # Nothing is preserved at this weight, and the last layer writes whatever the ones below have left.
     torch.testing.assert_close(after - before, delta, atol=1e-3, rtol=1e-2)
     assert all(float(residuals[m].norm()) > 0 for m in agent.modules)
@@ -419,8 +419,8 @@ def test_modules_of_another_kind_are_refused(tiny_lm: Callable[..., EditableLM])
 
 def test_contexts_are_the_same_for_the_same_seed(tiny_lm: Callable[..., EditableLM]) -> None:
     lm = tiny_lm("tiny-llama", TWO)
-    assert write_contexts(lm, 5, 12, 0) == write_contexts(lm, 5, 12, 0) != write_contexts(lm, 5, 12, 1)
-    assert len(write_contexts(lm, 3, 12, 0)) == 3 and write_contexts(lm, 0, 12, 0) == []
+    assert write_contexts(lm, 5, (12,), 0) == write_contexts(lm, 5, (12,), 0) != write_contexts(lm, 5, (12,), 1)
+    assert len(write_contexts(lm, 3, (12,), 0)) == 3 and write_contexts(lm, 0, (12,), 0) == []
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("tiny")])

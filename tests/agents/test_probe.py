@@ -98,6 +98,11 @@ def test_nothing_is_computed_twice_and_other_settings_are_refused(
     assert again.cells == whole.cells
     with pytest.raises(ValueError, match=r"holds scores of other settings \(seed\)"):
         make_probe(ProbeConfig(**{**SMALL.__dict__, "seed": 1}))
+    stored = json.loads(first.path.read_text(encoding="utf-8"))
+    del stored["settings"]["metrics_version"]  # as the first version of the metrics wrote it
+    first.path.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds scores of other settings \(metrics_version\)"):
+        make_probe()
 
 
 def test_cells_do_not_depend_on_what_was_tried_before(make_probe: Callable[..., Probe], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -143,6 +144,17 @@ def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
     assert (first._begun, whole._begun) == (8, 0)
     second._begun = 0
     assert_same(whole, second)
+
+
+def test_a_best_score_of_another_metrics_version_is_not_compared_with_new_ones() -> None:
+    agent = new_agent(environments()[0])
+    agent.best_score = 99.0
+    tensors, counters = agent._training_state()
+    agent._load_training_state(tensors, counters)
+    assert agent.best_score == 99.0
+    del counters["metrics_version"]  # as the first version of the metrics wrote it
+    agent._load_training_state(tensors, counters)
+    assert agent.best_score == -math.inf
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:

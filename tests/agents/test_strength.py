@@ -18,7 +18,7 @@ from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
 from rledit_env.metrics import evaluate
 
-EDITOR = with_step_size(EDITORS["ft-l"], 1e-2, 1)
+EDITOR = with_step_size(EDITORS["ft-m"], 1e-2, 1)
 RECORDS = tuple(
     EditRecord(f"{name} is", target, (f"{name} is",), (UnrelatedFact("Up is", "up"),), subject=name, origin="list")
     for name, target in (("Ruritania", "a."), ("Freedonia", "b."))

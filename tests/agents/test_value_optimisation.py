@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from agents.base import NotApplicable
-from agents.value_optimisation import Request, ValueConfig, _Pass, encode_request, optimise_values
+from agents.value_optimisation import Request, ValueConfig, _Pass, encode_request, optimise_values, up_to_subject
 from rledit_env.knowledge import EditRecord, UnrelatedFact
 from rledit_env.lm.continued import subject_states
 from rledit_env.lm.editable import EditableLM
@@ -37,7 +38,7 @@ def requests(lm: EditableLM) -> list[Request]:
     return [encode_request(lm, record, CONTEXTS) for record in FACTS]
 
 
-def direct_loss(lm: EditableLM, module: str, request: Request, delta: Tensor, kl_weight: float) -> Tensor:
+def direct_loss(lm: EditableLM, module: str, request: Request, delta: Tensor, config: ValueConfig) -> Tensor:
     """The loss without weight decay, from the whole model run on each passage alone."""
 
     def log_p(passage: Passage, vector: Tensor | None) -> Tensor:
@@ -52,29 +53,40 @@ def direct_loss(lm: EditableLM, module: str, request: Request, delta: Tensor, kl
         return logits.double().log_softmax(-1)
 
     nll = [-log_p(p, delta).gather(1, torch.tensor(p.targets)[:, None]).mean() for p in request.rewrites]
-    before, now = log_p(request.essence, None).detach(), log_p(request.essence, delta)
-    return torch.stack(nll).mean() + kl_weight * (before.exp() * (before - now)).sum()
+    essence = request.essence
+    if config.kl == "subject":  # what the LLM gives right after the subject
+        essence = Passage(essence.input_ids[: (essence.subject_position or 0) + 1], (0,), essence.subject_position)
+    old, new = log_p(essence, None).detach(), log_p(essence, delta)
+    kl = (new.exp() * (new - old)).sum() if config.kl == "subject" else (old.exp() * (old - new)).sum()
+    return torch.stack(nll).mean() + config.kl_weight * kl
 
 
+@pytest.mark.parametrize("kl", ["subject", "essence"])
 @pytest.mark.parametrize("name", TINY_NAMES)
-def test_loss_and_gradient_are_those_of_the_whole_model(name: str, tiny_lm: Callable[..., EditableLM]) -> None:
+def test_loss_and_gradient_are_those_of_the_whole_model(
+    name: str, kl: Any, tiny_lm: Callable[..., EditableLM]
+) -> None:
+    config = ValueConfig(kl=kl, kl_weight=0.3)
     module = output_projection(name)
     lm = tiny_lm(name, module, torch.float64)
     every = requests(lm)
-    running = _Pass(lm, module, every)
+    if kl == "subject":
+        running = _Pass(lm, module, [replace(r, essence=up_to_subject(r.essence)) for r in every])
+    else:
+        running = _Pass(lm, module, every)
     *_, reference = running.at_rest()
     width = lm.module_shapes[module][1]
     delta = torch.randn(len(every), width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    losses, gradient = running.losses(delta, reference, 0.3)
+    losses, gradient = running.losses(delta, reference, config)
     for i, request in enumerate(every):
         leaf = delta[i].clone().requires_grad_()
-        expected = direct_loss(lm, module, request, leaf, 0.3)
+        expected = direct_loss(lm, module, request, leaf, config)
         (slope,) = torch.autograd.grad(expected, leaf)
         torch.testing.assert_close(losses[i], expected.detach(), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(gradient[i], slope, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 7.02])
+@pytest.mark.parametrize("threshold", [0.0, 7.1])
 def test_a_batch_is_optimised_as_each_of_its_facts_alone(
     threshold: float, tiny_lm: Callable[..., EditableLM]
 ) -> None:
@@ -94,14 +106,14 @@ def test_one_fact_is_optimised_by_torchs_adam(tiny_lm: Callable[..., EditableLM]
     module = output_projection("tiny-llama")
     lm = tiny_lm("tiny-llama", module, torch.float64)
     (request, *_) = requests(lm)
-    config = ValueConfig(steps=6, loss_threshold=0.0, clamp=1e9, weight_decay=0.7, kl_weight=0.3)
+    config = ValueConfig(steps=7, loss_threshold=0.0, clamp=1e9, weight_decay=0.7, kl_weight=0.3)
     found = optimise_values(lm, module, [request], config)
     delta = torch.zeros(lm.module_shapes[module][1], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=config.learning_rate)
-    for _ in range(config.steps):
+    for _ in range(config.steps - 1):
         adam.zero_grad()
         decay = config.weight_decay * delta.norm() / found.initial[0].norm() ** 2
-        (direct_loss(lm, module, request, delta, config.kl_weight) + decay).backward()
+        (direct_loss(lm, module, request, delta, config) + decay).backward()
         adam.step()
     torch.testing.assert_close(found.delta[0], delta.detach(), atol=1e-4, rtol=1e-4)
 
@@ -109,9 +121,9 @@ def test_one_fact_is_optimised_by_torchs_adam(tiny_lm: Callable[..., EditableLM]
 def test_no_value_moves_further_than_the_clamp(tiny_lm: Callable[..., EditableLM]) -> None:
     module = output_projection("tiny-llama")
     lm = tiny_lm("tiny-llama", module)
-    values = optimise_values(lm, module, requests(lm), ValueConfig(steps=5, clamp=0.5))
+    values = optimise_values(lm, module, requests(lm), ValueConfig(steps=2, clamp=0.3))
     ratio = values.delta.norm(dim=1) / values.initial.norm(dim=1)
-    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))  # at this learning rate all reach it
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.3))  # at this learning rate all reach it
 
 
 def test_the_clamp_may_be_relative_to_the_layers_state(tiny_lm: Callable[..., EditableLM]) -> None:
@@ -129,8 +141,9 @@ def test_optimisation_lowers_the_loss_and_leaves_the_model_alone(tiny_lm: Callab
     module = output_projection("tiny-llama")
     lm = tiny_lm("tiny-llama", module)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    start = optimise_values(lm, module, requests(lm), ValueConfig(steps=0))
-    end = optimise_values(lm, module, requests(lm), ValueConfig(steps=30, clamp=100))
+    # Without the divergence: what δ can do for an answer in a random model is little beside it.
+    start = optimise_values(lm, module, requests(lm), ValueConfig(steps=1, kl_weight=0.0))
+    end = optimise_values(lm, module, requests(lm), ValueConfig(steps=31, clamp=100, kl_weight=0.0))
     assert (end.loss < start.loss - 0.03).all()
     assert (start.delta == 0).all() and torch.equal(start.initial, end.initial)
     assert all(torch.equal(before[name], p) for name, p in lm.model.named_parameters())

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rledit_env.metrics import METRICS_VERSION
+
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import endurance
 
@@ -28,6 +30,7 @@ def test_many_steps_leave_memory_flat_and_the_weights_the_ledgers_sum(tmp_path: 
     )  # fmt: skip
     result = endurance.run(args)
     assert result["updates"] == steps and result["edits"] == steps and not result["diverged"]
+    assert result["metrics_version"] == METRICS_VERSION
     assert result["memory_deviation"] < 0.05
     assert result["memory_growth"] < 0.05
     assert result["weights_off_sum_in_roundings"] < steps**0.5

@@ -50,3 +50,9 @@ def test_results_of_other_settings_are_not_mixed_with(tmp_path: Path, few_facts:
     run(few_facts, tmp_path, "--only", "no edit")
     process = run_script(LEARNING, *SMALL, "--data", str(few_facts), "--out", str(tmp_path), "--rank", "5")
     assert process.code != 0 and "other settings (rank)" in process.stderr
+    path = tmp_path / "counterfact" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    del results["settings"]["metrics_version"]  # as the first version of the metrics wrote it
+    path.write_text(json.dumps(results), encoding="utf-8")
+    process = run_script(LEARNING, *SMALL, "--data", str(few_facts), "--out", str(tmp_path))
+    assert process.code != 0 and "other settings (metrics_version)" in process.stderr

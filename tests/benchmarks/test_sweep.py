@@ -14,6 +14,7 @@ import pytest
 from agents.comparison import Comparison
 from agents.editors import EDITORS, configured
 from rledit_env.knowledge import load_knowledge
+from rledit_env.metrics import METRICS_VERSION
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("sweep", ROOT / "benchmarks" / "sweep.py")
@@ -53,7 +54,7 @@ def test_the_best_point_that_does_not_break_the_model_is_recorded_and_written(ar
     sweep.main(args)
     result = json.loads(args.results.read_text(encoding="utf-8"))["tiny-llama/counterfact/fine-tuning"]
     means = {p["config.step_size"]: p["mean"] for p in result["points"]}
-    assert len(means) == 3 and result["complete"]
+    assert len(means) == 3 and result["complete"] and result["metrics_version"] == METRICS_VERSION
     assert {p["config.step_size"]: p["diverged"] for p in result["points"]} == {0.001: False, 0.1: False, 1e38: True}
     best = result["best"]["config.step_size"]
     assert best != 1e38 and means[best] == max(means[0.001], means[0.1])
