@@ -196,6 +196,9 @@ class Comparison:
         trainer = editor.trainer or editor
         train_env, folder, seconds = self._trained(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
+        if agent.config != trainer.configuration():  # such as an earlier version's defaults
+            raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has "
+                             f"now; delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
         agent.set_env(env)
         return agent, env, seconds
@@ -218,7 +221,8 @@ class Comparison:
         size = training.batch_size or self.setting.batch_size
         if training.steps_per_batch is not None:
             settings = {**settings, "steps_per_batch": training.steps_per_batch}
-        env = self._env(lm, facts, training.num_batches, size, settings, editor.reward(), reward_gradient=True)
+        length = self.setting.num_batches if training.num_batches is None else training.num_batches
+        env = self._env(lm, facts, length, size, settings, editor.reward(), reward_gradient=True)
         finished = folder / "finished.json"
         if not finished.exists():
             clock = _Clock(folder / "seconds.json")

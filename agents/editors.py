@@ -26,7 +26,7 @@ class Training:
     """How long and on what an editor with something to learn is trained.
 
     Attributes:
-        num_batches: batches of a training stream.
+        num_batches: batches of a training stream; None is as many as are edited.
         batch_size: facts of a training batch; None is as many as are edited at once.
         steps_per_batch: presentations of a batch; None is as many as when it edits.
         trajectories: training streams.
@@ -37,7 +37,7 @@ class Training:
         calibrate_batches: afterwards the step sizes are suited to held-out streams of so many batches; 0 leaves them.
     """
 
-    num_batches: int = 5
+    num_batches: int | None = 5
     batch_size: int | None = None
     steps_per_batch: int | None = None
     trajectories: int = 20
@@ -194,7 +194,7 @@ DAFNET = Editor(
     training=Training(
         num_batches=10, trajectories=40,
         reward={
-            "components": {"efficacy": 0.5, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+            "components": {"efficacy": 0.5, "generalization": 0.5, "locality": 1.0}, "backtracking_samples": 1,
             "regularisation": 0.0,
         },
     ),
@@ -243,9 +243,12 @@ EDITORS: dict[str, Editor] = {
             training=LONG,
         ),
         _trajectory("malmen+rledit", "MALMEN+RLEdit", "agents.malmen:malmen_rledit", env=ANSWER, training=LONG),
-        _trajectory(
-            "rledit-paper", "RLEdit (paper)", env=ANSWER, training=LONG,
-            settings={"network": {"aggregation": "least_squares", "warm_up": False}},
+        _trajectory(  # the published training to the letter
+            "rledit-paper", "RLEdit (paper)", "agents.rledit:rledit_paper", env=ANSWER,
+            training=Training(
+                num_batches=None, trajectories=1,
+                reward={"locality_reference": "previous", "regularisation_gradient": False},
+            ),
         ),
         _trajectory(
             "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},

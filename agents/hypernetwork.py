@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,18 @@ from rledit_env.lm.products import linear, outer
 
 Aggregation = Literal["mend", "least_squares", "recursive"]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
+CHOICES: Mapping[str, tuple[str, ...]] = {  # what the settings of `HypernetworkConfig` may be
+    "aggregation": AGGREGATIONS,
+    "normaliser": ("stream", "lifetime", "continued"),
+    "normaliser_scope": ("module", "shape", "shape in turn"),
+    "normaliser_variance": ("exact", "published"),
+    "block": ("malmen", "mend"),
+    "coefficient": ("key", "normalised"),
+    "precision": ("float32", "bfloat16"),
+    "initial_weights": ("scaled", "unit"),
+    "step_size_parameter": ("log", "direct"),
+    "loss": ("batch", "fact", "sum", "rows"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,13 @@ class HypernetworkConfig:
         aggregation: "mend" (ũ = û, ṽ = −η δ̂), "least_squares" (MALMEN's, RLEdit's default) or "recursive" (the same
             with the second moment of all earlier keys in the system).
         step_size: initial η_l.
+        step_size_parameter: what of η_l is learned: "log", log η_l, so that it stays positive and a learning rate is
+            relative; or "direct", η_l itself, as in the published code of MEND, MALMEN, DAFNet and RLEdit: a learning
+            rate is then a change of η_l, which may turn negative.
         damping: initial λ_l.
-        learn_damping: whether λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
+        learn_damping: whether log λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
+        initial_weights: of A: "unit", N(0, 1), as in the published code; or "scaled", N(0, 1/width), so that z A is of
+            z's size whatever the width.
         block: "malmen", z + s ⊙ ReLU(z A B + b) + o, or "mend", z + ReLU(s ⊙ (z A B + b) + o), with each module's scale
             s and shift o.
         coefficient: of vᵢ in the least squares: "key" (uᵢ·ûᵢ, MALMEN's) or "normalised" (‖ûᵢ‖², UltraEdit's).
@@ -38,8 +55,23 @@ class HypernetworkConfig:
             short one's.
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
             "bfloat16" takes half the time where the machine multiplies it natively.
-        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens ever
-            seen and stay as they are outside training.
+        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens of
+            training and stay as they are while editing (MEND, DAFNet); "continued": they run over all tokens of
+            training, and each stream that is edited goes on from there (the published code of MALMEN and RLEdit).
+        normaliser_scope: who shares moments. "module": each module has its own. "shape": all modules of one shape share
+            them, and are taken in before any of them is normalised (MALMEN, RLEdit, UltraEdit). "shape in turn": they
+            share them, and each is normalised by the rows before it and its own (MEND, DAFNet).
+        normaliser_variance: "exact", that of all rows; or "published": a batch adds N times its unbiased variance,
+            N/(N−1) too much, as in the published code of MALMEN, RLEdit and UltraEdit (a single row adds nothing; there
+            it makes everything NaN).
+        normaliser_epsilon: added to the standard deviation.
+        drop_zero_rows: whether rows whose δ, or u, is zero are dropped before the normaliser sees them, as in MEND and
+            DAFNet: they get no update. In the last decoder layer, those are all tokens that predict no answer token.
+        loss: whose gradient the network's δ is. "batch": of the mean over the batch's answer tokens, as observed.
+            "fact": of each fact's own mean, δ A/A_i, with A answer tokens in the batch and A_i in the fact, so that
+            a batch's update is the sum of the updates that its facts get alone (MEND). "sum": of the sum over answer
+            tokens, δ A (DAFNet). "rows": δ times the rows of the batch. The agent applies it, since it asks the
+            environment for the facts (see `PresentedFacts`).
         warm_up: whether the moments begin as those of training facts (see :meth:`Hypernetwork.start_from`), so that a
             fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth. Moments
             that begin with nothing, as published, take the batch in and subtract its mean: of one row nothing is left.
@@ -56,31 +88,36 @@ class HypernetworkConfig:
     block: Literal["malmen", "mend"] = "malmen"
     coefficient: Literal["key", "normalised"] = "key"
     prior: float = 100.0
-    normaliser: Literal["stream", "lifetime"] = "stream"
+    normaliser: Literal["stream", "lifetime", "continued"] = "stream"
     warm_up: bool = True
     warm_up_rows: float = 40.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    normaliser_scope: Literal["module", "shape", "shape in turn"] = "module"
+    normaliser_variance: Literal["exact", "published"] = "exact"
+    normaliser_epsilon: float = 1e-8
+    drop_zero_rows: bool = False
+    loss: Literal["batch", "fact", "sum", "rows"] = "batch"
+    initial_weights: Literal["scaled", "unit"] = "scaled"
+    step_size_parameter: Literal["log", "direct"] = "log"
 
     def __post_init__(self) -> None:
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation is {self.aggregation!r}; give one of {', '.join(AGGREGATIONS)}")
-        if self.normaliser not in ("stream", "lifetime"):
-            raise ValueError(f"normaliser is {self.normaliser!r}; give 'stream' or 'lifetime'")
-        if self.block not in ("malmen", "mend"):
-            raise ValueError(f"block is {self.block!r}; give 'malmen' or 'mend'")
-        if self.coefficient not in ("key", "normalised"):
-            raise ValueError(f"coefficient is {self.coefficient!r}; give 'key' or 'normalised'")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision is {self.precision!r}; give 'float32' or 'bfloat16'")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                known = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {', '.join(choices)}"
+                raise ValueError(f"{name} is {value!r}; give {known}")
         if type(self.rank) is not int or type(self.blocks) is not int or self.blocks < 0:
             raise ValueError(f"rank is {self.rank!r} and blocks are {self.blocks!r}; give whole numbers, blocks from 0")
-        for name in ("step_size", "damping", "rank"):
+        for name in ("step_size", "damping", "rank", "normaliser_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
         if not self.warm_up_rows >= 2:
             raise ValueError(f"warm_up_rows is {self.warm_up_rows}; give 2 or more, or warm_up=False for none")
+        if self.warm_up and self.loss in ("fact", "sum"):
+            raise ValueError(f"warm_up is True and loss is {self.loss!r}, but the moments of training facts are of the "
+                             "batch's loss; give warm_up=False, or loss='batch'")
 
 
 class RunningNormaliser:
@@ -91,13 +128,14 @@ class RunningNormaliser:
         device: of the tensors.
         start: moments that stand in for the rows that are missing from ``start_rows``.
         start_rows: from so many rows on, the start counts no more.
+        variance, epsilon: see `HypernetworkConfig.normaliser_variance` and ``normaliser_epsilon`` there.
     """
 
     def __init__(
         self, width: int, device: torch.device | str = "cpu", start: RunningNormaliser | None = None,
-        start_rows: float = 0.0,
+        start_rows: float = 0.0, variance: Literal["exact", "published"] = "exact", epsilon: float = 1e-8,
     ) -> None:  # fmt: skip
-        self.start, self.start_rows = start, start_rows
+        self.start, self.start_rows, self.variance, self.epsilon = start, start_rows, variance, epsilon
         self.count = torch.zeros((), device=device)
         self.mean = torch.zeros(width, device=device)
         self.squares = torch.zeros(width, device=device)
@@ -107,7 +145,15 @@ class RunningNormaliser:
         if not len(rows):
             return
         mean = rows.mean(0)
-        self.count, self.mean, self.squares = self._with(len(rows), mean, (rows - mean).square().sum(0))
+        squares = (rows - mean).square().sum(0)
+        if self.variance == "published":
+            squares = squares * (len(rows) / max(len(rows) - 1, 1))
+        self.count, self.mean, self.squares = self._with(len(rows), mean, squares)
+
+    def merge(self, other: RunningNormaliser) -> None:
+        """Take in the rows that other moments are of."""
+        if float(other.count):
+            self.count, self.mean, self.squares = self._with(other.count, other.mean, other.squares)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal standard deviation, (width,) each: of the rows taken in and of the start's."""
@@ -117,7 +163,7 @@ class RunningNormaliser:
             weight = (rows - 1).clamp(min=0) / (self.start.count - 1)  # of its squares: the same variance in these rows
             count, mean, squares = self._with(rows, self.start.mean, self.start.squares * weight)
         std = (squares / (count - 1).clamp(min=1)).sqrt()
-        return mean, 1 / (std + 1e-8)
+        return mean, 1 / (std + self.epsilon)
 
     def _with(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and sum of squares of these rows and others."""
@@ -146,18 +192,20 @@ class ResidualBlocks(nn.Module):
 
     With ``inside`` they are inside of the ReLU, as in MEND: z ← z + ReLU(scale_l ⊙ (z A B + b) + shift_l).
 
-    B starts at zero, so that the untrained network is the identity. The ReLU is written as a clamp, whose gradient at
-    zero is 1: torch.relu's is 0 there, and B and b, which start at just that point, would never learn.
+    A starts as N(0, 1/width), or with ``unit`` as N(0, 1). B starts at zero, so that the untrained network is the
+    identity. The ReLU is written as a clamp, whose gradient at zero is 1: torch.relu's is 0 there, and B and b, which
+    start at just that point, would never learn.
     """
 
     def __init__(
         self, width: int, rank: int, blocks: int, modules: int, precision: Literal["float32", "bfloat16"] = "float32",
-        inside: bool = False,
+        inside: bool = False, unit: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_half, self.inside = precision == "bfloat16", inside
         self._halves: dict[str, tuple[int, Tensor]] = {}  # parameters in bfloat16, with the version they are of
-        self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / math.sqrt(width)) for _ in range(blocks)])
+        divisor = 1.0 if unit else math.sqrt(width)
+        self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / divisor) for _ in range(blocks)])
         self.up = nn.ParameterList([nn.Parameter(torch.zeros(rank, width)) for _ in range(blocks)])
         self.bias = nn.ParameterList([nn.Parameter(torch.zeros(width)) for _ in range(blocks)])
         self.scale = nn.ParameterList([nn.Parameter(torch.ones(modules, width)) for _ in range(blocks)])
@@ -233,12 +281,19 @@ class StepRecord:
         inputs: group of modules of one shape → normalised [u; δ] of its M members, (M, N, d_in + d_out).
         update_keys: module → ũ where it does not depend on the parameters, else absent.
         factors: what :meth:`Hypernetwork.factors` made of it, with the graph to differentiate, where that was kept.
+        used: group → which rows were not dropped, (M, N) bool; absent where none are dropped.
     """
 
     keys: dict[str, Tensor]
     inputs: dict[str, Tensor]
     update_keys: dict[str, Tensor]
     factors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+    used: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def retained(self) -> dict[str, Tensor] | None:
+        """Module → the share () of the stream's earlier updates that stays in the weights at this step; None: all."""
+        return None
 
 
 class Hypernetwork(nn.Module):
@@ -256,6 +311,8 @@ class Hypernetwork(nn.Module):
         seed: of the initial parameters.
     """
 
+    shrinks: ClassVar[bool] = False  # whether a step also shrinks what the stream's earlier steps added
+
     def __init__(self, shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig, seed: int = 0) -> None:
         super().__init__()
         self.shapes, self.config = dict(shapes), config
@@ -268,17 +325,26 @@ class Hypernetwork(nn.Module):
             self.networks = nn.ModuleDict(
                 {
                     str(i): ResidualBlocks(
-                        sum(shape), config.rank, config.blocks, len(names), config.precision, config.block == "mend"
+                        sum(shape), config.rank, config.blocks, len(names), config.precision, config.block == "mend",
+                        config.initial_weights == "unit",
                     )
                     for i, (shape, names) in enumerate(members.items())
                 }
             )
         self.index = {m: i for i, m in enumerate(shapes)}
-        self.log_step_size = nn.Parameter(torch.full((len(shapes),), math.log(config.step_size)))
+        if config.step_size_parameter == "log":
+            self.log_step_size = nn.Parameter(torch.full((len(shapes),), math.log(config.step_size)))
+        else:
+            self.step_size = nn.Parameter(torch.full((len(shapes),), config.step_size))
         learned = config.learn_damping and config.aggregation == "least_squares"
         self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
+        own = config.normaliser_scope == "module"
+        self.normaliser_names = {m: m if own else f"{d_in}x{d_out}" for m, (d_in, d_out) in shapes.items()}
         self.training_moments: dict[str, RunningNormaliser] = {}  # what warm moments begin as; empty until gathered
-        self.normalisers = self.first_normalisers()
+        self.lifetime: dict[str, Tensor] = {}  # with "continued", the moments of training, which streams go on from
+        self.normalisers = self.first_normalisers()  # by the names above
+        if config.normaliser == "continued":
+            self.lifetime = moments_state(self.normalisers)
         self.memory: dict[str, Tensor] = {}
         self.second_moments: dict[str, Tensor] = {}  # C by module, (d_in, d_in); empty until gather
         self._gathered = 0
@@ -288,25 +354,71 @@ class Hypernetwork(nn.Module):
     def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
         """How many numbers a network of these sizes and its normalisers hold, without making one."""
         widths = [sum(shape) for shape in shapes.values()]
-        shared = sum({shape: sum(shape) for shape in shapes.values()}.values())
-        blocks = config.blocks * (shared * (2 * config.rank + 1) + 2 * sum(widths))
-        return blocks + 2 * len(widths) + sum(2 * width + 1 for width in widths)
+        by_shape = list({shape: sum(shape) for shape in shapes.values()}.values())
+        blocks = config.blocks * (sum(by_shape) * (2 * config.rank + 1) + 2 * sum(widths))
+        normalised = widths if config.normaliser_scope == "module" else by_shape
+        return blocks + 2 * len(widths) + sum(2 * width + 1 for width in normalised)
 
     @property
     def device(self) -> torch.device:
-        return self.log_step_size.device
+        return self.log_damping.device
+
+    @property
+    def step_size_parameter(self) -> nn.Parameter:
+        """What is learned of the step sizes, (modules,): log η_l, or η_l itself."""
+        return self.log_step_size if self.config.step_size_parameter == "log" else self.step_size
+
+    def step_sizes(self, modules: Sequence[str] | None = None) -> Tensor:
+        """η_l of these modules (M,), or of all; differentiable."""
+        chosen: Tensor = self.step_size_parameter
+        if modules is not None:
+            chosen = chosen[[self.index[m] for m in modules]]
+        return chosen.exp() if self.config.step_size_parameter == "log" else chosen
+
+    @torch.no_grad()
+    def scale_step_sizes(self, factor: float, of: Tensor | None = None) -> None:
+        """Multiply every module's η_l by a positive factor.
+
+        Args:
+            factor: by what.
+            of: earlier values of :attr:`step_size_parameter` to multiply, instead of the present ones.
+        """
+        start = self.step_size_parameter.detach() if of is None else of
+        log = self.config.step_size_parameter == "log"
+        self.step_size_parameter.copy_(start + math.log(factor) if log else start * factor)
 
     def reset(self) -> None:
-        """Forget the stream: the recursion's memory, and the moments of a normaliser that is the stream's."""
+        """Forget the stream: the recursion's memory, and what a normaliser has seen of the stream."""
         self.memory = {}
-        if self.config.normaliser == "stream":
+        if self.config.normaliser != "lifetime":
             self.normalisers = self.first_normalisers()
 
     def first_normalisers(self) -> dict[str, RunningNormaliser]:
-        """The moments that a stream begins with: the training facts', or none."""
-        starts = {m: n.to(self.device) for m, n in self.training_moments.items()}
-        rows = self.config.warm_up_rows
-        return {m: RunningNormaliser(sum(s), self.device, starts.get(m), rows) for m, s in self.shapes.items()}
+        """The moments that a stream begins with, by the names in :attr:`normaliser_names`: those of training
+        ("continued"), of training facts (``warm_up``), or none."""
+        config = self.config
+        sharing: dict[str, list[str]] = {}
+        for module, name in self.normaliser_names.items():
+            sharing.setdefault(name, []).append(module)
+        normalisers: dict[str, RunningNormaliser] = {}
+        for name, modules in sharing.items():
+            start = self.training_moments.get(name)
+            normalisers[name] = RunningNormaliser(
+                sum(self.shapes[modules[0]]), self.device, start and start.to(self.device),
+                config.warm_up_rows * len(modules), config.normaliser_variance, config.normaliser_epsilon,
+            )  # fmt: skip
+            if self.lifetime:
+                normalisers[name].load({k: self.lifetime[f"{name}.{k}"] for k in ("count", "mean", "squares")})
+        return normalisers
+
+    def normaliser_of(self, module: str) -> RunningNormaliser:
+        """The moments that a module's rows are normalised with."""
+        return self.normalisers[self.normaliser_names[module]]
+
+    @property
+    def normaliser_widths(self) -> dict[str, int]:
+        """Name → width of the moments of that name."""
+        return {name: sum(self.shapes[module]) for module, name in self.normaliser_names.items()}
 
     @property
     def wants_prior(self) -> bool:
@@ -322,7 +434,11 @@ class Hypernetwork(nn.Module):
         """Begin a stream, and after each reset, with these moments of training facts.
 
         They are of [u; N δ], N the rows of the batch that δ is observed in, and the rows of every batch are normalised
-        likewise: δ is the gradient of a mean over the batch, and N δ does not shrink as the batch grows.
+        likewise: δ is the gradient of a mean over the batch, and N δ does not shrink as the batch grows. Where modules
+        of one shape share moments, theirs are merged.
+
+        Args:
+            moments: module → of its training facts' rows.
 
         Raises:
             ValueError: they are of other modules than the network's, or of fewer than two rows.
@@ -337,7 +453,14 @@ class Hypernetwork(nn.Module):
         fewest = min(float(n.count) for n in moments.values())
         if fewest < 2:
             raise ValueError(f"the moments are of {fewest:g} rows; gather those of two facts or more")
-        self.training_moments = dict(moments)
+        merged: dict[str, RunningNormaliser] = {}
+        for module, rows in moments.items():
+            name = self.normaliser_names[module]
+            if name in merged:
+                merged[name].merge(rows.to(self.device))
+            else:
+                merged[name] = rows.to(self.device)
+        self.training_moments = merged
         self.reset()
         self.normalisers = self.first_normalisers()  # a "lifetime" normaliser, too
 
@@ -362,7 +485,15 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: one is missing or of another shape.
         """
-        self.training_moments = moments_from(state, "", self.shapes, self.device) if state else {}
+        self.training_moments = moments_from(state, "", self.normaliser_widths, self.device) if state else {}
+
+    def load_lifetime(self, state: Mapping[str, Tensor]) -> None:
+        """Let streams go on from the moments of training of :attr:`lifetime`, from the next reset on.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        self.lifetime = moments_state(moments_from(state, "", self.normaliser_widths, self.device))
 
     def prior_state(self) -> dict[str, Tensor]:
         """C as its upper triangle (d_in (d_in + 1) / 2,), under the names of all modules that share it, joined by "+"
@@ -396,25 +527,38 @@ class Hypernetwork(nn.Module):
         Args:
             keys: module → u (N, d_in).
             gradients: module → δ (N, d_out), of the batch's mean loss.
-            adapt: whether a "lifetime" normaliser takes the batch in; a "stream" normaliser always does.
+            adapt: whether the batch is one of training, which a "lifetime" normaliser takes in and other streams go on
+                from with a "continued" one; the others always take it in.
         """
         if self.training_moments:  # which are of gradients that do not shrink as the batch grows
             gradients = {m: len(g) * g for m, g in gradients.items()}
+        kept: dict[str, Tensor] = {}
+        if self.config.drop_zero_rows:
+            kept = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}  # (N,)
+            keys = {m: u * kept[m][:, None] for m, u in keys.items()}
+        rows = {m: torch.cat([keys[m], gradients[m]], dim=1) for m in self.shapes}  # (N, d_in + d_out)
+        taken = {m: rows[m][kept[m]] for m in rows} if kept else rows
+        takes = adapt or self.config.normaliser != "lifetime"
+        together = self.config.normaliser_scope == "shape"
         inputs: dict[str, Tensor] = {}
         update_keys: dict[str, Tensor] = {}
         for group, members in self.groups.items():
             normalised = []
+            for module in members if takes and together else ():
+                self.normaliser_of(module).update(taken[module])
             for module in members:
-                rows = torch.cat([keys[module], gradients[module]], dim=1)  # (N, d_in + d_out)
-                normaliser = self.normalisers[module]
-                if adapt or self.config.normaliser == "stream":
-                    normaliser.update(rows)
-                mean, scale = normaliser.moments()
-                normalised.append((rows - mean) * scale)
+                if takes and not together:
+                    self.normaliser_of(module).update(taken[module])
+                mean, scale = self.normaliser_of(module).moments()
+                z = (rows[module] - mean) * scale
+                normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
                 if self.config.aggregation == "recursive":
                     update_keys[module] = self._remember(module, keys[module])
             inputs[group] = torch.stack(normalised)
-        return StepRecord(dict(keys), inputs, update_keys)
+        if adapt and self.config.normaliser == "continued":
+            self.lifetime = moments_state(self.normalisers)
+        used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
+        return StepRecord(dict(keys), inputs, update_keys, used=used)
 
     def _remember(self, module: str, u: Tensor) -> Tensor:
         """S⁻¹ takes in keys (N, d_in) by Woodbury's identity; returns ũ = u S⁻¹."""
@@ -434,7 +578,7 @@ class Hypernetwork(nn.Module):
             system = damping * torch.eye(self.shapes[module][0], device=self.device, dtype=torch.float64)
             if module in self.second_moments:
                 system += self.config.prior * self.second_moments[module]
-            self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_step_size.dtype)
+            self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_damping.dtype)
         return self._starts[module]
 
     def factors(
@@ -454,12 +598,14 @@ class Hypernetwork(nn.Module):
             rows = record.inputs[group]
             z = self.networks[group](rows if modules is None else rows[places], places)
             key_part, gradient_part = z.split(self.shapes[members[0]], dim=2)  # û (M, N, d_in), δ̂ (M, N, d_out)
-            step_size = self.log_step_size[index].exp()[:, None, None]
+            step_size = self.step_sizes(members)[:, None, None]
             if self.config.aggregation == "mend":
                 v = -step_size * gradient_part
             else:
                 left = u if self.config.coefficient == "key" else key_part
                 v = -step_size * (left * key_part).sum(2, keepdim=True) * gradient_part
+            if record.used:
+                v = v * record.used[group][places, :, None]
             values |= zip(members, v, strict=True)
             if self.config.aggregation == "mend":
                 update_keys |= zip(members, key_part, strict=True)
@@ -518,31 +664,31 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: one is missing or of another shape.
         """
-        moments = moments_from(state, "normaliser.", self.shapes, self.device)
+        moments = moments_from(state, "normaliser.", self.normaliser_widths, self.device)
         memory = {m: state[f"memory.{m}"] for m in self.shapes if f"memory.{m}" in state}
         for module, inverse in memory.items():
             d_in = self.shapes[module][0]
             _check_shape(f"memory.{module}", inverse, (d_in, d_in))
         self.normalisers = self.first_normalisers()
-        for module, normaliser in self.normalisers.items():
-            normaliser.load(moments[module].state())
+        for name, normaliser in self.normalisers.items():
+            normaliser.load(moments[name].state())
         self.memory = {m: inverse.to(self.device) for m, inverse in memory.items()}
 
 
 def moments_state(normalisers: Mapping[str, RunningNormaliser]) -> dict[str, Tensor]:
-    """Modules' moments as tensors named MODULE.NAME."""
+    """Moments as tensors, by their names and their tensors' names, joined by a dot."""
     return {f"{m}.{k}": v for m, n in normalisers.items() for k, v in n.state().items()}
 
 
 def moments_from(
-    state: Mapping[str, Tensor], prefix: str, shapes: Mapping[str, tuple[int, int]], device: torch.device
+    state: Mapping[str, Tensor], prefix: str, widths: Mapping[str, int], device: torch.device
 ) -> dict[str, RunningNormaliser]:
-    """The moments of modules of these shapes from tensors of :func:`moments_state`, with a prefix to their names.
+    """The moments of these names and widths from tensors of :func:`moments_state`, with a prefix to their names.
 
     Raises:
         ValueError: one is missing or of another shape.
     """
-    normalisers = {m: RunningNormaliser(sum(shape), device) for m, shape in shapes.items()}
+    normalisers = {m: RunningNormaliser(width, device) for m, width in widths.items()}
     for module, normaliser in normalisers.items():
         for name, empty in normaliser.state().items():
             _check_shape(f"{prefix}{module}.{name}", state.get(f"{prefix}{module}.{name}"), tuple(empty.shape))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from agents.hypernetwork import HypernetworkConfig
 from agents.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
-from agents.rledit import RLEditConfig
+from agents.rledit import FLOAT32_EPSILON, RLEditConfig
 
 # The environment's settings that the editor is used with, and those that it is trained with: one batch from θ₀.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
@@ -16,17 +16,19 @@ TRAINING: dict[str, Any] = {**RECOMMENDED, "num_batches": 1, "reward": batchwise
 
 
 def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
-    """MALMEN's network; the defaults are the paper's for models of several billion parameters."""
+    """MALMEN's network as its published code has it; the sizes are for models of several billion parameters."""
     defaults: dict[str, Any] = {
-        "blocks": 2, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "lifetime",
-        "warm_up": False,
+        "blocks": 2, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "continued",
+        "warm_up": False, "normaliser_scope": "shape", "normaliser_variance": "published",
+        "normaliser_epsilon": FLOAT32_EPSILON, "initial_weights": "unit", "step_size_parameter": "direct",
     }  # fmt: skip
     return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
 
 
 @dataclass(frozen=True)
 class MALMENConfig(BatchwiseConfig):
-    """MALMEN's defaults: Adam at 1e-5 on every parameter, the gradient clipped at the norm 1.
+    """MALMEN's defaults: Adam at 1e-5 on every parameter, η_l itself (1e-6) and log λ_l among them, the gradient
+    clipped at the norm 1.
 
     Attributes:
         recursion: keep the second moment of all earlier keys of a stream in the least squares (see
@@ -47,16 +49,24 @@ class MALMENConfig(BatchwiseConfig):
 
 def malmen_rledit(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
     """MALMEN+RLEdit (RLEdit, section 4.6): MALMEN's network, to be trained by `RLEditAgent` on whole trajectories with
-    the stream's reward."""
-    return RLEditConfig(network=network or malmen_network(), **settings)
+    the stream's reward, at RLEdit's rates, 1e-5 on every parameter, η_l itself among them.
+
+    This is RLEdit by the paper's formulas, with as many updates as it takes: beside :func:`agents.rledit_paper`, the
+    published training to the letter.
+    """
+    rates = {"learning_rate": 1e-5, "step_size_learning_rate": 1e-5}
+    return RLEditConfig(network=network or malmen_network(), **rates | settings)
 
 
 class MALMENAgent(BatchwiseAgent):
     """MALMEN (Tan, Zhang, Fu, "Massive Editing for Large Language Models via Meta Learning", ICLR 2024).
 
-    [u; δ] of every token that predicts an answer token is normalised with the moments of training and passes through
+    [u; δ] of every token that predicts an answer token is normalised with the moments of all tokens of training and of
+    the stream until now, which modules of one shape share, and passes through
     two blocks z ← z + s_l ⊙ ReLU(z A B + b) + o_l; with (û, δ̂) = z, vᵢ = −η_l (uᵢ·ûᵢ) δ̂ᵢ, and the tokens' wishes are
-    reconciled by ridge least squares with a learned λ_l, the normal equations ΔW (uᵀu + λ_l I) = vᵀu.
+    reconciled by ridge least squares with a learned λ_l (as log λ_l), the normal equations ΔW (uᵀu + λ_l I) = vᵀu.
+    η_l is learned directly, and may turn negative. As published, the running variance takes N times a batch's unbiased
+    variance in (see `HypernetworkConfig.normaliser_variance`).
 
     It is trained on batches from θ₀ (:data:`TRAINING`, with the ``batch_size`` that it will edit): L_gen + L_loc.
     MALMEN* is ``retrain_every=3``.

@@ -70,7 +70,8 @@ def training_moments(
         path = (cache_dir() if cache is None else cache) / "moments" / f"{name}.safetensors"
         tensors = cached_tensors(path)
         if tensors:
-            return moments_from(tensors, "", lm.module_shapes, lm.device)
+            widths = {m: sum(shape) for m, shape in lm.module_shapes.items()}
+            return moments_from(tensors, "", widths, lm.device)
         moments = _gathered(lm, chosen, token)
         keep_tensors(path, moments_state(moments))
     return moments
@@ -91,6 +92,8 @@ def start_warm(agent: Agent, lm: EditableLM, token: str) -> bool:
     """
     network = getattr(agent, "network", None)
     if not isinstance(network, Hypernetwork) or network.config.normaliser != "stream" or network.training_moments:
+        return False
+    if network.config.loss in ("fact", "sum"):  # the moments are of the batch's loss
         return False
     network.start_from(training_moments(lm, token))
     return True

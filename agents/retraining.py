@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.hypernetwork import moments_state
 from agents.rledit import RLEditAgent, RLEditConfig
 from rledit_env.reward import Generalization, Locality, RewardConfig
 
@@ -100,6 +101,9 @@ class BatchwiseAgent(RLEditAgent):
             self._trained = (self._policy(), self.optimizer, self.updates)
             self.optimizer = self._make_optimizer()
         memory, normalisers = network.memory, network.normalisers
+        kind = self.config.network.normaliser
+        if kind == "continued":  # the stream's rows and the training facts' are rows of one run
+            network.lifetime = moments_state(normalisers)
         try:
             for _ in range(self.config.retrain_steps):
                 gradients = []
@@ -110,8 +114,10 @@ class BatchwiseAgent(RLEditAgent):
                 self._update(gradients)
         finally:
             network.memory = memory
-            if self.config.network.normaliser == "stream":
+            if kind == "stream":
                 network.normalisers = normalisers
+            elif kind == "continued":
+                network.normalisers = network.first_normalisers()
 
     def learn(self, *args: Any, **options: Any) -> BatchwiseAgent:
         """As :meth:`RLEditAgent.learn`; its evaluations are made without retraining."""

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm, trange
 from agents.base import Agent, factor_action, module_shapes, require_modules, run_stream, used_rows
 from agents.credit import CreditAccumulator
 from agents.distributed import Processes, evaluate_sharded
+from agents.facts import PresentedFacts
 from agents.files import (
     TRAINING_STATE,
     agent_folder,
@@ -40,7 +41,8 @@ from rledit_env.metrics import METRICS_VERSION
 
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
-POLICY = ("network.", "prior.", "moments.", "stream.")  # what the names of a policy's tensors begin with
+POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # what the names of a policy's tensors begin with
+FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -52,14 +54,16 @@ class RLEditConfig:
         network: the hypernetwork.
         credit: "trajectory", the gradient of the whole return, or "step", each step's own reward only.
         learning_rate: Adam's, for the residual blocks.
-        step_size_learning_rate: Adam's, for log η_l and log λ_l.
+        step_size_learning_rate: Adam's, for log η_l, or η_l itself, and log λ_l.
         max_gradient_norm: the policy gradient is clipped to this norm.
+        clipping: of what: "update", the mean gradient of an update, divided by the trajectory's steps; or "running
+            sum", the sum over the trajectory's steps, again after each of them (see :func:`rledit_paper`).
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
         discount: γ.
         prior_batches: batches of training facts that the recursion's prior C and the moments that streams start from
             are gathered from before the first update (see `HypernetworkConfig.prior` and ``warm_up`` there).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
-            gradients through a broken LLM spoil the policy.
+            gradients through a broken LLM spoil the policy. None cuts none.
         graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
             the steps beyond them the network runs a second time. It changes nothing but the time.
     """
@@ -72,16 +76,62 @@ class RLEditConfig:
     trajectories_per_update: int = 1
     discount: float = 1.0
     prior_batches: int = 40
-    drift_limit: float = 0.6
+    drift_limit: float | None = 0.6
     graph_bytes: int = 2**28
+    clipping: Literal["update", "running sum"] = "update"
 
     def __post_init__(self) -> None:
         if self.credit not in ("trajectory", "step"):
             raise ValueError(f"credit is {self.credit!r}; give 'trajectory' or 'step'")
+        if self.clipping not in ("update", "running sum"):
+            raise ValueError(f"clipping is {self.clipping!r}; give 'update' or 'running sum'")
+
+
+def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
+    """RLEdit's network as published, for models of several billion parameters: 4 blocks, A ~ N(0, 1), η_l learned
+    directly, least squares, and one normaliser for all modules of a shape, which goes on from training while editing.
+    """
+    defaults: dict[str, Any] = {
+        "blocks": 4, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "continued",
+        "warm_up": False, "normaliser_scope": "shape", "normaliser_variance": "published",
+        "normaliser_epsilon": FLOAT32_EPSILON, "initial_weights": "unit", "step_size_parameter": "direct",
+    }  # fmt: skip
+    return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
+
+
+def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
+    """RLEdit's training as its published code does it, to the letter; best with `RewardConfig.published()`, which holds
+    what of it is the reward's.
+
+    The code does what the paper does not say:
+
+    - Credit is per step: the gradient of a step's own loss with respect to its own update ("step"), not of the return.
+    - Each step's gradient is added to those before it, and the running sum is clipped to the norm 1 each time.
+    - Adam takes one step for a whole trajectory, at 1e-5 on every parameter, η_l itself (1e-6) and log λ_l among them.
+      The published configuration trains on one trajectory (``n_epochs: 1``), as long as the stream that is then edited.
+      Adam's first step moves each parameter by the rate, whatever its gradient: η_l becomes 1.1e-5 or −9e-6, B and b
+      ±1e-5, so that most of what is learned is the sign of η_l.
+    - The normaliser multiplies the batch's unbiased variance by N, and takes the stream that is edited in, too.
+    - Locality is measured from the weights of before the step, and the regularisation has no gradient (the reward's).
+
+    One thing stays the paper's: k is 10 earlier batches, where the code's ``back_depth: 10`` counts the current one
+    (``backtracking_depth=9`` in `RewardConfig`).
+
+    What learns more is the same network with the gradient of the whole return, and as many updates as it takes:
+    `agents.malmen_rledit` (with the same rates, 2 blocks and MALMEN's rank); and what we recommend is `RLEditConfig()`.
+    """
+    defaults: dict[str, Any] = {
+        "credit": "step", "learning_rate": 1e-5, "step_size_learning_rate": 1e-5, "max_gradient_norm": 1.0,
+        "clipping": "running sum", "drift_limit": None,
+    }  # fmt: skip
+    return RLEditConfig(network=network or rledit_paper_network(), **defaults | settings)
 
 
 class RLEditAgent(Agent):
     """The RLEdit agent.
+
+    Where the network wants the gradients of a fact's own loss (see `HypernetworkConfig.loss`), the agent asks its
+    environment which facts are presented: name the one that it edits in with :meth:`set_env`, unless that is ``env``.
 
     Args:
         env: a `LifelongEditEnv` made with ``array_backend="torch"`` (and ``reward_gradient=True`` to learn); None for
@@ -94,6 +144,8 @@ class RLEditAgent(Agent):
     name: ClassVar[str] = "rledit"  # what agent.json calls the class
     config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
     network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
+    # What the first format's network did where its file does not say it, beside the settings' own defaults.
+    first_format: ClassVar[Mapping[str, Any]] = {"warm_up": False}
 
     def __init__(
         self,
@@ -103,6 +155,7 @@ class RLEditAgent(Agent):
         seed: int = 0,
     ) -> None:
         self.env, self.config, self.seed = env, config or self.config_type(), seed
+        self.presented = PresentedFacts(env)
         if shapes is None:
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
@@ -126,7 +179,7 @@ class RLEditAgent(Agent):
         return torch.optim.Adam(
             [
                 {"params": list(network.networks.parameters()), "lr": config.learning_rate},
-                {"params": [network.log_step_size, network.log_damping], "lr": config.step_size_learning_rate},
+                {"params": [network.step_size_parameter, network.log_damping], "lr": config.step_size_learning_rate},
             ]
         )
 
@@ -135,6 +188,7 @@ class RLEditAgent(Agent):
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
         super().set_env(env)
+        self.presented = PresentedFacts(env)
 
     def reset(self) -> None:
         self.network.reset()
@@ -148,11 +202,33 @@ class RLEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
-        keys, values = self.network.factors(self._observe(observation, adapt=False))
-        return factor_action(observation, keys, values), None
+        record = self._observe(observation, adapt=False)
+        return self._action(observation, record, *self.network.factors(record)), None
 
     def _observe(self, observation: Any, adapt: bool) -> StepRecord:
-        return self.network.observe(*used_rows(observation, self.network.device), adapt)
+        keys, gradients = used_rows(observation, self.network.device)
+        return self.network.observe(keys, self._of_loss(gradients), adapt)
+
+    def _of_loss(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """δ (N, d_out) by module of the loss in `HypernetworkConfig.loss`, given those of the batch's mean loss."""
+        loss, rows = self.config.network.loss, len(next(iter(gradients.values())))
+        if loss == "batch" or (loss == "rows" and self.network.training_moments):  # with which the network does so
+            return gradients
+        if loss == "rows":
+            return {m: rows * g for m, g in gradients.items()}
+        facts = self.presented.facts(rows)
+        answers = sum(fact.answers for fact in facts)
+        if loss == "sum":
+            return {m: answers * g for m, g in gradients.items()}
+        factors = [answers / fact.answers for fact in facts for _ in range(fact.rows)]
+        column = torch.tensor(factors, device=self.network.device)[:, None]  # (N, 1)
+        return {m: column.to(g.dtype) * g for m, g in gradients.items()}
+
+    def _action(
+        self, observation: Any, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """The environment's action for the step's factors, in the array backend of the observation."""
+        return factor_action(observation, keys, values)
 
     # -- learning ------------------------------------------------------------------------------------------------
 
@@ -207,8 +283,9 @@ class RLEditAgent(Agent):
         folder = Path(log_dir) if log_dir is not None else None
         self._waited, self._evaluated = 0, None
         processes = processes or Processes()
-        if processes.count > 1 and self.config.network.normaliser == "lifetime":
-            raise ValueError("normaliser is 'lifetime', but every process would have moments of its own streams; give "
+        if processes.count > 1 and self.config.network.normaliser != "stream":
+            kind = self.config.network.normaliser
+            raise ValueError(f"normaliser is {kind!r}, but every process would have moments of its own streams; give "
                              "normaliser='stream', or train in one process")
         if not processes.first:
             folder, progress_bar = None, False
@@ -296,7 +373,7 @@ class RLEditAgent(Agent):
         """Multiply every module's η_l."""
         if not factor > 0:
             raise ValueError(f"factor is {factor}; give a positive number")
-        self._set_log_step_sizes(self.network.log_step_size.detach() + math.log(factor))
+        self.network.scale_step_sizes(factor)
 
     def calibrate(
         self, env: gym.Env, factors: Sequence[float] = (1.0, 0.7, 0.5, 0.35), seed: int = 12345
@@ -315,13 +392,14 @@ class RLEditAgent(Agent):
         Returns:
             Factor → mean of Efficacy, Generalization and Specificity (−∞ where the LLM broke), of those tried.
         """
-        start = self.network.log_step_size.detach().clone()
+        start = self.network.step_size_parameter.detach().clone()
         scores: dict[float, float] = {}
         best = 1.0
         try:
             for factor in sorted(factors, reverse=True):
-                self._set_log_step_sizes(start + math.log(factor))
-                _, info = run_stream(env, self, seed=seed)
+                self.network.scale_step_sizes(factor, start)
+                with self.presented.by(env):
+                    _, info = run_stream(env, self, seed=seed)
                 scores[factor] = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
                 if -math.inf < scores[factor] < max(scores.values()):
                     break
@@ -332,13 +410,9 @@ class RLEditAgent(Agent):
             else:
                 best = max(scores, key=scores.__getitem__)
         finally:  # an interruption too leaves the step sizes as they were
-            self._set_log_step_sizes(start + math.log(best))
+            self.network.scale_step_sizes(best, start)
             self.reset()
         return scores
-
-    def _set_log_step_sizes(self, values: Tensor) -> None:
-        with torch.no_grad():
-            self.network.log_step_size.copy_(values)
 
     def _training_env(self, env: gym.Env | None) -> gym.Env:
         """The environment, which must give what training needs."""
@@ -383,10 +457,15 @@ class RLEditAgent(Agent):
 
     def _trajectory(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
         """One stream: the policy gradient (negative, for descent) and the trajectory's numbers."""
+        with self.presented.by(env):
+            return self._differentiated(env, seed, **reset)
+
+    def _differentiated(self, env: gym.Env, seed: int, **reset: Any) -> tuple[list[Tensor], dict[str, float]]:
         _forget_states(env)
         observation, _ = env.reset(seed=seed, **reset)
         self.network.reset()
-        credit = CreditAccumulator(self.config.credit, self.config.network.aggregation != "recursive")
+        for_keys = self.config.network.aggregation != "recursive"
+        credit = CreditAccumulator(self.config.credit, for_keys, self.network.shrinks)
         records: list[StepRecord] = []
         infos: list[dict[str, Any]] = []
         total, done, kept = 0.0, False, 0
@@ -399,18 +478,20 @@ class RLEditAgent(Agent):
             if kept <= self.config.graph_bytes:
                 record = replace(record, factors=factors)
             keys, values = ({m: f.detach() for m, f in part.items()} for part in factors)
-            observation, reward, terminated, truncated, info = env.step({"keys": keys, "values": values})
+            action = self._action(observation, record, keys, values)
+            observation, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated
             if info["diverged"]:
                 warnings.warn(f"the LLM broke at step {len(records)} of a training stream; that step is left out of "
                               "the gradient. Lower the step size or drift_limit", stacklevel=2)
                 break
             credit.add(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
-                       self.config.discount ** len(records))
+                       self.config.discount ** len(records), record.retained)
             records.append(record)
             infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
             total += float(reward)
-            if info["drift"] > self.config.drift_limit and not done:
+            limit = self.config.drift_limit
+            if limit is not None and info["drift"] > limit and not done:
                 warnings.warn(f"drift {info['drift']:.2f} passed drift_limit at step {len(records)}: the trajectory is "
                               "cut here, before the LLM breaks", stacklevel=2)
                 break
@@ -418,20 +499,24 @@ class RLEditAgent(Agent):
             return [torch.zeros_like(p) for p in self._parameters()], {"return": float(reward), "steps": 0.0}
         numbers = {k: float(np.mean([i[k] for i in infos if k in i])) for k in infos[-1]}
         numbers |= {"return": total, "steps": float(len(records)), "drift": infos[-1]["drift"]}
-        numbers["step_size"] = float(self.network.log_step_size.detach().exp().mean())
+        numbers["step_size"] = float(self.network.step_sizes().detach().mean())
         return self._policy_gradient(records, credit), numbers
 
     def _parameters(self) -> list[Tensor]:
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def _policy_gradient(self, records: list[StepRecord], credit: CreditAccumulator) -> list[Tensor]:
-        """−∂R/∂φ per step of the stream: the network's graph, kept or made a second time, step by step, with the
-        cotangents."""
+        """−∂R/∂φ per step of the stream, or with `RLEditConfig.clipping` "running sum" of the whole stream: the
+        network's graph, kept or made a second time, step by step, with the cotangents."""
         parameters = self._parameters()
+        running = self.config.clipping == "running sum"
+        sign = -1.0 if running else -1 / len(records)
         self.optimizer.zero_grad()
         for record, credited in zip(records, credit.finish(), strict=True):
-            for_keys, for_values = ({m: g.mul_(-1 / len(records)) for m, g in part.items()} for part in credited)
+            for_keys, for_values = ({m: g.mul_(sign) for m, g in part.items()} for part in credited)
             self.network.accumulate(record, for_keys, for_values, self.config.graph_bytes)
+            if running:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm)
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.optimizer.zero_grad()
         return gradient
@@ -455,7 +540,8 @@ class RLEditAgent(Agent):
         """Score the policy on the held-out stream and keep it if it is the best so far. Every process edits the stream,
         which is one chain of steps, and scores its share of the facts."""
         _forget_states(eval_env)
-        _, info = run_stream(eval_env, self, seed=seed)
+        with self.presented.by(eval_env):
+            _, info = run_stream(eval_env, self, seed=seed)
         inner = _inner(eval_env)
         metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
         score = -math.inf if info["diverged"] else metrics.mean
@@ -519,7 +605,7 @@ class RLEditAgent(Agent):
         tensors, _ = read_tensors(folder / "agent.safetensors")
         with built_from(folder):
             lacks_moments = "warm_up" not in description["config"]["network"]  # as agents of earlier versions do
-            network = type(cls.config_type().network)(**{"warm_up": False} | description["config"]["network"])
+            network = type(cls.config_type().network)(**cls.first_format | description["config"]["network"])
             config = cls.config_type(**description["config"] | {"network": network})
             check_counters(description, "seed", "updates", "timesteps")
             shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
@@ -539,6 +625,7 @@ class RLEditAgent(Agent):
     def _parameters_by_name(self) -> dict[str, Tensor]:
         parameters = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         prior = {f"prior.{m}": v for m, v in self.network.prior_state().items()}
+        prior |= {f"lifetime.{k}": v.clone() for k, v in self.network.lifetime.items()}
         return parameters | prior | {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
 
     def _policy(self) -> dict[str, Tensor]:
@@ -553,6 +640,8 @@ class RLEditAgent(Agent):
         self.network.load_state_dict(_under("network.", tensors))
         self.network.load_prior_state(_under("prior.", tensors))
         self.network.load_moments(_under("moments.", tensors))
+        if self.config.network.normaliser == "continued":
+            self.network.load_lifetime(_under("lifetime.", tensors))
         stream = _under("stream.", tensors)
         if stream:
             self.network.load_memory_state(stream)
@@ -605,9 +694,12 @@ class RLEditAgent(Agent):
             raise ValueError(f"{error}; give another log_dir, or resume=False to start anew") from error
         with built_from(path.parent):
             counters = json.loads(metadata["training"])
-            network = counters["config"]["network"]
-            if "warm_up" not in network:  # as in runs of earlier versions, whose streams began with nothing
-                network |= {"warm_up": False, "warm_up_rows": self.config.network.warm_up_rows}
+            config = counters["config"]
+            network = config["network"]  # a run of an earlier version does not say what was not a setting then
+            if "warm_up" not in network:
+                network["warm_up_rows"] = self.config.network.warm_up_rows
+            counters["config"] = _defaults(RLEditConfig) | config
+            counters["config"]["network"] = _defaults(HypernetworkConfig) | dict(self.first_format) | network
             mine = json.loads(json.dumps(self._description()))
             found = setting_differences(counters, mine)
             different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
@@ -643,7 +735,13 @@ class RLEditAgent(Agent):
     def _whole_policy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A policy's tensors with those of a stream not yet begun, so that :meth:`load` finds all it needs."""
         fresh = {f"stream.normaliser.{k}": v for k, v in moments_state(self.network.first_normalisers()).items()}
+        fresh |= {f"stream.normaliser.{k}": v.clone() for k, v in _under("lifetime.", tensors).items()}
         return fresh | {k: v for k, v in tensors.items() if k.startswith(POLICY)}
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """A configuration's plain default values by name."""
+    return {f.name: f.default for f in fields(config) if f.default is not MISSING}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import gymnasium as gym
 
+from rledit_env.reward import RewardConfig
+
 
 def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
     """What of the environment a policy depends on, for the record."""
@@ -43,6 +45,10 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
 
 def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Settings (not counters) in which two runs differ: dotted name, theirs, mine."""
+    environment = theirs.get("environment") or {}
+    if environment.get("reward"):  # a run of an earlier version does not say what was not a setting then
+        reward = (_reward_settings(RewardConfig()) or {}) | environment["reward"]
+        theirs = {**theirs, "environment": {**environment, "reward": reward}}
     for name in ("seed", "config", "shapes", "environment"):
         flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
         for key in flat[0] | flat[1]:

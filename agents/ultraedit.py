@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
@@ -16,11 +16,16 @@ from agents.base import Agent, factor_action, module_shapes, require_modules, us
 from agents.files import agent_folder
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
 from agents.moments import training_moments
+from agents.rledit import FLOAT32_EPSILON
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 
 # The environment's settings that the editor is best used with.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
+# What agents of the first format did, whose files do not say it.
+FIRST_FORMAT: dict[str, Any] = {
+    "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,25 @@ class UltraEditConfig:
             anchored at the original weights.
         warm_up: begin the running moments with those of bundled training facts, which :meth:`UltraEditAgent.learn`
             gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
+        normaliser_scope, normaliser_variance, normaliser_epsilon: as in `HypernetworkConfig`; the defaults are the
+            published code's: one set of moments for all modules of a shape.
     """
 
     step_size: float = 1e-6
     damping: float = 1.0
     recursion: bool = False
     warm_up: bool = False
+    normaliser_scope: Literal["module", "shape", "shape in turn"] = "shape"
+    normaliser_variance: Literal["exact", "published"] = "published"
+    normaliser_epsilon: float = FLOAT32_EPSILON
 
     def network(self) -> HypernetworkConfig:
         """The rule as a hypernetwork without blocks."""
         return HypernetworkConfig(
             blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
             damping=self.damping, learn_damping=False, coefficient="normalised", prior=0.0, normaliser="stream",
-            warm_up=self.warm_up,
+            warm_up=self.warm_up, normaliser_scope=self.normaliser_scope,
+            normaliser_variance=self.normaliser_variance, normaliser_epsilon=self.normaliser_epsilon,
         )  # fmt: skip
 
 
@@ -58,10 +69,12 @@ class UltraEditAgent(Agent):
 
     For each module and token, [û; δ̂] = ([u; δ] − mean) / std with running moments over all tokens since the start of
     the stream, this batch included (lifelong normalisation; of a single token that begins a stream it leaves
-    nothing, but with ``warm_up``); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
+    nothing where a single module has its shape, but with ``warm_up``); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
     ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper.
 
-    The running moments are one set a module; the published code shares them among modules of one shape.
+    As in the published code, modules of one shape share the running moments, and all of them are taken in before any is
+    normalised; the running variance takes N times a batch's unbiased variance in. ``normaliser_scope="module"`` and
+    ``normaliser_variance="exact"`` are ours: each module's own moments, and the variance of all rows.
 
     Args:
         env: the environment that it edits in; None only for an agent that is loaded, given ``shapes``.
@@ -153,7 +166,8 @@ class UltraEditAgent(Agent):
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
         if env is not None:
             require_modules(env, shapes, str(folder), f"make it with the settings in {folder / 'agent.json'}")
-        agent = cls(env, UltraEditConfig(**description["config"]), description["seed"], shapes)
+        config = UltraEditConfig(**FIRST_FORMAT | description["config"])
+        agent = cls(env, config, description["seed"], shapes)
         tensors = load_file(folder / "agent.safetensors")
         agent.network.load_moments({k[8:]: v for k, v in tensors.items() if k.startswith("moments.")})
         agent.network.load_memory_state(tensors)

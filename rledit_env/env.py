@@ -352,9 +352,11 @@ class LifelongEditEnv(Copied, gym.Env):
         """
         accepted = self._accept(action)
         with self._all_or_nothing():
+            config = self.reward_config
+            before = self.lm.snapshot() if config is not None and config.looks_back else None
             made = self._transition(accepted)
-            scored, config = self._scored_now(), self.reward_config
-            scores = NO_SCORES if config is None else score(self.lm, scored, config, gradient=self.reward_gradient)
+            scored = self._scored_now()
+            scores = NO_SCORES if config is None else score(self.lm, scored, config, self.reward_gradient, before)
             reward, info = self._rewarded(made, scores)
             trace = None if self._over else self.lm.trace(self._edits(), self.token)
             observation, reward, info = self._conclude(reward, info, trace)
@@ -577,6 +579,9 @@ class LifelongEditEnv(Copied, gym.Env):
             penalty = config.regularisation * action_penalty(config.penalty, leaves)
         if not self.reward_gradient:
             return float(penalty), {}
+        if not config.regularisation_gradient:
+            zeros = {part: {m: torch.zeros_like(v) for m, v in tensors.items()} for part, tensors in made.items()}
+            return float(penalty.detach()), zeros
         flat = [tensor for tensors in leaves.values() for tensor in tensors.values()]
         pieces = iter(torch.autograd.grad(penalty, flat, allow_unused=True, materialize_grads=True) if flat else ())
         gradient = {part: {m: -next(pieces) for m in tensors} for part, tensors in leaves.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -70,7 +70,8 @@ class Generalization:
 
 
 class Locality:
-    """L_loc = KL(p_θ₀(·|x′) ‖ p_W(·|x′)): an unrelated answer unchanged (Eq. 7)."""
+    """L_loc = KL(p_θ₀(·|x′) ‖ p_W(·|x′)): an unrelated answer unchanged (Eq. 7). `RewardConfig.locality_reference` may
+    put the weights of before the step in θ₀'s place."""
 
     needs_reference = True
 
@@ -119,7 +120,10 @@ class RewardConfig:
     Attributes:
         components: name → (weight, component) of the basic term L(B, W) (Eq. 8; λ_loc is locality's weight). Give
             your own to replace any of them; their unweighted means appear in ``info`` under their names.
-        backtracking_depth: k, how many earlier batches are scored (Eq. 9).
+        locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights of before
+            the step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
+        backtracking_depth: k, how many earlier batches are scored (Eq. 9). RLEdit's published ``back_depth: 10`` counts
+            the current batch, and would be 9 here.
         backtracking_decay: μ, weight of the batch i steps back is μ^i.
         backtracking_samples: score only this many of the k, drawn with replacement by weight and reweighted so that
             the expected reward is the full sum; None scores all.
@@ -129,6 +133,8 @@ class RewardConfig:
             weight: the expected reward of every batch is what it would be with 1, and a long stream costs less. The
             others' reward is minus their regularisation.
         regularisation: η, weight of ``penalty``.
+        regularisation_gradient: whether ``info["action_gradient"]`` holds the penalty's gradient; False leaves zeros,
+            as in RLEdit's published code, which computes the penalty of a change that it builds without one.
         penalty: what the regularisation measures, from an action's factors (keys (N, d_in), values (N, d_out)) by
             module; must be differentiable.
         floor: the least reward of a step, weights of ``batch_stride`` included; what a step that breaks the model gets.
@@ -143,6 +149,8 @@ class RewardConfig:
     regularisation: float = 1e-4
     penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] = frobenius_penalty
     floor: float = -1000.0
+    locality_reference: Literal["original", "previous"] = "original"
+    regularisation_gradient: bool = True
 
     def __post_init__(self) -> None:
         if self.backtracking_depth < 0:
@@ -153,11 +161,28 @@ class RewardConfig:
             raise ValueError(f"batch_stride is {self.batch_stride}; give 1 (every batch is scored) or more")
         if not self.floor < 0:
             raise ValueError(f"floor is {self.floor}; give a negative reward")
+        if self.locality_reference not in ("original", "previous"):
+            raise ValueError(f"locality_reference is {self.locality_reference!r}; give 'original' or 'previous'")
 
     @staticmethod
     def paper(locality: float = 0.6) -> RewardConfig:
         """The paper's reward: λ_loc = 0.6 (0.8 for some models), μ = 0.95, k = 10, η = 1e-4."""
         return RewardConfig(components={"generalization": (1.0, Generalization()), "locality": (locality, Locality())})
+
+    @staticmethod
+    def published(locality: float = 0.6) -> RewardConfig:
+        """The loss of RLEdit's published code, which differs from :meth:`paper`, though the paper does not say so:
+        locality is measured from W_{t−1}, and the regularisation has no gradient. k stays the paper's 10 earlier
+        batches, where the code's 10 count the current one; ``replace(..., backtracking_depth=9)`` is the code's."""
+        return replace(
+            RewardConfig.paper(locality), locality_reference="previous", regularisation_gradient=False
+        )  # fmt: skip
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a component is measured from the weights of before the step."""
+        parts = [part for _, part in self.components.values()]
+        return self.locality_reference == "previous" and any(isinstance(part, Locality) for part in parts)
 
     @staticmethod
     def with_efficacy(efficacy: float = 1.0, locality: float = 1.0, samples: int | None = 1) -> RewardConfig:
@@ -237,14 +262,26 @@ class Scores:
 NO_SCORES = Scores([], [], None)
 
 
-def score(lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool) -> Scores:
-    """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum."""
-    return score_streams(lm, [batches], config, gradient)[0]
+def score(
+    lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool,
+    before: Mapping[str, Tensor] | None = None,
+) -> Scores:  # fmt: skip
+    """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum.
+
+    Args:
+        lm: the LLM.
+        batches: what is scored.
+        config: how.
+        gradient: whether to take the gradient.
+        before: module → W_{t−1}, needed where the configuration :attr:`~RewardConfig.looks_back`.
+    """
+    return score_streams(lm, [batches], config, gradient, before)[0]
 
 
 def score_streams(
-    lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool
-) -> list[Scores]:
+    lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool,
+    before: Mapping[str, Tensor] | None = None,
+) -> list[Scores]:  # fmt: skip
     """:func:`score` of several streams in one pass.
 
     Request s meets the weights of stream s, where ``lm`` holds several (see `rledit_env.lm.streams`); each stream's
@@ -271,6 +308,11 @@ def score_streams(
     weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names], dtype=torch.float64)
     coefficient = (weight / tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
     referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
+    reference: dict[int, Tensor] = {}
+    if config.looks_back:
+        backward = [i for i in referenced if isinstance(config.components[names[slot[i] % len(names)]][1], Locality)]
+        reference |= zip(backward, _states_before(lm, [passages[i] for i in backward], before), strict=True)
+        referenced = [i for i in referenced if i not in reference]
     chunks: Iterable[tuple[list[int], AnswerStates]]
     if gradient:
         several = sum(map(len, passages)) > lm.max_tokens_per_pass
@@ -281,7 +323,7 @@ def score_streams(
     else:  # final states are small: all of them are held
         states, theirs = lm.states_beside_reference(passages, streams, referenced)
         chunks = [(list(range(len(passages))), states)]
-    reference = dict(zip(referenced, theirs, strict=True))
+    reference |= zip(referenced, theirs, strict=True)
 
     sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
     with lm.collecting(gradient) as gradients:
@@ -310,6 +352,19 @@ def score_streams(
         own = slice(first, first := first + len(request))
         scores.append(Scores(basic[own], weighted[own], gradients[s] or None))
     return scores
+
+
+def _states_before(
+    lm: EditableLM, passages: Sequence[Passage], before: Mapping[str, Tensor] | None
+) -> list[Tensor]:
+    """Final states (answer tokens, d) of each passage at the weights of before the step; the current ones are kept."""
+    if before is None:
+        raise ValueError("locality_reference is 'previous', which needs the weights of before the step: use a single "
+                         "environment, or locality_reference='original'")
+    with lm.preserved():
+        lm.restore(before)
+        states = lm.answer_states(passages)
+    return list(states.hidden.split([len(p.targets) for p in passages]))
 
 
 def _passes(

@@ -92,6 +92,10 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self.single_observation_space = template.observation_space
         self.single_action_space = template.action_space
         self.max_tokens, self.array_backend = template.max_tokens, template.array_backend
+        reward_config = self.envs[0].reward_config
+        if reward_config is not None and reward_config.looks_back:
+            raise ValueError("a vectorised environment keeps no weights of before a step, which locality_reference="
+                             "'previous' compares with; give 'original', or use a single environment")
         self._observations: list[dict[str, Any]] = [{}] * num_envs  # each stream's latest, as tensors without padding
         self._ended = np.zeros(num_envs, dtype=np.bool_)
 

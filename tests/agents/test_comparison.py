@@ -213,6 +213,18 @@ def test_a_finished_training_is_not_repeated_for_a_further_stream(compare, monke
     assert cells[0]["one_off_seconds"] == cells[1]["one_off_seconds"] > 0
 
 
+def test_an_agent_trained_with_other_settings_is_not_taken_for_this_one(compare):
+    """Such as an earlier version's defaults, which the settings of an editor do not say."""
+    comparison = compare()
+    comparison.run(LEARNER, [0])
+    file = comparison.out / "trained" / "rledit" / "agent" / "agent.json"
+    description = json.loads(file.read_text())
+    description["config"]["network"]["normaliser_epsilon"] = 1e-7
+    file.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="trained with other settings of 'rledit' than it has now; delete"):
+        compare().run(LEARNER, [1])
+
+
 def test_a_starred_editor_goes_on_from_its_trainer_s_training_and_trains_on_while_it_edits(compare, monkeypatch):
     entries = {
         "malmen": {"config": {"network": {"rank": 4}}, "train": {"trajectories": 1}},

@@ -17,7 +17,7 @@ from agents.hypernetwork import Hypernetwork
 from rledit_env.knowledge import load_knowledge
 
 SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
-SMALL = {"rank": 8, "feed_forward": 8, "attention": 4, "heads": 2}
+SMALL = {"rank": 8, "feed_forward": 8, "attention": 4, "heads": 2, "score_attention": 4}
 MODULES = "model.layers.[2-3].mlp.{gate,up}_proj"
 
 
@@ -48,8 +48,12 @@ def ready(net: DAFNetwork) -> DAFNetwork:
 
 
 def factors(net: DAFNetwork, lengths: list[int], seed: int = 0, rows=None):
+    """Of facts that weigh 1 each, which they do not in a batch."""
     keys, gradients = rows or batch(lengths, seed)
-    return net.factors(net.observe_facts(keys, gradients, lengths, adapt=False))
+    record = net.observe_facts(keys, gradients, lengths, adapt=False)
+    made, values = net.factors(record)
+    counts = torch.tensor(lengths)
+    return made, {m: v / record.weights[m].repeat_interleave(counts)[:, None] for m, v in values.items()}
 
 
 # -- what it computes
@@ -57,7 +61,8 @@ def factors(net: DAFNetwork, lengths: list[int], seed: int = 0, rows=None):
 
 def test_the_untrained_network_is_the_mean_rank_one_update_of_each_facts_normalised_tokens():
     net = ready(network())
-    plain = Hypernetwork(SHAPES, HypernetworkConfig(blocks=0, aggregation="mend", step_size=0.1, normaliser="lifetime"))
+    rule = {"normaliser": "lifetime", "normaliser_scope": "shape in turn", "step_size_parameter": "direct"}
+    plain = Hypernetwork(SHAPES, HypernetworkConfig(blocks=0, aggregation="mend", step_size=0.1, **rule))
     plain.normalisers = net.normalisers
     keys, gradients = batch([2, 3])
     theirs, values = plain.factors(plain.observe(keys, gradients, adapt=False))
@@ -97,7 +102,7 @@ def test_token_weights_sum_to_one_within_each_fact():
 
 
 def test_a_later_fact_never_changes_an_earlier_facts_factors_and_an_earlier_one_changes_a_later_ones():
-    net = moved(ready(network()))
+    net = moved(ready(network(step_size=1.0)))
     keys, gradients = batch([2, 3, 2])
     others = {m: g.clone() for m, g in gradients.items()}
     for g in others.values():
@@ -146,7 +151,11 @@ def test_every_parameter_gets_a_gradient_once_the_network_has_left_its_start():
     factors(net, [2, 2], seed=1)
     keys, values = factors(net, [2, 3])
     sum(k.square().sum() for k in [*keys.values(), *values.values()]).backward()
-    without = [n for n, p in net.networks.named_parameters() if p.grad is None or not p.grad.any()]
+    trained = [(n, p) for n, p in net.networks.named_parameters() if p.requires_grad]
+    assert {n.split(".")[2] for n, p in net.networks.named_parameters() if not p.requires_grad} == {
+        "score_query", "score_key"
+    }  # fmt: skip
+    without = [n for n, p in trained if p.grad is None or not p.grad.any()]
     assert all("key.bias" in n or "token_score.2.bias" in n for n in without), without  # a softmax does not see them
 
 
@@ -171,7 +180,8 @@ def training_env(tiny_lm, make_env):
 
 def agent_of(env, step_size: float = 1e-3, **settings) -> DAFNetAgent:
     rates = {"learning_rate": 1e-3, "step_size_learning_rate": 0.1, "max_gradient_norm": 1.0}
-    return DAFNetAgent(env, DAFNetConfig(DAFNetNetworkConfig(**SMALL, step_size=step_size), **rates | settings))
+    network = DAFNetNetworkConfig(**SMALL, step_size=step_size, step_size_parameter="log")  # ours learns sooner
+    return DAFNetAgent(env, DAFNetConfig(network, **rates | settings))
 
 
 def test_learning_improves_the_return_on_held_out_streams(training_env):
@@ -220,8 +230,7 @@ def test_a_saved_agent_goes_on_with_the_stream(training_env, tmp_path):
     loaded = load_agent(tmp_path, env)
     assert isinstance(loaded, DAFNetAgent) and loaded.config == agent.config
     mine, theirs = agent.predict(observation)[0], loaded.predict(observation)[0]
-    for part in ("keys", "values"):
-        assert all(torch.equal(mine[part][m], theirs[part][m]) for m in mine[part])
+    assert all(torch.equal(mine["updates"][m], theirs["updates"][m]) for m in agent.network.shapes)
 
 
 def test_the_agent_must_know_the_environment_that_it_edits_in(training_env, tmp_path):

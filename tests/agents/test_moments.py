@@ -313,8 +313,11 @@ def test_a_damaged_cache_is_computed_anew(tiny_lm, cache: Path):
 
 @pytest.mark.parametrize("recursion", [False, True])
 def test_ultraedit_starts_as_published_and_from_bundled_facts_where_asked_to(env, cache, tmp_path, recursion):
-    published = UltraEditAgent(env, UltraEditConfig(step_size=1e-3, recursion=recursion)).learn(0)
-    assert (first_update(published, env, 1) == 0).all()
+    settings = {"step_size": 1e-3, "recursion": recursion}
+    apart = UltraEditAgent(env, UltraEditConfig(**settings, normaliser_scope="module")).learn(0)
+    assert (first_update(apart, env, 1) == 0).all()  # a single row a module less its own mean
+    published = UltraEditAgent(env, UltraEditConfig(**settings)).learn(0)
+    assert (first_update(published, env, 1) > 0).all()  # the rows of four modules of one shape
     warm = UltraEditAgent(env, UltraEditConfig(step_size=1e-3, recursion=recursion, warm_up=True)).learn(0)
     assert (first_update(warm, env, 1) > 0).all()
     warm.save(tmp_path / "agent")
@@ -347,7 +350,7 @@ def test_the_first_of_single_facts_moves_the_model_as_much_as_the_tenth(env, cac
     facts = replace(env.dataset, records=env.dataset.records[:10])
     sizes = {}
     for warm in (False, True):
-        agent = UltraEditAgent(env, UltraEditConfig(step_size=1e-5))
+        agent = UltraEditAgent(env, UltraEditConfig(step_size=1e-5, normaliser_scope="module"))
         if warm:
             start_warm(agent, env.lm, "subject")
         sizes[warm] = edit_facts(env.lm, agent, facts, batch_size=1, token="subject").update_norms

@@ -11,6 +11,7 @@ from agents import UltraEditAgent, UltraEditConfig, load_agent
 from rledit_env.metrics import top_tokens
 
 MODULES = "model.layers.[2-3].mlp.{gate,down}_proj"
+OURS = {"normaliser_scope": "module", "normaliser_variance": "exact"}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def desired_outputs(seen: list[tuple[torch.Tensor, torch.Tensor]], step_size: fl
 
 
 def test_updates_satisfy_the_normal_equations_with_moments_over_the_whole_stream(stream):
-    env, agent, observation = stream(UltraEditConfig(step_size=1e-4, damping=0.5))
+    env, agent, observation = stream(UltraEditConfig(step_size=1e-4, damping=0.5, **OURS))
     seen = {m: [] for m in observation["keys"]}
     for _ in range(3):
         action, _ = agent.predict(observation)
@@ -53,7 +54,7 @@ def test_updates_satisfy_the_normal_equations_with_moments_over_the_whole_stream
 
 
 def test_with_recursion_the_normal_equations_hold_the_keys_of_all_earlier_batches(stream):
-    env, agent, observation = stream(UltraEditConfig(step_size=1e-4, damping=0.5, recursion=True))
+    env, agent, observation = stream(UltraEditConfig(step_size=1e-4, damping=0.5, recursion=True, **OURS))
     seen = {m: [] for m in observation["keys"]}
     for _ in range(3):
         action, _ = agent.predict(observation)
