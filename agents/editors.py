@@ -149,11 +149,16 @@ def _anchored(editor: Editor) -> Editor:
     return _variant(editor, "nas", norm_anchor=True)
 
 
+def _textual(editor: Editor) -> Editor:
+    """The same with a prior on text in its least squares (see `agents.text_prior`)."""
+    return _variant(editor, "text", text_prior=TEXT_PRIOR)
+
+
 def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
     title = plugin.upper() if plugin == "nas" else plugin
     return replace(
-        editor, name=f"{editor.name}+{plugin}", title=f"{editor.title}+{title}", settings=settings,
-        variant_of=editor.name,
+        editor, name=f"{editor.name}+{plugin}", title=f"{editor.title}+{title}",
+        settings={**editor.settings, **settings}, variant_of=editor.variant_of or editor.name,
     )  # fmt: skip
 
 
@@ -165,6 +170,7 @@ def _located(name: str, title: str) -> Editor:
     )  # fmt: skip
 
 
+TEXT_PRIOR = 300.0  # c: keys of text that weigh as much as the keys of so many facts
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
 PRESENTATIONS = (8, 16, 3)  # many weak ones move the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
@@ -234,10 +240,14 @@ EDITORS: dict[str, Editor] = {
         _starred(MEND),
         MALMEN,
         _starred(MALMEN),
+        _textual(MALMEN),
         _recursive(MALMEN),
+        _textual(_recursive(MALMEN)),
         DAFNET,
         ULTRAEDIT,
+        _textual(ULTRAEDIT),
         _recursive(ULTRAEDIT),
+        _textual(_recursive(ULTRAEDIT)),
         _trajectory(
             "mend+rledit", "MEND+RLEdit", "agents.mend:mend_rledit", env={"token": "all", "steps_per_batch": 1},
             training=LONG,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from agents.key_statistics import GENERATED
 from rledit_env.lm.products import linear, outer
 
 Aggregation = Literal["mend", "least_squares", "recursive"]
@@ -25,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {  # what the settings of `Hypernetwork
     "precision": ("float32", "bfloat16"),
     "initial_weights": ("scaled", "unit"),
     "step_size_parameter": ("log", "direct"),
+    "prior_source": ("facts", "text"),
     "loss": ("batch", "fact", "sum", "rows"),
 }
 
@@ -49,10 +51,15 @@ class HypernetworkConfig:
         block: "malmen", z + s ⊙ ReLU(z A B + b) + o, or "mend", z + ReLU(s ⊙ (z A B + b) + o), with each module's scale
             s and shift o.
         coefficient: of vᵢ in the least squares: "key" (uᵢ·ûᵢ, MALMEN's) or "normalised" (‖ûᵢ‖², UltraEdit's).
-        prior: c, how many training facts' keys the recursion starts with: S_0 = λI + c·C, with C the mean second
-            moment of the keys that :meth:`Hypernetwork.gather` has seen (nothing until then). It keeps the first
-            updates of a stream out of the directions that all keys share, and makes a long stream's steps like a
-            short one's.
+        prior: c, how many keys the least squares start with: S_0 = λI + c·C, with C a second moment E[k kᵀ] of keys k
+            (nothing until it has been gathered, see :attr:`Hypernetwork.wants_prior`).
+        prior_source: whose keys C is of. "facts": those of training facts, for the recursion only: it keeps the first
+            updates of a stream out of the directions that all keys share, and makes a long stream's steps like a short
+            one's. "text": those of all tokens of ordinary text, for the recursion and the plain least squares alike
+            (where λ is then not learned): updates avoid the directions that text lives in, and the rest of the LLM
+            stays as it was.
+        text: for the text prior: "generated", text that the LLM itself writes before it is edited, or a text file.
+        text_tokens: how much of it.
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
             "bfloat16" takes half the time where the machine multiplies it natively.
         normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens of
@@ -88,6 +95,9 @@ class HypernetworkConfig:
     block: Literal["malmen", "mend"] = "malmen"
     coefficient: Literal["key", "normalised"] = "key"
     prior: float = 100.0
+    prior_source: Literal["facts", "text"] = "facts"
+    text: str = GENERATED
+    text_tokens: int = 65_536
     normaliser: Literal["stream", "lifetime", "continued"] = "stream"
     warm_up: bool = True
     warm_up_rows: float = 40.0
@@ -113,11 +123,22 @@ class HypernetworkConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
+        if type(self.text_tokens) is not int or self.text_tokens < 64:
+            raise ValueError(f"text_tokens is {self.text_tokens!r}; give a whole number from 64")
         if not self.warm_up_rows >= 2:
             raise ValueError(f"warm_up_rows is {self.warm_up_rows}; give 2 or more, or warm_up=False for none")
+        if self.has_text_prior and self.aggregation == "mend":
+            raise ValueError("prior_source is 'text' and aggregation is 'mend', which solves no least squares that a "
+                             "prior could enter; give 'least_squares' or 'recursive', or prior=0")
         if self.warm_up and self.loss in ("fact", "sum"):
             raise ValueError(f"warm_up is True and loss is {self.loss!r}, but the moments of training facts are of the "
                              "batch's loss; give warm_up=False, or loss='batch'")
+
+
+    @property
+    def has_text_prior(self) -> bool:
+        """Whether the least squares start from the second moment of text's keys."""
+        return self.prior > 0 and self.prior_source == "text"
 
 
 class RunningNormaliser:
@@ -336,7 +357,7 @@ class Hypernetwork(nn.Module):
             self.log_step_size = nn.Parameter(torch.full((len(shapes),), math.log(config.step_size)))
         else:
             self.step_size = nn.Parameter(torch.full((len(shapes),), config.step_size))
-        learned = config.learn_damping and config.aggregation == "least_squares"
+        learned = config.learn_damping and config.aggregation == "least_squares" and not config.has_text_prior
         self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
         own = config.normaliser_scope == "module"
         self.normaliser_names = {m: m if own else f"{d_in}x{d_out}" for m, (d_in, d_out) in shapes.items()}
@@ -422,8 +443,16 @@ class Hypernetwork(nn.Module):
 
     @property
     def wants_prior(self) -> bool:
-        """Whether the recursion is to start from C, and none has been gathered."""
-        return self.config.aggregation == "recursive" and self.config.prior > 0 and not self.second_moments
+        """Whether the least squares are to start from C, and none has been gathered (:meth:`gather`, of facts) or
+        given (:meth:`start_from_text`, of text)."""
+        config = self.config
+        starts = config.has_text_prior or (config.aggregation == "recursive" and config.prior > 0)
+        return starts and not self.second_moments
+
+    @property
+    def learns_keys(self) -> bool:
+        """Whether the update keys ũ depend on the parameters."""
+        return self.config.aggregation != "recursive" and not self.config.has_text_prior
 
     @property
     def wants_moments(self) -> bool:
@@ -478,6 +507,20 @@ class Hypernetwork(nn.Module):
             self.second_moments[module] = earlier * (self._gathered / rows) + gram / rows
         self._gathered = rows
         self._starts = {}
+
+    def start_from_text(self, second_moments: Mapping[str, Tensor]) -> None:
+        """Start the least squares from these second moments of text's keys, from the next reset on.
+
+        Args:
+            second_moments: module → C (d_in, d_in), as `agents.key_statistics.key_statistics` gives them.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        for module, (d_in, _) in self.shapes.items():
+            _check_shape(f"the second moment of {module}", second_moments.get(module), (d_in, d_in))
+        self.second_moments = {m: second_moments[m].to(self.device, self.log_damping.dtype) for m in self.shapes}
+        self._starts, self._gathered = {}, 0
 
     def load_moments(self, state: Mapping[str, Tensor]) -> None:
         """Start from the moments of :func:`moments_state` at the next reset; from none where there are no tensors.
@@ -552,23 +595,24 @@ class Hypernetwork(nn.Module):
                 mean, scale = self.normaliser_of(module).moments()
                 z = (rows[module] - mean) * scale
                 normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
-                if self.config.aggregation == "recursive":
-                    update_keys[module] = self._remember(module, keys[module])
+                if not self.learns_keys:
+                    update_keys[module] = self._solved_keys(module, keys[module])
             inputs[group] = torch.stack(normalised)
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
         used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
         return StepRecord(dict(keys), inputs, update_keys, used=used)
 
-    def _remember(self, module: str, u: Tensor) -> Tensor:
-        """S⁻¹ takes in keys (N, d_in) by Woodbury's identity; returns ũ = u S⁻¹."""
+    def _solved_keys(self, module: str, u: Tensor) -> Tensor:
+        """ũ = u S⁻¹ (N, d_in) with these keys u (N, d_in) in S, by Woodbury's identity; the recursion keeps them."""
         inverse = self.memory.get(module)
         if inverse is None:
             inverse = self._start(module).to(u.dtype)
         projected = u @ inverse  # (N, d_in)
         gram = projected @ u.T + torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
         solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
-        self.memory[module] = inverse - projected.T @ solved
+        if self.config.aggregation == "recursive":
+            self.memory[module] = inverse - projected.T @ solved
         return solved
 
     def _start(self, module: str) -> Tensor:
@@ -609,7 +653,7 @@ class Hypernetwork(nn.Module):
             values |= zip(members, v, strict=True)
             if self.config.aggregation == "mend":
                 update_keys |= zip(members, key_part, strict=True)
-            elif self.config.aggregation == "recursive":
+            elif not self.learns_keys:
                 update_keys |= {m: record.update_keys[m] for m in members}
             else:
                 damping = self.log_damping[index].exp()[:, None, None]

@@ -33,6 +33,7 @@ class MALMENConfig(BatchwiseConfig):
     Attributes:
         recursion: keep the second moment of all earlier keys of a stream in the least squares (see
             `UltraEditConfig.recursion`).
+        text_prior: c of a prior on text in the least squares (see `HypernetworkConfig.prior`); the paper has none.
     """
 
     network: HypernetworkConfig = field(default_factory=malmen_network)
@@ -40,9 +41,13 @@ class MALMENConfig(BatchwiseConfig):
     step_size_learning_rate: float = 1e-5
     max_gradient_norm: float = 1.0
     recursion: bool = False
+    text_prior: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.text_prior:
+            text = replace(self.network, prior=self.text_prior, prior_source="text")
+            object.__setattr__(self, "network", text)
         if self.recursion:
             object.__setattr__(self, "network", replace(self.network, aggregation="recursive"))
 

@@ -36,6 +36,7 @@ from agents.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord, mo
 from agents.logs import log, summary_writer
 from agents.moments import MissingMomentsWarning, Moments, take
 from agents.settings import environment_settings, setting_differences
+from agents.text_prior import start_from_text
 from rledit_env.files import write_tensors, write_text
 from rledit_env.metrics import METRICS_VERSION
 
@@ -60,8 +61,9 @@ class RLEditConfig:
             sum", the sum over the trajectory's steps, again after each of them (see :func:`rledit_paper`).
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
         discount: γ.
-        prior_batches: batches of training facts that the recursion's prior C and the moments that streams start from
-            are gathered from before the first update (see `HypernetworkConfig.prior` and ``warm_up`` there).
+        prior_batches: batches of training facts that the recursion's prior C, unless it is of text, and the moments
+            that streams start from are gathered from before the first update (see `HypernetworkConfig.prior` and
+            ``warm_up`` there).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
             gradients through a broken LLM spoil the policy. None cuts none.
         graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
@@ -441,7 +443,13 @@ class RLEditAgent(Agent):
         self._gather(env, prior=False, moments=True, progress_bar=progress_bar)
 
     def _gather(self, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
-        """Show the network some training batches: the first of as many streams."""
+        """Give the network its prior from text; show it some training batches, the first of as many streams, for what
+        is of facts."""
+        if prior and self.config.network.has_text_prior:
+            start_from_text(self.network, _inner(env).lm, progress_bar)
+            prior = False
+        if not prior and not moments:
+            return
         batches = self.config.prior_batches
         gathered: Moments = {}
         _forget_states(env)
@@ -464,7 +472,7 @@ class RLEditAgent(Agent):
         _forget_states(env)
         observation, _ = env.reset(seed=seed, **reset)
         self.network.reset()
-        for_keys = self.config.network.aggregation != "recursive"
+        for_keys = self.network.learns_keys
         credit = CreditAccumulator(self.config.credit, for_keys, self.network.shrinks)
         records: list[StepRecord] = []
         infos: list[dict[str, Any]] = []

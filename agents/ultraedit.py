@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
 from agents.files import agent_folder
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
+from agents.key_statistics import GENERATED
 from agents.moments import training_moments
 from agents.rledit import FLOAT32_EPSILON
 from agents.settings import environment_settings
+from agents.text_prior import start_from_text
 from rledit_env.files import write_tensors, write_text
 
 # The environment's settings that the editor is best used with.
@@ -41,6 +43,9 @@ class UltraEditConfig:
             anchored at the original weights.
         warm_up: begin the running moments with those of bundled training facts, which :meth:`UltraEditAgent.learn`
             gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
+        text_prior: c of a prior on text, S = λI + c·C + …, which keeps the updates out of the directions that text
+            lives in (see `HypernetworkConfig.prior`); the paper has none.
+        text, text_tokens: the text, and how much of it, as there.
         normaliser_scope, normaliser_variance, normaliser_epsilon: as in `HypernetworkConfig`; the defaults are the
             published code's: one set of moments for all modules of a shape.
     """
@@ -49,6 +54,9 @@ class UltraEditConfig:
     damping: float = 1.0
     recursion: bool = False
     warm_up: bool = False
+    text_prior: float = 0.0
+    text: str = GENERATED
+    text_tokens: int = 65_536
     normaliser_scope: Literal["module", "shape", "shape in turn"] = "shape"
     normaliser_variance: Literal["exact", "published"] = "published"
     normaliser_epsilon: float = FLOAT32_EPSILON
@@ -57,7 +65,8 @@ class UltraEditConfig:
         """The rule as a hypernetwork without blocks."""
         return HypernetworkConfig(
             blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
-            damping=self.damping, learn_damping=False, coefficient="normalised", prior=0.0, normaliser="stream",
+            damping=self.damping, learn_damping=False, coefficient="normalised", prior=self.text_prior,
+            prior_source="text", text=self.text, text_tokens=self.text_tokens, normaliser="stream",
             warm_up=self.warm_up, normaliser_scope=self.normaliser_scope,
             normaliser_variance=self.normaliser_variance, normaliser_epsilon=self.normaliser_epsilon,
         )  # fmt: skip
@@ -117,6 +126,8 @@ class UltraEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend."""
+        if self.network.wants_prior:
+            self.learn(0, progress_bar=False)
         record = self.network.observe(*used_rows(observation, self.network.device))
         return factor_action(observation, *self.network.factors(record)), None
 
@@ -124,11 +135,17 @@ class UltraEditAgent(Agent):
         self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> UltraEditAgent:  # fmt: skip
-        """There is nothing to train; with ``warm_up``, the moments of training facts are gathered.
+        """There is nothing to train; with ``warm_up``, the moments of training facts are gathered, with
+        ``text_prior``, the second moments of text's keys.
 
         Raises:
             ValueError: they are to be gathered, and there is no environment.
         """
+        if self.network.wants_prior:
+            if self.env is None:
+                raise ValueError("text_prior needs the environment's LLM; make the agent with env=…")
+            start_from_text(self.network, self.env.unwrapped.lm, progress_bar)  # type: ignore[attr-defined]
+            self.network.reset()
         if self.network.wants_moments:
             if self.env is None:
                 raise ValueError("warm_up gathers moments with the environment's LLM; make the agent with env=…")
@@ -137,9 +154,11 @@ class UltraEditAgent(Agent):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers as JSON; the stream's moments and memory, and those of training facts, as safetensors."""
+        """Write the numbers as JSON; the stream's moments and memory, and those of training facts and of text, as
+        safetensors."""
         folder = agent_folder(path)
         start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
+        start |= {f"prior.{m}": v for m, v in self.network.prior_state().items()}
         write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
         description = {
             "agent": "ultraedit",
@@ -170,5 +189,6 @@ class UltraEditAgent(Agent):
         agent = cls(env, config, description["seed"], shapes)
         tensors = load_file(folder / "agent.safetensors")
         agent.network.load_moments({k[8:]: v for k, v in tensors.items() if k.startswith("moments.")})
+        agent.network.load_prior_state({k[6:]: v for k, v in tensors.items() if k.startswith("prior.")})
         agent.network.load_memory_state(tensors)
         return agent
