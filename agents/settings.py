@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -37,7 +37,11 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
-    components = {name: [weight, type(part).__name__] for name, (weight, part) in config.components.items()}
+    components = {
+        name: [weight, repr(part) if is_dataclass(part) else type(part).__name__]
+        for name, (weight, part) in config.components.items()
+    }
+    numbers["constraint"] = asdict(config.constraint) if config.constraint is not None else None
     return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 

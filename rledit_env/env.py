@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.lm.given import check_given, editable_lm
 from rledit_env.lm.weights import NotFiniteError
 from rledit_env.metrics import Metrics, evaluate
+from rledit_env.preservation import Multiplier
 from rledit_env.reward import (
     NO_SCORES,
     RewardConfig,
@@ -37,6 +39,7 @@ from rledit_env.reward import (
     backtracked,
     resolve_reward,
     score,
+    with_texts,
 )
 
 
@@ -101,7 +104,10 @@ class LifelongEditEnv(Copied, gym.Env):
     (Eq. 6–10) and ΔW_t the change that the step made. Every part is replaceable: see
     :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted means of the current batch under the
     components' names (`generalization`, `locality`), the weighted sums `backtracking` and `regularisation`, and
-    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. The reward is at least `RewardConfig.floor` (−1000).
+    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. What becomes of the rest of the LLM is scored by the
+    components of :mod:`rledit_env.preservation` (`own_text`, `continuation`), with a weight or under a bound
+    (`RewardConfig(constraint=...)`; `multiplier` in `info` is then the bound's multiplier at that step). The reward is
+    at least `RewardConfig.floor` (−1000).
 
     ## Starting State
 
@@ -177,9 +183,11 @@ class LifelongEditEnv(Copied, gym.Env):
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
-    facts edited so far), `current_batch()` (the facts now presented), `recorder` (None, or what is told of every update
-    before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM than
-    the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never write.
+    facts edited so far), `current_batch()` (the facts now presented), `multiplier` (of the reward's
+    constraint, a :class:`rledit_env.preservation.Multiplier`, or None), `recorder` (None, or what is told of every
+    update before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM
+    than the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never
+    write.
 
     ## Version History
 
@@ -223,6 +231,8 @@ class LifelongEditEnv(Copied, gym.Env):
         _require(render_mode is None or render_mode in modes, "render_mode", render_mode, f"None or one of {modes}")
         check_given(model, tokenizer, edit_modules, dtype, device)
         self.reward_config = resolve_reward(reward)
+        constraint = self.reward_config.constraint if self.reward_config is not None else None
+        self.multiplier = None if constraint is None else Multiplier(constraint)
         self.dataset = (
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
@@ -279,11 +289,13 @@ class LifelongEditEnv(Copied, gym.Env):
         memo[id(self.encoded)] = copy.copy(self.encoded)  # the same passages
 
     def _state(self) -> dict[str, Any]:
-        random = (self._np_random, self._np_random_seed)
+        always: dict[str, Any] = {"random": (self._np_random, self._np_random_seed)}
+        if self.multiplier is not None:
+            always["multiplier"] = self.multiplier.value
         if not self._holds() or (self._over and not self.history):
-            return {"random": random}
+            return always
         return {
-            "random": random,
+            **always,
             "episode": {name: getattr(self, name) for name in EPISODE},
             "indices": self.stream.indices,
             "facts": self._fingerprint(),
@@ -292,6 +304,8 @@ class LifelongEditEnv(Copied, gym.Env):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._np_random, self._np_random_seed = state["random"]
+        if self.multiplier is not None:
+            self.multiplier.value = state["multiplier"]
         if "episode" not in state:
             return
         self.stream.reset(self.np_random, state["indices"])
@@ -488,7 +502,10 @@ class LifelongEditEnv(Copied, gym.Env):
         if batch % config.batch_stride != self._first_scored or not (config.every_step or last_presentation):
             return []
         weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
-        return [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
+        scored = [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
+        if self.multiplier is not None:  # a bound is on the step's own batch
+            scored[0] = replace(scored[0], extra={self.multiplier.constraint.component: self.multiplier.value})
+        return [with_texts(self.lm, b, config, i > 0, self.np_random) for i, b in enumerate(scored)]
 
     def _rewarded(self, made: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward at the updated weights and the step's info; then the step is taken."""
@@ -547,6 +564,8 @@ class LifelongEditEnv(Copied, gym.Env):
         penalty, action_gradient = self._penalty(made, config)
         basic = scores.basic[0] if scores.basic else {}
         reward = -(scores.total + penalty)
+        if self.multiplier is not None and scores.basic:  # −μ (measured − bound); the measured part is in the total
+            reward += self.multiplier.value * self.multiplier.constraint.bound * config.batch_stride
         largest = [torch.linalg.vector_norm(g, math.inf) for g in (scores.gradient or {}).values()]
         diverged = not (math.isfinite(reward) and all(map(math.isfinite, largest)))
         info: dict[str, Any] = {
@@ -556,6 +575,8 @@ class LifelongEditEnv(Copied, gym.Env):
             "drift": drift,
             "diverged": diverged,
         }
+        if self.multiplier is not None:
+            info["multiplier"] = self.multiplier.value
         if self.reward_gradient and not diverged:
             if scores.gradient is not None:
                 info["reward_gradient"] = self._arrays({m: g.neg_() for m, g in scores.gradient.items()})
@@ -659,6 +680,7 @@ class LifelongEditEnv(Copied, gym.Env):
         self._undo = None
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()
+        self.lm.text_cache.clear()
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -57,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the loss on the edit prompt (--reward efficacy)")
     group.add_argument("--locality-weight", type=float,
                        help="of the divergence on unrelated facts (default: 1.0, and 0.6 for --reward paper)")
+    group.add_argument("--own-text-weight", type=float, default=0.0,
+                       help="of the divergence on text that the model wrote before editing (0: not scored)")
+    group.add_argument("--continuation-weight", type=float, default=0.0,
+                       help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
+    group.add_argument("--kl-bound", type=float, metavar="NATS",
+                       help="hold the divergence on the model's own text at this many nats a token, by a Lagrange "
+                       "multiplier")
+    group.add_argument("--kl-rate", type=float, default=1.0,
+                       help="the multiplier's rise an update for each nat above the bound (--kl-bound)")
     group.add_argument("--every-step", action="store_true",
                        help="score every step, not only a batch's last presentation (slower)")
 
@@ -181,6 +190,7 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
 
 
 def _reward(options: argparse.Namespace) -> Any:
+    from rledit_env.preservation import Constraint, Continuation, OwnText
     from rledit_env.reward import RewardConfig
 
     locality = options.locality_weight
@@ -188,7 +198,12 @@ def _reward(options: argparse.Namespace) -> Any:
         config = RewardConfig.paper(0.6 if locality is None else locality)
     else:
         config = RewardConfig.with_efficacy(options.efficacy_weight, 1.0 if locality is None else locality)
-    return replace(config, every_step=options.every_step)
+    if options.own_text_weight:
+        config = config.replace("own_text", options.own_text_weight, OwnText())
+    if options.continuation_weight:
+        config = config.replace("continuation", options.continuation_weight, Continuation())
+    constraint = None if options.kl_bound is None else Constraint(bound=options.kl_bound, rate=options.kl_rate)
+    return replace(config, every_step=options.every_step, constraint=constraint)
 
 
 def interrupted(options: argparse.Namespace) -> str:

@@ -124,6 +124,7 @@ class EditableLM(EditedWeights):
         self.forward: Forward = own.forward(model, layers, self._modules, name)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
+        self.text_cache = PrefixCache(cache_bytes // 64)  # token ids that θ₀ wrote
 
     @classmethod
     def load(
@@ -426,7 +427,7 @@ class EditableLM(EditedWeights):
             chunk = order[start : start + batch_size]
             rows = [self.encode(prompts[i]) for i in chunk]
             for members in self.decoded_together(rows):
-                output = self._decode([rows[m] for m in members], max(answers[i] for i in chunk) + extra)
+                output = self.decode([rows[m] for m in members], max(answers[i] for i in chunk) + extra)
                 for m, row in zip(members, output, strict=True):
                     texts[chunk[m]] = str(tokenizer.decode(row, skip_special_tokens=True))
         return texts
@@ -438,12 +439,15 @@ class EditableLM(EditedWeights):
         for key in sorted(set(keys)):
             yield [i for i, each in enumerate(keys) if each == key]
 
-    def _decode(self, rows: Sequence[Sequence[int]], most: int) -> Tensor:
-        """Greedy continuations (B, most or less) of rows of token ids, padded on the left."""
+    def decode(self, rows: Sequence[Sequence[int]], most: int, **sampling: Any) -> Tensor:
+        """Continuations (B, most or less) of rows of token ids, which the model sees together (see
+        :meth:`decoded_together`): greedy ones, unless ``sampling`` says otherwise, as transformers' ``generate`` takes
+        it."""
         ids, mask = self.pad_on_left(rows)
         output = self.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=self.pad_token_id
-        )
+            input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=self.pad_token_id,
+            **{"do_sample": False, **sampling},
+        )  # fmt: skip
         return output[:, ids.shape[1] :]
 
     def pad_on_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
