@@ -242,8 +242,10 @@ class RLEditAgent(Agent):
                     measured += [numbers[AT_END]] if AT_END in numbers else []
                     for step, numbers_of_step in enumerate(_inner(env).history):
                         log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
-                    self.timesteps += horizon * processes.count
-                    bar.update(horizon * processes.count)
+                    until = _inner(env).present_until is not None  # then a stream's steps are only known at its end
+                    steps = sum(processes.gathered(len(_inner(env).history))) if until else horizon * processes.count
+                    self.timesteps += steps
+                    bar.update(steps)
                 numbers = _averaged(processes.gathered(numbers)) | self._update(gradients, processes)
                 self._hold_bound([value for theirs in processes.gathered(measured) for value in theirs])
                 state = self._training_state()
@@ -353,6 +355,8 @@ class RLEditAgent(Agent):
         for i in trange(batches, desc="moments of training facts", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
             keys, gradients = used_rows(observation, self.network.device)
+            if not observation["mask"].any():  # all of the batch's facts have taken already
+                continue
             if prior:
                 self.network.gather(keys)
             if moments:

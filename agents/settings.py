@@ -26,6 +26,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
         "split": inner.dataset.split,
         "token": inner.token,
         "steps_per_batch": inner.steps_per_batch,
+        "present_until": inner.present_until,
         "num_batches": inner.stream.num_batches,
         "batch_size": inner.stream.batch_size,
         "reward": _reward_settings(inner.reward_config),

@@ -53,12 +53,20 @@ class Trace:
         value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
         owner: index of the passage that each position belongs to, (N,) int64.
         loss: mean answer-token cross-entropy of the batch.
+        hardest: the largest cross-entropy of any of a passage's answer tokens, (passages,) in nats.
     """
 
     keys: dict[str, Tensor]
     value_gradients: dict[str, Tensor]
     owner: Tensor
     loss: float
+    hardest: Tensor
+
+    def of(self, passages: Tensor) -> Trace:
+        """The positions of some passages, chosen by a mask (passages,); the loss stays the whole batch's."""
+        rows = passages.to(self.owner.device)[self.owner]
+        keys, gradients = ({m: t[rows] for m, t in part.items()} for part in (self.keys, self.value_gradients))
+        return Trace(keys, gradients, self.owner[rows], self.loss, self.hardest)
 
 
 @dataclass(frozen=True)
@@ -489,6 +497,7 @@ class EditableLM(EditedWeights):
 
         order: list[int] = []
         loss = [0.0] * len(batches)
+        hardest = torch.zeros(len(passages), dtype=self.edit_dtype, device=self.device)
         handles = [module.register_forward_hook(record(name)) for name, module in self._modules.items()]
         keys: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
@@ -502,6 +511,8 @@ class EditableLM(EditedWeights):
                     share = torch.tensor([1 / totals[b] for b in whose], dtype=losses.dtype, device=self.device)
                     traced = [outputs[n] for n in self._modules]
                     grads = torch.autograd.grad((share * losses).sum(), traced, materialize_grads=True)
+                    passage_of = torch.tensor([i for i in chunk for _ in passages[i].targets], device=self.device)
+                    hardest.scatter_reduce_(0, passage_of, losses.detach().to(hardest), "amax")
                     theirs = torch.tensor(whose, device=self.device)
                     for b in sorted(set(whose)):
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
@@ -531,6 +542,7 @@ class EditableLM(EditedWeights):
                 value_gradients={n: v[b] for n, v in split_gradients.items()},
                 owner=theirs - first[b],
                 loss=loss[b],
+                hardest=hardest[first[b] : first[b] + len(batches[b])],
             )
             for b, theirs in enumerate(by_batch(owner))
         ]
