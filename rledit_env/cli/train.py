@@ -123,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         check_positive(options, "calibrate_num_batches")
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
+    reward = _reward(options)
     network = HypernetworkConfig(
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
         damping=options.damping, prior=options.prior, normaliser=options.normaliser,
@@ -142,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         "model": lm, "batch_size": options.batch_size, "token": options.token,
         "steps_per_batch": options.steps_per_batch, "array_backend": "torch", "disable_env_checker": True,
     }
-    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=_reward(options),
+    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=reward,
                    reward_gradient=True, **common)
     eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **common)
     longer = options.calibrate_num_batches and gym.make(
@@ -155,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
     print(f"streams   {options.num_batches} × {options.batch_size} facts, {options.steps_per_batch} steps a batch, "
-          f"token {options.token}, reward {options.reward}")
+          f"token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
     run_folder(options.out, options.command_line)
@@ -204,6 +205,15 @@ def _reward(options: argparse.Namespace) -> Any:
         config = config.replace("continuation", options.continuation_weight, Continuation())
     constraint = None if options.kl_bound is None else Constraint(bound=options.kl_bound, rate=options.kl_rate)
     return replace(config, every_step=options.every_step, constraint=constraint)
+
+
+def _preserving(reward: Any) -> str:
+    """What of the reward keeps the rest of the model, in words."""
+    names = ("own_text", "continuation")
+    parts = [f"{n} × {reward.components[n][0]:g}" for n in names if reward.components.get(n, (0.0,))[0]]
+    if reward.constraint is not None:
+        parts.append(f"{reward.constraint.component} ≤ {reward.constraint.bound:g}")
+    return "".join(f", {part}" for part in parts)
 
 
 def interrupted(options: argparse.Namespace) -> str:
