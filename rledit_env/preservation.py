@@ -33,7 +33,7 @@ class OwnText:
 
     A scored step passes, forward and backward, over ``passages · tokens`` tokens more, with the logits of each under
     both LLMs. On SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated
-    one scored for the batch and one earlier) that is 1.2 to 1.4 times the step without it, and writing the pool takes
+    one scored for the batch and one earlier) that is about 1.3 times the step without it, and writing the pool takes
     half a minute, once.
 
     Attributes:
@@ -108,7 +108,7 @@ class Continuation:
 
     A scored step passes, forward and backward, over the drawn facts and their texts, for each batch that it scores. On
     SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated one scored for
-    the batch and one earlier) that is about 1.2 times the step without it; writing takes about half a step a batch.
+    the batch and one earlier) that is about 1.3 times the step without it, and writing takes half a step a batch.
 
     Attributes:
         facts: drawn from each batch; all of them where there are fewer.
@@ -119,7 +119,7 @@ class Continuation:
     """
 
     facts: int = 3
-    tokens: int = 12
+    tokens: int = 10
 
     def __post_init__(self) -> None:
         _check_positive(self, "facts", "tokens")
