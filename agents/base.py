@@ -99,6 +99,12 @@ class Agent(ABC):
         """The agent that was saved, ready to predict (and to learn, given an environment)."""
 
 
+def act(agent: Agent, observation: Any) -> Any:
+    """The agent's action; where the observation has no rows in use, since all its batch's facts have taken already (see
+    `LifelongEditEnv`, ``present_until``), one that edits nothing, and the agent is not asked."""
+    return agent.predict(observation)[0] if observation["mask"].any() else {"updates": {}}
+
+
 def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[str, Any]]:
     """Let an agent edit one whole stream; returns the return and the last step's info.
 
@@ -108,8 +114,7 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
     observation, info = env.reset(**reset)
     total, done = 0.0, False
     while not done:
-        action, _ = agent.predict(observation)
-        observation, reward, terminated, truncated, info = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(act(agent, observation))
         total += float(reward)
         done = terminated or truncated
     return total, info

@@ -12,14 +12,17 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
 
-from agents.base import Agent, begin_stream
-from agents.recording import LedgerRecorder, Position
+from agents.base import Agent, act, begin_stream
+from agents.recording import LedgerRecorder, Position, Taken
+from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.reward import action_penalty, frobenius_penalty
 
 
@@ -35,6 +38,9 @@ class EditLog:
         diverged: whether an update broke the model; editing ended there, with the weights of before it.
         skipped: batches (from 0) of which an update broke the model and was taken back, once for each such update.
         stopped: whether a guard ended the run.
+        presentations: of each fact, in the stream's order, how often it was presented.
+        taken: of each fact, whether it has taken at the end, when all are edited; empty where facts were presented a
+            fixed number of times.
     """
 
     batch_sizes: list[int] = field(default_factory=list)
@@ -44,6 +50,8 @@ class EditLog:
     diverged: bool = False
     skipped: list[int] = field(default_factory=list)
     stopped: bool = False
+    presentations: list[int] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
 
     @property
     def facts(self) -> int:
@@ -94,25 +102,33 @@ def edit_stream(
     inner: Any = env.unwrapped
     started = time.perf_counter()
     first, size, presentations = len(log.batch_sizes), inner.stream.batch_size, inner.steps_per_batch
+    until = inner.present_until is not None  # then a batch may end before it has been presented so often
     recorder = LedgerRecorder(ledger, inner, agent, first) if ledger is not None else None
     position = recorder.take_up() if recorder is not None else Position([], 0, None)
 
-    def note(step: int, norm: float, skipped: bool) -> None:
+    def note(step: Taken) -> None:
         """Take a step into the log."""
-        if step % presentations == 0:
+        if first + step.batch == len(log.batch_sizes):
             log.batch_sizes.append(size)
             log.update_norms.append(0.0)
-        if skipped:
-            log.skipped.append(first + step // presentations)
+            log.presentations += [0] * size
+        begin = len(log.presentations) - size
+        for place in range(size) if step.presented is None else step.presented:
+            log.presentations[begin + place] += 1
+        if step.broke:
+            log.skipped.append(first + step.batch)
         else:
-            log.update_norms[-1] = math.hypot(log.update_norms[-1], norm)
-        if progress is not None and (step + 1) % presentations == 0:
-            progress(size)
+            log.update_norms[-1] = math.hypot(log.update_norms[-1], step.norm)
 
-    for step, (norm, skipped) in enumerate(position.taken):
-        note(step, norm, skipped)
+    def ended(batches: int) -> None:
+        for _ in range(batches if progress is not None else 0):
+            progress(size)  # type: ignore[misc]
+
+    for taken in position.taken:
+        note(taken)
     step, in_flight = position.step, position.update
-    done = step == inner.episode_steps
+    ended(step // presentations)
+    done = step >= inner.episode_steps
     if step or in_flight is not None:
         options = {**(reset.get("options") or {}), "keep_weights": True, "start": step}
         reset = {**reset, "options": options}
@@ -124,29 +140,32 @@ def edit_stream(
     try:
         while not done:
             if in_flight is None:
-                action, _ = agent.predict(observation)
+                action = act(agent, observation)
                 norm = _norm(action, inner.lm)
             else:
                 action, norm = in_flight, position.norm
             if recorder is not None:
                 recorder.step, recorder.norm = step, norm
-                if (step + 1) % presentations == 0:
+                if until or (step + 1) % presentations == 0:
                     # What the next batch's states are computed together with changes their last bits; so that a run
                     # taken up there has the same, they do not depend on earlier batches.
                     inner.lm.prefix_cache.clear()
+            presented = inner.presented_facts()
             with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
                 observation, _, terminated, truncated, info = env.step(action)
             in_flight = None
-            note(step, norm, info["diverged"])
-            step += 1
+            batch, step = info["batch"], inner.position
+            note(Taken(batch, norm, info["diverged"], presented))
+            whole = step // presentations > batch  # the batch has ended
+            ended(whole)
             done = terminated or truncated
             if info["diverged"]:
                 log.diverged = inner.on_divergence == "end" or (done and step < inner.episode_steps)
                 warnings.warn(f"the update of batch {first + info['batch']} ({_last_facts(log)}) broke the LLM and was "
                               "taken back", stacklevel=2)
-            if step % presentations == 0 and not info["diverged"]:
+            if whole and not info["diverged"]:
                 started += _call(callbacks, len(log.batch_sizes))
-            if guard is not None and step % presentations == 0 and guard.exceeded(len(log.batch_sizes) - 1):
+            if guard is not None and whole and guard.exceeded(len(log.batch_sizes) - 1):
                 log.stopped = done = True
     finally:
         inner.recorder = None
@@ -188,6 +207,7 @@ def edit_facts(
     ledger: EditLedger | None = None,
     guard: DriftGuard | None = None,
     on_divergence: Literal["end", "skip", "raise"] = "end",
+    present_until: float | None = None,
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
@@ -203,7 +223,7 @@ def edit_facts(
         steps_per_batch: as there.
         progress: called after every batch with the number of its facts.
         ledger, guard: as for :func:`edit_stream`.
-        on_divergence: as in :class:`~rledit_env.env.LifelongEditEnv`.
+        on_divergence, present_until: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
     log, before = EditLog(), agent.env
     whole = len(facts) // batch_size
@@ -214,6 +234,7 @@ def edit_facts(
             env = LifelongEditEnv(
                 facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
                 steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
+                present_until=present_until,
             )
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
             agent.set_env(env)  # editors that read the facts themselves must read these
@@ -223,4 +244,18 @@ def edit_facts(
             agent.env = None
         else:
             agent.set_env(before)
+    if present_until is not None:
+        log.taken = have_taken(lm, facts, present_until)[: log.facts]
     return log
+
+
+def have_taken(lm: EditableLM, facts: KnowledgeDataset, probability: float) -> list[bool]:
+    """Whether the LLM, as it is, gives every token of a fact's answer at least this probability, given the prompt and
+    the answer's tokens before it."""
+    encoded = EncodedDataset(lm, facts)
+    passages = [encoded[i].edit for i in range(len(facts))]
+    states = lm.answer_states(passages)
+    with torch.no_grad():
+        losses = negative_log_likelihood(lm.forward, states.hidden, states.targets)
+    hardest = losses.new_zeros(len(passages)).scatter_reduce_(0, states.owner, losses, "amax")
+    return (hardest <= -math.log(probability)).tolist()

@@ -12,12 +12,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rledit_env.reward import Component, Efficacy, Generalization, Locality, RewardConfig
+from rledit_env.preservation import Constraint, Continuation, OwnText
+from rledit_env.reward import Component, Efficacy, Generalization, Locality, RewardConfig, TextComponent
 
 CONFIGS = Path(__file__).parent / "configs"
 ENVIRONMENT = ("edit_modules", "token", "steps_per_batch")  # settings of the environment that an editor may choose
-COMPONENTS: dict[str, type[Component]] = {
-    "efficacy": Efficacy, "generalization": Generalization, "locality": Locality,
+COMPONENTS: dict[str, type[Component] | type[TextComponent]] = {
+    "efficacy": Efficacy, "generalization": Generalization, "locality": Locality, "own_text": OwnText,
+    "continuation": Continuation,
 }  # fmt: skip
 
 
@@ -30,7 +32,8 @@ class Training:
         batch_size: facts of a training batch; None is as many as are edited at once.
         steps_per_batch: presentations of a batch; None is as many as when it edits.
         trajectories: training streams.
-        reward: the reward's components by name and weight, and any other of `RewardConfig`'s numbers.
+        reward: the reward's components by name and weight, and any other of `RewardConfig`'s numbers; "constraint"
+            holds a `Constraint`'s.
         select_batches: batches of the held-out streams that choose the best checkpoint; 0 takes the last.
         eval_every: updates between two such evaluations.
         patience: evaluations without a better score before training ends.
@@ -116,7 +119,10 @@ class Editor:
         if weights is not None:
             _known(weights, COMPONENTS, f"editor {self.name!r}, train.reward.components")
             numbers["components"] = {name: (weight, COMPONENTS[name]()) for name, weight in weights.items()}
-        return changed(RewardConfig(), numbers, f"editor {self.name!r}, train.reward")
+        place = f"editor {self.name!r}, train.reward"
+        if isinstance(constraint := numbers.get("constraint"), Mapping):
+            numbers["constraint"] = changed(Constraint(), constraint, f"{place}.constraint")
+        return changed(RewardConfig(), numbers, place)
 
     def description(self) -> dict[str, Any]:
         """All that its results depend on, as JSON holds it."""

@@ -38,6 +38,7 @@ from agents.standard_state import load_training_state, training_state
 from rledit_env.files import write_tensors, write_text
 from rledit_env.metrics import METRICS_VERSION
 from rledit_env.nesting import environment_inside
+from rledit_env.preservation import Multiplier
 from rledit_env.wrappers import GradientFeatures, RelativeReward, Rule, ScaledUpdate, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
@@ -391,6 +392,8 @@ class _Watch(BaseCallback):
         self.streams, self._evaluated, self._kept = 0, -1, -1
         self._numbers: dict[str, list[float]] = {}
         self._return = 0.0  # of the stream so far, the environment's own
+        inner: Any = agent.scaled.unwrapped
+        self._multiplier: Multiplier | None = inner.multiplier  # of the reward's constraint
         self._writer: Any = None
         self._bar: Any = None
 
@@ -436,6 +439,10 @@ class _Watch(BaseCallback):
         self.streams += 1
         numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
         numbers |= {"return": self._return, "drift": info["drift"]}
+        if self._multiplier is not None:
+            finite = filter(math.isfinite, self._numbers.get(self._multiplier.constraint.component, []))
+            if measured := list(finite):
+                self._multiplier.update(measured[-1])
         self._numbers, self._return = {}, 0.0
         self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
         self._log("train", numbers)
@@ -473,6 +480,8 @@ class _Watch(BaseCallback):
             "begun": self.begun, "finished": self.finished, "earlier": self.agent.earlier_timesteps,
             "streams": self.streams, "evaluated": self._evaluated,
         }  # fmt: skip
+        if self._multiplier is not None:
+            numbers["multiplier"] = self._multiplier.value
         if self.agent.relative is not None:
             numbers["relative"] = self.agent.relative.state()
         tensors |= {f"best/{k}": v for k, v in (self.best or {}).items()}
@@ -509,6 +518,7 @@ class _Watch(BaseCallback):
             agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
             streams, evaluated = numbers["streams"], numbers["evaluated"]
+            multiplier = numbers["multiplier"] if self._multiplier is not None else 0.0
             before = training_state(agent.model), agent.relative.state() if agent.relative is not None else {}
             try:
                 if best is not None:
@@ -521,6 +531,8 @@ class _Watch(BaseCallback):
                 if agent.relative is not None:
                     agent.relative.load_state(before[1])
                 raise
+            if self._multiplier is not None:
+                self._multiplier.value = multiplier
             agent.model._last_obs = agent.model.env.reset()
             agent.model._last_episode_starts = np.ones((1,), dtype=bool)
             agent.best_score = known_best(theirs)

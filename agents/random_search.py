@@ -118,7 +118,7 @@ class RandomSearchAgent(Agent):
         returns = []
         for seed in seeds:
             returns.append(run_stream(self.scaled.env, self, seed=seed)[0])
-            self.timesteps += inner.episode_steps
+            self.timesteps += len(inner.history)
             bar.update(1)
         return float(np.mean(returns))
 

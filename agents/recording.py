@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,18 +15,34 @@ from rledit_env.ledger import EditLedger, Entry, LedgerError, Update, updated, w
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A step that a recorded stream has taken.
+
+    Attributes:
+        batch: of the stream, from 0.
+        norm: its update's, √(Σ ‖ΔW‖_F²).
+        broke: whether it was taken back, since it broke the LLM.
+        presented: the facts that it presented, as places in the batch; None for all.
+    """
+
+    batch: int
+    norm: float
+    broke: bool
+    presented: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
 class Position:
     """Where a recorded stream goes on.
 
     Attributes:
-        taken: for each of the stream's steps that need not be gone through again, the update's norm, and whether it
-            was taken back.
-        step: the step to go on with.
+        taken: the stream's steps that need not be gone through again.
+        step: the place in the stream to go on with, as `LifelongEditEnv.reset` takes its "start".
         update: what that step did, if it was in flight: it is taken again as it was.
         norm: that update's.
     """
 
-    taken: list[tuple[float, bool]]
+    taken: list[Taken]
     step: int
     update: Update | None
     norm: float = 0.0
@@ -47,7 +63,7 @@ class LedgerRecorder:
 
     def __init__(self, ledger: EditLedger, env: LifelongEditEnv, agent: Agent, first_batch: int = 0) -> None:
         self.ledger, self.env, self.agent, self.first_batch = ledger, env, agent, first_batch
-        self.step, self.norm = 0, 0.0  # of the stream, and of its next update; set by who steps it
+        self.step, self.norm = 0, 0.0  # the place in the stream, and its next update's norm; set by who steps it
         self.cursor = len(ledger)  # the next entry; those before len(ledger) are compared with
         self._before: Mapping[str, Tensor] = {}
         self._last: Entry | None = None  # the step in flight
@@ -67,6 +83,7 @@ class LedgerRecorder:
                 "edit", update, after, self.first_batch + batch, presentation,
                 facts=env.stream.indices[batch * size : (batch + 1) * size].tolist(), norm=self.norm,
                 random=env.np_random.bit_generator.state, memory=self.agent.memory(),
+                presented=None if env.present_until is None else env.presented_facts(),
             )
         self.cursor += 1
         self._before = {m: w.clone() for m, w in before.items()}
@@ -112,7 +129,7 @@ class LedgerRecorder:
         if not mine:
             return Position([], 0, None)
         taken_back = {e.index - 1 for e in entries if e.kind == "rollback"}
-        taken = [(e.norm, e.index in taken_back) for e in mine]
+        taken = [Taken(e.batch - self.first_batch, e.norm, e.index in taken_back, e.presented) for e in mine]
         if mine[-1] is not edits[-1]:  # the run went on after this stream
             return Position(taken, env.episode_steps, None)
         after_last = entries[mine[-1].index + 1 :]
@@ -130,6 +147,8 @@ class LedgerRecorder:
         if undone:
             ledger.replay(env.lm)
             self.cursor = len(ledger)
+            if env.present_until is not None:  # what was undone has not taken, but is not to come again
+                return Position(taken, (last.batch - self.first_batch + 1) * env.steps_per_batch, None)
             return Position(taken, step + 1, None)
         ledger.replay(env.lm, last.index)
         self.cursor = last.index

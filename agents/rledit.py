@@ -39,11 +39,13 @@ from agents.settings import environment_settings, setting_differences
 from agents.text_prior import start_from_text
 from rledit_env.files import write_tensors, write_text
 from rledit_env.metrics import METRICS_VERSION
+from rledit_env.preservation import Multiplier
 
 # The environment's settings that the agent is best trained and used with.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
 POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # what the names of a policy's tensors begin with
 FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
+AT_END = "constrained_at_end"  # a trajectory's number: the component under a bound, last scored
 Callback = Callable[[dict[str, float]], bool | None]
 
 
@@ -331,6 +333,7 @@ class RLEditAgent(Agent):
             judge()
             while self.timesteps < end and not (eval_env is not None and self._waited >= patience):
                 gradients: list[list[Tensor]] = []
+                measured: list[float] = []  # what the reward's constraint is on, at the trajectories' ends
                 numbers: dict[str, float] = {}
                 left = math.ceil((end - self.timesteps) / (horizon * processes.count))
                 count = min(self.config.trajectories_per_update, left)
@@ -338,11 +341,15 @@ class RLEditAgent(Agent):
                 for place in range(first, first + count):
                     gradient, numbers = self._trajectory(env, self.seed + self.updates * 1000 + place)
                     gradients.append(gradient)
+                    measured += [numbers[AT_END]] if AT_END in numbers else []
                     for step, numbers_of_step in enumerate(_inner(env).history):
                         log(step_writer, "step", numbers_of_step, self.timesteps + step + 1)
-                    self.timesteps += horizon * processes.count
-                    bar.update(horizon * processes.count)
+                    until = _inner(env).present_until is not None  # then a stream's steps are only known at its end
+                    steps = sum(processes.gathered(len(_inner(env).history))) if until else horizon * processes.count
+                    self.timesteps += steps
+                    bar.update(steps)
                 numbers = _averaged(processes.gathered(numbers)) | self._update(gradients, processes)
+                self._hold_bound([value for theirs in processes.gathered(measured) for value in theirs])
                 state = self._training_state()
                 bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
                 log(writer, "train", numbers, self.updates)
@@ -456,6 +463,8 @@ class RLEditAgent(Agent):
         for i in trange(batches, desc="moments of training facts", unit="batch", disable=not progress_bar, leave=False):
             observation, _ = env.reset(seed=self.seed * batches + i)
             keys, gradients = used_rows(observation, self.network.device)
+            if not observation["mask"].any():  # all of the batch's facts have taken already
+                continue
             if prior:
                 self.network.gather(keys)
             if moments:
@@ -508,6 +517,9 @@ class RLEditAgent(Agent):
         numbers = {k: float(np.mean([i[k] for i in infos if k in i])) for k in infos[-1]}
         numbers |= {"return": total, "steps": float(len(records)), "drift": infos[-1]["drift"]}
         numbers["step_size"] = float(self.network.step_sizes().detach().mean())
+        if (multiplier := _inner(env).multiplier) is not None:
+            constrained = [i[multiplier.constraint.component] for i in infos if multiplier.constraint.component in i]
+            numbers |= {AT_END: constrained[-1]} if constrained else {}
         return self._policy_gradient(records, credit), numbers
 
     def _parameters(self) -> list[Tensor]:
@@ -543,6 +555,15 @@ class RLEditAgent(Agent):
         self.optimizer.zero_grad()
         self.updates += 1
         return {"gradient_norm": norm}
+
+    def _hold_bound(self, measured: Sequence[float]) -> None:
+        """Dual ascent of the reward's constraint, if it has one, on what it is on at the ends of trajectories."""
+        multiplier = self._multiplier()
+        if multiplier is not None and measured:
+            multiplier.update(float(np.mean(measured)))
+
+    def _multiplier(self) -> Multiplier | None:
+        return None if self.env is None else _inner(self.env).multiplier
 
     def _evaluate(self, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
         """Score the policy on the held-out stream and keep it if it is the best so far. Every process edits the stream,
@@ -664,10 +685,13 @@ class RLEditAgent(Agent):
                 for name, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer.{self._place(parameter)}.{name}"] = value.detach().clone()
         tensors |= {f"best.{k}": v for k, v in (self._best or {}).items()}
-        return tensors, {
+        counters = {
             **self._description(), "begun": self._begun, "finished": self._finished, "waited": self._waited,
             "evaluated": self._evaluated,
         }  # fmt: skip
+        if (multiplier := self._multiplier()) is not None:
+            counters["multiplier"] = multiplier.value
+        return tensors, counters
 
     def _place(self, parameter: Tensor) -> int:
         """The parameter's index in the optimiser's own numbering."""
@@ -688,6 +712,8 @@ class RLEditAgent(Agent):
         # Earlier versions did not say these: their runs began at 0, and went on whenever they were short of the total.
         self._begun, self._finished = counters.get("begun", 0), counters.get("finished", False)
         self._waited, self._evaluated = counters["waited"], counters["evaluated"]
+        if (multiplier := self._multiplier()) is not None:
+            multiplier.value = counters["multiplier"]
 
     def _resume(self, path: Path) -> None:
         """Go on from a checkpoint.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -28,6 +28,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
         "split": inner.dataset.split,
         "token": inner.token,
         "steps_per_batch": inner.steps_per_batch,
+        "present_until": inner.present_until,
         "num_batches": inner.stream.num_batches,
         "batch_size": inner.stream.batch_size,
         "reward": _reward_settings(inner.reward_config),
@@ -39,7 +40,11 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
-    components = {name: [weight, type(part).__name__] for name, (weight, part) in config.components.items()}
+    components = {
+        name: [weight, repr(part) if is_dataclass(part) else type(part).__name__]
+        for name, (weight, part) in config.components.items()
+    }
+    numbers["constraint"] = asdict(config.constraint) if config.constraint is not None else None
     return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 

@@ -116,6 +116,7 @@ class StrengthProbe:
         guarded: whether it is also allowed no more than that on the text of `DriftGuard`, as the run will be.
         seconds: after which no further trial is begun; the first `LEAST` are made in any case.
         progress: called with every trial.
+        present_until: as in `LifelongEditEnv`, as the run will be: the numbers of presentations are then the most.
     """
 
     lm: EditableLM
@@ -127,6 +128,7 @@ class StrengthProbe:
     guarded: bool = False
     seconds: float = SECONDS
     progress: Callable[[Trial], Any] | None = None
+    present_until: float | None = None
 
     def search(self, presentations: Sequence[int]) -> StrengthSearch:
         """Find the smallest step size with which all facts take, for each number of presentations of a batch.
@@ -172,7 +174,8 @@ class StrengthProbe:
             warnings.simplefilter("ignore")
             guard = DriftGuard(self.lm, self.bound, "stop") if self.guarded else None
             log = edit_facts(
-                self.lm, agent, self.facts, self.batch_size, self.token, steps_per_batch, guard=guard
+                self.lm, agent, self.facts, self.batch_size, self.token, steps_per_batch, guard=guard,
+                present_until=self.present_until,
             )
         if log.diverged or log.stopped:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)

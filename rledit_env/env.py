@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.lm.given import check_given, editable_lm
 from rledit_env.lm.weights import NotFiniteError
 from rledit_env.metrics import Metrics, evaluate
+from rledit_env.preservation import Multiplier
 from rledit_env.reward import (
     NO_SCORES,
     RewardConfig,
@@ -37,6 +39,7 @@ from rledit_env.reward import (
     backtracked,
     resolve_reward,
     score,
+    with_texts,
 )
 
 
@@ -45,7 +48,9 @@ class DivergenceError(ArithmeticError):
 
 
 # What of an environment is its episode's, beside the LLM's weights, the stream's order and the random state.
-EPISODE = ("history", "_step", "_over", "_rows", "_refused", "_before", "_scene", "_choices", "_first_scored")
+EPISODE = (
+    "history", "_step", "_over", "_rows", "_refused", "_before", "_scene", "_choices", "_first_scored", "_open",
+)  # fmt: skip
 Action = dict[str, dict[str, Tensor]]  # an accepted action: its parts, each by module
 
 
@@ -101,18 +106,31 @@ class LifelongEditEnv(Copied, gym.Env):
     (Eq. 6–10) and ΔW_t the change that the step made. Every part is replaceable: see
     :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted means of the current batch under the
     components' names (`generalization`, `locality`), the weighted sums `backtracking` and `regularisation`, and
-    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. The reward is at least `RewardConfig.floor` (−1000).
+    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. What becomes of the rest of the LLM is scored by the
+    components of :mod:`rledit_env.preservation` (`own_text`, `continuation`), with a weight or under a bound
+    (`RewardConfig(constraint=...)`; `multiplier` in `info` is then the bound's multiplier at that step). The reward is
+    at least `RewardConfig.floor` (−1000).
 
     ## Starting State
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
     (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
-    are, and `"start": s` with it at step s, as if the steps before had made the weights what they are).
+    are, and `"start": s` with it at step s, as if the steps before had made the weights what they are; with
+    `present_until` every earlier batch counts as `steps_per_batch` steps).
     Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
     ## Episode End
 
-    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. When an update breaks the
+    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. With `present_until` a batch
+    is presented until its facts have taken, and `steps_per_batch` times at most: a fact has taken where the LLM, as it
+    is, gives every token of its answer at least that probability, given the prompt and the answer's tokens before it.
+    At every presentation all facts of the batch are looked at anew. Those that have taken have no rows in the
+    observation and are not in `current_batch()`; the observation is what a batch of only the others would give. The
+    batch ends with the step after which none of its facts is left to take;
+    one that has none from the beginning is presented once, with no rows in use. `info` then says which `presentation`
+    of its batch the step was, from 0, and how many `open_facts` it presented; `progress` goes on with each batch as
+    with the most steps that it could have had. Looking costs no pass where the batch is presented again, and one where
+    it ends early. When an update breaks the
     model (a loss, a gradient or a weight is no longer finite), the weights of before it are put back, bit for bit, the
     reward is the floor and `info["diverged"]` is True; then `on_divergence` decides. Never truncated.
 
@@ -145,6 +163,8 @@ class LifelongEditEnv(Copied, gym.Env):
       batch), "none" (no reward computed: 0.0), or a `RewardConfig`.
     * `max_tokens`: N; None means the most that any batch of this data can need.
     * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
+    * `present_until`: a probability below 1: a batch is presented until all its facts have taken, and `steps_per_batch`
+      times at most (see "Episode End"). None: always `steps_per_batch` times.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:
@@ -177,9 +197,11 @@ class LifelongEditEnv(Copied, gym.Env):
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
-    facts edited so far), `current_batch()` (the facts now presented), `recorder` (None, or what is told of every update
-    before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM than
-    the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never write.
+    facts edited so far), `current_batch()` (the facts now presented), `multiplier` (of the reward's
+    constraint, a :class:`rledit_env.preservation.Multiplier`, or None), `recorder` (None, or what is told of every
+    update before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM
+    than the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never
+    write.
 
     ## Version History
 
@@ -213,17 +235,24 @@ class LifelongEditEnv(Copied, gym.Env):
         on_error: Literal["raise", "skip"] = "raise",
         on_divergence: Literal["end", "skip", "raise"] = "end",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        present_until: float | None = None,
     ) -> None:
         self.arguments = SharedArguments({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         _require(token in TOKEN_CHOICES, "token", token, f"one of {', '.join(TOKEN_CHOICES)}")
         _require(array_backend in ("numpy", "torch"), "array_backend", array_backend, "'numpy' or 'torch'")
         _require(on_divergence in ("end", "skip", "raise"), "on_divergence", on_divergence, "'end', 'skip' or 'raise'")
         _require(steps_per_batch >= 1, "steps_per_batch", steps_per_batch, "1 or more")
+        _require(
+            present_until is None or (not isinstance(present_until, bool) and 0 < present_until < 1), "present_until",
+            present_until, "a probability above 0 and below 1, or None",
+        )  # fmt: skip
         _require(action_noise_std >= 0, "action_noise_std", action_noise_std, "0 or more")
         modes = self.metadata["render_modes"]
         _require(render_mode is None or render_mode in modes, "render_mode", render_mode, f"None or one of {modes}")
         check_given(model, tokenizer, edit_modules, dtype, device)
         self.reward_config = resolve_reward(reward)
+        constraint = self.reward_config.constraint if self.reward_config is not None else None
+        self.multiplier = None if constraint is None else Multiplier(constraint)
         self.dataset = (
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
@@ -241,7 +270,7 @@ class LifelongEditEnv(Copied, gym.Env):
         self.max_tokens = needed if max_tokens is None else max_tokens
         self.token, self.steps_per_batch, self.array_backend = token, steps_per_batch, array_backend
         self.reward_gradient, self.action_noise_std = reward_gradient, action_noise_std
-        self.render_mode, self.on_divergence = render_mode, on_divergence
+        self.render_mode, self.on_divergence, self.present_until = render_mode, on_divergence, present_until
         self.recorder: Recorder | None = None
         self.observation_space = spaces.observation_space(self.lm.module_shapes, self.max_tokens)
         self.action_space = spaces.action_space(self.lm.module_shapes, self.max_tokens)
@@ -249,7 +278,10 @@ class LifelongEditEnv(Copied, gym.Env):
 
     def _before_any_episode(self) -> None:
         self.history: list[dict[str, float]] = []
-        self._step = 0
+        self._step = 0  # the place in the episode: its batch's place times steps_per_batch, plus the presentation
+        self._at = 0  # the place of the step that is being taken
+        self._open: np.ndarray | None = None  # which facts of the batch are presented, (n,) bool; None for all
+        self._checked: Trace | None = None  # of the batch that is presented, at the updated weights
         self._over = True  # an episode must be begun with reset
         self._rows = 0
         self._undo: Callable[[], None] | None = None  # takes the update back, while a step is being taken
@@ -280,11 +312,13 @@ class LifelongEditEnv(Copied, gym.Env):
         memo[id(self.encoded)] = copy.copy(self.encoded)  # the same passages
 
     def _state(self) -> dict[str, Any]:
-        random = (self._np_random, self._np_random_seed)
+        always: dict[str, Any] = {"random": (self._np_random, self._np_random_seed)}
+        if self.multiplier is not None:
+            always["multiplier"] = self.multiplier.value
         if not self._holds() or (self._over and not self.history):
-            return {"random": random}
+            return always
         return {
-            "random": random,
+            **always,
             "episode": {name: getattr(self, name) for name in EPISODE},
             "indices": self.stream.indices,
             "facts": self._fingerprint(),
@@ -293,6 +327,8 @@ class LifelongEditEnv(Copied, gym.Env):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._np_random, self._np_random_seed = state["random"]
+        if self.multiplier is not None:
+            self.multiplier.value = state["multiplier"]
         if "episode" not in state:
             return
         self.stream.reset(self.np_random, state["indices"])
@@ -324,7 +360,7 @@ class LifelongEditEnv(Copied, gym.Env):
 
     @property
     def episode_steps(self) -> int:
-        """Steps of a whole episode."""
+        """Steps of a whole episode; with ``present_until``, the most that it can have."""
         return self.stream.num_batches * self.steps_per_batch
 
     # -- the Markov decision process -----------------------------------------------------------------------------
@@ -355,17 +391,19 @@ class LifelongEditEnv(Copied, gym.Env):
             config = self.reward_config
             before = self.lm.snapshot() if config is not None and config.looks_back else None
             made = self._transition(accepted)
+            if self._may_repeat:
+                self._checked = self.lm.trace(self._edits(), self.token)
             scored = self._scored_now()
             scores = NO_SCORES if config is None else score(self.lm, scored, config, self.reward_gradient, before)
             reward, info = self._rewarded(made, scores)
-            trace = None if self._over else self.lm.trace(self._edits(), self.token)
+            trace = None if self._over else self._take_checked() or self.lm.trace(self._edits(), self.token)
             observation, reward, info = self._conclude(reward, info, trace)
             return self._presented(observation), reward, self._over, False, info
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Within it a step is taken; what ends it early leaves the environment as it was before."""
-        before = self._step, self._over, self._rows, len(self.history)
+        before = self._step, self._over, self._rows, self._open, len(self.history)
         random = self.np_random.bit_generator.state
         try:
             yield
@@ -373,12 +411,13 @@ class LifelongEditEnv(Copied, gym.Env):
             if self.recorder is None or isinstance(error, DivergenceError):  # whose taking back has been recorded, too
                 if self._undo is not None:
                     self._undo()
-                self._step, self._over, self._rows, length = before
+                self._step, self._over, self._rows, self._open, length = before
                 self.np_random.bit_generator.state = random
                 del self.history[length:]
             raise
         finally:
             self._undo = None  # nothing is taken back any more; what comes next, such as training, has the memory
+            self._checked = None
 
     # What `reset` and `step` consist of. `rledit_env.vector` runs the same pieces for many streams, with one
     # `trace` and one `score` for all of them.
@@ -481,25 +520,57 @@ class LifelongEditEnv(Copied, gym.Env):
         """The current batch's edits, whose gradient is observed."""
         return [record.edit for record in self._records(self._step // self.steps_per_batch)]
 
+    def _untaken(self, trace: Trace) -> np.ndarray:
+        """Which facts of the traced batch have not taken, (n,) bool; where a loss is no number, none has."""
+        assert self.present_until is not None
+        taken = trace.hardest.cpu().double().numpy() <= -math.log(self.present_until)
+        return ~taken if math.isfinite(trace.loss) else np.ones_like(taken)
+
+    @property
+    def _may_repeat(self) -> bool:
+        """Whether the batch is presented again after the current step if some of its facts have not taken then."""
+        return self.present_until is not None and (self._step + 1) % self.steps_per_batch != 0
+
+    def _ends_batch(self) -> bool:
+        """Whether the current step is its batch's last, given what :attr:`_checked` says of the updated weights."""
+        if (self._step + 1) % self.steps_per_batch == 0:
+            return True
+        return self._checked is not None and not self._untaken(self._checked).any()
+
+    def _take_checked(self) -> Trace | None:
+        """The trace of the next observation, if it has been made to look whether the batch ends."""
+        checked, self._checked = self._checked, None
+        return checked
+
     def _scored_now(self) -> list[ScoredBatch]:
         """The batches that the current step's reward looks at, the current one first; none where it looks at none."""
         config = self.reward_config
         if config is None:
             return []
         batch = self._step // self.steps_per_batch
-        last_presentation = (self._step + 1) % self.steps_per_batch == 0
-        if batch % config.batch_stride != self._first_scored or not (config.every_step or last_presentation):
+        if batch % config.batch_stride != self._first_scored or not (config.every_step or self._ends_batch()):
             return []
         weights = {0: 1.0, **backtracked(batch, config, self.np_random)}
-        return [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
+        scored = [self._scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
+        if self.multiplier is not None:  # a bound is on the step's own batch
+            scored[0] = replace(scored[0], extra={self.multiplier.constraint.component: self.multiplier.value})
+        return [with_texts(self.lm, b, config, i > 0, self.np_random) for i, b in enumerate(scored)]
 
     def _rewarded(self, made: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward at the updated weights and the step's info; then the step is taken."""
         reward, info = self._reward(made, scores)
         info["batch"] = self._step // self.steps_per_batch
+        if self._open is not None:
+            info |= {"presentation": self._step % self.steps_per_batch, "open_facts": int(self._open.sum())}
         if info["diverged"] or self._refused:
             reward, info = self._broken(info)
-        self._step += 1
+            self._checked = None  # the weights are those of before the step
+        self._at = self._step
+        if self._ends_batch():
+            self._step += self.steps_per_batch - self._step % self.steps_per_batch
+            self._checked = None
+        else:
+            self._step += 1
         self._over = self._step == self.episode_steps or (info["diverged"] and self.on_divergence == "end")
         return reward, info
 
@@ -509,7 +580,7 @@ class LifelongEditEnv(Copied, gym.Env):
         """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
         observation = self._observe(trace)
         if not info["diverged"] and not spaces.is_finite(observation):
-            self._step -= 1
+            self._step = self._at
             reward, info = self._broken(info)
             self._step += 1
             if self.on_divergence == "skip":
@@ -530,7 +601,11 @@ class LifelongEditEnv(Copied, gym.Env):
     def _observe(self, trace: Trace | None) -> dict[str, Any]:
         """The observation at the current step, as tensors: the gradient of its batch on the LLM as it is."""
         progress = self._step / self.episode_steps
+        self._open = None
         if trace is not None:
+            if self.present_until is not None:
+                self._open = self._untaken(trace)
+                trace = trace if self._open.all() else trace.of(torch.from_numpy(self._open))
             observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
@@ -550,6 +625,8 @@ class LifelongEditEnv(Copied, gym.Env):
         penalty, action_gradient = self._penalty(made, config)
         basic = scores.basic[0] if scores.basic else {}
         reward = -(scores.total + penalty)
+        if self.multiplier is not None and scores.basic:  # −μ (measured − bound); the measured part is in the total
+            reward += self.multiplier.value * self.multiplier.constraint.bound * config.batch_stride
         largest = [torch.linalg.vector_norm(g, math.inf) for g in (scores.gradient or {}).values()]
         diverged = not (math.isfinite(reward) and all(map(math.isfinite, largest)))
         info: dict[str, Any] = {
@@ -559,6 +636,8 @@ class LifelongEditEnv(Copied, gym.Env):
             "drift": drift,
             "diverged": diverged,
         }
+        if self.multiplier is not None:
+            info["multiplier"] = self.multiplier.value
         if self.reward_gradient and not diverged:
             if scores.gradient is not None:
                 info["reward_gradient"] = self._arrays({m: g.neg_() for m, g in scores.gradient.items()})
@@ -611,14 +690,26 @@ class LifelongEditEnv(Copied, gym.Env):
     # -- looking -------------------------------------------------------------------------------------------------
 
     def current_batch(self) -> list[EncodedRecord]:
-        """The facts now presented, as passages (with their text in `record`), in the stream's order.
+        """The facts now presented, as passages (with their text in `record`), in the stream's order: with
+        ``present_until``, those of the batch that have not taken.
 
         Raises:
             gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
         """
         if self._over:
             raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
-        return self._records(self._step // self.steps_per_batch)
+        records = self._records(self._step // self.steps_per_batch)
+        return [records[i] for i in self.presented_facts()]
+
+    def presented_facts(self) -> list[int]:
+        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
+        return list(range(self.stream.batch_size)) if self._open is None else np.flatnonzero(self._open).tolist()
+
+    @property
+    def position(self) -> int:
+        """The place in the episode: that of the batch, times ``steps_per_batch``, plus the presentation, from 0. It is
+        the number of steps taken, unless batches have ended early (``present_until``)."""
+        return self._step
 
     def edited_records(self) -> list[EditRecord]:
         """The facts edited so far, in order."""
@@ -667,6 +758,7 @@ class LifelongEditEnv(Copied, gym.Env):
         self._undo = None
         self.lm.prefix_cache.clear()
         self.lm.reference_cache.clear()
+        self.lm.text_cache.clear()
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

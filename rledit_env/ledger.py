@@ -79,6 +79,7 @@ class Entry:
         previous: the name of the entry before it, or "".
         update: the update, empty for a rollback.
         torch_random: torch's random state (bytes,) at that time, or None.
+        presented: which of the facts were presented, as places in the batch; None for all.
     """
 
     index: int
@@ -92,6 +93,7 @@ class Entry:
     previous: str
     update: Update = field(repr=False)
     torch_random: Tensor | None = field(repr=False)
+    presented: tuple[int, ...] | None = None
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
@@ -280,6 +282,8 @@ class EditLedger:
             for name, tensor in tensors.items():
                 part, module = name.split(".", 1)
                 update.setdefault(part, {})[module] = tensor
+            if facts.get("presented") is not None:
+                facts["presented"] = tuple(facts["presented"])
             entry = Entry(**{**facts, "facts": tuple(facts["facts"]), "update": update, "torch_random": torch_random})
             problem = self._problem(index, entry)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -301,6 +305,9 @@ class EditLedger:
         numbers = (entry.batch, entry.presentation, *entry.facts)
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(entry.norm, (int, float)):
             return "its batch, its facts or its norm are no numbers"
+        shown = entry.presented
+        if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(entry.facts)))):
+            return f"it presented {list(shown)} of {len(entry.facts)} facts"
         if entry.kind == "rollback":
             return "it takes back no edit" if not index or self.summary(index - 1).kind != "edit" else None
         if set(entry.update) not in FORMS:
@@ -414,7 +421,7 @@ class EditLedger:
     def append(
         self, kind: Kind, update: Update, after: Mapping[str, Tensor], batch: int, presentation: int = 0,
         facts: Sequence[int] = (), norm: float = 0.0, random: Mapping[str, Any] | None = None,
-        memory: Mapping[str, Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None, presented: Sequence[int] | None = None,
     ) -> None:
         """Put an entry on the disk, and before it the agent's memory; when this returns, they are there.
 
@@ -431,11 +438,12 @@ class EditLedger:
             self._memory_names.append(self._write(f"memory-{index:08d}-", memory, {"index": str(index)}))
         entry = Entry(
             index, kind, int(batch), int(presentation), tuple(map(int, facts)), norm, weights_hash(after), random,
-            self.names[-1] if self.names else "", {}, None,
+            self.names[-1] if self.names else "", {}, None, None if presented is None else tuple(map(int, presented)),
         )
         tensors = {f"{part}.{module}": t for part, by_module in update.items() for module, t in by_module.items()}
         tensors["random.torch"] = torch.get_rng_state()
-        described = {k: v for k, v in vars(entry).items() if k not in ("update", "torch_random")}
+        left_out = ("update", "torch_random", *(("presented",) if presented is None else ()))
+        described = {k: v for k, v in vars(entry).items() if k not in left_out}
         name = self._write(f"{index:08d}-", tensors, {"entry": json.dumps(described)})
         self.names.append(name)
         if memory is not None:

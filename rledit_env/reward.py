@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
 from rledit_env.lm.placement import release_free_memory
+from rledit_env.preservation import Constraint, Continuation, OwnText
 
 
 class Component(Protocol):
@@ -37,6 +38,36 @@ class Component(Protocol):
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         """Loss at P answer positions (P,) from final states (P, d), target ids (P,) and θ₀'s final states (P, d)."""
+        ...
+
+
+@runtime_checkable
+class TextComponent(Protocol):
+    """A component of a whole batch, whose passages are drawn at every step or have to be written by the LLM.
+
+    Attributes:
+        needs_reference: as a `Component`'s.
+    """
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    def draw(
+        self,
+        lm: EditableLM,
+        records: Sequence[EncodedRecord],
+        choices: Sequence[float],
+        earlier: bool,
+        rng: np.random.Generator,
+    ) -> Sequence[Passage]:
+        """The passages that a step scores for a batch of facts, an ``earlier`` one or the step's own.
+
+        All that is random comes from the facts' ``choices`` in [0, 1), fixed for an episode, and from its ``rng``.
+        """
+        ...
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        """As a `Component`'s."""
         ...
 
 
@@ -109,7 +140,10 @@ def action_penalty(
     return penalty(identities, {m: c.T for m, c in changes.items()})
 
 
-def _paper_components() -> dict[str, tuple[float, Component]]:
+TEXT_COMPONENTS: dict[str, type[OwnText] | type[Continuation]] = {"own_text": OwnText, "continuation": Continuation}
+
+
+def _paper_components() -> dict[str, tuple[float, Component | TextComponent]]:
     return {"generalization": (1.0, Generalization()), "locality": (0.6, Locality())}
 
 
@@ -120,8 +154,10 @@ class RewardConfig:
     Attributes:
         components: name → (weight, component) of the basic term L(B, W) (Eq. 8; λ_loc is locality's weight). Give
             your own to replace any of them; their unweighted means appear in ``info`` under their names.
+            `rledit_env.preservation` has components that say what becomes of the rest of the LLM.
         locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights of before
             the step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
+        constraint: a bound on one of the components, held by a Lagrange multiplier; None for none.
         backtracking_depth: k, how many earlier batches are scored (Eq. 9). RLEdit's published ``back_depth: 10`` counts
             the current batch, and would be 9 here.
         backtracking_decay: μ, weight of the batch i steps back is μ^i.
@@ -140,7 +176,7 @@ class RewardConfig:
         floor: the least reward of a step, weights of ``batch_stride`` included; what a step that breaks the model gets.
     """
 
-    components: Mapping[str, tuple[float, Component]] = field(default_factory=_paper_components)
+    components: Mapping[str, tuple[float, Component | TextComponent]] = field(default_factory=_paper_components)
     backtracking_depth: int = 10
     backtracking_decay: float = 0.95
     backtracking_samples: int | None = None
@@ -151,6 +187,7 @@ class RewardConfig:
     floor: float = -1000.0
     locality_reference: Literal["original", "previous"] = "original"
     regularisation_gradient: bool = True
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.backtracking_depth < 0:
@@ -163,6 +200,13 @@ class RewardConfig:
             raise ValueError(f"floor is {self.floor}; give a negative reward")
         if self.locality_reference not in ("original", "previous"):
             raise ValueError(f"locality_reference is {self.locality_reference!r}; give 'original' or 'previous'")
+        bounded = self.constraint.component if self.constraint is not None else None
+        if bounded is not None and bounded not in self.components:
+            if bounded not in TEXT_COMPONENTS:
+                known = ", ".join([*self.components, *(n for n in TEXT_COMPONENTS if n not in self.components)])
+                raise ValueError(f"the constraint is on {bounded!r}, which is no component; give one of {known}")
+            components = {**self.components, bounded: (0.0, TEXT_COMPONENTS[bounded]())}
+            object.__setattr__(self, "components", components)
 
     @staticmethod
     def paper(locality: float = 0.6) -> RewardConfig:
@@ -196,7 +240,7 @@ class RewardConfig:
             backtracking_samples=samples,
         )
 
-    def replace(self, name: str, weight: float, component: Component) -> RewardConfig:
+    def replace(self, name: str, weight: float, component: Component | TextComponent) -> RewardConfig:
         """This configuration with one component added or replaced."""
         return replace(self, components={**self.components, name: (weight, component)})
 
@@ -216,11 +260,30 @@ def resolve_reward(reward: RewardConfig | str | None) -> RewardConfig | None:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch as the reward sees it: records, their fixed choices in [0, 1), and the weight of its L(B, W)."""
+    """A batch as the reward sees it.
+
+    Attributes:
+        records: its facts.
+        choices: their fixed choices in [0, 1).
+        weight: of its L(B, W).
+        texts: the passages of each `TextComponent`, by the component's name (see :func:`with_texts`).
+        extra: what components weigh here beside their weights in the configuration, by name: a constraint's multiplier.
+    """
 
     records: Sequence[EncodedRecord]
     choices: Sequence[float]
     weight: float
+    texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+def with_texts(
+    lm: EditableLM, batch: ScoredBatch, config: RewardConfig, earlier: bool, rng: np.random.Generator
+) -> ScoredBatch:
+    """The batch with its texts at a step; nothing is drawn where no component asks for it."""
+    parts = ((name, part) for name, (_, part) in config.components.items() if isinstance(part, TextComponent))
+    texts = {name: part.draw(lm, batch.records, batch.choices, earlier, rng) for name, part in parts}
+    return replace(batch, texts=texts)
 
 
 def backtracked(step: int, config: RewardConfig, rng: np.random.Generator) -> dict[int, float]:
@@ -244,7 +307,7 @@ class Scores:
 
     Attributes:
         basic: batch by batch, component name → its unweighted mean.
-        weighted: batch by batch, weight · Σ_components weight · mean.
+        weighted: batch by batch, weight · Σ_components (weight + extra weight) · mean.
         gradient: module → gradient of ``total`` with respect to W, (d_out, d_in) in the edited weights' precision,
             or None.
     """
@@ -295,17 +358,19 @@ def score_streams(
     slot: list[int] = []  # batch · components + component of each passage
     for b, batch in enumerate(batches):
         for c, name in enumerate(names):
-            for record, choice in zip(batch.records, batch.choices, strict=True):
-                found = config.components[name][1].passages(record, choice)
-                passages.extend(found)
-                slot.extend([b * len(names) + c] * len(found))
+            found = _passages(config.components[name][1], name, batch)
+            passages.extend(found)
+            slot.extend([b * len(names) + c] * len(found))
     stream_of_batch = [s for s, theirs in enumerate(requests) for _ in theirs]
     streams = [stream_of_batch[place // len(names)] for place in slot]
     slots = torch.tensor(slot, dtype=torch.long)
     lengths = torch.tensor([len(p.targets) for p in passages], dtype=torch.long)
     # At least 1, for a component that finds nothing to score in a batch: its mean is then 0.
     tokens = torch.bincount(slots.repeat_interleave(lengths), minlength=len(batches) * len(names)).clamp(min=1).double()
-    weight = torch.tensor([b.weight * config.components[n][0] for b in batches for n in names], dtype=torch.float64)
+    weight = torch.tensor(
+        [b.weight * (config.components[n][0] + b.extra.get(n, 0.0)) for b in batches for n in names],
+        dtype=torch.float64,
+    )
     coefficient = (weight / tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
     referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
     reference: dict[int, Tensor] = {}
@@ -365,6 +430,16 @@ def _states_before(
         lm.restore(before)
         states = lm.answer_states(passages)
     return list(states.hidden.split([len(p.targets) for p in passages]))
+
+
+def _passages(component: Component | TextComponent, name: str, batch: ScoredBatch) -> list[Passage]:
+    """What a component scores of a batch."""
+    if isinstance(component, TextComponent):
+        if name not in batch.texts:
+            raise ValueError(f"the batch has no texts for the component {name!r}; draw them: with_texts(…)")
+        return list(batch.texts[name])
+    pairs = zip(batch.records, batch.choices, strict=True)
+    return [passage for record, choice in pairs for passage in component.passages(record, choice)]
 
 
 def _passes(

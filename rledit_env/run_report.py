@@ -179,14 +179,16 @@ def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
     """
     with_before = all("before" in one for one in answers)
     with_took = all("took" in one for one in answers)
+    counted = all("presentations" in one for one in answers)
     header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after",
-              "Took" if with_took else "Exactly"]
+              "Took" if with_took else "Exactly", *(["Presentations"] if counted else [])]
     rows: list[list[Any]] = []
     for one in answers:
         after = one["after"] if "after" in one else one["answer"]
         before = [one["before"] or "(nothing)"] if with_before else []
         mark = one["took"] if with_took else after == answer_of(one["target"])
-        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", mark])
+        count = [one["presentations"]] if counted else []
+        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", mark, *count])
     return header, rows
 
 

@@ -188,6 +188,8 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         stepping = [i for i in range(self.num_envs) if i not in renewed]
         accepted = {i: self._accept(i, actions) for i in stepping}
         made = {i: self.envs[i]._transition(accepted[i]) for i in stepping}
+        for i, trace in self._traces([i for i in stepping if self.envs[i]._may_repeat]).items():
+            self.envs[i]._checked = trace
         scores = self._scores(stepping)
         outcomes = {i: self.envs[i]._rewarded(made[i], scores[i]) for i in stepping}
 
@@ -209,10 +211,14 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
                 self._observations[i] = observation
                 infos = self._add_info(infos, info, i)
 
+        concluded: set[int] = set()
         for i in stepping:
-            if self.envs[i]._over:
-                conclude(i, None)
-        waiting = [i for i in range(self.num_envs) if not self.envs[i]._over]
+            checked = self.envs[i]._take_checked()
+            if self.envs[i]._over or checked is not None:
+                conclude(i, None if self.envs[i]._over else checked)
+                concluded.add(i)
+        begun_or_left = [i for i in range(self.num_envs) if i in begun or i not in concluded]
+        waiting = [i for i in begun_or_left if not self.envs[i]._over]
         while waiting:  # a second time where the next batch shows that an update broke the model, and all begins anew
             new = set(begun)
             for i, trace in self._traces(waiting).items():

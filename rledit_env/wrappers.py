@@ -306,6 +306,11 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
         if streams < 1:
             raise ValueError(f"streams is {streams}; give 1 or more")
+        if getattr(env.unwrapped, "present_until", None) is not None:
+            raise ValueError(
+                "the environment has present_until, so that a stream's steps are not those of the zero action; make it "
+                "without, or leave RelativeReward out (an agent's baseline_streams=0)"
+            )
         self.streams, self.baseline_steps = streams, 0
         self._zero = np.zeros(env.action_space.shape, np.float32)
         self._baselines: dict[int, list[float]] = {}  # seed of a stream → the zero action's rewards

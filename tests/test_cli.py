@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents import saved as saved_agents
-from rledit_env import cli, report
+from rledit_env import cli, preservation, report
 from rledit_env.cli import results, train
 from rledit_env.env import LifelongEditEnv
 from rledit_env.metrics import METRICS_VERSION
@@ -42,6 +42,18 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
     assert cli.main([*TRAIN, "--trajectories", "2", "--out", str(folder)]) == 0
     return folder
+
+
+def test_train_keeps_the_rest_of_the_model_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--own-text-weight", "0.5", "--continuation-weight", "0.25", "--kl-bound", "0.2", "--kl-rate", "3"]
+    assert cli.main([*TRAIN, *more, "--trajectories", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "own_text × 0.5, continuation × 0.25, own_text ≤ 0.2" in capsys.readouterr().out
+    reward = json.loads((tmp_path / "run" / "last" / "agent.json").read_text())["environment"]["reward"]
+    assert reward["components"]["own_text"] == [0.5, repr(preservation.OwnText())]
+    assert reward["components"]["continuation"] == [0.25, repr(preservation.Continuation())]
+    assert reward["constraint"] == {"component": "own_text", "bound": 0.2, "rate": 3.0, "start": 0.0}
 
 
 @pytest.fixture
@@ -89,6 +101,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
         (["train", "--env", "CartPole-v1", "--out", "x"], "no environment of this package"),
         (["train", "--env", ENV, "--out", "x", "--data", "nowhere.jsonl"], "no such file"),
         (["train", "--env", ENV, "--out", "x", "--batch-size", "0"], "--batch-size is 0"),
+        (["train", "--env", ENV, "--out", "x", "--kl-bound", "0"], "the bound on 'own_text' is 0.0; give a positive"),
         (["edit", "--facts", "nowhere.jsonl", "--agent", "default", "--out", "x"], "no such file of facts"),
         (["evaluate", "--agent", "default", "--metrics", "rome"], "metrics 'rome' is unknown; give one of 'paper'"),
     ],

@@ -196,7 +196,7 @@ def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no
     arguments += ["--editor", "ultraedit", "--steps-per-batch", "1", "--ledger", str(tmp_path / "ledger")]
     assert cli.main(arguments) == 0
     first, before = report(tmp_path)["editor"], weights(tmp_path / "out")
-    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[1]).unlink()  # as if interrupted after one batch
+    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[-1]).unlink()  # as if interrupted after one batch
     monkeypatch.setattr(editing, "_probed", lambda *_: pytest.fail("probed again"))
     capsys.readouterr()
     assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
@@ -219,7 +219,7 @@ def test_an_editor_s_interrupted_run_is_resumed_to_the_same_weights(
     arguments += ["--editor", name, *more, "--ledger", str(tmp_path / "ledger")]
     assert cli.main(arguments) == 0
     before = weights(tmp_path / "out")
-    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[1]).unlink()
+    (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[-1]).unlink()
     assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
     assert all(torch.equal(before[name], weight) for name, weight in weights(tmp_path / "out").items())
 
@@ -304,3 +304,89 @@ def test_a_method_without_second_moments_wants_no_text_for_them(tiny_lm: Any) ->
     editing._check_statistics(EDITORS["rome"], lm, options)
     with pytest.raises(ValueError, match="--statistics-tokens: rome .* takes no second moments.*leave it out"):
         editing._check_statistics(replace(EDITORS["rome"], settings={"second_moment": False}), lm, options)
+
+
+# -- presentations
+
+
+def test_facts_are_presented_until_they_have_taken_and_the_report_says_how_often(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    until = ["--present-until", "0.02", "--max-presentations", "5"]
+    assert cli.main([*arguments, "--editor", "fine-tuning", "--step-size", "3", *until]) == 0
+    shown, found = capsys.readouterr().out, report(tmp_path)
+    assert "at most 5 presentations of a batch" in shown
+    assert "facts were presented until every answer token at p ≥ 0.02, at most 5 times; facts by presenta" in shown
+    assert (found["settings"]["present_until"], found["settings"]["steps_per_batch"]) == (0.02, 5)
+    counts = [one["presentations"] for one in found["answers"]]
+    assert all(0 < n <= 5 for n in counts) and len(set(counts)) > 1
+    said = found["presentations"]
+    assert (said["until"], said["at_most"]) == (0.02, 5)
+    assert said["facts_by_count"] == {str(n): counts.count(n) for n in sorted(set(counts))}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    lm = EditableLM(model, tiny_tokenizer("tiny-llama"), ["*.mlp.up_proj"])
+    for place, fact in enumerate(FACTS):
+        passage = lm.tokenize(fact["prompt"], fact["target"])
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([passage.input_ids])).logits[0, list(passage.positions)]
+        least = float(logits.softmax(-1).gather(1, torch.tensor(passage.targets)[:, None]).min())
+        assert (least < 0.02) == (place in said["never"] + said["lost"])
+        assert (place in said["never"]) <= (counts[place] == 5)
+
+
+def test_facts_that_never_get_there_are_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*arguments, "--editor", "fine-tuning", "--step-size", "1e-6"]) == 0
+    shown, found = capsys.readouterr().out, report(tmp_path)
+    assert "at most 12 times; facts by presentations: 12 times: 3" in shown
+    assert "3 of 3 facts never got there; give a larger --max-presentations or --step-size:" in shown
+    assert all(repr(fact["prompt"]) in shown.split("never got there")[1] for fact in FACTS)
+    assert found["presentations"]["never"] == [0, 1, 2] and found["presentations"]["lost"] == []
+    assert found["settings"]["present_until"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [(["--steps-per-batch", "2"], 2), (["--present-until", "none"], 1), (["--present-until", "0"], 1)],
+)
+def test_a_fixed_number_of_presentations_can_still_be_had(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], count: int
+) -> None:
+    assert cli.main([*arguments, "--editor", "fine-tuning", "--step-size", "0.1", *more]) == 0
+    shown, found = capsys.readouterr().out, report(tmp_path)
+    assert "presented until" not in shown and "present_until" not in found["settings"]
+    assert found["settings"]["steps_per_batch"] == count
+    assert found["presentations"]["facts_by_count"] == {str(count): 3}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--editor", "ultraedit", "--max-presentations", "3", "--steps-per-batch", "3"], "exclude each other"),
+        (["--editor", "ultraedit", "--max-presentations", "3", "--present-until", "none"], "exclude each other"),
+        (["--editor", "ultraedit", "--max-presentations", "0"], "max-presentations is 0"),
+        (["--editor", "rome", "--present-until", "0.5"], "--present-until: rome presents a batch once"),
+        (["--editor", "ft-l", "--max-presentations", "5"], "--max-presentations: ft-l presents a batch once"),
+    ],
+)  # fmt: skip
+def test_presentations_that_cannot_be_are_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert cli.main([*arguments, *more]) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_is_presented_as_its_ledger_recorded(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit = [*arguments, "--editor", "fine-tuning", "--step-size", "3", "--overwrite"]
+    old, new = (["--ledger", str(tmp_path / name)] for name in ("old", "new"))
+    assert cli.main([*edit, *old, "--steps-per-batch", "2"]) == 0
+    assert "present_until" not in EditLedger(tmp_path / "old").header["settings"]
+    assert cli.main([*edit, *new, "--present-until", "0.02", "--max-presentations", "5"]) == 0
+    for ledger, settings in ((old, (None, 2)), (new, (0.02, 5))):
+        assert cli.main([*edit, *ledger, "--resume"]) == 0
+        found = report(tmp_path)["settings"]
+        assert (found.get("present_until"), found["steps_per_batch"]) == settings

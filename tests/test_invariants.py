@@ -19,7 +19,8 @@ from agents import Hypernetwork, HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.hypernetwork import StepRecord
 from rledit_env.encoding import encode
 from rledit_env.lm.tiny import TINY_NAMES
-from rledit_env.reward import RewardConfig
+from rledit_env.preservation import Constraint, Continuation, OwnText
+from rledit_env.reward import Generalization, RewardConfig
 
 ROOT = Path(__file__).parents[1]
 every_architecture = pytest.mark.parametrize("name", TINY_NAMES)
@@ -390,6 +391,11 @@ def test_6_the_trajectory_gradient_equals_a_finite_difference_gradient_of_the_re
 def test_6_with_step_credit_it_is_the_gradient_of_each_reward_with_respect_to_its_own_action(recorder, aggregation):
     agent = recorder(aggregation, "step")
     gradient, _ = agent._trajectory(agent.env, seed=0)
+    check_gradient(gradient, agent, truncated_rewards(agent))
+
+
+def truncated_rewards(agent: Recorder):
+    """Gives the return of the recorded states' actions, each with the earlier actions as they were."""
     fixed = [agent.network.factors(record) for record in agent.records]
     fixed = [tuple({m: t.detach() for m, t in part.items()} for part in factors) for factors in fixed]
 
@@ -402,13 +408,28 @@ def test_6_with_step_credit_it_is_the_gradient_of_each_reward_with_respect_to_it
             rewards.append(reward)
         return discounted(rewards)
 
-    check_gradient(gradient, agent, truncated)
+    return truncated
 
 
 def test_6_holds_where_only_a_batchs_last_step_is_scored(recorder):
     agent = recorder("least_squares", "trajectory", every_step=False)
     gradient, _ = agent._trajectory(agent.env, seed=0)
     check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))
+
+
+@pytest.mark.parametrize("credit", ["trajectory", "step"])
+def test_6_holds_with_own_text_continuations_and_a_bound_in_the_reward(recorder, credit):
+    components = {
+        "generalization": (1.0, Generalization()), "own_text": (5.0, OwnText(passages=2, tokens=6, pool=8)),
+        "continuation": (5.0, Continuation(facts=1, tokens=5)),
+    }  # fmt: skip
+    agent = recorder("recursive", credit, components=components, constraint=Constraint(bound=0.01, start=20.0))
+    gradient, numbers = agent._trajectory(agent.env, seed=0)
+    assert numbers["own_text"] > 1e-4 and numbers["continuation"] > 1e-4 and numbers["multiplier"] == 20.0
+    if credit == "trajectory":
+        check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))
+    else:
+        check_gradient(gradient, agent, truncated_rewards(agent))
 
 
 # -- 7 ---------------------------------------------------------------------------------------------------------------

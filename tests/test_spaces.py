@@ -19,6 +19,9 @@ def trace(rows: int) -> Trace:
         value_gradients={m: torch.randn(rows, d_out) for m, (_, d_out) in SHAPES.items()},
         owner=torch.zeros(rows, dtype=torch.long),
         loss=1.5,
+        hardest=torch.full((1,), 2.0),
+        sums=torch.full((1,), 3.0),
+        answers=torch.full((1,), 2.0),
     )
 
 

@@ -15,12 +15,15 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 import rledit_env.vector
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.streams import StreamLM
+from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 from rledit_env.vector import LifelongEditVectorEnv, VectorGradientFeatures, VectorScaledUpdate
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 MODULES = "{model.layers,transformer.h}.[1-2].mlp.*"
 STRIDE = RewardConfig(batch_stride=2, every_step=False)
+PRESERVING = RewardConfig(constraint=Constraint(bound=0.05, start=2.0)).replace("continuation", 0.5, Continuation(2, 5))
+PRESERVING = PRESERVING.replace("own_text", 1.0, OwnText(passages=2, tokens=6, pool=8))
 
 
 @pytest.fixture
@@ -88,6 +91,7 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
         ("tiny-llama", {"reward": "none", "token": "all", "action_noise_std": 1e-2}),
         ("tiny-qwen3", {"reward": STRIDE, "steps_per_batch": 2, "num_batches": 4}),
         ("tiny-gpt2", {"reward_gradient": True, "token": "subject"}),
+        ("tiny-llama", {"reward": PRESERVING, "reward_gradient": True, "num_batches": 3}),
         ("tiny-gemma2", {"reward_gradient": True, "num_batches": 3}),
     ],
 )  # fmt: skip

@@ -24,14 +24,23 @@ from rledit_env.cli.command import (
     progress_bar,
     warn,
 )
-from rledit_env.cli.editing import Editing, check_editor, editor_arguments, trained_agent, training_free
+from rledit_env.cli.editing import (
+    Editing,
+    check_editor,
+    editor_arguments,
+    presentation_arguments,
+    trained_agent,
+    training_free,
+)
 from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.cli.results import (
     finite,
     name_untaken,
     not_taken,
+    presentations,
     print_metrics,
     rounded,
+    say_presentations,
     score_facts,
     warn_without_effect,
     without_effect,
@@ -57,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true",
                         help="put every prompt into the model's chat template, as a user's message")
     editor_arguments(parser)
+    presentation_arguments(parser)
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
@@ -144,12 +154,14 @@ def run(options: argparse.Namespace) -> int:
         "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
+        "presentations": presentations(log, settings),
         "answers": [
-            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took}
-            for r, answer, took in zip(records, answers, metrics.taken, strict=True)
+            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took, "presentations": count}
+            for r, answer, took, count in zip(records, answers, metrics.taken, log.presentations, strict=True)
         ],
     }
     print_metrics(scores, log, print)
+    say_presentations(report["presentations"], records, print)
     name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / REPORT))
     warn_without_effect(report["batches_without_effect"], log)
     sys.stdout.flush()
@@ -308,6 +320,7 @@ examples:
   rledit edit --facts facts.jsonl --model owner/name --editor ft-m --step-size 5e-4 --out edited-model
 
   rledit edit --facts facts.jsonl --agent runs/first --model smollm2-135m --out edited-model --overwrite
+  rledit edit --facts facts.jsonl --agent default --out edited-model --max-presentations 40  # for stubborn facts
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger  # and, if interrupted,
   rledit edit --facts facts.jsonl --agent default --out edited-model --ledger runs/ledger --resume
 

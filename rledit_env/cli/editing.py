@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2-135m"
 BATCH_SIZE = 20
+PRESENT_UNTIL, MAX_PRESENTATIONS = 0.8, 12
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Editing:
         lm: the model.
         agent: the editor, ready to edit.
         facts: what is edited, in the model's chat template where that is asked for.
-        settings: batch_size, token and steps_per_batch, as `agents.edit_facts` takes them.
+        settings: batch_size, token, steps_per_batch and, unless batches are presented a fixed number of times,
+            present_until, as `agents.edit_facts` takes them.
         identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
         report: what edit_report.json says of the editor.
         notes: what the user should know.
@@ -76,8 +78,35 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
                        "(default: 65,536)")
 
 
+def presentation_arguments(parser: argparse.ArgumentParser) -> None:
+    """--present-until and --max-presentations."""
+    group = parser.add_argument_group("presentations, where a batch may be presented more than once")
+    group.add_argument("--present-until", type=_probability, metavar="P",
+                       help="present a batch until the model gives every token of its answers at least this "
+                       f"probability, each time the facts that lack it (default: {PRESENT_UNTIL}); 'none' or 0: a "
+                       "fixed number of times, the agent's own or --steps-per-batch")
+    group.add_argument("--max-presentations", type=int, metavar="N",
+                       help=f"but so many times at most (default: {MAX_PRESENTATIONS}, or what was found with an "
+                       "editor's step size)")
+
+
+def _probability(text: str) -> float:
+    """A probability below 1; 0 for none."""
+    value = 0.0 if text.lower() == "none" else float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability below 1; give one such as {PRESENT_UNTIL}, or "
+                                         "'none'")
+    return value
+
+
 def check_editor(options: argparse.Namespace) -> None:
     """Refuse options that do not go together, before anything is read."""
+    if options.max_presentations is not None:
+        check_positive(options, "max_presentations")
+        if options.steps_per_batch is not None or options.present_until == 0:
+            other = "--steps-per-batch" if options.steps_per_batch is not None else "--present-until none"
+            raise ValueError(f"--max-presentations and {other} exclude each other: a batch is presented either until "
+                             "its facts have taken or a fixed number of times")
     if (options.agent is None) == (options.editor is None):
         given = "exclude each other" if options.agent else "are both missing"
         raise ValueError(f"--agent and --editor {given}; give --agent with a trained agent ('default' is one for "
@@ -138,7 +167,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
 
     folder = find_agent(options.agent)
     trained = agent_settings(folder)["environment"]
-    settings = _settings(options, trained, facts)
+    settings = _settings(options, trained, facts, repeated=trained.get("steps_per_batch", 1) > 1)
     model = model_name(options, trained, folder)
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
@@ -169,7 +198,7 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     editor = configured(_named_editor(options), load_configs(find_configs(model), facts.dataset.kind))
     editor = _with_options(editor, options)
     _check_subjects(editor, facts.dataset)
-    settings = _settings(options, editor.env, facts)
+    settings = _settings(options, editor.env, facts, repeated=max(editor.presentations) > 1)
     say_loading(model)
     lm = Views(model, options.dtype, options.device, **model_source(options)).of(editor, options.edit_modules)
     facts = _as_asked(facts, lm, options)
@@ -180,8 +209,9 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     agent = editor.agent_class()(_environment(lm, facts.dataset, settings["token"]), editor.configuration())
     strength = _strength(editor)
     with_what = f", step size {strength['step_size']:g}" if strength else ""
-    print(f"editor {editor.title}{with_what}, {_presentations(settings['steps_per_batch'])} of a batch, at the tokens "
-          f"{settings['token']!r}")
+    most = "at most " if "present_until" in settings else ""
+    print(f"editor {editor.title}{with_what}, {most}{_presentations(settings['steps_per_batch'])} of a batch, at the "
+          f"tokens {settings['token']!r}")
     modules = list(lm.module_shapes)
     print(f"       edits {modules[0]}" + (f" to {modules[-1]}" if len(modules) > 1 else ""), flush=True)
     _get_ready(editor, agent, lm)
@@ -226,11 +256,31 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
-def _settings(options: argparse.Namespace, own: Any, facts: Facts) -> dict[str, Any]:
-    """How the facts are shown: as the options say, else as the agent or editor itself does."""
+def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: bool) -> dict[str, Any]:
+    """How the facts are shown: as the options say, else as the ledger to be resumed recorded, or as the agent or editor
+    itself does; ``repeated`` says whether it presents a batch more than once.
+
+    Raises:
+        ValueError: it presents a batch once, and is to present it until its facts have taken.
+    """
+    recorded = _recorded_settings(options)
+    until, count = options.present_until, _given(options.steps_per_batch, own.get("steps_per_batch", 1))
+    if until is None and recorded is not None:
+        until = recorded.get("present_until", 0.0)
+        count = _given(options.steps_per_batch, recorded["steps_per_batch"])
+    elif until is None:
+        until = PRESENT_UNTIL if repeated and options.steps_per_batch is None else 0.0
+    if until or options.max_presentations is not None:
+        if not repeated:
+            name = "--present-until" if options.present_until else "--max-presentations"
+            raise ValueError(f"{name}: {options.editor or options.agent} presents a batch once; leave it out")
+        if recorded is None:
+            count = _given(options.steps_per_batch, MAX_PRESENTATIONS)
+        count = _given(options.max_presentations, count)
     settings = {
         "token": options.token or own.get("token", "answer"),
-        "steps_per_batch": _given(options.steps_per_batch, own.get("steps_per_batch", 1)),
+        "steps_per_batch": count,
+        **({"present_until": until} if until else {}),
         "batch_size": min(_given(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
@@ -313,8 +363,7 @@ def _with_strength(
     if recorded is not None:
         print(f"step size and presentations are those that {options.ledger} recorded")
         search = StrengthSearch.from_dict(recorded["probe"]) if recorded["probe"] else None
-        count = _given(options.steps_per_batch, recorded["steps_per_batch"])
-        return with_step_size(editor, recorded["step_size"], count), search
+        return with_step_size(editor, recorded["step_size"], settings["steps_per_batch"]), search
     if options.step_size is not None:
         return with_step_size(editor, options.step_size, settings["steps_per_batch"]), None
     search = _probed(editor, options, lm, facts, settings)
@@ -327,17 +376,27 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     Raises:
         LedgerError: it records a run of somebody else.
     """
-    from rledit_env.ledger import HEADER, EditLedger, LedgerError
+    from rledit_env.ledger import LedgerError
 
-    if not options.resume or not (options.ledger / HEADER).exists():
+    recorded = _recorded_settings(options)
+    if recorded is None:
         return None
-    recorded: dict[str, Any] = EditLedger(options.ledger).header["settings"]
     given = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
     for name, value in given.items():
         if recorded.get(name) != value:
             raise LedgerError(f"{options.ledger} records another run (--{name.replace('_', '-')}: "
                               f"{recorded.get(name, 'none')} there, {value} here); give the same, or another --ledger")
     return recorded
+
+
+def _recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What the ledger that is to be resumed was begun with; None where there is none yet."""
+    from rledit_env.ledger import HEADER, EditLedger
+
+    if not options.resume or options.ledger is None or not (options.ledger / HEADER).exists():
+        return None
+    settings: dict[str, Any] = EditLedger(options.ledger).header["settings"]
+    return settings
 
 
 # -- its strength --------------------------------------------------------------------------------------------------
@@ -359,8 +418,10 @@ def _probed(
             bar.update()
 
         probe = StrengthProbe(lm, editor, few, settings["token"], settings["batch_size"], bound,
-                              guarded=options.drift_bound is not None, progress=advance)
-        search = probe.search(editor.presentations if options.steps_per_batch is None else (options.steps_per_batch,))
+                              guarded=options.drift_bound is not None, progress=advance,
+                              present_until=settings.get("present_until"))
+        chosen = options.steps_per_batch is not None or options.max_presentations is not None
+        search = probe.search((settings["steps_per_batch"],) if chosen else editor.presentations)
     _say_search(search)
     return search
 

@@ -92,6 +92,8 @@ def without_effect(log: EditLog, metrics: Metrics) -> list[dict[str, Any]]:
     """Batches (counted from 1) that changed nothing, or none of whose facts took."""
     found = []
     for number, (facts, norm) in enumerate(zip(log.batches(), log.update_norms, strict=True), start=1):
+        if not any(log.presentations[i] for i in facts):  # all were in the model already
+            continue
         if norm == 0 or not any(metrics.taken[i] for i in facts):
             found.append({"batch": number, "first_fact": facts.start + 1, "last_fact": facts.stop, "update_norm": norm})
     return found
@@ -104,6 +106,40 @@ def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> N
              f"{one['last_fact']}) had no effect: {what}")
     if len(batches) > LISTED:
         warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
+
+
+def presentations(log: EditLog, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How often facts were presented, for the report: how often ``at_most``, ``until`` which probability of every
+    answer token (None: a fixed number of times), how many facts so often by count, and the facts, from 0, that lack it
+    at the end: those that were presented as often as allowed, and those that had it and were lost to later facts."""
+    most = settings["steps_per_batch"]
+    left = [i for i, taken in enumerate(log.taken) if not taken]
+    counts = {str(n): log.presentations.count(n) for n in sorted(set(log.presentations))}
+    return {
+        "until": settings.get("present_until"), "at_most": most, "facts_by_count": counts,
+        "never": [i for i in left if log.presentations[i] >= most],
+        "lost": [i for i in left if log.presentations[i] < most],
+    }  # fmt: skip
+
+
+def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], say: Callable[..., Any]) -> None:
+    """Say how often facts were presented and which never reached the probability wanted; nothing where all were
+    presented a fixed number of times."""
+    if found["until"] is None:
+        return
+    reached = f"every answer token at p ≥ {found['until']:g}"
+    times = {"0": "not at all, known before", "1": "once"}
+    counts = "; ".join(f"{times.get(n, f'{n} times')}: {facts}" for n, facts in found["facts_by_count"].items())
+    say(f"facts were presented until {reached}, at most {found['at_most']} times; facts by presentations: {counts}")
+    more = "; give a larger --max-presentations or --step-size" if found["at_most"] > 1 else ""
+    for name, what in (("never", f"never got there{more}"), ("lost", "had got there, and lost it to later facts")):
+        places = found[name]
+        if places:
+            say(f"{len(places)} of {len(records)} facts {what}:")
+            for i in places[:LISTED]:
+                say(f"  {records[i].prompt!r}: {records[i].target!r}")
+            if len(places) > LISTED:
+                say(f"  … and {len(places) - LISTED} more")
 
 
 def name_untaken(

@@ -57,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the loss on the edit prompt (--reward efficacy)")
     group.add_argument("--locality-weight", type=float,
                        help="of the divergence on unrelated facts (default: 1.0, and 0.6 for --reward paper)")
+    group.add_argument("--own-text-weight", type=float, default=0.0,
+                       help="of the divergence on text that the model wrote before editing (0: not scored)")
+    group.add_argument("--continuation-weight", type=float, default=0.0,
+                       help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
+    group.add_argument("--kl-bound", type=float, metavar="NATS",
+                       help="hold the divergence on the model's own text at this many nats a token, by a Lagrange "
+                       "multiplier")
+    group.add_argument("--kl-rate", type=float, default=1.0,
+                       help="the multiplier's rise an update for each nat above the bound (--kl-bound)")
     group.add_argument("--every-step", action="store_true",
                        help="score every step, not only a batch's last presentation (slower)")
 
@@ -114,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         check_positive(options, "calibrate_num_batches")
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
+    reward = _reward(options)
     network = HypernetworkConfig(
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
         damping=options.damping, prior=options.prior, normaliser=options.normaliser,
@@ -133,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         "model": lm, "batch_size": options.batch_size, "token": options.token,
         "steps_per_batch": options.steps_per_batch, "array_backend": "torch", "disable_env_checker": True,
     }
-    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=_reward(options),
+    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=reward,
                    reward_gradient=True, **common)
     eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **common)
     longer = options.calibrate_num_batches and gym.make(
@@ -146,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
     print(f"streams   {options.num_batches} × {options.batch_size} facts, {options.steps_per_batch} steps a batch, "
-          f"token {options.token}, reward {options.reward}")
+          f"token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
     run_folder(options.out, options.command_line)
@@ -181,6 +191,7 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
 
 
 def _reward(options: argparse.Namespace) -> Any:
+    from rledit_env.preservation import Constraint, Continuation, OwnText
     from rledit_env.reward import RewardConfig
 
     locality = options.locality_weight
@@ -188,7 +199,21 @@ def _reward(options: argparse.Namespace) -> Any:
         config = RewardConfig.paper(0.6 if locality is None else locality)
     else:
         config = RewardConfig.with_efficacy(options.efficacy_weight, 1.0 if locality is None else locality)
-    return replace(config, every_step=options.every_step)
+    if options.own_text_weight:
+        config = config.replace("own_text", options.own_text_weight, OwnText())
+    if options.continuation_weight:
+        config = config.replace("continuation", options.continuation_weight, Continuation())
+    constraint = None if options.kl_bound is None else Constraint(bound=options.kl_bound, rate=options.kl_rate)
+    return replace(config, every_step=options.every_step, constraint=constraint)
+
+
+def _preserving(reward: Any) -> str:
+    """What of the reward keeps the rest of the model, in words."""
+    names = ("own_text", "continuation")
+    parts = [f"{n} × {reward.components[n][0]:g}" for n in names if reward.components.get(n, (0.0,))[0]]
+    if reward.constraint is not None:
+        parts.append(f"{reward.constraint.component} ≤ {reward.constraint.bound:g}")
+    return "".join(f", {part}" for part in parts)
 
 
 def interrupted(options: argparse.Namespace) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,18 @@ OPENINGS = (
     "The city council", "If you want to", "The moon and the", "Most birds can", "He opened the door",
     "Music has always", "The price of bread", "Children often ask", "The law requires", "Last summer we",
     "A computer stores", "The painting shows",
+)  # fmt: skip
+# Of the texts that a reward may look at: no passage that begins with one of OPENINGS begins with one of these.
+REWARD_OPENINGS = tuple(
+    f"{beginning} {topic}"
+    for topic in (
+        "rivers", "taxes", "old houses", "the stars", "bread", "football", "a famous queen", "engines", "winter",
+        "small towns", "the brain", "trains", "paper", "insects", "the theatre", "friendship",
+    )
+    for beginning in (
+        "What we know about", "An essay on", "Some notes on", "Yesterday I read about", "There are many stories about",
+        "This chapter is about", "Nobody wrote more about", "Ten questions about",
+    )
 )  # fmt: skip
 
 
@@ -55,24 +66,27 @@ def self_text(
         seed: of the sampling; torch's own random state is left alone.
     """
     rows = [lm.encode(text) for text in openings]
-    end = lm.tokenizer.eos_token_id
     devices = [lm.device] if lm.device.type == "cuda" else []
     passages = []
     with torch.random.fork_rng(devices=devices), lm.original_weights():
         torch.manual_seed(seed)
         for members in lm.decoded_together(rows):
-            ids, mask = lm.pad_on_left([rows[i] for i in members])
-            output: Any = lm.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, pad_token_id=lm.pad_token_id,
-            )  # fmt: skip
-            for i, continuation in zip(members, output[:, ids.shape[1] :].tolist(), strict=True):
-                written = continuation[: continuation.index(end)] if end in continuation else continuation
+            output = lm.decode([rows[i] for i in members], tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+            for i, continuation in zip(members, output.tolist(), strict=True):
+                written = until_end(lm, continuation)
                 if written:
                     passages.append(Passage(tuple(rows[i] + written[:-1]), tuple(written)))
     if not passages:
         raise ValueError(f"{lm.name or 'the model'} continues none of the {len(rows)} openings; give others")
     return passages
+
+
+def until_end(lm: EditableLM, written: Sequence[int]) -> list[int]:
+    """Generated token ids up to the token, if any, with which the LLM ended the text, and what fills the row up."""
+    configured = getattr(lm.model.generation_config, "eos_token_id", None)
+    ends = {lm.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    first = next((i for i, token in enumerate(written) if token in ends), len(written))
+    return list(written[:first])
 
 
 @torch.no_grad()

@@ -53,12 +53,32 @@ class Trace:
         value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
         owner: index of the passage that each position belongs to, (N,) int64.
         loss: mean answer-token cross-entropy of the batch.
+        hardest: the largest cross-entropy of any of a passage's answer tokens, (passages,) in nats.
+        sums: the sum of the cross-entropies of a passage's answer tokens, (passages,) in nats.
+        answers: how many answer tokens a passage has, (passages,) float.
     """
 
     keys: dict[str, Tensor]
     value_gradients: dict[str, Tensor]
     owner: Tensor
     loss: float
+    hardest: Tensor
+    sums: Tensor
+    answers: Tensor
+
+    def of(self, passages: Tensor) -> Trace:
+        """What a batch of only some of the passages would give, chosen by a mask (passages,): the gradient is that of
+        the mean over their own answer tokens, and they are numbered anew."""
+        chosen = passages.to(self.owner.device)
+        rows = chosen[self.owner]
+        keys, gradients = ({m: t[rows] for m, t in part.items()} for part in (self.keys, self.value_gradients))
+        tokens = float(self.answers[chosen].sum())
+        factor = float(self.answers.sum()) / max(tokens, 1.0)
+        return Trace(
+            keys, {m: factor * g for m, g in gradients.items()}, (chosen.cumsum(0) - 1)[self.owner[rows]],
+            float(self.sums[chosen].sum()) / max(tokens, 1.0), self.hardest[chosen], self.sums[chosen],
+            self.answers[chosen],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,7 @@ class EditableLM(EditedWeights):
         self.forward: Forward = own.forward(model, layers, self._modules, name)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.reference_cache = PrefixCache(cache_bytes)
+        self.text_cache = PrefixCache(cache_bytes // 64)  # token ids that θ₀ wrote
 
     @classmethod
     def load(
@@ -426,7 +447,7 @@ class EditableLM(EditedWeights):
             chunk = order[start : start + batch_size]
             rows = [self.encode(prompts[i]) for i in chunk]
             for members in self.decoded_together(rows):
-                output = self._decode([rows[m] for m in members], max(answers[i] for i in chunk) + extra)
+                output = self.decode([rows[m] for m in members], max(answers[i] for i in chunk) + extra)
                 for m, row in zip(members, output, strict=True):
                     texts[chunk[m]] = str(tokenizer.decode(row, skip_special_tokens=True))
         return texts
@@ -438,12 +459,15 @@ class EditableLM(EditedWeights):
         for key in sorted(set(keys)):
             yield [i for i, each in enumerate(keys) if each == key]
 
-    def _decode(self, rows: Sequence[Sequence[int]], most: int) -> Tensor:
-        """Greedy continuations (B, most or less) of rows of token ids, padded on the left."""
+    def decode(self, rows: Sequence[Sequence[int]], most: int, **sampling: Any) -> Tensor:
+        """Continuations (B, most or less) of rows of token ids, which the model sees together (see
+        :meth:`decoded_together`): greedy ones, unless ``sampling`` says otherwise, as transformers' ``generate`` takes
+        it."""
         ids, mask = self.pad_on_left(rows)
         output = self.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=self.pad_token_id
-        )
+            input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=self.pad_token_id,
+            **{"do_sample": False, **sampling},
+        )  # fmt: skip
         return output[:, ids.shape[1] :]
 
     def pad_on_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -485,6 +509,8 @@ class EditableLM(EditedWeights):
 
         order: list[int] = []
         loss = [0.0] * len(batches)
+        hardest, sums = torch.zeros(2, len(passages), dtype=self.edit_dtype, device=self.device)
+        answers = torch.tensor([float(len(p.targets)) for p in passages], device=self.device)
         handles = [module.register_forward_hook(record(name)) for name, module in self._modules.items()]
         keys: dict[str, list[Tensor]] = {n: [] for n in self._modules}
         gradients: dict[str, list[Tensor]] = {n: [] for n in self._modules}
@@ -498,6 +524,9 @@ class EditableLM(EditedWeights):
                     share = torch.tensor([1 / totals[b] for b in whose], dtype=losses.dtype, device=self.device)
                     traced = [outputs[n] for n in self._modules]
                     grads = torch.autograd.grad((share * losses).sum(), traced, materialize_grads=True)
+                    passage_of = torch.tensor([i for i in chunk for _ in passages[i].targets], device=self.device)
+                    hardest.scatter_reduce_(0, passage_of, losses.detach().to(hardest), "amax")
+                    sums.index_add_(0, passage_of, losses.detach().to(sums))
                     theirs = torch.tensor(whose, device=self.device)
                     for b in sorted(set(whose)):
                         loss[b] += float(losses.detach()[theirs == b].sum() / totals[b])
@@ -527,6 +556,9 @@ class EditableLM(EditedWeights):
                 value_gradients={n: v[b] for n, v in split_gradients.items()},
                 owner=theirs - first[b],
                 loss=loss[b],
+                hardest=hardest[first[b] : first[b] + len(batches[b])],
+                sums=sums[first[b] : first[b] + len(batches[b])],
+                answers=answers[first[b] : first[b] + len(batches[b])],
             )
             for b, theirs in enumerate(by_batch(owner))
         ]

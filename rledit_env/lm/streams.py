@@ -96,9 +96,9 @@ class StreamLM(EditableLM):
         reference = [next(fresh) if state is None else state for state in found]
         return AnswerStates(states.hidden[:own], states.targets[:own], states.owner[:own]), reference
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[str]:
+    def decode(self, rows: Sequence[Sequence[int]], most: int, **sampling: Any) -> Tensor:
         with self._routed([0], [0]):
-            return super().generate(*args, **kwargs)
+            return super().decode(rows, most, **sampling)
 
     # -- weights -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from agents.editors import (
     with_step_size,
 )
 from agents.rledit import RLEditConfig
+from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 
 KINDS = ("zsre", "counterfact", "fever")
@@ -113,11 +114,25 @@ def test_settings_are_nested_and_what_is_not_named_stays():
         ({"train": {"epochs": 1}}, "train: 'epochs' is unknown; known are num_batches"),
         ({"train": {"reward": {"components": {"truth": 1}}}}, "reward.components: 'truth' is unknown; known are eff"),
         ({"train": {"reward": {"batch_stride": 0}}}, "reward: batch_stride is 0; give 1"),
+        ({"train": {"reward": {"constraint": {"limit": 1}}}}, "reward.constraint: 'limit' is unknown; known are comp"),
+        ({"train": {"reward": {"constraint": {"bound": -1}}}}, "reward.constraint: the bound on 'own_text' is -1"),
+        ({"train": {"reward": {"constraint": {"component": "truth"}}}}, "reward: the constraint is on 'truth'"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_with_its_place(entry, message):
     with pytest.raises(ValueError, match=message):
         configured(EDITORS["rledit"], {"rledit": entry})
+
+
+def test_a_file_of_hyperparameters_can_ask_for_preservation():
+    weights = {"generalization": 1.0, "own_text": 0.5, "continuation": 0.25}
+    reward = {"components": weights, "constraint": {"bound": 0.2, "rate": 3.0}}
+    editor = configured(EDITORS["rledit"], {"rledit": {"train": {"reward": reward}}})
+    found = editor.reward()
+    assert {name: weight for name, (weight, _) in found.components.items()} == weights
+    assert found.components["own_text"][1] == OwnText() and found.components["continuation"][1] == Continuation()
+    assert found.constraint == Constraint("own_text", bound=0.2, rate=3.0)
+    assert json.loads(json.dumps(editor.description()))["training"]["reward"] == reward
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from agents.ppo import Standardised
 from agents.standard_state import training_state
 from rledit_env.files import write_tensors
 from rledit_env.lm.editable import EditableLM
+from rledit_env.preservation import Constraint, OwnText
 from rledit_env.reward import RewardConfig
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -187,6 +188,31 @@ def interrupted_at(stream: int) -> Any:
             raise KeyboardInterrupt
 
     return callback
+
+
+def test_a_bound_is_held_between_streams_and_survives_an_interruption(tmp_path: Path) -> None:
+    reward = RewardConfig(constraint=Constraint(bound=1e-5, rate=1e5)).replace("own_text", 0.0, OwnText(1, 4, 8))
+
+    def learned(folder: str, callback: Any = None) -> StandardAgent:
+        agent = StandardAgent(make(reward=reward), config_of("ppo", baseline_streams=3), seed=5)
+        return agent.learn(6 + 16, callback, progress_bar=False, log_dir=tmp_path / folder)
+
+    def multiplier(agent: StandardAgent) -> float:
+        inner: Any = agent.env.unwrapped
+        return float(inner.multiplier.value)
+
+    seen: list[dict[str, float]] = []
+    whole = learned("whole", seen.append)
+    used = [numbers["multiplier"] for numbers in seen]
+    assert used[0] == 0.0, "the zero action's streams do not count"
+    assert len(set(used)) > 2 and multiplier(whole) > 0
+    with pytest.raises(KeyboardInterrupt):
+        learned("cut", interrupted_at(5))
+    again: list[float] = []
+    going_on = learned("cut", lambda numbers: again.append(numbers["multiplier"]))
+    assert 0 < len(again) < len(used)
+    assert again == pytest.approx(used[-len(again) :], rel=1e-4)
+    assert multiplier(going_on) == pytest.approx(multiplier(whole), rel=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", SMALL)

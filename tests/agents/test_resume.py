@@ -24,12 +24,14 @@ from agents.files import read_tensors
 from rledit_env.files import MARKER, write_tensors
 from rledit_env.knowledge import load_knowledge
 from rledit_env.ledger import weights_hash
+from rledit_env.preservation import Constraint, Continuation, OwnText
+from rledit_env.reward import RewardConfig
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
 
 
-def environments() -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
+def environments(reward: RewardConfig | None = None) -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
     """Two steps a stream, six updates in all, and a held-out stream on the same LLM."""
     facts = load_knowledge("zsre")
     common: dict[str, Any] = {
@@ -37,7 +39,7 @@ def environments() -> tuple[gym.Env[Any, Any], gym.Env[Any, Any]]:
     }  # fmt: skip
     env = gym.make(
         "RLEdit-ZsRE-v0", model="tiny-llama", dtype="float32", data=replace(facts, records=facts.records[:20]),
-        reward_gradient=True, **common,
+        reward_gradient=True, reward=reward, **common,
     )  # fmt: skip
     held_out = replace(facts, records=facts.records[20:30])
     return env, gym.make("RLEdit-ZsRE-v0", model=env.unwrapped.lm, data=held_out, reward="none", **common)
@@ -83,6 +85,52 @@ def test_a_run_stopped_by_ctrl_c_in_a_stream_ends_as_the_uninterrupted_one(tmp_p
     assert stopped.timesteps == 6
     going_on = new_agent(env, normaliser=normaliser).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
     assert_same(whole, going_on)
+
+
+BOUNDED = RewardConfig(
+    components={**RewardConfig().components, "continuation": (0.5, Continuation(facts=1, tokens=4)),
+                "own_text": (0.5, OwnText(passages=1, tokens=4, pool=8))},
+    constraint=Constraint(bound=1e-4, rate=1e4),
+)  # fmt: skip
+
+
+def test_a_run_under_a_bound_that_was_stopped_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    env, eval_env = environments(BOUNDED)
+    multipliers: list[float] = []
+    whole = new_agent(env)
+    whole.learn(log_dir=tmp_path / "whole", eval_env=eval_env, callback=lambda n: multipliers.append(n["multiplier"]),
+                **SETTINGS)
+    assert multipliers[0] == 0.0 and len(set(multipliers)) > 2, "each trajectory has a multiplier of its own"
+    assert env.unwrapped.multiplier.value == whole._training_state()[1]["multiplier"] > 0
+    env, eval_env = environments(BOUNDED)
+    with pytest.raises(KeyboardInterrupt):
+        new_agent(Stop(env, at=8)).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    assert env.unwrapped.multiplier.value == pytest.approx(multipliers[3], rel=1e-4)
+    env, eval_env = environments(BOUNDED)
+    assert env.unwrapped.multiplier.value == 0.0
+    going_on = new_agent(env).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    assert_same(whole, going_on)
+
+
+def test_trajectories_make_the_multiplier_of_their_last_measures(tmp_path: Path) -> None:
+    env, _ = environments(BOUNDED)
+    agent = new_agent(env)
+    agent.config = replace(agent.config, trajectories_per_update=2)
+    measured: list[float] = []
+    update, one = agent._trajectory, env.unwrapped.multiplier
+
+    def noting(*arguments: Any) -> Any:
+        gradient, numbers = update(*arguments)
+        measured.append(env.unwrapped.history[-1]["own_text"])
+        assert numbers["constrained_at_end"] == measured[-1]
+        return gradient, numbers
+
+    agent._trajectory = noting  # type: ignore[method-assign]
+    agent.learn(8, progress_bar=False)
+    expected = 0.0
+    for pair in (measured[:2], measured[2:]):
+        expected = max(0.0, expected + 1e4 * (sum(pair) / 2 - 1e-4))
+    assert len(measured) == 4 and one.value == pytest.approx(expected)
 
 
 def test_a_run_stopped_by_ctrl_c_in_an_evaluation_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
