@@ -35,6 +35,7 @@ from agents.files import (
 from agents.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord, moments_state
 from agents.logs import log, summary_writer
 from agents.moments import MissingMomentsWarning, Moments, take
+from agents.selection import divergence, within_bound
 from agents.settings import environment_settings, setting_differences
 from agents.text_prior import start_from_text
 from rledit_env.files import write_tensors, write_text
@@ -68,6 +69,10 @@ class RLEditConfig:
             ``warm_up`` there).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
             gradients through a broken LLM spoil the policy. None cuts none.
+        kl_bound: the best checkpoint, and the best step sizes of :meth:`RLEditAgent.calibrate`, are those with the
+            highest score among those whose divergence from the unedited LLM, in nats a token on text of its own, is at
+            most this (see `agents.selection`); where none is within it, the one that comes nearest. None: the highest
+            score of all.
         graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
             the steps beyond them the network runs a second time. It changes nothing but the time.
     """
@@ -82,6 +87,7 @@ class RLEditConfig:
     prior_batches: int = 40
     drift_limit: float | None = 0.6
     graph_bytes: int = 2**28
+    kl_bound: float | None = None
     clipping: Literal["update", "running sum"] = "update"
 
     def __post_init__(self) -> None:
@@ -89,6 +95,8 @@ class RLEditConfig:
             raise ValueError(f"credit is {self.credit!r}; give 'trajectory' or 'step'")
         if self.clipping not in ("update", "running sum"):
             raise ValueError(f"clipping is {self.clipping!r}; give 'update' or 'running sum'")
+        if self.kl_bound is not None and not self.kl_bound > 0:
+            raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
 
 
 def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
@@ -391,7 +399,7 @@ class RLEditAgent(Agent):
 
         Training on short streams favours steps that are too large for long ones: what a step gains for its own batch
         it takes from the weights that all later batches share. From the largest factor on, each is tried until the
-        score falls.
+        score falls; with ``kl_bound`` in the configuration, what is beyond it counts less than any score.
 
         Args:
             env: the held-out stream; ``steps_per_batch`` may differ from training's.
@@ -399,7 +407,8 @@ class RLEditAgent(Agent):
             seed: ``env`` is reset with it.
 
         Returns:
-            Factor → mean of Efficacy, Generalization and Specificity (−∞ where the LLM broke), of those tried.
+            Factor → mean of Efficacy, Generalization and Specificity of those tried: −∞ where the LLM broke, and how
+            far the divergence is beyond ``kl_bound``, as a negative number, where it is.
         """
         start = self.network.step_size_parameter.detach().clone()
         scores: dict[float, float] = {}
@@ -409,7 +418,10 @@ class RLEditAgent(Agent):
                 self.network.scale_step_sizes(factor, start)
                 with self.presented.by(env):
                     _, info = run_stream(env, self, seed=seed)
-                scores[factor] = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
+                score = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
+                if self.config.kl_bound is not None:
+                    score = within_bound(score, divergence(_inner(env).lm), self.config.kl_bound)
+                scores[factor] = score
                 if -math.inf < scores[factor] < max(scores.values()):
                     break
             if max(scores.values()) == -math.inf:
@@ -574,13 +586,17 @@ class RLEditAgent(Agent):
         inner = _inner(eval_env)
         metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
         score = -math.inf if info["diverged"] else metrics.mean
-        log(writer, "eval", {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]},
-             self.updates)
+        numbers = {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]}
+        if self.config.kl_bound is not None:
+            numbers["kl"] = divergence(inner.lm)
+            score = within_bound(score, numbers["kl"], self.config.kl_bound)
+        log(writer, "eval", numbers, self.updates)
         say = tqdm.write if processes.first else (lambda _: None)
         say(
             f"update {self.updates}: held-out efficacy {metrics.efficacy:.1f}, generalization "
             f"{metrics.generalization:.1f}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, top-1 "
             f"{metrics.top1:.1f}, drift {info['drift']:.3f}"
+            + (f", KL {numbers['kl']:.3f}" if "kl" in numbers else "")
         )
         if score <= self.best_score:
             return False

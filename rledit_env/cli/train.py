@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
     group.add_argument("--kl-bound", type=float, metavar="NATS",
                        help="hold the divergence on the model's own text at this many nats a token, by a Lagrange "
-                       "multiplier")
+                       "multiplier, and choose the best checkpoint among those within it")
     group.add_argument("--kl-rate", type=float, default=1.0,
                        help="the multiplier's rise an update for each nat above the bound (--kl-bound)")
     group.add_argument("--every-step", action="store_true",
@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--damping", type=float, default=network.damping, help="initial ridge of the least squares")
     group.add_argument("--prior", type=float, default=network.prior,
                        help="training facts' worth of keys that the recursion starts with")
+    group.add_argument("--prior-source", choices=["facts", "text"], default=network.prior_source,
+                       help="whose keys: of training facts, or of ordinary text, which keeps the rest of the model")
+    group.add_argument("--text", default=network.text, metavar="FILE",
+                       help="the text for --prior-source text: a file, or what the model writes itself")
+    group.add_argument("--text-tokens", type=int, default=network.text_tokens, help="how much of it")
     group.add_argument("--normaliser", choices=("stream", "lifetime"), default=network.normaliser,
                        help="whether the inputs' moments start anew with each stream")
     group.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=network.warm_up,
@@ -126,13 +131,14 @@ def run(options: argparse.Namespace) -> int:
     reward = _reward(options)
     network = HypernetworkConfig(
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
-        damping=options.damping, prior=options.prior, normaliser=options.normaliser,
+        damping=options.damping, prior=options.prior, prior_source=options.prior_source, text=options.text,
+        text_tokens=options.text_tokens, normaliser=options.normaliser,
         warm_up=options.warm_up,
     )
     config = RLEditConfig(
         network=network, credit=options.credit, learning_rate=options.learning_rate,
         step_size_learning_rate=options.step_size_learning_rate, max_gradient_norm=options.max_gradient_norm,
-        trajectories_per_update=options.trajectories_per_update, discount=options.discount,
+        trajectories_per_update=options.trajectories_per_update, discount=options.discount, kl_bound=options.kl_bound,
         drift_limit=options.drift_limit,
     )
     say_loading(options.model)
