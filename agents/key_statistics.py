@@ -33,7 +33,7 @@ ROW = 64  # tokens of one text of the corpus
 GIVEN = 4  # of them its beginning: of one number, so that no text needs padding
 _SAMPLE = 4  # tokens a text that the time is estimated from
 _OPENINGS = (
-    "An account of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
+    "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
     "The city of", "According to the report,", "He is best known for", "The company was founded by",
     "Scientists have discovered that", "Question: What is", "The first step in", "During the war,",
     "Located in the north of", "My favourite thing about", "The main difference between", "For example,",

@@ -97,9 +97,9 @@ def main(args: Args) -> None:
     on_curve = range(500, 500 + args.curve_streams)
     curves: dict[str, list[tuple[float, float]]] = {}
 
-    def measured(name: str, on_held_out: Agent, steps: Callable[[], int], every: int) -> Callable[[Any], None]:
-        """A callback that puts a point on the learning curve after ``every`` streams."""
-        points, streams = curves.setdefault(name, []), [0]
+    def measured(name: str, on_held_out: Agent, steps: Callable[[], int], total: int) -> Callable[[Any], None]:
+        """A callback that puts a point on the learning curve six times in so many steps."""
+        points, streams, every = curves.setdefault(name, []), [0], max(1, total // args.num_batches // 6)
 
         def callback(numbers: dict[str, float]) -> None:
             if streams[0] % every == 0 and args.curve_streams:
@@ -118,18 +118,16 @@ def main(args: Args) -> None:
     found.save(args.out / "random_search")
     found.set_env(held_out)
     agent, name = StandardAgent(env, config, args.seed), args.algorithm.upper()
-    every = max(1, args.steps // args.num_batches // 6)
     looking_on = copy.copy(agent)  # the same policy, in the environment that the curve is measured in
     looking_on.set_env(held_out)
-    watch = measured(name, looking_on, lambda: agent.timesteps, every)
+    watch = measured(name, looking_on, lambda: agent.timesteps, args.steps)
     agent.learn(args.steps, watch, log_dir=args.out / args.algorithm)
     agent.save(args.out / args.algorithm)
     everybody: dict[str, Agent] = {"zero action": zero, "random search": found, name: looking_on}
     learned_from = {"zero action": 0, "random search": found.timesteps, name: agent.timesteps}
     if args.rledit_steps:
         rledit = RLEditAgent(stream("train", reward_gradient=True), seed=args.seed)
-        every = max(1, args.rledit_steps // args.num_batches // 6)
-        watch = measured("RLEdit", rledit, lambda: rledit.timesteps, every)
+        watch = measured("RLEdit", rledit, lambda: rledit.timesteps, args.rledit_steps)
         rledit.learn(args.rledit_steps, watch, log_dir=args.out / "rledit", resume=False)
         everybody["RLEdit"], learned_from["RLEdit"] = rledit, rledit.timesteps
     tested = {who: returns(held_out, one, range(1000, 1000 + args.test_streams)) for who, one in everybody.items()}

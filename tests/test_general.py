@@ -227,6 +227,9 @@ def test_drift_is_the_whole_model_s(tiny_lm: Callable[..., EditableLM], full_log
 
 def test_ability_is_measured_before_during_and_after_a_stream(make_env: Callable[..., Any], folder: Path) -> None:
     class Nothing:
+        def reset(self) -> None:
+            pass
+
         def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
             values = {m: -3.0 * g for m, g in observation["value_gradients"].items()}
             return {"keys": observation["keys"], "values": values}, None

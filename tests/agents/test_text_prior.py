@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import agents.key_statistics as key_statistics_module
 import rledit_env  # noqa: F401 - registers the environments
 from agents import (
     Hypernetwork,
@@ -24,7 +23,6 @@ from agents import (
 )
 from agents.editors import EDITORS, TEXT_PRIOR, configured
 from agents.key_statistics import key_statistics
-from rledit_env.general.self_text import OPENINGS
 
 SHAPES = {"a": (5, 3), "b": (5, 3)}
 MODULES = "model.layers.[1-2].mlp.up_proj"
@@ -186,10 +184,3 @@ def test_what_cannot_have_a_prior_is_refused() -> None:
     network = Hypernetwork(SHAPES, HypernetworkConfig(prior_source="text"))
     with pytest.raises(ValueError, match=r"the second moment of b has shape None; it must be \(5, 5\)"):
         network.start_from_text({"a": torch.eye(5)})
-
-
-def test_the_prior_s_text_begins_otherwise_than_the_text_that_is_scored() -> None:
-    beginnings = [f"{opening} {topic}" for opening in key_statistics_module._OPENINGS
-                  for topic in key_statistics_module._TOPICS]  # fmt: skip
-    for scored in OPENINGS:
-        assert not [text for text in beginnings if text.startswith(scored) or scored.startswith(text)]
