@@ -58,8 +58,13 @@ class HypernetworkConfig:
             one's. "text": those of all tokens of ordinary text, for the recursion and the plain least squares alike
             (where λ is then not learned): updates avoid the directions that text lives in, and the rest of the LLM
             stays as it was.
-        text: for the text prior: "generated", text that the LLM itself writes before it is edited, or a text file.
-        text_tokens: how much of it.
+        output_curvature: γ of the outputs' side: with G = E[g gᵀ], g the gradient of −log p of text with respect to a
+            module's outputs, each vᵢ is turned to (G + γ·mean(diag G)·I)⁻¹ vᵢ and keeps its norm, so that it avoids
+            the outputs that text's next tokens depend on. With the text prior on the keys' side that is K-FAC's
+            natural gradient. 0: vᵢ as it is. G is not saved with an agent: it is computed with the LLM, or read from
+            the cache, when it is first needed.
+        text: for these two: "generated", text that the LLM itself writes before it is edited, or a text file.
+        text_tokens: how much of it (of the outputs' side a quarter).
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
             "bfloat16" takes half the time where the machine multiplies it natively.
         normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens of
@@ -96,6 +101,7 @@ class HypernetworkConfig:
     coefficient: Literal["key", "normalised"] = "key"
     prior: float = 100.0
     prior_source: Literal["facts", "text"] = "facts"
+    output_curvature: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
     normaliser: Literal["stream", "lifetime", "continued"] = "stream"
@@ -123,6 +129,11 @@ class HypernetworkConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
+        if not self.output_curvature >= 0:
+            raise ValueError(f"output_curvature is {self.output_curvature}; give 0 (none) or more, such as 0.1")
+        if self.output_curvature and self.aggregation == "mend":
+            raise ValueError(f"output_curvature is {self.output_curvature} and aggregation is 'mend', which solves no "
+                             "least squares; give 'least_squares' or 'recursive', or output_curvature=0")
         if type(self.text_tokens) is not int or self.text_tokens < 64:
             raise ValueError(f"text_tokens is {self.text_tokens!r}; give a whole number from 64")
         if not self.warm_up_rows >= 2:
@@ -370,6 +381,7 @@ class Hypernetwork(nn.Module):
         self.second_moments: dict[str, Tensor] = {}  # C by module, (d_in, d_in); empty until gather
         self._gathered = 0
         self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
+        self._turns: dict[str, Tensor] = {}  # (G + γ·mean(diag G)·I)⁻¹ by module, (d_out, d_out)
 
     @staticmethod
     def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
@@ -448,6 +460,29 @@ class Hypernetwork(nn.Module):
         config = self.config
         starts = config.has_text_prior or (config.aggregation == "recursive" and config.prior > 0)
         return starts and not self.second_moments
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether values are to be turned by the outputs' curvature, and it is not known yet."""
+        return self.config.output_curvature > 0 and not self._turns
+
+    def turn_by(self, output_moments: Mapping[str, Tensor]) -> None:
+        """Turn values by this curvature of the outputs from now on (see `HypernetworkConfig.output_curvature`).
+
+        Args:
+            output_moments: module → G (d_out, d_out), as `agents.key_statistics.output_moments` gives them.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        turns = {}
+        for module, (_, d_out) in self.shapes.items():
+            _check_shape(f"the output moment of {module}", output_moments.get(module), (d_out, d_out))
+            g = output_moments[module].to(self.device, torch.float64)
+            ridge = self.config.output_curvature * float(g.diagonal().mean()) or 1.0
+            system = (g + g.T) / 2 + ridge * torch.eye(d_out, device=self.device, dtype=torch.float64)
+            turns[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_damping.dtype)
+        self._turns = turns
 
     @property
     def learns_keys(self) -> bool:
@@ -648,6 +683,10 @@ class Hypernetwork(nn.Module):
             else:
                 left = u if self.config.coefficient == "key" else key_part
                 v = -step_size * (left * key_part).sum(2, keepdim=True) * gradient_part
+            if self._turns:
+                turned = v @ torch.stack([self._turns[m] for m in members])
+                length = turned.norm(dim=2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+                v = turned * (v.norm(dim=2, keepdim=True) / length)
             if record.used:
                 v = v * record.used[group][places, :, None]
             values |= zip(members, v, strict=True)

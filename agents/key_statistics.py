@@ -26,11 +26,13 @@ from tqdm.auto import tqdm
 from rledit_env.files import write_tensors
 from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.registry import cache_dir
 
 GENERATED = "generated"
 ROW = 64  # tokens of one text of the corpus
 GIVEN = 4  # of them its beginning: of one number, so that no text needs padding
+_TRACED = 32  # texts whose gradients are taken at once
 _SAMPLE = 4  # tokens a text that the time is estimated from
 _OPENINGS = (
     "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
@@ -90,22 +92,9 @@ def key_statistics(
         ValueError: it has fewer than 64 tokens.
     """
     cache = cache_dir() if cache is None else cache
-    started = time.perf_counter()
     with lm.original_weights():
         model = fingerprint(lm)
-        if str(corpus) == GENERATED:
-            key = _corpus_key(model, tokens, seed)
-            path = _corpus_path(cache, key)
-            text = cached_tensors(path)
-            if "ids" not in text:
-                text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
-                keep_tensors(path, text)
-            ids, seconds = text["ids"], _seconds(text)
-            source = f"text that the LLM wrote itself (seed {seed})"
-        else:
-            ids, seconds = text_corpus(lm, corpus, tokens), 0.0
-            key = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-            source = f"the text file {Path(corpus).name}"
+        ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
         paths = {m: _moment_path(cache, model, key, m) for m in modules}
         found = {m: cached_tensors(path) for m, path in paths.items()}
         missing = [m for m, kept in found.items() if "second_moment" not in kept]
@@ -117,6 +106,23 @@ def key_statistics(
     moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
     seconds += sum(map(_seconds, found.values()))
     return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
+
+
+def _text(
+    lm: EditableLM, corpus: str | Path, tokens: int, seed: int, cache: Path, progress: bool
+) -> tuple[Tensor, str, str, float]:
+    """A corpus as texts (R, 64), its name in the cache, what it is in words, and the seconds that it took to write."""
+    if str(corpus) != GENERATED:
+        ids = text_corpus(lm, corpus, tokens)
+        return ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), f"the text file {Path(corpus).name}", 0.0
+    key = _corpus_key(fingerprint(lm), tokens, seed)
+    path = _corpus_path(cache, key)
+    text = cached_tensors(path)
+    if "ids" not in text:
+        started = time.perf_counter()
+        text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
+        keep_tensors(path, text)
+    return text["ids"], key, f"text that the LLM wrote itself (seed {seed})", _seconds(text)
 
 
 def expected_seconds(
@@ -196,6 +202,52 @@ def second_moments(
         for handle in handles:
             handle.remove()
     return {m: total / ids.numel() for m, total in sums.items()}
+
+
+def output_moments(
+    lm: EditableLM, modules: Sequence[str], corpus: str | Path = GENERATED, tokens: int = 16_384, seed: int = 0,
+    cache: Path | None = None, progress: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    """G = E[g gᵀ] of some modules under the pre-trained weights, (d_out, d_out) float32, from the cache where it has
+    been computed before: g is the gradient of a text's −log p, summed over its tokens, with respect to the module's
+    outputs at a position. With text that the LLM writes itself it is K-FAC's factor of the outputs (Martens and
+    Grosse, ICML 2015).
+
+    Args:
+        lm: the LLM, edited or not; it is not changed.
+        modules: names of edited modules.
+        corpus, tokens, seed, cache, progress: as for :func:`key_statistics`.
+
+    Raises:
+        FileNotFoundError: there is no such text file.
+        ValueError: it has fewer than 64 tokens.
+    """
+    cache = cache_dir() if cache is None else cache
+    with lm.original_weights():
+        ids, key, _, _ = _text(lm, corpus, tokens, seed, cache, progress)
+        paths = {m: cache / "output_moments" / _moment_path(cache, fingerprint(lm), key, m).name for m in modules}
+        found = {m: cached_tensors(path) for m, path in paths.items()}
+        if any("output_moment" not in kept for kept in found.values()):
+            for m, g in _output_moments(lm, modules, ids, progress).items():
+                found[m] = {"output_moment": g}
+                keep_tensors(paths[m], found[m])
+    return {m: kept["output_moment"].to(lm.device) for m, kept in found.items()}
+
+
+def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progress: bool) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    rows = 0
+    texts = [Passage(tuple(row[:-1]), tuple(row[GIVEN:])) for row in ids.tolist()]
+    parts = range(0, len(texts), _TRACED)
+    for start in tqdm(parts, "output curvature", disable=not progress, leave=False):
+        part = texts[start : start + _TRACED]
+        trace = lm.trace(part, "all")
+        answers = sum(len(p.targets) for p in part)  # δ is of their mean
+        rows += len(trace.owner)
+        for m in modules:
+            g = answers * trace.value_gradients[m]  # (N, d_out)
+            sums[m] = sums.get(m, 0.0) + g.T @ g
+    return {m: total / rows for m, total in sums.items()}
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from agents.files import (
     run_folder,
 )
 from agents.logs import log, summary_writer
+from agents.selection import divergence, within_bound
 from agents.settings import environment_settings, setting_differences
 from agents.standard_state import load_training_state, training_state
 from rledit_env.files import write_tensors, write_text
@@ -73,6 +74,7 @@ class StandardConfig:
             there. 0: new streams, their own rewards, and features as they come.
         reward_scale: rewards are multiplied by it for the algorithm, whose value function is best off near 1; returns
             that are logged are the environment's own.
+        kl_bound: the best policy of a training is the best within this divergence (see `RLEditConfig.kl_bound`).
         hyperparameters: of the algorithm, over :data:`HYPERPARAMETERS`.
     """
 
@@ -85,11 +87,14 @@ class StandardConfig:
     share: Share = "all"
     baseline_streams: int = 32
     reward_scale: float = 1.0
+    kl_bound: float | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm is {self.algorithm!r}; give one of {', '.join(ALGORITHMS)}")
+        if self.kl_bound is not None and not self.kl_bound > 0:
+            raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
 
 
 class Standardised(BaseFeaturesExtractor):
@@ -461,8 +466,11 @@ class _Watch(BaseCallback):
         with inner.lm.preserved():  # a training stream may be under way on the same LLM
             total, info = run_stream(self.eval_env, looking_on, seed=self.eval_seed)
             metrics = inner.evaluate(generate=False)
-        score = -math.inf if info["diverged"] else metrics.mean
-        numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
+            score = -math.inf if info["diverged"] else metrics.mean
+            numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
+            if (bound := self.agent.config.kl_bound) is not None:
+                numbers["kl"] = divergence(inner.lm)
+                score = within_bound(score, numbers["kl"], bound)
         self._log("eval", numbers | {"return": total, "drift": info["drift"]})
         tqdm.write(f"step {self.num_timesteps}: held-out mean {metrics.mean:.1f}, return {total:.1f}")
         if score > self.agent.best_score or self.best is None:

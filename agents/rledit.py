@@ -37,7 +37,7 @@ from agents.logs import log, summary_writer
 from agents.moments import MissingMomentsWarning, Moments, take
 from agents.selection import divergence, within_bound
 from agents.settings import environment_settings, setting_differences
-from agents.text_prior import start_from_text
+from agents.text_prior import start_from_text, turn_by_text
 from rledit_env.files import write_tensors, write_text
 from rledit_env.metrics import METRICS_VERSION
 from rledit_env.preservation import Multiplier
@@ -214,6 +214,8 @@ class RLEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
+        if self.network.wants_curvature:
+            self._turn(progress_bar=False)
         record = self._observe(observation, adapt=False)
         return self._action(observation, record, *self.network.factors(record)), None
 
@@ -336,6 +338,8 @@ class RLEditAgent(Agent):
                 self._checkpoint(folder, state)
 
         try:
+            if self.network.wants_curvature:
+                self._turn(progress_bar)
             if self.network.wants_prior or self.network.wants_moments:
                 self._gather(env, self.network.wants_prior, self.network.wants_moments, progress_bar)
             judge()
@@ -460,6 +464,13 @@ class RLEditAgent(Agent):
             progress_bar: show one.
         """
         self._gather(env, prior=False, moments=True, progress_bar=progress_bar)
+
+    def _turn(self, progress_bar: bool) -> None:
+        """Let the network know the outputs' curvature of the environment's LLM."""
+        if self.env is None:
+            raise ValueError("output_curvature needs the environment's LLM; load the agent with env=…, or give it with "
+                             "set_env(env)")
+        turn_by_text(self.network, _inner(self.env).lm, progress_bar)
 
     def _gather(self, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
         """Give the network its prior from text; show it some training batches, the first of as many streams, for what

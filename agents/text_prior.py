@@ -9,7 +9,7 @@ text's keys. It is the covariance of ROME and MEMIT (Meng et al., NeurIPS 2022, 
 from __future__ import annotations
 
 from agents.hypernetwork import Hypernetwork
-from agents.key_statistics import key_statistics
+from agents.key_statistics import key_statistics, output_moments
 from rledit_env.lm.editable import EditableLM
 
 
@@ -28,3 +28,11 @@ def start_from_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = 
     config = network.config
     statistics = key_statistics(lm, list(network.shapes), config.text, config.text_tokens, progress=progress_bar)
     network.start_from_text(statistics.second_moments)
+
+
+def turn_by_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = True) -> None:
+    """Give a network the curvature of the outputs on the text that its configuration names, from the cache if it is
+    there; arguments and errors are :func:`start_from_text`'s."""
+    config = network.config
+    tokens = max(64, config.text_tokens // 4)
+    network.turn_by(output_moments(lm, list(network.shapes), config.text, tokens, progress=progress_bar))

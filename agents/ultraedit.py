@@ -19,7 +19,7 @@ from agents.key_statistics import GENERATED
 from agents.moments import training_moments
 from agents.rledit import FLOAT32_EPSILON
 from agents.settings import environment_settings
-from agents.text_prior import start_from_text
+from agents.text_prior import start_from_text, turn_by_text
 from rledit_env.files import write_tensors, write_text
 
 # The environment's settings that the editor is best used with.
@@ -45,6 +45,7 @@ class UltraEditConfig:
             gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
         text_prior: c of a prior on text, S = λI + c·C + …, which keeps the updates out of the directions that text
             lives in (see `HypernetworkConfig.prior`); the paper has none.
+        output_curvature: γ of the outputs' side, as there; the paper has none.
         text, text_tokens: the text, and how much of it, as there.
         normaliser_scope, normaliser_variance, normaliser_epsilon: as in `HypernetworkConfig`; the defaults are the
             published code's: one set of moments for all modules of a shape.
@@ -55,6 +56,7 @@ class UltraEditConfig:
     recursion: bool = False
     warm_up: bool = False
     text_prior: float = 0.0
+    output_curvature: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
     normaliser_scope: Literal["module", "shape", "shape in turn"] = "shape"
@@ -66,7 +68,8 @@ class UltraEditConfig:
         return HypernetworkConfig(
             blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
             damping=self.damping, learn_damping=False, coefficient="normalised", prior=self.text_prior,
-            prior_source="text", text=self.text, text_tokens=self.text_tokens, normaliser="stream",
+            prior_source="text", output_curvature=self.output_curvature, text=self.text,
+            text_tokens=self.text_tokens, normaliser="stream",
             warm_up=self.warm_up, normaliser_scope=self.normaliser_scope,
             normaliser_variance=self.normaliser_variance, normaliser_epsilon=self.normaliser_epsilon,
         )  # fmt: skip
@@ -126,7 +129,7 @@ class UltraEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
         """Update factors for an observation in either array backend."""
-        if self.network.wants_prior:
+        if self.network.wants_prior or self.network.wants_curvature:
             self.learn(0, progress_bar=False)
         record = self.network.observe(*used_rows(observation, self.network.device))
         return factor_action(observation, *self.network.factors(record)), None
@@ -136,21 +139,25 @@ class UltraEditAgent(Agent):
         reset_num_timesteps: bool = True,
     ) -> UltraEditAgent:  # fmt: skip
         """There is nothing to train; with ``warm_up``, the moments of training facts are gathered, with
-        ``text_prior``, the second moments of text's keys.
+        ``text_prior`` and ``output_curvature``, the moments of text.
 
         Raises:
             ValueError: they are to be gathered, and there is no environment.
         """
-        if self.network.wants_prior:
-            if self.env is None:
-                raise ValueError("text_prior needs the environment's LLM; make the agent with env=…")
-            start_from_text(self.network, self.env.unwrapped.lm, progress_bar)  # type: ignore[attr-defined]
-            self.network.reset()
-        if self.network.wants_moments:
-            if self.env is None:
-                raise ValueError("warm_up gathers moments with the environment's LLM; make the agent with env=…")
-            inner: Any = self.env.unwrapped
-            self.network.start_from(training_moments(inner.lm, inner.token))
+        network = self.network
+        wanted = {"text_prior": network.wants_prior, "output_curvature": network.wants_curvature,
+                  "warm_up": network.wants_moments}  # fmt: skip
+        if any(wanted.values()) and self.env is None:
+            name = next(name for name, wants in wanted.items() if wants)
+            raise ValueError(f"{name} needs the environment's LLM; make the agent with env=…")
+        inner: Any = self.env.unwrapped if self.env is not None else None
+        if network.wants_prior:
+            start_from_text(network, inner.lm, progress_bar)
+            network.reset()
+        if network.wants_curvature:
+            turn_by_text(network, inner.lm, progress_bar)
+        if network.wants_moments:
+            network.start_from(training_moments(inner.lm, inner.token))
         return self
 
     def save(self, path: str | Path) -> None:

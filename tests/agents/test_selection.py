@@ -10,9 +10,10 @@ import gymnasium as gym
 import pytest
 import torch
 
+import agents.ppo
 import agents.rledit
 import rledit_env  # noqa: F401 - registers the environments
-from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, StandardAgent, StandardConfig
 from agents.selection import TEXT, divergence, within_bound
 from rledit_env.general.self_text import self_text
 from rledit_env.metrics import Metrics
@@ -78,6 +79,29 @@ def test_the_best_checkpoint_is_the_best_within_the_bound(
     assert [all(torch.equal(held[k], v) for k, v in policy.items()) for policy in policies].index(True) == best
 
 
+@pytest.mark.parametrize(("bound", "best"), [(None, 3), (0.2, 1)])
+def test_a_standard_algorithm_s_best_policy_is_the_best_within_the_bound(
+    make: Any, monkeypatch: pytest.MonkeyPatch, bound: float | None, best: int
+) -> None:
+    # Of the evaluations after 0, 1, 2 and 3 streams.
+    seen = iter([(50.0, 0.1), (60.0, 0.2), (70.0, 0.3), (80.0, 0.4)])
+    now: list[tuple[float, float]] = []
+
+    def scored(*_: Any, **__: Any) -> Metrics:
+        now[:] = [next(seen, (0.0, 9.0))]
+        return Metrics(*[now[0][0]] * 4, exact_match=None, top1=0.0, taken=())
+
+    held_out = make(split="eval")
+    monkeypatch.setattr(held_out.unwrapped, "evaluate", scored)
+    monkeypatch.setattr(agents.ppo, "divergence", lambda _: now[0][1])
+    config = StandardConfig(
+        baseline_streams=0, kl_bound=bound, hyperparameters={"n_steps": 2, "batch_size": 2, "n_epochs": 1}
+    )
+    agent = StandardAgent(make(reward="efficacy"), config)
+    agent.learn(6, progress_bar=False, eval_env=held_out, eval_every=1)
+    assert agent.best_score == [50.0, 60.0, 70.0, 80.0][best]
+
+
 def test_calibration_takes_the_strongest_step_sizes_within_the_bound(make: Any) -> None:
     chosen = []
     for bound in (None, 1e-3):
@@ -94,3 +118,5 @@ def test_calibration_takes_the_strongest_step_sizes_within_the_bound(make: Any) 
 def test_a_bound_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="kl_bound is 0; give a positive number of nats"):
         RLEditConfig(kl_bound=0)
+    with pytest.raises(ValueError, match="kl_bound is -1; give a positive number of nats"):
+        StandardConfig(kl_bound=-1)

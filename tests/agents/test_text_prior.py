@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import agents.key_statistics as key_statistics_module
 import rledit_env  # noqa: F401 - registers the environments
 from agents import (
     Hypernetwork,
@@ -22,7 +23,7 @@ from agents import (
     load_agent,
 )
 from agents.editors import EDITORS, TEXT_PRIOR, configured
-from agents.key_statistics import key_statistics
+from agents.key_statistics import key_statistics, output_moments
 
 SHAPES = {"a": (5, 3), "b": (5, 3)}
 MODULES = "model.layers.[1-2].mlp.up_proj"
@@ -184,3 +185,83 @@ def test_what_cannot_have_a_prior_is_refused() -> None:
     network = Hypernetwork(SHAPES, HypernetworkConfig(prior_source="text"))
     with pytest.raises(ValueError, match=r"the second moment of b has shape None; it must be \(5, 5\)"):
         network.start_from_text({"a": torch.eye(5)})
+
+
+# -- the outputs' curvature
+
+
+def test_values_are_turned_by_the_curvature_and_keep_their_norm() -> None:
+    """v ← (G + γ·mean(diag G)·I)⁻¹ v, rescaled to ‖v‖."""
+    plain, turning = (network_of("recursive", output_curvature=g) for g in (0.0, 0.25))
+    generator = torch.Generator().manual_seed(3)
+    rows = {m: torch.randn(9, 3, generator=generator, dtype=torch.float64) for m in SHAPES}
+    moments = {m: r.T @ r / len(r) for m, r in rows.items()}
+    assert turning.wants_curvature and not plain.wants_curvature
+    turning.turn_by(moments)
+    assert not turning.wants_curvature
+    (keys, values), (turned_keys, turned) = (n.factors(n.observe(*batch(2))) for n in (plain, turning))
+    for m, g in moments.items():
+        assert torch.equal(keys[m], turned_keys[m])
+        natural = values[m] @ torch.linalg.inv(g + 0.25 * g.diagonal().mean() * torch.eye(3, dtype=torch.float64))
+        expected = natural * (values[m].norm(dim=1) / natural.norm(dim=1))[:, None]
+        torch.testing.assert_close(turned[m], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_output_moments_are_those_of_autograd(make: Any) -> None:
+    lm = make(reward="none").unwrapped.lm
+    modules = list(lm.module_shapes)
+    ids = key_statistics_module.generated_corpus(lm, 128, seed=0)
+    sums, rows = dict.fromkeys(modules, 0.0), 0
+    for row in ids.tolist():
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str, seen: dict[str, Tensor] = outputs) -> Any:
+            def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+                seen[name] = output.requires_grad_()
+                return output
+
+            return hook
+
+        handles = [lm.model.get_submodule(m).register_forward_hook(keep(m)) for m in modules]
+        with torch.enable_grad():
+            logits = lm.model(input_ids=torch.tensor([row[:-1]], device=lm.device)).logits[0]
+            places = torch.arange(key_statistics_module.GIVEN - 1, len(row) - 1)
+            loss = -logits.log_softmax(-1)[places, torch.tensor(row[key_statistics_module.GIVEN :])].sum()
+            gradients = torch.autograd.grad(loss, [outputs[m] for m in modules])
+        for handle in handles:
+            handle.remove()
+        rows += len(row) - 1
+        for m, g in zip(modules, gradients, strict=True):
+            sums[m] = sums[m] + g[0].T @ g[0]
+    found = output_moments(lm, modules, tokens=128, progress=False)
+    for m in modules:
+        torch.testing.assert_close(found[m], sums[m] / rows, rtol=1e-3, atol=1e-6 * float((sums[m] / rows).abs().max()))
+    assert all(torch.equal(found[m], g) for m, g in output_moments(lm, modules, tokens=128, progress=False).items())
+
+
+@pytest.mark.parametrize("kind", ["ultraedit", "rledit"])
+def test_an_agent_reads_the_curvature_from_its_environment_s_llm(make: Any, tmp_path: Path, kind: str) -> None:
+    env = make(reward="efficacy", reward_gradient=True)
+    settings = {"output_curvature": 0.1, "text_tokens": 1024}
+    agent: Any = (
+        UltraEditAgent(env, UltraEditConfig(step_size=1e-2, **settings))
+        if kind == "ultraedit"
+        else RLEditAgent(env, RLEditConfig(HypernetworkConfig(rank=4, **settings), prior_batches=2))
+    )
+    agent.learn(3, progress_bar=False)
+    observation, _ = env.reset(seed=0)
+    agent.save(tmp_path)
+    loaded: Any = load_agent(tmp_path, env)
+    for one in (agent, loaded):
+        one.reset()
+    mine, theirs = agent.predict(observation)[0], loaded.predict(observation)[0]
+    assert all(torch.equal(f, theirs[part][m]) for part in ("keys", "values") for m, f in mine[part].items())
+    with pytest.raises(ValueError, match="output_curvature needs the environment's LLM"):
+        load_agent(tmp_path).predict(observation)
+
+
+def test_curvature_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="output_curvature is -1; give 0"):
+        HypernetworkConfig(output_curvature=-1)
+    with pytest.raises(ValueError, match="output_curvature is 0.1 and aggregation is 'mend'"):
+        HypernetworkConfig(output_curvature=0.1, aggregation="mend")
