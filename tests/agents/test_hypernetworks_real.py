@@ -23,6 +23,7 @@ from rledit_env.metrics import top_tokens
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 COUNTERFACT = "rledit_env:RLEdit-CounterFact-v0"
+OURS = {"initial_weights": "scaled", "step_size_parameter": "log"}  # as in the default model's configuration
 COMMON = {"array_backend": "torch", "disable_env_checker": True}
 
 
@@ -49,19 +50,21 @@ def trained(kind, config, trajectories: int, **training):
 
 
 def test_mends_edits_take():
-    config = MENDConfig(mend_network(rank=256, step_size=1e-3), learning_rate=3e-4, step_size_learning_rate=0.05)
+    network = mend_network(rank=256, step_size=1e-3, **OURS)
+    config = MENDConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05)
     agent, lm = trained(MENDAgent, config, 200, **agents.mend.TRAINING)
     assert taken(agent, lm, presentations=4, token="all") >= 3
 
 
 def test_malmens_edits_take():
-    config = MALMENConfig(malmen_network(rank=256, step_size=1e-3), learning_rate=3e-4, step_size_learning_rate=0.05)
+    network = malmen_network(rank=256, step_size=1e-3, **OURS)
+    config = MALMENConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05)
     agent, lm = trained(MALMENAgent, config, 60, batch_size=1, **agents.malmen.TRAINING)
     assert taken(agent, lm, presentations=16, token="answer") >= 4
 
 
 def test_dafnets_edits_take():
-    network = DAFNetNetworkConfig(rank=128, feed_forward=256, attention=128, step_size=3e-3)
+    network = DAFNetNetworkConfig(rank=128, feed_forward=256, attention=128, step_size=3e-3, step_size_parameter="log")
     config = DAFNetConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05, max_gradient_norm=1.0)
     settings = {**agents.dafnet.TRAINING, "token": "subject+answer", "num_batches": 4, "batch_size": 1}
     agent, lm = trained(DAFNetAgent, config, 12, **settings)
