@@ -186,6 +186,8 @@ def tradeoff_curves(
     axes.set_xscale("log")
     known = [kl for group in (curves, broke or {}) for curve in group.values() for kl, _ in curve if kl > 0]
     least = max(min([*known, *bounds, 1.0]) / 2, LEAST_KL)
+    right = max([*known, *bounds, 1.0]) * 1.5
+    axes.set_xlim(least * 0.9, right)
     for bound in bounds:
         axes.axvline(bound, color=FAINT, linewidth=1.0, zorder=0)
     colours = COLOURS[1:]
@@ -203,12 +205,11 @@ def tradeoff_curves(
         crosses = [(max(kl, least), score) for kl, score in (broke or {}).get(name, ())]
         axes.scatter([kl for kl, _ in crosses], [score for _, score in crosses], color=colour, marker="x", s=30)
     ticks = [10.0**power for power in range(math.floor(math.log10(least)), 3)]
-    right = max([*known, *bounds, 1.0]) * 1.5
     shown = sorted({tick for tick in (*ticks, *bounds) if least <= tick <= right})
     axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(least * 0.9, right)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    if levels or curves or broke:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
     return _drawn(figure, form)
 
 

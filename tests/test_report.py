@@ -112,6 +112,7 @@ def test_a_bootstrap_interval_covers_the_mean_and_narrows_with_the_number_of_val
     assert high - low < np.subtract(*report.bootstrap_interval(values[:50])[::-1])
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_curve_of_score_against_kl_has_a_line_an_editor_whatever_is_known_of_it() -> None:
     curves = {"one": [(0.0, 40.0), (0.2, 50.0)], "two": [(1e-9, 30.0)]}
     svg = report.tradeoff_curves(curves, {"no edit": 29.0}, (0.1, 1.0), {"three": [(30.0, 20.0)]}, "svg").decode()
