@@ -30,9 +30,10 @@ SCORES = {"mean": "Mean", "selection_kl": "KL (choosing)", "kl": "KL", "efficacy
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "the curve of score against KL",
-        "Each editor edits one stream of held-out training facts at a few strengths of its own: step size, λ or "
-        "learning rate. For each bound on KL (0.05, 0.1, 0.3 and 1 nats a token) the best strength within it is its "
-        "pick; only picks are scored on the evaluation split.",
+        "Each editor edits one stream of held-out training facts at a few strengths of its\n"
+        "own: step size, λ or learning rate. For each bound on KL (0.05, 0.1, 0.3 and 1 nats a\n"
+        "token) the best strength within it is its pick; only picks are scored on the evaluation\n"
+        "split.",
     )
     group.add_argument("--curve", action="store_true", help="draw the curve, and score each editor's picks")
     group.add_argument("--curve-batches", type=int, default=20, metavar="T", help="batches of the training stream")
