@@ -19,6 +19,7 @@ from agents.base import Agent, NotApplicable
 from agents.editing import edit_stream
 from agents.editors import Editor
 from agents.locate import LocateAgent
+from agents.rledit import RLEditAgent
 from agents.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_text
 from rledit_env.general.self_text import self_drift, self_text
@@ -117,14 +118,19 @@ class Comparison:
         views: the LLM.
         out: the comparison's folder.
         progress_bar: show what is being done.
+        trainer: another comparison whose trained editors are taken, and trained there if need be; None trains here.
     """
 
-    def __init__(self, setting: Setting, views: Views, out: str | Path, progress_bar: bool = True) -> None:
+    def __init__(
+        self, setting: Setting, views: Views, out: str | Path, progress_bar: bool = True,
+        trainer: Comparison | None = None,
+    ) -> None:  # fmt: skip
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
+        self.trainer = trainer or self
         self._own_text: list[Passage] | None = None  # what the LLM wrote before any edit; the same for every editor
 
     def cell_path(self, editor: Editor, seed: int) -> Path:
-        return self.out / "cells" / editor.name / f"seed-{seed}.json"
+        return self.out / "cells" / editor.label / f"seed-{seed}.json"
 
     def cell(self, editor: Editor, seed: int) -> dict[str, Any] | None:
         """A finished cell; None if it is not finished.
@@ -185,7 +191,7 @@ class Comparison:
         settings.pop("edit_modules", None)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
         if editor.saved is not None:
-            return load_agent(find_agent(editor.saved), env), env, None
+            return scaled(load_agent(find_agent(editor.saved), env), editor), env, None
         if editor.training is None:
             agent = editor.agent_class()(env, editor.configuration())
             started = time.perf_counter()
@@ -194,14 +200,14 @@ class Comparison:
             measured = time.perf_counter() - started
             return agent, env, float(getattr(agent, "one_off_seconds", measured))
         trainer = editor.trainer or editor
-        train_env, folder, seconds = self._trained(trainer, lm, settings)
+        train_env, folder, seconds = self.trainer._trained(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
         if agent.config != trainer.configuration():  # such as an earlier version's defaults
             raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has "
                              f"now; delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
         agent.set_env(env)
-        return agent, env, seconds
+        return scaled(agent, editor), env, seconds
 
     def _env(
         self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: dict[str, Any],
@@ -280,6 +286,20 @@ class Comparison:
             self._own_text = self_text(lm)
         kl = self_drift(lm, self._own_text).kl
         return kl if math.isfinite(kl) else None
+
+
+def scaled(agent: Agent, editor: Editor) -> Agent:
+    """A trained agent whose step sizes are multiplied by the editor's factor.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if editor.factor != 1:
+        if not isinstance(agent, RLEditAgent):
+            raise ValueError(f"editor {editor.name!r} is a trained {type(agent).__name__}, which has no step sizes to "
+                             f"multiply by {editor.factor:g}; try it with --strengths 1 only")
+        agent.scale_step_sizes(editor.factor)
+    return agent
 
 
 def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:

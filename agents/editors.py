@@ -52,6 +52,42 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Strength:
+    """What makes an editor edit more or less, as one factor: 2 is twice as strongly.
+
+    Where no number is named, it is the step sizes that training gave that are multiplied
+    (`RLEditAgent.scale_step_sizes`), so that nothing is trained again.
+
+    Attributes:
+        multiplied: the numbers of the configuration that are multiplied by the factor, such as a step size; those of a
+            nested configuration with a dot, "value.clamp".
+        divided: those that are divided by it: weights of what is to stay as it is, such as λ.
+        factors: what `rledit compare --curve` tries.
+    """
+
+    multiplied: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    @property
+    def of_training(self) -> bool:
+        """Whether it is the step sizes that training gave."""
+        return not self.multiplied and not self.divided
+
+    def scaled(self, config: Any, factor: float) -> dict[str, Any]:
+        """The numbers of a configuration with this factor, nested as :func:`changed` takes them."""
+        powers = [(name, factor) for name in self.multiplied] + [(name, 1 / factor) for name in self.divided]
+        numbers: dict[str, Any] = {}
+        for name, power in powers:
+            *parents, last = name.split(".")
+            inner, place = config, numbers
+            for parent in parents:
+                inner, place = getattr(inner, parent), place.setdefault(parent, {})
+            place[last] = getattr(inner, last) * power
+        return numbers
+
+
+@dataclass(frozen=True)
 class Editor:
     """An editor that can be compared.
 
@@ -72,6 +108,8 @@ class Editor:
         step_size: which numbers of its configuration scale its updates; the first is called its step size, the others
             keep their ratio to it. Empty where there is no such number.
         presentations: how often a batch may be presented: what a search of the step size tries, in this order.
+        strength: what makes it edit more or less strongly; None where nothing does.
+        factor: how strongly it edits, as a factor of its strength as it is configured, or trained.
     """
 
     name: str
@@ -88,6 +126,18 @@ class Editor:
     saved: str | None = None
     step_size: tuple[str, ...] = ()
     presentations: tuple[int, ...] = (1,)
+    strength: Strength | None = None
+    factor: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """Its name, with the factor of its strength where that is not 1: what a folder of its results is called."""
+        return self.name if self.factor == 1 else f"{self.name}@{self.factor:g}"
+
+    @property
+    def scales_trained(self) -> bool:
+        """Whether its factor is one of the step sizes that training gave, not of numbers of its configuration."""
+        return self.saved is not None or (self.strength is not None and self.strength.of_training)
 
     @property
     def training_free(self) -> bool:
@@ -106,7 +156,11 @@ class Editor:
         if self.config is None:
             _known(self.settings, (), f"editor {self.name!r}, config")
             return None
-        return changed(_named(self.config)(), self.settings, f"editor {self.name!r}, config")
+        config = changed(_named(self.config)(), self.settings, f"editor {self.name!r}, config")
+        if self.factor == 1 or self.strength is None or self.scales_trained:
+            return config
+        place = f"editor {self.name!r} at {self.factor:g} times its strength"
+        return changed(config, self.strength.scaled(config, self.factor), place)
 
     def reward(self) -> RewardConfig:
         """What it is trained with; see :attr:`Training.reward`.
@@ -126,7 +180,9 @@ class Editor:
 
     def description(self) -> dict[str, Any]:
         """All that its results depend on, as JSON holds it."""
-        left_out = ("title", "group", "trainer", "step_size", "presentations")
+        left_out = ["title", "group", "trainer", "step_size", "presentations", "strength"]
+        if self.factor == 1:  # as the results of earlier versions say nothing of it
+            left_out.append("factor")
         described = {k: v for k, v in asdict(self).items() if k not in left_out}
         trainer = self.trainer.description() if self.trainer else None
         return json.loads(json.dumps({**described, "trainer": trainer}))
@@ -134,7 +190,7 @@ class Editor:
 
 def _trajectory(name: str, title: str, config: str = "agents.rledit:RLEditConfig", **more: Any) -> Editor:
     """A hypernetwork that is trained by the gradient of whole trajectories."""
-    return Editor(name, title, "trajectory", "agents.rledit:RLEditAgent", config, **more)
+    return Editor(name, title, "trajectory", "agents.rledit:RLEditAgent", config, strength=TRAINED, **more)
 
 
 def _starred(editor: Editor) -> Editor:
@@ -147,7 +203,10 @@ def _starred(editor: Editor) -> Editor:
 
 def _recursive(editor: Editor) -> Editor:
     """The same with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
-    return _variant(editor, "recursion", recursion=True)
+    made = _variant(editor, "recursion", recursion=True)
+    if made.strength == COVARIANCE:  # the whole of what stands against the keys
+        made = replace(made, strength=replace(COVARIANCE, divided=("covariance_weight", "anchor")))
+    return made
 
 
 def _anchored(editor: Editor) -> Editor:
@@ -168,19 +227,29 @@ def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
     )  # fmt: skip
 
 
-def _located(name: str, title: str) -> Editor:
+def _located(name: str, title: str, strength: Strength) -> Editor:
     """An editor that finds each fact's value at its subject and solves for the weights."""
     return Editor(
         name, title, "locate", f"agents.{name}:{title}Agent", f"agents.{name}:{title}Config",
-        env={"token": "subject", "steps_per_batch": 1},
+        env={"token": "subject", "steps_per_batch": 1}, strength=strength,
     )  # fmt: skip
 
 
+TRAINED = Strength()
+STEP_SIZE = Strength(("step_size",))
+BOX = Strength(("learning_rate", "epsilon"))
+# How far a value is moved: Adam's steps, and what they may add up to. ROME writes a value whole, whatever it weighs.
+VALUE = Strength(("value.learning_rate", "value.clamp"))
+# With λ well below kᵀC⁻¹k a value is written whole, so that a smaller λ changes nothing: only larger ones are tried.
+COVARIANCE = Strength(divided=("covariance_weight",), factors=(0.1, 0.3, 1.0))
+RIDGE = Strength(divided=("ridge",), factors=(0.1, 0.3, 1.0))
 TEXT_PRIOR = 300.0  # c: keys of text that weigh as much as the keys of so many facts
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
 PRESENTATIONS = (8, 16, 3)  # many weak ones move the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
-ROME, MEMIT, ALPHAEDIT = _located("rome", "ROME"), _located("memit", "MEMIT"), _located("alphaedit", "AlphaEdit")
+ROME = _located("rome", "ROME", VALUE)
+MEMIT = _located("memit", "MEMIT", COVARIANCE)
+ALPHAEDIT = _located("alphaedit", "AlphaEdit", RIDGE)
 MEND = Editor(
     "mend", "MEND", "hypernetwork", "agents.mend:MENDAgent", "agents.mend:MENDConfig",
     env={"token": "all", "steps_per_batch": 1},
@@ -190,6 +259,7 @@ MEND = Editor(
             "components": {"generalization": 0.1, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
         },
     ),
+    strength=TRAINED,
 )  # fmt: skip
 MALMEN = Editor(
     "malmen", "MALMEN", "hypernetwork", "agents.malmen:MALMENAgent", "agents.malmen:MALMENConfig", env=ANSWER,
@@ -199,6 +269,7 @@ MALMEN = Editor(
             "components": {"generalization": 1.0, "locality": 1.0}, "backtracking_depth": 0, "regularisation": 0.0
         },
     ),
+    strength=TRAINED,
 )  # fmt: skip
 DAFNET = Editor(
     "dafnet", "DAFNet", "hypernetwork", "agents.dafnet:DAFNetAgent", "agents.dafnet:DAFNetConfig",
@@ -210,10 +281,11 @@ DAFNET = Editor(
             "regularisation": 0.0,
         },
     ),
+    strength=TRAINED,
 )  # fmt: skip
 ULTRAEDIT = Editor(
     "ultraedit", "UltraEdit", "training-free", "agents.ultraedit:UltraEditAgent", "agents.ultraedit:UltraEditConfig",
-    env=ANSWER, step_size=("step_size",), presentations=PRESENTATIONS,
+    env=ANSWER, step_size=("step_size",), presentations=PRESENTATIONS, strength=STEP_SIZE,
 )  # fmt: skip
 
 # In the order of a table.
@@ -224,22 +296,23 @@ EDITORS: dict[str, Editor] = {
         Editor(
             "fine-tuning", "gradient", "reference", "agents.baselines:FineTuningAgent",
             "agents.baselines:FineTuningConfig", env=ANSWER, step_size=("step_size",), presentations=PRESENTATIONS,
+            strength=STEP_SIZE,
         ),
         Editor(
             "ft-l", "FT-L", "reference", "agents.ft_l:FTLAgent", "agents.ft_l:FTLConfig", env=ANSWER,
-            step_size=("learning_rate", "epsilon"),
+            step_size=("learning_rate", "epsilon"), strength=BOX,
         ),
         Editor(
             "ft-m", "FT-M", "reference", "agents.ft_l:FTMAgent", "agents.ft_l:FTMConfig", env=ANSWER,
-            step_size=("learning_rate", "epsilon"),
+            step_size=("learning_rate", "epsilon"), strength=BOX,
         ),
         ROME,
         _anchored(ROME),
         MEMIT,
         _recursive(MEMIT),
         _anchored(MEMIT),
-        _located("prune", "PRUNE"),
-        _located("rect", "RECT"),
+        _located("prune", "PRUNE", COVARIANCE),
+        _located("rect", "RECT", COVARIANCE),
         ALPHAEDIT,
         _anchored(ALPHAEDIT),
         MEND,
@@ -394,8 +467,26 @@ def with_step_size(editor: Editor, step_size: float, steps_per_batch: int) -> Ed
     config, factor = editor.configuration(), step_size / configured_step_size(editor)
     numbers = {name: getattr(config, name) * factor for name in editor.step_size[1:]} | {editor.step_size[0]: step_size}
     made = replace(
-        editor, settings=merged(editor.settings, numbers), env={**editor.env, "steps_per_batch": steps_per_batch}
-    )
+        editor, settings=merged(editor.settings, numbers), env={**editor.env, "steps_per_batch": steps_per_batch},
+        factor=1.0,
+    )  # fmt: skip
+    made.configuration()
+    return made
+
+
+def with_strength(editor: Editor, factor: float) -> Editor:
+    """The editor with so many times the strength that it is configured, or was trained, with.
+
+    Raises:
+        ValueError: it has no strength, or refuses this one.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"strength is {factor}; give a positive number")
+    if factor == 1:
+        return editor
+    if editor.strength is None:
+        raise ValueError(f"editor {editor.name!r} has no strength; nothing makes it edit more or less")
+    made = replace(editor, factor=factor, title=f"{editor.title} ×{factor:g}")
     made.configuration()
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rledit_env.retention import Retention
 
 Curve = Sequence[tuple[float, float]]
-Form = Literal["png", "pdf"]
+Form = Literal["png", "pdf", "svg"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey stands for "nothing done".
 COLOURS = ("#9aa3ad", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
@@ -157,6 +158,71 @@ def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float], form
     axes.set_xlim(left=0)
     _legend(axes, columns=len(curves) + len(levels), above=True)
     return _drawn(figure, form)
+
+
+MARKERS = "osD^vPX"
+LEAST_KL = 1e-3  # nats a token: where the axis begins
+
+
+def tradeoff_curves(
+    curves: Mapping[str, Curve],
+    levels: Mapping[str, float],
+    bounds: Sequence[float] = (),
+    broke: Mapping[str, Curve] | None = None,
+    form: Form = "png",
+) -> bytes:
+    """Score against what else of the model has changed, a picture: one line an editor, from its weakest strength to its
+    strongest. In an SVG each line is a group whose id is "editor-" and its number.
+
+    Args:
+        curves: editor's name → (KL in nats a token, score in percent) pairs, by strength; the axis of KL is
+            logarithmic, and what is below ``LEAST_KL`` stands at its left end.
+        levels: what has no strength, as dashed lines: name → score.
+        bounds: values of KL to mark with thin vertical lines.
+        broke: editor's name → the points where an update broke the model, as crosses.
+    """
+    figure = _figure(9.2, 4.8)
+    axes = _axes(figure, (1, 1, 1), "KL from the unedited model on its own text, nats a token", "mean score, percent")
+    axes.set_xscale("log")
+    known = [kl for group in (curves, broke or {}) for curve in group.values() for kl, _ in curve if kl > 0]
+    least = max(min([*known, *bounds, 1.0]) / 2, LEAST_KL)
+    right = max([*known, *bounds, 1.0]) * 1.5
+    axes.set_xlim(least * 0.9, right)
+    for bound in bounds:
+        axes.axvline(bound, color=FAINT, linewidth=1.0, zorder=0)
+    colours = COLOURS[1:]
+    for i, (name, score) in enumerate(levels.items()):
+        line = axes.axhline(score, color=COLOURS[0], linewidth=1.4, linestyle="--", label=name)
+        line.set_gid(f"editor-{i}")
+    for i, name in enumerate(dict.fromkeys([*curves, *(broke or {})])):
+        colour, style = colours[i % len(colours)], ("-", "-.", ":")[i // len(colours) % 3]
+        places = [(max(kl, least), score) for kl, score in curves.get(name, ())]
+        (line,) = axes.plot(
+            [kl for kl, _ in places], [score for _, score in places], color=colour, linestyle=style, linewidth=1.6,
+            marker=MARKERS[i % len(MARKERS)], markersize=4.5, label=name,
+        )  # fmt: skip
+        line.set_gid(f"editor-{len(levels) + i}")
+        crosses = [(max(kl, least), score) for kl, score in (broke or {}).get(name, ())]
+        axes.scatter([kl for kl, _ in crosses], [score for _, score in crosses], color=colour, marker="x", s=30)
+    ticks = [10.0**power for power in range(math.floor(math.log10(least)), 3)]
+    shown = sorted({tick for tick in (*ticks, *bounds) if least <= tick <= right})
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_xticks([], minor=True)
+    if levels or curves or broke:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    return _drawn(figure, form)
+
+
+def check_pictures() -> None:
+    """Make sure that pictures can be drawn.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        _figure(1, 1)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def retention_map(retention: Retention, form: Form = "png") -> bytes:

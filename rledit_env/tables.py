@@ -59,16 +59,23 @@ class Row:
         cells: one a stream, numbers by the columns' keys; a number may be None. ``one_off_seconds`` and ``facts`` make
             "seconds_per_fact_in_all". A cell with "not_applicable" has none.
         compared: whether it may be the best; no edit at all is not.
+        instead: what stands in the place of its numbers where there is no cell, in words.
     """
 
     name: str
     title: str
     cells: Sequence[Mapping[str, Any]]
     compared: bool = True
+    instead: str = ""
 
     @property
     def not_applicable(self) -> bool:
         return any("not_applicable" in cell for cell in self.cells)
+
+    @property
+    def placeholder(self) -> str:
+        """What stands in the place of its numbers; empty where there are numbers."""
+        return NOT_APPLICABLE if self.not_applicable else self.instead
 
     @property
     def diverged(self) -> bool:
@@ -120,7 +127,7 @@ def as_text(rows: Sequence[Row]) -> str:
     """For a terminal; the best are marked with a star."""
     header = ["", *(column.title for column in COLUMNS)]
     lines = [
-        [_title(row), NOT_APPLICABLE, *[""] * (len(COLUMNS) - 1)] if row.not_applicable else [_title(row), *cells]
+        [_title(row), row.placeholder, *[""] * (len(COLUMNS) - 1)] if row.placeholder else [_title(row), *cells]
         for row, cells in _cells(rows, "±", "{}*")
     ]
     return text_table(header, lines)
@@ -130,8 +137,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [["Editor", *(column.title for column in COLUMNS)], ["---", *["---:"] * len(COLUMNS)]]
     for row, cells in _cells(rows, "±", "**{}**"):
-        empty = [NOT_APPLICABLE, *[""] * (len(COLUMNS) - 1)]
-        lines.append([_title(row).replace("*", "\\*").replace("|", "\\|"), *(empty if row.not_applicable else cells)])
+        empty = [row.placeholder, *[""] * (len(COLUMNS) - 1)]
+        lines.append([_title(row).replace("*", "\\*").replace("|", "\\|"), *(empty if row.placeholder else cells)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -143,24 +150,32 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
         " & ".join(["Editor", *(_escaped(column.title) for column in COLUMNS)]) + " \\\\", "\\midrule",
     ]  # fmt: skip
     for row, cells in _cells(rows, "$\\pm$", "\\textbf{{{}}}"):
-        if row.not_applicable:
-            cells = [f"\\multicolumn{{{len(COLUMNS)}}}{{c}}{{{NOT_APPLICABLE}}}"]
+        if row.placeholder:
+            cells = [f"\\multicolumn{{{len(COLUMNS)}}}{{c}}{{{_escaped(row.placeholder)}}}"]
         lines.append(" & ".join([_escaped(_title(row)), *(cell.replace("–", "--") for cell in cells)]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """One line a row: the means and standard deviations as numbers, empty where there is none."""
+def as_csv(rows: Sequence[Row], leading: Mapping[str, Sequence[Any]] | None = None) -> str:
+    """One line a row: the means and standard deviations as numbers, empty where there is none.
+
+    Args:
+        rows: the lines.
+        leading: further columns, which come first: name → a value a row.
+    """
+    leading = leading or {}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     pairs = [f"{column.key}_{part}" for column in COLUMNS for part in ("mean", "std")]
-    writer.writerow(["editor", "title", "applicable", "diverged", "streams", *pairs])
-    for row in rows:
+    writer.writerow([*leading, "editor", "title", "applicable", "diverged", "streams", *pairs])
+    for i, row in enumerate(rows):
         numbers: list[float | str] = []
         for column in COLUMNS:
             values = row.values(column.key)
             numbers += [mean(values) if values else "", stdev(values) if len(values) > 1 else ""]
-        writer.writerow([row.name, row.title, int(not row.not_applicable), int(row.diverged), len(row.cells), *numbers])
+        first = [values[i] for values in leading.values()]
+        counts = [int(not row.not_applicable), int(row.diverged), len(row.cells)]
+        writer.writerow([*first, row.name, row.title, *counts, *numbers])
     return out.getvalue()
 
 

@@ -110,3 +110,20 @@ def test_a_bootstrap_interval_covers_the_mean_and_narrows_with_the_number_of_val
     assert low < 1.0 < high and high - low == pytest.approx(4 / 20, rel=0.2)
     assert report.bootstrap_interval(values) == (low, high)
     assert high - low < np.subtract(*report.bootstrap_interval(values[:50])[::-1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_curve_of_score_against_kl_has_a_line_an_editor_whatever_is_known_of_it() -> None:
+    curves = {"one": [(0.0, 40.0), (0.2, 50.0)], "two": [(1e-9, 30.0)]}
+    svg = report.tradeoff_curves(curves, {"no edit": 29.0}, (0.1, 1.0), {"three": [(30.0, 20.0)]}, "svg").decode()
+    assert re.findall(r'id="(editor-\d+)"', svg) == [f"editor-{i}" for i in range(4)]
+    many = {f"editor {i}": [(0.1 * 2**j, 50.0 + i) for j in range(3)] for i in range(24)}
+    assert report.tradeoff_curves(many, {}).startswith(PNG)
+    assert report.tradeoff_curves({}, {}, (0.1,)).startswith(PNG)
+
+
+def test_without_matplotlib_pictures_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    report.check_pictures()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pictures need matplotlib"):
+        report.check_pictures()

@@ -97,3 +97,18 @@ def test_csv_holds_the_numbers_unrounded():
     assert float(rows["mend*"]["seconds_per_fact_in_all_mean"]) == 1.5
     assert rows["rledit"]["seconds_per_fact_in_all_mean"] == ""
     assert {row["streams"] for row in rows.values()} == {"2"}
+
+
+def test_a_row_without_cells_says_what_stands_in_its_place_and_competes_with_none():
+    rows = [Row("a", "A", [], instead="none_&"), Row("b", "B", [cell(3.0)]), Row("c", "C", [cell(1.0)])]
+    assert line_of(tables.as_text(rows), "A").split() == ["A", "none_&"]
+    assert "| A | none_& |" in tables.as_markdown(rows)
+    assert f"A & \\multicolumn{{{len(COLUMNS)}}}{{c}}{{none\\_\\&}} \\\\" in tables.as_latex(rows, "caption")
+    assert tables.best_of(rows, COLUMNS[0]) == {"b"}
+
+
+def test_further_columns_come_first_in_the_csv():
+    text = tables.as_csv(ROWS, {"bound": [0.1, 0.2, 0.3, 0.4], "strength": ["", 1, 2, 3]})
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert [(r["bound"], r["strength"], r["editor"]) for r in lines][:2] == [("0.1", "", "none"), ("0.2", "1", "mend*")]
+    assert text.startswith("bound,strength,editor,")

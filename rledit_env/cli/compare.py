@@ -6,9 +6,11 @@ import argparse
 import functools
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rledit_env.cli import curve
 from rledit_env.cli.command import (
     FAILED,
     OK,
@@ -26,6 +28,7 @@ from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.outputs import Input, growing
 
 if TYPE_CHECKING:
+    from agents.comparison import Comparison
     from agents.editors import Editor
     from rledit_env.tables import Row
 
@@ -56,24 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-generate", dest="generate", action="store_false",
                         help="leave the free-running exact match out, which takes long")
     metrics_argument(parser)
+    curve.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from agents.comparison import Comparison, Setting, Views, check_disjoint
     from agents.editors import chosen_editors, configured, find_configs, load_configs
-    from rledit_env.files import mark, write_text
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
     from rledit_env.metrics import check_metrics
-    from rledit_env.report import versions
 
     check_positive(options, "batches", "batch_size", "seeds")
+    curve.check(options)
     check_metrics(options.metrics)
     kind = kind_of(options.env)
     configs = options.configs or find_configs(options.model)
     entries = load_configs(configs, kind)
     editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
-    check_paths(options, growing("--out", options.out, COMPARISON, (SETTINGS, *TABLES, "cells/", "trained/")),
-                reads=_saved_agents(editors))
+    parts = (SETTINGS, *TABLES, "cells/", "trained/", *((*curve.FILES, "curve/") if options.curve else ()))
+    check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors))
     test = load_knowledge(kind, options.data, "eval", options.on_error)
     KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
 
@@ -83,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         check_disjoint(facts, test)
         return facts
 
-    if any(editor.training and not editor.saved for editor in editors):
+    if options.curve or any(editor.training and not editor.saved for editor in editors):
         training()
     modules = tuple(options.edit_modules) if options.edit_modules else None
     setting = Setting(
@@ -92,30 +95,25 @@ def run(options: argparse.Namespace) -> int:
     views = Views(options.model, options.dtype, options.device, **model_source(options))
     comparison = Comparison(setting, views, options.out)
     _check_folder(options, test.source)
+
+    def say_inputs() -> None:
+        wanted = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
+        print(f"data     {test.source} ({test.split}): {wanted}", *skipped_rows(test))
+        print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
+
+    if options.curve:
+        return curve.run(options, comparison, editors, say_inputs)
     seeds = range(options.seeds)
     # Every cell is read, so that one that cannot be gone on from is refused before anything is computed.
     missing = [e for e in editors if None in [comparison.cell(e, seed) for seed in seeds]]
-
-    print(f"data     {test.source} ({test.split}): {options.batches} × {options.batch_size} of {len(test):,} facts, "
-          f"{options.seeds} streams", *skipped_rows(test))
-    print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
+    say_inputs()
     print(f"editors  {', '.join(e.name for e in editors)}; {len(missing)} to run", flush=True)
     if missing:
-        say_loading(options.model)
-        views.get(modules)
-        described = {**_described(options, test.source), "versions": versions()}
-        options.out.mkdir(parents=True, exist_ok=True)
-        mark(options.out, COMPARISON, command=options.command_line)
-        write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
+        begin(options, comparison)
     failed: list[str] = []
     for number, editor in enumerate(missing, start=1):
         warn(f"[{number}/{len(missing)}] {editor.title}")
-        try:
-            comparison.run(editor, seeds)
-        except Exception as error:
-            if options.traceback or not isinstance(error, (ValueError, OSError)):
-                traceback.print_exc()
-            warn(f"{editor.title} failed: {' '.join(str(error).split())}")
+        if not attempt(options, editor.title, lambda: comparison.run(editor, seeds)):  # noqa: B023
             failed.append(editor.name)
         _write_tables(options, _rows(comparison, editors, seeds), test.source)
     rows = _rows(comparison, editors, seeds)
@@ -130,6 +128,33 @@ def run(options: argparse.Namespace) -> int:
         warn(f"failed: {', '.join(failed)}; the same command tries them again")
         return FAILED
     return OK
+
+
+def begin(options: argparse.Namespace, comparison: Comparison) -> None:
+    """Load the model, unless that is done, and mark the folder."""
+    from rledit_env.files import mark, write_text
+    from rledit_env.report import versions
+
+    if comparison.views.loaded:
+        return
+    say_loading(options.model)
+    comparison.views.get(comparison.setting.edit_modules)
+    described = {**_described(options, comparison.setting.test.source), "versions": versions()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    mark(options.out, COMPARISON, command=options.command_line)
+    write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
+
+
+def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) -> bool:
+    """Do some work and say what went wrong, if anything did; whether nothing did."""
+    try:
+        work()
+    except Exception as error:
+        if options.traceback or not isinstance(error, (ValueError, OSError)):
+            traceback.print_exc()
+        warn(f"{title} failed: {' '.join(str(error).split())}")
+        return False
+    return True
 
 
 def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
@@ -219,6 +244,10 @@ examples:
   # every editor, on your own data: a folder with counterfact_train.jsonl and counterfact_eval.jsonl
   rledit compare --editors all --env RLEdit-CounterFact-v0 --data data --batches 20 --batch-size 20 --seeds 3 \\
       --out runs/counterfact-20x20
+
+  # what each editor gives for how much of the rest of the model: a picture, and the best strength within each bound
+  rledit compare --curve --editors none ultraedit rledit --env RLEdit-CounterFact-v0 --data data --then-batches 50 \\
+      --out runs/curve
 """,
     add_arguments,
     run,

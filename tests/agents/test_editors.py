@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from agents.editors import (
     load_configs,
     training_free_editors,
     with_step_size,
+    with_strength,
 )
 from agents.rledit import RLEditConfig
 from rledit_env.preservation import Constraint, Continuation, OwnText
@@ -210,3 +212,78 @@ def test_a_step_size_that_cannot_be_is_refused(name, size, message):
 
 def test_what_names_the_step_size_changes_no_description_of_a_finished_comparison():
     assert not {"step_size", "presentations"} & set(EDITORS["ultraedit"].description())
+
+
+def test_every_editor_but_none_has_a_strength_and_says_what_it_tries():
+    assert [name for name, editor in EDITORS.items() if editor.strength is None] == ["none"]
+    for editor in EDITORS.values():
+        if editor.strength is not None:
+            assert len(set(editor.strength.factors)) == 3 and 1.0 in editor.strength.factors
+            trained = editor.training is not None or editor.trained_as is not None
+            assert editor.scales_trained == editor.strength.of_training == trained
+
+
+STRENGTHS = {  # number → its power of the factor
+    "fine-tuning": {"step_size": 1}, "ultraedit": {"step_size": 1}, "ft-l": {"learning_rate": 1, "epsilon": 1},
+    "rome": {"value.learning_rate": 1, "value.clamp": 1}, "memit": {"covariance_weight": -1},
+    "memit+recursion": {"covariance_weight": -1, "anchor": -1}, "prune": {"covariance_weight": -1},
+    "alphaedit+nas": {"ridge": -1}, "malmen": {}, "rledit": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "powers"), STRENGTHS.items())
+def test_a_strength_scales_its_numbers_and_no_other(name, powers):
+    editor = EDITORS[name]
+    before, after = flat(asdict(editor.configuration())), flat(asdict(with_strength(editor, 3.0).configuration()))
+    assert {k for k in before if before[k] != after[k]} == set(powers)
+    for number, power in powers.items():
+        assert after[number] == pytest.approx(before[number] * 3.0**power)
+
+
+def flat(numbers: dict, prefix: str = "") -> dict:
+    found: dict = {}
+    for name, value in numbers.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_a_strength_has_a_folder_and_a_description_of_its_own_and_one_is_the_editor_itself():
+    editor = EDITORS["ultraedit"]
+    assert with_strength(editor, 1.0) is editor and "factor" not in editor.description()
+    strong = with_strength(editor, 2.0)
+    assert (strong.label, strong.title, strong.description()["factor"]) == ("ultraedit@2", "UltraEdit ×2", 2.0)
+    assert with_step_size(strong, 0.5, 1).configuration().step_size == 0.5  # a step size is what it says
+
+
+@pytest.mark.parametrize(("name", "factor", "message"), [
+    ("none", 2.0, "has no strength"), ("ultraedit", 0.0, "give a positive number"),
+    ("ultraedit", float("nan"), "give a positive number"), ("rledit", float("inf"), "give a positive number"),
+])  # fmt: skip
+def test_a_strength_that_cannot_be_is_refused(name, factor, message):
+    with pytest.raises(ValueError, match=message):
+        with_strength(EDITORS[name], factor)
+
+
+@pytest.mark.parametrize("name", ["mend", "malmen", "dafnet", "rledit", "rledit-paper"])
+def test_the_strength_of_a_trained_editor_is_a_factor_of_its_trained_step_sizes(name, make_env):
+    from agents.comparison import scaled
+
+    entries = load_configs(find_configs("tiny-llama"), "zsre")
+    editor = configured(EDITORS[name], entries)
+    env = make_env(array_backend="torch", **editor.env)
+    agent = editor.agent_class()(env, editor.configuration())
+    before = agent.network.step_sizes().detach().clone()
+    assert scaled(agent, editor) is agent and agent.network.step_sizes().equal(before)
+    scaled(agent, with_strength(editor, 4.0))
+    assert agent.network.step_sizes().tolist() == pytest.approx((4 * before).tolist())
+
+
+def test_an_agent_without_step_sizes_has_no_strength_but_its_own(make_env):
+    from agents import NoEditAgent
+    from agents.comparison import scaled
+
+    editor = replace(EDITORS["rledit"], saved="elsewhere")
+    agent = NoEditAgent(make_env())
+    assert scaled(agent, editor) is agent
+    with pytest.raises(ValueError, match="is a trained NoEditAgent, which has no step sizes to multiply by 2"):
+        scaled(agent, with_strength(editor, 2.0))
