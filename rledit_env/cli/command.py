@@ -78,6 +78,21 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
+def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The human-written text that divergence is measured on."""
+    parser.add_argument("--text", metavar="FILE",
+                        help="human-written text in UTF-8, on which the divergence from the unedited model is "
+                        "measured beside the model's own text (default: the help topics of Python's standard library)")
+
+
+def check_text(options: argparse.Namespace) -> None:
+    """Refuse a text that cannot be read, before anything is computed."""
+    from rledit_env.general.scored_text import read_text
+
+    if options.text is not None:
+        read_text(options.text)
+
+
 def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     parser.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'; 'auto' takes an accelerator")
     parser.add_argument("--dtype", default=dtype,
