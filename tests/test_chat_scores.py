@@ -110,9 +110,9 @@ def chat_model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def saved(folder: Path, model: str) -> Path:
+def saved(folder: Path, model: str, **network: Any) -> Path:
     env = LifelongEditEnv("counterfact", model, num_batches=1, batch_size=1, dtype="float32", device="cpu")
-    RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(rank=4, step_size=1e-3))).save(folder)
+    RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(rank=4, step_size=1e-3, **network))).save(folder)
     return folder
 
 
@@ -169,6 +169,24 @@ def test_evaluate_refuses_before_it_edits(
     (tmp_path / "book.txt").write_text("Nobody had seen the river so high.")
     monkeypatch.setattr("agents.edit_stream", lambda *_, **__: pytest.fail("it edits"))
     assert cli.main(evaluate(saved(tmp_path / "agent", "tiny-llama"), *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_that_the_editor_s_prior_is_made_from_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("Nobody had seen the river so high since the old mill was built. " * 40, encoding="utf-8")
+    agent = saved(tmp_path / "agent", "tiny-llama", text=str(text))
+    monkeypatch.setattr("agents.edit_stream", lambda *_, **__: pytest.fail("it edits"))
+    monkeypatch.setattr("agents.edit_facts", lambda *_, **__: pytest.fail("it edits"))
+    message = f"--text {text} is the text that the editor's prior is made from, on which a divergence says nothing"
+    assert cli.main(evaluate(agent, "--general", "self", "--text", str(text))) == 2
+    assert message in capsys.readouterr().err
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps({"prompt": "Up is", "target": "down"}), encoding="utf-8")
+    edit = ["edit", "--facts", str(facts), "--agent", str(agent), "--out", str(tmp_path / "edited"), "--device", "cpu"]
+    assert cli.main([*edit, "--text", str(text)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -476,7 +476,7 @@ def test_edit_measures_what_became_of_the_rest_of_the_model_and_report_shows_it(
     content = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))
     assert list(content["divergences"]) == ["self", "human"] and content["divergences_of"] == {"human": "file book.txt"}
     original = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
-    texts = scored_texts(original, text)
+    texts = scored_texts(original, text, passages=12)
     model = load_delta(load_model("tiny-llama")[0], out / "delta.safetensors")
     edited = EditableLM(model, original.tokenizer, ("*.mlp.up_proj",))
     for key, drift in drifts(edited, texts).items():  # its own θ₀ is the edited model
@@ -487,7 +487,12 @@ def test_edit_measures_what_became_of_the_rest_of_the_model_and_report_shows_it(
     assert cli.main(["report", str(out)]) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "The rest of the model" in page and "human text: file book.txt" in page
-    refused = [*arguments[:-1], str(tmp_path / "two"), "--text", str(tmp_path / "none.txt")]
+    assert cli.main([*arguments[:-1], str(tmp_path / "two"), "--no-divergence"]) == 0
+    assert json.loads((tmp_path / "two" / "edit_report.json").read_text(encoding="utf-8"))["divergences"] == {}
+    assert cli.main(["report", str(tmp_path / "two")]) == 0
+    assert "The rest of the model" not in (tmp_path / "two" / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    refused = [*arguments[:-1], str(tmp_path / "three"), "--text", str(tmp_path / "none.txt")]
     assert cli.main(refused) == 2
     assert f"there is no text file {tmp_path / 'none.txt'}" in capsys.readouterr().err
 

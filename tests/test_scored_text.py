@@ -155,6 +155,9 @@ def test_an_llm_without_a_template_cannot_be_asked(tiny_lm: Any) -> None:
 
 def test_chat_is_measured_only_where_there_is_a_template(tiny_lm: Any, chat_lm: EditableLM) -> None:
     assert list(scored_texts(tiny_lm())) == ["self", "human"]
+    assert {key: len(text) for key, text in scored_texts(chat_lm, passages=5).items()} == {
+        "self": 5, "human": 5, "chat": 5,
+    }  # fmt: skip
     texts = scored_texts(chat_lm)
     assert list(texts) == ["self", "human", "chat"]
     change(chat_lm, 0.1)

@@ -15,6 +15,7 @@ from rledit_env.cli.command import (
     Command,
     check_positive,
     check_text,
+    check_text_is_no_prior,
     environment_arguments,
     kind_of,
     metrics_argument,
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
     configs = options.configs or find_configs(options.model)
     entries = load_configs(configs, kind)
     editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
+    for editor in editors:
+        check_text_is_no_prior(options, editor.configuration())
     check_paths(options, growing("--out", options.out, COMPARISON, (SETTINGS, *TABLES, "cells/", "trained/")),
                 reads=_saved_agents(editors))
     test = load_knowledge(kind, options.data, "eval", options.on_error)

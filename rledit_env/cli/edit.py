@@ -19,6 +19,7 @@ from rledit_env.cli.command import (
     Command,
     check_positive,
     check_text,
+    check_text_is_no_prior,
     dtype_name,
     on_error_argument,
     override_arguments,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 FORMS = ("model", "delta", "lora")
 REPORT = "edit_report.json"
+DIVERGENCE_PASSAGES = 12  # of each text, of 64 tokens: fewer than `compare` has, since a user waits for them
 REPORT_FORMAT = "rledit-edit-report-1"
 
 
@@ -88,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="let an agent that was saved without moments of training facts start from those of "
                         "bundled facts, so that single facts take; --no-warm-up leaves it as published")
     text_argument(parser)
+    parser.add_argument("--no-divergence", dest="divergence", action="store_false",
+                        help="leave the divergence from the unedited model out, for which it writes some text")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=written_path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
@@ -111,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
 
     check_editor(options)
     check_text(options)
+    if options.text is not None and not options.divergence:
+        raise ValueError("--text and --no-divergence exclude each other: the divergence is measured on the text")
     check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
@@ -123,8 +129,10 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
-    to_stderr("writing the texts on which the divergence is measured …")
-    texts = scored_texts(lm, options.text)
+    check_text_is_no_prior(options, getattr(editing.agent, "config", None))
+    if options.divergence:
+        to_stderr("writing the texts on which the divergence is measured …")
+    texts = scored_texts(lm, options.text, passages=DIVERGENCE_PASSAGES) if options.divergence else {}
     guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
     ledger = _ledger(options, editing, facts.dataset) if options.ledger is not None else None
     try:

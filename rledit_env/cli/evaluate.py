@@ -18,6 +18,7 @@ from rledit_env.cli.command import (
     agent_argument,
     check_positive,
     check_text,
+    check_text_is_no_prior,
     dtype_name,
     environment_arguments,
     metrics_argument,
@@ -128,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
             for prompt in (record.prompt, *record.paraphrases):
                 template.check(prompt, record.origin)
     agent = load_agent(folder, env)
+    check_text_is_no_prior(options, getattr(agent, "config", None))
     agent.reset()
     say = to_stderr if options.json == "-" else print
     say(f"data   {inner.dataset.source} ({inner.dataset.split}): {options.num_batches} × {options.batch_size} of "

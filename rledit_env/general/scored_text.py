@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rledit_env.general.self_text import SelfDrift, self_drift, self_text
+from rledit_env.general.self_text import OPENINGS, SelfDrift, self_drift, self_text
 from rledit_env.lm.chat import ChatTemplate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -37,7 +37,9 @@ QUESTIONS = (
 """What users ask every day, for `chat_text`."""
 
 
-def scored_texts(lm: EditableLM, file: str | Path | None = None, seed: int = 0) -> dict[str, list[Passage]]:
+def scored_texts(
+    lm: EditableLM, file: str | Path | None = None, seed: int = 0, passages: int = PASSAGES
+) -> dict[str, list[Passage]]:
     """The passages that drift is measured on, by the keys of ``NAMES``.
 
     "self" is `self_text`, "human" `human_text`, and "chat" `chat_text`, only where the LLM has a chat template. What
@@ -47,17 +49,19 @@ def scored_texts(lm: EditableLM, file: str | Path | None = None, seed: int = 0) 
         lm: the LLM, edited or not; its pre-trained weights write.
         file: the human-written text, in UTF-8; None takes the help topics of Python's standard library.
         seed: of the texts that the LLM writes.
+        passages: how many of each, 1 to 32.
 
     Raises:
         FileNotFoundError, ValueError: ``file`` is none, or holds too little text.
     """
-    given = None if file is None else human_text(lm, file)  # what is wrong with it is said before the LLM writes
+    # What is wrong with a file is said before the LLM writes.
+    given = None if file is None else human_text(lm, file, passages)
     sources: dict[str, Callable[[], list[Passage]]] = {
-        "self": lambda: self_text(lm, seed=seed),
-        "human": lambda: human_text(lm) if given is None else given,
+        "self": lambda: self_text(lm, OPENINGS[:passages], seed=seed),
+        "human": lambda: human_text(lm, None, passages) if given is None else given,
     }
     if lm.tokenizer.chat_template:
-        sources["chat"] = lambda: chat_text(lm, seed=seed)
+        sources["chat"] = lambda: chat_text(lm, QUESTIONS[:passages], seed=seed)
     texts = {}
     for key, text in sources.items():
         try:
