@@ -538,7 +538,8 @@ def editing_report(
         page.picture(layer_drift(module_drift), LAYERS_CAPTION)
     if general:
         page.heading("General ability")
-        page.paragraph("Text that the model wrote before any editing, and how it takes that text by batches edited.")
+        page.paragraph("Text that the model wrote before any editing, that people wrote, and what the model answered "
+                       "before in its chat template, if it has one: how it takes them by batches edited.")
         page.table(*general_table(general))
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")

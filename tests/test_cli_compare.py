@@ -106,6 +106,12 @@ def test_the_divergence_on_human_text_is_of_the_file_asked_for_and_another_one_i
     assert f"holds a comparison with text '{text}', not None" in capsys.readouterr().err
     assert cli.main([*arguments[:-1], str(tmp_path / "two"), "--text", str(tmp_path / "none.txt")]) == 2
     assert "there is no text file" in capsys.readouterr().err
+    configs = tmp_path / "configs.json"
+    configs.write_text(json.dumps({"editors": {"memit": {"config": {"corpus": str(text)}}}}))
+    learnt = [*arguments[:-1], str(tmp_path / "three"), "--configs", str(configs), "--text", str(text)]
+    learnt[learnt.index("fine-tuning")] = "memit"
+    assert cli.main(learnt) == 2
+    assert f"--text {text} is the text that the editor's prior is made from" in capsys.readouterr().err
     # A folder from before there was such a text goes on, and its cells have a dash.
     settings = json.loads((out / "comparison.json").read_text())
     del settings["text"], cell["kl_human"], cell["kl_chat"]
