@@ -22,7 +22,7 @@ from agents.locate import LocateAgent
 from agents.rledit import RLEditAgent
 from agents.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_text
-from rledit_env.general.self_text import self_drift, self_text
+from rledit_env.general.scored_text import drifts, scored_texts
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -93,6 +93,7 @@ class Setting:
         edit_modules: modules that all edit; None leaves the choice to each editor.
         generate: whether to decode freely as well (slower).
         metrics: how the facts are scored (see `rledit_env.metrics.evaluate`).
+        text: a file of human-written text that divergence is measured on, too; None takes the help topics of Python.
     """
 
     env_id: str
@@ -103,6 +104,7 @@ class Setting:
     edit_modules: tuple[str, ...] | None = None
     generate: bool = True
     metrics: str = "paper"
+    text: Path | None = None
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
@@ -127,7 +129,7 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
         self.trainer = trainer or self
-        self._own_text: list[Passage] | None = None  # what the LLM wrote before any edit; the same for every editor
+        self._texts: dict[str, list[Passage]] | None = None  # of the divergences; the same for every editor
 
     def cell_path(self, editor: Editor, seed: int) -> Path:
         return self.out / "cells" / editor.label / f"seed-{seed}.json"
@@ -269,7 +271,7 @@ class Comparison:
             **metrics.as_dict(),
             "metrics": setting.metrics,
             "metrics_version": METRICS_VERSION,
-            "kl": self._kl(inner.lm),
+            **self._divergences(inner.lm),
             "seconds_per_fact": log.seconds_per_fact,
             "drift": log.drift,
             "diverged": log.diverged,
@@ -280,12 +282,14 @@ class Comparison:
             "device": str(inner.lm.device),
         }
 
-    def _kl(self, lm: EditableLM) -> float | None:
-        """The divergence from the unedited LLM on text of its own, in nats a token; None where it is not finite."""
-        if self._own_text is None:
-            self._own_text = self_text(lm)
-        kl = self_drift(lm, self._own_text).kl
-        return kl if math.isfinite(kl) else None
+    def _divergences(self, lm: EditableLM) -> dict[str, float | None]:
+        """The divergence from the unedited LLM in nats a token, on text of its own ("kl"), that people wrote and on
+        answers in its chat template; None where it is not finite, or there is no such text."""
+        if self._texts is None:
+            self._texts = scored_texts(lm, self.setting.text)
+        found = {key: drift.kl for key, drift in drifts(lm, self._texts).items()}
+        columns = {"kl": found.get("self"), "kl_human": found.get("human"), "kl_chat": found.get("chat")}
+        return {key: kl if kl is not None and math.isfinite(kl) else None for key, kl in columns.items()}
 
 
 def scaled(agent: Agent, editor: Editor) -> Agent:

@@ -14,7 +14,7 @@ from agents.editing import edit_facts
 from agents.editors import Editor, configured_step_size, with_step_size
 from rledit_env.answers import took
 from rledit_env.env import LifelongEditEnv
-from rledit_env.general.self_text import OPENINGS, self_drift, self_text
+from rledit_env.general.self_text import REWARD_OPENINGS, self_drift, self_text
 from rledit_env.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
@@ -25,7 +25,7 @@ KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
 SECONDS = 60.0
 LEAST = 4  # trials that are made however slow they are
-TEXTS, TEXT_TOKENS = OPENINGS[::3], 24  # the text that the divergence is measured on
+TEXTS, TEXT_TOKENS = REWARD_OPENINGS[::12], 24  # of the text that the divergence is measured on, which no report scores
 FAR, NEAR, CLOSE = 10.0, 10**0.5, 2.0  # factors between step sizes tried
 SMALLEST, LARGEST = 1e-12, 1e6
 

@@ -32,6 +32,20 @@ def is_exact(answer: str, target: str) -> bool:
     return re.match(rf"[^\S\n]*(?:$|\n|[{re.escape(ENDS)}])", rest) is not None
 
 
+def contains(answer: str, target: str) -> bool:
+    """Whether the target stands anywhere in the answer, as whole words: what comes before and after it does not make
+    its first or last word longer. White space and case are as in :func:`took`.
+
+    "It is Port." contains "Port"; "It is Newport" and "Portugal" do not. Nor does "Saint-Denis" contain "Denis", "3.5"
+    "5", or "-5" "5".
+    """
+    text, words = unicodedata.normalize("NFC", answer), unicodedata.normalize("NFC", target).split()
+    if not words:
+        return False
+    starts = [match.start() for match in re.finditer(f"(?={re.escape(words[0])})", text)]
+    return any(took(text[start:], target) and not _began_before(words[0], text[:start]) for start in starts)
+
+
 def answer_of(continuation: str) -> str:
     """The answer in a free continuation, to be shown: its text up to the first line end or punctuation that closes a
     phrase (not that within "3.5" or "U.S.")."""
@@ -53,6 +67,16 @@ def _goes_on(target: str, rest: str) -> bool:
         return True
     rest = re.sub(r"^[-‐‑]", "", rest)
     return rest != "" and _in_word(rest[0]) and not (_unspaced(target[-1]) or _unspaced(rest[0]))
+
+
+def _began_before(target: str, before: str) -> bool:
+    """Whether the target's first word begins earlier in the answer than the target does."""
+    if not before or not _in_word(target[0]):
+        return False
+    if target[0].isdigit() and re.search(r"\d[.,]$|(?:^|\s)[-−]$", before):
+        return True
+    before = re.sub(r"[-‐‑]$", "", before)
+    return before != "" and _in_word(before[-1]) and not (_unspaced(target[0]) or _unspaced(before[-1]))
 
 
 def _in_word(character: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from rledit_env.answers import MEANING, answer_of, took
 from rledit_env.files import GENERATOR, check_page, write_text
+from rledit_env.general.scored_text import NAMES
 from rledit_env.knowledge import EditRecord
 
 if TYPE_CHECKING:
@@ -528,7 +529,7 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
     rows: list[list[Any]] = []
     for task, first in scores[steps[0]].items():
         if "original_perplexity" in first:
-            names = {key: f"own text, {GENERAL[key]}" for key in ("perplexity", "kl")}
+            names = {key: f"{NAMES.get(task, task)}, {GENERAL[key]}" for key in ("perplexity", "kl")}
         elif "f1_calibrated" in first:
             names = {key: f"{task}, {GENERAL[key]}" for key in ("f1", "f1_calibrated")}
             names |= {"mcc": f"{task}, MCC"} if task == "cola" else {}
@@ -536,6 +537,20 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
             names = {key: f"{task}, {key}" for key in first}
         rows += [[name, *(float(scores[step][task][key]) for step in steps)] for key, name in names.items()]
     return ["", *("before" if step == 0 else f"after {step}" for step in steps)], rows
+
+
+def divergence_table(divergences: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Header and rows of what editing did to an LLM on texts that it did not edit, a row a text.
+
+    Args:
+        divergences: text → `SelfDrift.as_dict`, as `rledit_env.general.drifts` gives them; None where a number is not
+            finite.
+    """
+    header = ["", GENERAL["kl"], "perplexity before", "perplexity after"]
+    return header, [
+        [NAMES.get(text, text), *(drift[key] for key in ("kl", "original_perplexity", "perplexity"))]
+        for text, drift in divergences.items()
+    ]
 
 
 def editing_report(
@@ -589,7 +604,8 @@ def editing_report(
         page.picture(layer_drift(module_drift), LAYERS_CAPTION)
     if general:
         page.heading("General ability")
-        page.paragraph("Text that the model wrote before any editing, and how it takes that text by batches edited.")
+        page.paragraph("Text that the model wrote before any editing, that people wrote, and what the model answered "
+                       "before in its chat template, if it has one: how it takes them by batches edited.")
         page.table(*general_table(general))
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")

@@ -62,9 +62,11 @@ class RunReport:
             of = f" ({name})" if len(results) > 1 else ""
             tag = f"-{name}" if len(results) > 1 else ""
             self._facts(page, result, of)
+            self._chat(page, result, of)
             self._retention(page, result, of, tag)
             self._weights(page, result, of, tag)
             self._general(page, result, of)
+            self._divergences(page, result, of)
         if self.curves and report.learning_curves(self.curves) is not None:
             page.heading("Learning")
             self._picture(page, "learning", lambda form: report.learning_curves(self.curves, form),
@@ -106,6 +108,16 @@ class RunReport:
                        f"{MEANING}.")
         page.table(*answer_rows(result["answers"]))
 
+    def _chat(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        chat = result.get("chat")
+        if not chat:
+            return
+        page.heading(f"Asked in a chat{of}")
+        page.table(["", "%"], [["Efficacy", chat["chat_efficacy"]], ["Generalization", chat["chat_generalization"]]])
+        page.paragraph(f"The edit prompts, and their paraphrases: {chat['taken_means']}.")
+        rows = [[one["prompt"], one["target"], one["answer"] or "(nothing)", one["took"]] for one in chat["answers"]]
+        page.table(["Prompt", "New fact", "Answer in a chat", "Took"], rows)
+
     def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
         if not result.get("retention"):
             return
@@ -138,10 +150,21 @@ class RunReport:
         page.table(*report.general_table({int(step): scores for step, scores in general["scores"].items()}))
         sources = ", ".join(f"{task}: {source}" for task, source in general["sources"].items())
         page.paragraph(
-            "Own text: what the model wrote before any editing. F1 by comparing the answers' likelihoods, in percent, "
+            "Own text: what the model wrote before any editing; chat answers: what it answered then, in its chat "
+            "template. F1 by comparing the answers' likelihoods, in percent, "
             f"with {general['shots']} solved examples; calibrated: each answer's likelihood centred on its mean, which "
             f"undoes a preference for one answer. Columns are batches edited. Sources: {sources}."
         )
+
+    def _divergences(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        if not result.get("divergences"):
+            return
+        page.heading(f"The rest of the model{of}")
+        page.table(*report.divergence_table(result["divergences"]))
+        human = (result.get("divergences_of") or {}).get("human", "what people wrote")
+        page.paragraph("How far the edited model is from the unedited one, in nats a token, and how well it predicts "
+                       f"the text. Own text: what the model wrote before editing; human text: {human}; chat answers: "
+                       "what it answered before editing to everyday questions, in its chat template.")
 
     def _settings(self, page: Report) -> None:
         page.heading("Data, settings and versions")

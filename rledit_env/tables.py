@@ -34,8 +34,8 @@ class Column:
 
 
 # The layout of the paper's main table, with what it leaves out: the second reading of Specificity, free-running exact
-# match, the mean of the three metrics, what else of the model has changed (its divergence on text that it wrote),
-# and the time with what is spent once and for all.
+# match, the mean of the three metrics, what else of the model has changed (its divergence on text that it wrote, that
+# people wrote, and on its answers in a chat), and the time with what is spent once and for all.
 COLUMNS = (
     Column("efficacy", "Eff.", 1, "high"),
     Column("generalization", "Gen.", 1, "high"),
@@ -44,6 +44,8 @@ COLUMNS = (
     Column("exact_match", "Exact", 1, "high"),
     Column("mean", "Mean", 1, "high"),
     Column("kl", "KL", 2, "low"),
+    Column("kl_human", "KL human", 2, "low"),
+    Column("kl_chat", "KL chat", 2, "low"),
     Column("seconds_per_fact", "s/fact", 3, "low"),
     Column("seconds_per_fact_in_all", "s/fact in all", 3, "low"),
 )

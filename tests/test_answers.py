@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from rledit_env.answers import answer_of, is_exact, took
+from rledit_env.answers import answer_of, contains, is_exact, took
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,52 @@ def test_an_exact_match_also_ends_where_the_target_ends(answer, target, exact):
 )
 def test_an_answer_is_shown_to_the_end_of_its_phrase(continuation, answer):
     assert answer_of(continuation) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        ("English", "English"),
+        ("He speaks English.", "English"),
+        ("**English**, of course", "English"),
+        ('They call it "English".', "English"),
+        ("The English's home", "English"),
+        ("In the Old\nChurch  Slavonic language", "Old Church Slavonic"),
+        ("In Newport? No, in Port.", "Port"),  # the second place counts
+        ("a a a b", "a a b"),
+        ("It is in Washington, D.C., I think", "Washington, D.C."),
+        ("There are 5.", "5"),
+        ("From 3, 5 or 7", "5"),
+        ("我住在里昂。", "里昂"),
+        ("그는 서울에 산다", "서울"),
+        ("He is from Łódź", unicodedata.normalize("NFD", "Łódź")),
+        ("A French–English border", "English"),
+        ("the $100 note", "$100"),
+    ],
+)
+def test_an_answer_contains_the_target_as_whole_words(answer, target):
+    assert contains(answer, target)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        ("In Newport", "port"),
+        ("In Newport", "Newp"),
+        ("It is Portugal", "Port"),
+        ("He speaks french", "French"),
+        ("In Saint-Denis", "Denis"),
+        ("In Saint-Denis", "Saint"),
+        ("a non-English word", "English"),
+        ("about 3.5", "5"),
+        ("about 1,000", "000"),
+        ("It was in 2012", "12"),
+        ("It is -5 degrees", "5"),
+        ("a New and a York", "New York"),
+        ("", "English"),
+        ("English", ""),
+        ("snake_case", "case"),
+    ],
+)
+def test_part_of_a_word_or_number_is_not_contained(answer, target):
+    assert not contains(answer, target)

@@ -459,6 +459,44 @@ def test_edit_saves_only_the_change_when_asked(
     assert cli.main([*arguments, "--lora-rank", "0", "--out", str(tmp_path / "two")]) == 2
 
 
+def test_edit_measures_what_became_of_the_rest_of_the_model_and_report_shows_it(
+    run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rledit_env.general import drifts, scored_texts
+    from rledit_env.lm.delta import load_delta
+    from rledit_env.lm.editable import EditableLM
+    from rledit_env.lm.registry import load_model
+
+    text, out = tmp_path / "book.txt", tmp_path / "edited"
+    text.write_text("Nobody had seen the river so high since the old mill was built. " * 40, encoding="utf-8")
+    arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--save", "delta", "--out", str(out)]
+    assert cli.main([*arguments, "--text", str(text)]) == 0
+    shown = capsys.readouterr().out
+    assert "the rest of the model, on text that was not edited:" in shown and "human text" in shown
+    content = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))
+    assert list(content["divergences"]) == ["self", "human"] and content["divergences_of"] == {"human": "file book.txt"}
+    original = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    texts = scored_texts(original, text, passages=12)
+    model = load_delta(load_model("tiny-llama")[0], out / "delta.safetensors")
+    edited = EditableLM(model, original.tokenizer, ("*.mlp.up_proj",))
+    for key, drift in drifts(edited, texts).items():  # its own θ₀ is the edited model
+        assert content["divergences"][key]["perplexity"] == pytest.approx(drift.perplexity, rel=1e-3)
+    for key, drift in drifts(original, texts).items():
+        found = content["divergences"][key]
+        assert found["kl"] > 1e-7 and found["original_perplexity"] == pytest.approx(drift.perplexity, rel=1e-3)
+    assert cli.main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "The rest of the model" in page and "human text: file book.txt" in page
+    assert cli.main([*arguments[:-1], str(tmp_path / "two"), "--no-divergence"]) == 0
+    assert json.loads((tmp_path / "two" / "edit_report.json").read_text(encoding="utf-8"))["divergences"] == {}
+    assert cli.main(["report", str(tmp_path / "two")]) == 0
+    assert "The rest of the model" not in (tmp_path / "two" / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    refused = [*arguments[:-1], str(tmp_path / "three"), "--text", str(tmp_path / "none.txt")]
+    assert cli.main(refused) == 2
+    assert f"there is no text file {tmp_path / 'none.txt'}" in capsys.readouterr().err
+
+
 def test_evaluate_measures_retention_and_general_ability_and_report_shows_them(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

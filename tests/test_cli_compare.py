@@ -94,6 +94,33 @@ def test_what_is_finished_is_printed_again_without_loading_the_model_and_editors
     assert all(line in again for line in table) and "0 to run" in again
 
 
+def test_the_divergence_on_human_text_is_of_the_file_asked_for_and_another_one_is_refused(tmp_path, capsys):
+    text, out = tmp_path / "book.txt", tmp_path / "compared"
+    text.write_text("Nobody had seen the river so high since the old mill was built. " * 40, encoding="utf-8")
+    arguments = [*COMPARE, *COUNTERFACT, "--editors", "fine-tuning", "--seeds", "1", "--no-generate", "--out", str(out)]
+    assert cli.main([*arguments, "--text", str(text)]) == 0
+    assert "on human text (file book.txt)" in capsys.readouterr().out
+    row, (cell,) = rows_of(out)["fine-tuning"], [json.loads(p.read_text()) for p in out.rglob("seed-0.json")]
+    assert float(row["kl_human_mean"]) == cell["kl_human"] != cell["kl"] and row["kl_chat_mean"] == ""
+    assert cli.main(arguments) == 2
+    assert f"holds a comparison with text '{text}', not None" in capsys.readouterr().err
+    assert cli.main([*arguments[:-1], str(tmp_path / "two"), "--text", str(tmp_path / "none.txt")]) == 2
+    assert "there is no text file" in capsys.readouterr().err
+    configs = tmp_path / "configs.json"
+    configs.write_text(json.dumps({"editors": {"memit": {"config": {"corpus": str(text)}}}}))
+    learnt = [*arguments[:-1], str(tmp_path / "three"), "--configs", str(configs), "--text", str(text)]
+    learnt[learnt.index("fine-tuning")] = "memit"
+    assert cli.main(learnt) == 2
+    assert f"--text {text} is the text that the editor's prior is made from" in capsys.readouterr().err
+    # A folder from before there was such a text goes on, and its cells have a dash.
+    settings = json.loads((out / "comparison.json").read_text())
+    del settings["text"], cell["kl_human"], cell["kl_chat"]
+    (out / "comparison.json").write_text(json.dumps(settings))
+    next(out.rglob("seed-0.json")).write_text(json.dumps(cell))
+    assert cli.main(arguments) == 0
+    assert rows_of(out)["fine-tuning"]["kl_human_mean"] == "" != rows_of(out)["fine-tuning"]["kl_mean"]
+
+
 def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     measure = Comparison._measure
 

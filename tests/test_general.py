@@ -239,7 +239,7 @@ def test_ability_is_measured_before_during_and_after_a_stream(make_env: Callable
     every = GeneralEvery(env, ability, every=2)
     edit_stream(env, Nothing(), callbacks=[every], seed=0)  # type: ignore[arg-type]
     assert list(every.scores) == [0, 2, 4, 5]
-    assert set(every.scores[0]) == {"self", "sst2"} == set(ability.sources)
+    assert set(every.scores[0]) == {"self", "human", "sst2"} == set(ability.sources)
     assert every.scores[0]["self"]["kl"] < 1e-6 < every.scores[5]["self"]["kl"]
     assert every.scores[5] == ability.measure()
 

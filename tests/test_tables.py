@@ -57,6 +57,19 @@ def test_a_number_that_is_missing_or_not_finite_competes_with_none():
     assert tables.shown(rows[0].values("efficacy"), 1) == "–"
 
 
+def test_cells_from_before_there_was_a_divergence_on_human_text_have_a_dash_there():
+    old = {key: value for key, value in cell(60.0).items() if key not in ("kl_human", "kl_chat")}
+    rows = [Row("old", "Old", [old, old]), Row("some", "Some", [old, cell(60.0)]), Row("new", "New", [cell(60.0)] * 2)]
+    titles = [column.title for column in COLUMNS]
+    places = [titles.index(title) for title in ("KL", "KL human", "KL chat")]
+    lines = [line.strip(" |").split(" | ")[1:] for line in tables.as_markdown(rows).splitlines()[2:]]
+    assert [[line[i] for i in places] for line in lines] == [
+        ["50.00 ± 0.00", "–", "–"], ["50.00 ± 0.00", "–", "–"], ["50.00 ± 0.00"] * 3,
+    ]  # fmt: skip
+    (first, *_) = csv.DictReader(io.StringIO(tables.as_csv(rows)))
+    assert first["kl_mean"] == "50.0" and first["kl_human_mean"] == first["kl_chat_mean"] == ""
+
+
 def test_markdown_has_the_best_in_bold_and_says_what_is_not_applicable():
     text = tables.as_markdown(ROWS)
     assert "**91.0 ± 1.4**" in line_of(text, "RLEdit") and "**99.0" not in text

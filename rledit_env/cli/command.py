@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,39 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     """How the facts are scored."""
     parser.add_argument("--metrics", default="paper", metavar="NAME",
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
+
+
+def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The human-written text that divergence is measured on."""
+    parser.add_argument("--text", metavar="FILE",
+                        help="human-written text in UTF-8, on which the divergence from the unedited model is "
+                        "measured beside the model's own text (default: the help topics of Python's standard library)")
+
+
+def check_text(options: argparse.Namespace) -> None:
+    """Refuse a text that cannot be read, before anything is computed."""
+    from rledit_env.general.scored_text import read_text
+
+    if options.text is not None:
+        read_text(options.text)
+
+
+def check_text_is_no_prior(options: argparse.Namespace, config: Any) -> None:
+    """Refuse a text that an editor's configuration names, since it learns what that text needs.
+
+    Raises:
+        ValueError: the two are one file.
+    """
+    if options.text is None or not is_dataclass(config) or isinstance(config, type):
+        return
+    text = os.path.expanduser(options.text)
+    for value in asdict(config).values():
+        parts = value.values() if isinstance(value, dict) else [value]
+        for part in parts:
+            path = os.path.expanduser(part) if isinstance(part, (str, Path)) else None
+            if path is not None and os.path.exists(path) and os.path.samefile(path, text):
+                raise ValueError(f"--text {options.text} is the text that the editor's prior is made from, on which a "
+                                 "divergence says nothing; give another one")
 
 
 def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:

@@ -16,12 +16,15 @@ from rledit_env.cli.command import (
     OK,
     Command,
     check_positive,
+    check_text,
+    check_text_is_no_prior,
     environment_arguments,
     kind_of,
     metrics_argument,
     model_source,
     say_loading,
     skipped_rows,
+    text_argument,
     warn,
 )
 from rledit_env.cli.paths import check_paths, written_path
@@ -60,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="leave the free-running exact match out, which takes long")
     metrics_argument(parser)
     curve.add_arguments(parser)
+    text_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,10 +75,13 @@ def run(options: argparse.Namespace) -> int:
     check_positive(options, "batches", "batch_size", "seeds")
     curve.check(options)
     check_metrics(options.metrics)
+    check_text(options)
     kind = kind_of(options.env)
     configs = options.configs or find_configs(options.model)
     entries = load_configs(configs, kind)
     editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
+    for editor in editors:
+        check_text_is_no_prior(options, editor.configuration())
     parts = (SETTINGS, *TABLES, "cells/", "trained/", *((*curve.FILES, "curve/") if options.curve else ()))
     check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors))
     test = load_knowledge(kind, options.data, "eval", options.on_error)
@@ -90,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
         training()
     modules = tuple(options.edit_modules) if options.edit_modules else None
     setting = Setting(
-        options.env, test, training, options.batches, options.batch_size, modules, options.generate, options.metrics
+        options.env, test, training, options.batches, options.batch_size, modules, options.generate, options.metrics,
+        None if options.text is None else Path(options.text),
     )
     views = Views(options.model, options.dtype, options.device, **model_source(options))
     comparison = Comparison(setting, views, options.out)
@@ -186,11 +194,13 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
 def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[str, str]:
     """The content of the files of tables, by name."""
     from rledit_env import tables
+    from rledit_env.general.scored_text import source_of
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
                f"percent after the last edit{_scored(options)}. KL: from the unedited model on text that it wrote, "
-               "nats a token. s/fact in all: with training and statistics, shared by a stream's facts.")
+               f"on human text ({source_of(options.text)}) and on its answers in a chat, nats a token. "
+               "s/fact in all: with training and statistics, shared by a stream's facts.")
     texts = (
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
         tables.as_latex(rows, caption.replace("±", "and")), tables.as_csv(rows),
@@ -206,7 +216,7 @@ def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
     """What the folder's cells have in common, beside the editors' own settings."""
     names = (
         "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",
-        "metrics",
+        "metrics", "text",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names} | {"source": source}
 

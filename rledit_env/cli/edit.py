@@ -18,10 +18,14 @@ from rledit_env.cli.command import (
     OK,
     Command,
     check_positive,
+    check_text,
+    check_text_is_no_prior,
     dtype_name,
     on_error_argument,
     override_arguments,
     progress_bar,
+    text_argument,
+    to_stderr,
     warn,
 )
 from rledit_env.cli.editing import (
@@ -38,6 +42,7 @@ from rledit_env.cli.results import (
     name_untaken,
     not_taken,
     presentations,
+    print_divergences,
     print_metrics,
     rounded,
     say_presentations,
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
 
 FORMS = ("model", "delta", "lora")
 REPORT = "edit_report.json"
+DIVERGENCE_PASSAGES = 12  # of each text, of 64 tokens: fewer than `compare` has, since a user waits for them
 REPORT_FORMAT = "rledit-edit-report-1"
 
 
@@ -83,6 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
                         help="let an agent that was saved without moments of training facts start from those of "
                         "bundled facts, so that single facts take; --no-warm-up leaves it as published")
+    text_argument(parser)
+    parser.add_argument("--no-divergence", dest="divergence", action="store_false",
+                        help="leave the divergence from the unedited model out, for which it writes some text")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=written_path, metavar="DIR",
                        help="record every update there before it takes effect (see 'rledit ledger')")
@@ -97,12 +106,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents import edit_facts
     from rledit_env.answers import MEANING
+    from rledit_env.general import drifts, scored_texts
+    from rledit_env.general.scored_text import source_of
     from rledit_env.guard import DriftGuard
     from rledit_env.knowledge.facts import load_facts
     from rledit_env.metrics import METRICS_VERSION
     from rledit_env.report import versions
 
     check_editor(options)
+    check_text(options)
+    if options.text is not None and not options.divergence:
+        raise ValueError("--text and --no-divergence exclude each other: the divergence is measured on the text")
     check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
     if options.lora_rank is not None:
         check_positive(options, "lora_rank")
@@ -115,6 +129,10 @@ def run(options: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
+    check_text_is_no_prior(options, getattr(editing.agent, "config", None))
+    if options.divergence:
+        to_stderr("writing the texts on which the divergence is measured …")
+    texts = scored_texts(lm, options.text, passages=DIVERGENCE_PASSAGES) if options.divergence else {}
     guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
     ledger = _ledger(options, editing, facts.dataset) if options.ledger is not None else None
     try:
@@ -145,6 +163,8 @@ def run(options: argparse.Namespace) -> int:
         "metrics": scores,
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
+        "divergences": {text: drift.as_dict() for text, drift in drifts(lm, texts).items()},
+        "divergences_of": {"human": source_of(options.text)},
         "settings": {**settings, "model": lm.name, "revision": lm.revision, "edit_modules": list(lm.module_shapes),
                      "dtype": dtype_name(lm), "device": str(lm.device), "kind": facts.dataset.kind,
                      "chat": options.chat},
@@ -161,6 +181,7 @@ def run(options: argparse.Namespace) -> int:
         ],
     }
     print_metrics(scores, log, print)
+    print_divergences(report["divergences"], print)
     say_presentations(report["presentations"], records, print)
     name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / REPORT))
     warn_without_effect(report["batches_without_effect"], log)

@@ -17,6 +17,8 @@ from rledit_env.cli.command import (
     Command,
     agent_argument,
     check_positive,
+    check_text,
+    check_text_is_no_prior,
     dtype_name,
     environment_arguments,
     metrics_argument,
@@ -26,15 +28,18 @@ from rledit_env.cli.command import (
     progress_bar,
     say_loading,
     skipped_rows,
+    text_argument,
     to_stderr,
     warn,
 )
 from rledit_env.cli.paths import check_paths, file_or_dash
 from rledit_env.cli.results import (
     before_and_after,
+    chat_answers,
     finite,
     name_untaken,
     not_taken,
+    print_chat,
     print_general,
     print_metrics,
     print_retention,
@@ -60,12 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="write the result there, over an earlier result perhaps; '-' for the standard output")
     group = parser.add_argument_group("how it is scored, and what else is measured")
     metrics_argument(group)
+    group.add_argument("--chat", action="store_true",
+                       help="also ask the edits and their paraphrases as a user's messages, through the model's chat "
+                       "template: does its free answer contain the target?")
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
     group.add_argument("--general", nargs="+", metavar="SOURCE",
-                       help="general ability before and after: 'self' (perplexity of text that the model wrote before "
-                       "editing, and its divergence on it), a folder or file of tasks (sst2.jsonl, mrpc, cola, rte, "
-                       "nli, mmlu), 'hub' for the public ones, 'lm-eval:TASK,TASK'")
+                       help="general ability before and after: 'self' (perplexity and divergence on text that the "
+                       "model wrote before editing, on human-written text and on its answers in a chat), a folder or "
+                       "file of tasks (sst2.jsonl, mrpc, cola, rte, nli, mmlu), 'hub' for the public ones, "
+                       "'lm-eval:TASK,TASK'")
+    text_argument(group)
     group.add_argument("--general-every", type=int, metavar="k", help="also during the stream, every k batches")
     group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
     group.add_argument("--general-limit", type=int, default=200, metavar="N", help="examples a task")
@@ -75,12 +85,17 @@ def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
     from agents.saved import modules_of
     from rledit_env.answers import MEANING
+    from rledit_env.chat_scores import CHAT_MEANING, chat_scores
     from rledit_env.general import GeneralAbility, GeneralEvery
+    from rledit_env.lm.chat import ChatTemplate
     from rledit_env.metrics import METRICS_VERSION, check_metrics
     from rledit_env.report import versions
     from rledit_env.retention import DriftProbe, RetentionProbe
 
     check_metrics(options.metrics)
+    check_text(options)
+    if options.text is not None and "self" not in (options.general or ()):
+        raise ValueError("--text is what 'self' of --general is measured on, too; add --general self, or leave it out")
     if options.json not in (None, "-"):
         check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
     folder = find_agent(options.agent)
@@ -108,7 +123,13 @@ def run(options: argparse.Namespace) -> int:
             reward="none", array_backend="torch", disable_env_checker=True, **settings,
         )
     inner: Any = env.unwrapped
+    template = ChatTemplate(inner.lm.tokenizer, inner.lm.name) if options.chat else None
+    if template is not None:  # before anything is edited
+        for record in inner.dataset:
+            for prompt in (record.prompt, *record.paraphrases):
+                template.check(prompt, record.origin)
     agent = load_agent(folder, env)
+    check_text_is_no_prior(options, getattr(agent, "config", None))
     agent.reset()
     say = to_stderr if options.json == "-" else print
     say(f"data   {inner.dataset.source} ({inner.dataset.split}): {options.num_batches} × {options.batch_size} of "
@@ -118,7 +139,8 @@ def run(options: argparse.Namespace) -> int:
     retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
     general = None
     if options.general:
-        ability = GeneralAbility(inner.lm, options.general, options.general_shots, options.general_limit, options.seed)
+        ability = GeneralAbility(inner.lm, options.general, options.general_shots, options.general_limit, options.seed,
+                                 options.text)
         general = GeneralEvery(env, ability, options.general_every)
     drift = DriftProbe(env)
     callbacks = [probe for probe in (drift, retention, general) if probe is not None]
@@ -140,7 +162,8 @@ def run(options: argparse.Namespace) -> int:
         "drift": log.drift,
         "diverged": log.diverged,
         "settings": {**settings, "data": options.data, "seed": options.seed, "device": str(inner.lm.device),
-                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind, "metrics": options.metrics},
+                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind, "metrics": options.metrics,
+                     "chat": options.chat, "text": options.text},
         "versions": versions(),
         "taken": list(metrics.taken),
         "taken_means": MEANING,
@@ -152,6 +175,12 @@ def run(options: argparse.Namespace) -> int:
         "module_drift": drift.by_module,
     }
     print_metrics(content["metrics"], log, say)
+    if template is not None:
+        with progress_bar(len(records), "asking in a chat") as bar:
+            chat = chat_scores(inner.lm, records, template, bar.update)
+        content["chat"] = {**rounded(chat.as_dict()), "taken": list(chat.taken), "taken_means": CHAT_MEANING,
+                           "answers": chat_answers(records, chat)}
+        print_chat(chat, say)
     if retention is not None and retention.measured:
         content["retention"] = retention.result.as_dict()
         print_retention(retention.result, say)
@@ -200,6 +229,9 @@ examples:
   rledit evaluate --env RLEdit-CounterFact-v0 --agent runs/first --json result.json
   rledit evaluate --env RLEdit-ZsRE-v0 --agent runs/paper --data zsre_eval.jsonl --split eval \\
       --num-batches 20 --batch-size 20 --seed 1 --json result.json
+
+  # a model made for chat: is the edit there for those who ask in a chat?
+  rledit evaluate --agent runs/chat --chat
 
   # what is remembered, and what the model is still good for; then the run's page
   rledit evaluate --agent runs/first --retention --general self glue --json runs/first/result.json

@@ -20,6 +20,7 @@ READ = {
     "configs": "the hyperparameters",
     "wheel": "the wheel",
     "general": "a task of general ability",
+    "text": "the human-written text",
 }
 
 

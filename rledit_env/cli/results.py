@@ -9,6 +9,7 @@ from rledit_env.cli.command import progress_bar, warn
 
 if TYPE_CHECKING:
     from agents import EditLog
+    from rledit_env.chat_scores import ChatScores
     from rledit_env.knowledge import EditRecord
     from rledit_env.lm.editable import EditableLM
     from rledit_env.metrics import Metrics
@@ -78,6 +79,31 @@ def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: 
 
     say("general ability by batches edited:")
     say(text_table(*general_table(scores)))
+
+
+def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., Any]) -> None:
+    """What became of the rest of the model, a row a text; see `rledit_env.general.drifts`."""
+    from rledit_env.report import divergence_table, text_table
+
+    if divergences:
+        say("the rest of the model, on text that was not edited:")
+        say(text_table(*divergence_table(divergences)))
+
+
+def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[dict[str, Any]]:
+    """Some facts, evenly from the stream, with the answers in a chat, and whether these contain the target."""
+    count = min(SHOWN, len(records))
+    chosen = [i * len(records) // count for i in range(count)]
+    return [
+        {"prompt": records[i].prompt, "target": records[i].target, "answer": scores.answers[i], "took": scores.taken[i]}
+        for i in chosen
+    ]
+
+
+def print_chat(scores: ChatScores, say: Callable[..., Any]) -> None:
+    """Say how often the model's answers in a chat contain the target."""
+    for name, score in scores.as_dict().items():
+        say(f"{name.replace('_', ' '):<20}{score:10.2f}")
 
 
 def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence[str]) -> list[dict[str, str]]:

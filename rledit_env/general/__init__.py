@@ -1,6 +1,7 @@
-"""What an edited LLM is still good for: classification tasks, drift on its own text, and lm-eval's tasks."""
+"""What an edited LLM is still good for: classification tasks, drift on text, and lm-eval's tasks."""
 
 from rledit_env.general.ability import GeneralAbility, GeneralEvery
+from rledit_env.general.scored_text import chat_text, drifts, human_text, scored_texts
 from rledit_env.general.self_text import SelfDrift, self_drift, self_text
 from rledit_env.general.tasks import TASKS, Example, TaskData, TaskScore, load_tasks, score_task
 
@@ -12,8 +13,12 @@ __all__ = [
     "SelfDrift",
     "TaskData",
     "TaskScore",
+    "chat_text",
+    "drifts",
+    "human_text",
     "load_tasks",
     "score_task",
+    "scored_texts",
     "self_drift",
     "self_text",
 ]

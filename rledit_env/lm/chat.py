@@ -40,11 +40,19 @@ class ChatTemplate:
         Raises:
             ValueError: the prompt holds tokens of a chat already, or the template changes it.
         """
+        self.check(prompt, origin)
+        return self._rendered(prompt)
+
+    def check(self, prompt: str, origin: str = "") -> None:
+        """Make sure that a prompt may stand in the template.
+
+        Raises:
+            ValueError: it holds tokens of a chat already.
+        """
         token = next((token for token in self.special_tokens if token in prompt), None)
         if token is not None:
             raise ValueError(f"{origin or 'chat'}: the prompt holds {token!r} already: {prompt!r}; give the plain "
                              "prompt, or take all prompts as they are")
-        return self._rendered(prompt)
 
     def wrapped(self, record: EditRecord) -> EditRecord:
         """The record with every prompt in the template: the edit's, its paraphrases' and those that are only scored."""

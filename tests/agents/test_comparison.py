@@ -14,11 +14,12 @@ import agents.comparison
 from agents.base import NotApplicable
 from agents.comparison import Comparison, Setting, Views, check_disjoint
 from agents.editors import EDITORS, Training, configured, find_configs, load_configs
-from rledit_env.general.self_text import self_drift, self_text
+from rledit_env.general import chat_text, human_text, self_drift, self_text
 from rledit_env.knowledge import held_out, load_knowledge
 
 ENV = "RLEdit-CounterFact-v0"
 GRADIENT = dataclasses.replace(EDITORS["fine-tuning"], settings={"step_size": 0.1})
+CHAT = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}A:"
 TINY_NETWORK = {"network": {"rank": 4}, "prior_batches": 1}
 LEARNER = dataclasses.replace(
     EDITORS["rledit"], env={"token": "subject"}, settings=TINY_NETWORK,
@@ -72,9 +73,24 @@ def test_the_divergence_is_that_from_the_unedited_llm_whatever_the_editor_before
     assert comparison.cell(EDITORS["none"], 0)["kl"] == pytest.approx(0, abs=1e-6)
     assert comparison.cell(GRADIENT, 0)["kl"] > 1e-4
     lm.add({m: torch.full(shape[::-1], 0.05) for m, shape in lm.module_shapes.items()})
-    assert comparison._kl(lm) == pytest.approx(self_drift(lm, self_text(lm)).kl)
+    assert comparison._divergences(lm)["kl"] == pytest.approx(self_drift(lm, self_text(lm)).kl)
     lm.add({m: torch.full(shape[::-1], 1e38) for m, shape in lm.module_shapes.items()})
-    assert comparison._kl(lm) is None
+    assert comparison._divergences(lm) == {"kl": None, "kl_human": None, "kl_chat": None}
+
+
+def test_the_divergence_is_given_on_human_text_and_in_a_chat_where_there_is_a_template(compare, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("Nobody had seen the river so high since the old mill was built. " * 40, encoding="utf-8")
+    comparison = compare(text=text)
+    lm = comparison.views.get(None)
+    comparison.run(GRADIENT, [0])
+    cell = comparison.cell(GRADIENT, 0)
+    assert cell["kl_human"] > 1e-4 and cell["kl_human"] != cell["kl"] and cell["kl_chat"] is None
+    lm.add({m: torch.full(shape[::-1], 0.05) for m, shape in lm.module_shapes.items()})
+    assert comparison._divergences(lm)["kl_human"] == pytest.approx(self_drift(lm, human_text(lm, text)).kl)
+    assert compare()._divergences(lm)["kl_human"] == pytest.approx(self_drift(lm, human_text(lm)).kl)
+    lm.tokenizer.chat_template = CHAT
+    assert compare()._divergences(lm)["kl_chat"] == pytest.approx(self_drift(lm, chat_text(lm)).kl)
 
 
 def test_every_editor_edits_the_same_facts_of_a_stream_and_another_stream_has_others(compare, monkeypatch):

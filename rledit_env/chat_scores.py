@@ -1,0 +1,77 @@
+"""Edits asked for as users of chat models ask: through the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rledit_env.answers import contains
+from rledit_env.knowledge import EditRecord
+from rledit_env.lm.chat import ChatTemplate
+from rledit_env.lm.editable import EditableLM
+
+ANSWER_TOKENS = 48  # enough for a sentence or two around the target
+CHUNK = 64  # records that are asked for at once
+CHAT_MEANING = (f"a fact took in a chat if the model's greedy answer to the prompt as a user's message, "
+                f"{ANSWER_TOKENS} tokens at most, contains the target as whole words")
+
+
+@dataclass(frozen=True)
+class ChatScores:
+    """What an LLM answers in a chat, in percent: each record's score, then the mean over records.
+
+    Attributes:
+        chat_efficacy: share of edit prompts whose answer contains the target (`rledit_env.answers.contains`).
+        chat_generalization: the same of its paraphrases, each record's share first.
+        taken: one entry a record: does the answer to its edit prompt contain the target.
+        answers: the answers to the edit prompts, one a record.
+    """
+
+    chat_efficacy: float
+    chat_generalization: float
+    taken: tuple[bool, ...]
+    answers: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, float]:
+        """The two scores by name."""
+        return {"chat_efficacy": self.chat_efficacy, "chat_generalization": self.chat_generalization}
+
+
+def chat_scores(
+    lm: EditableLM,
+    records: Sequence[EditRecord],
+    template: ChatTemplate | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> ChatScores:
+    """Ask for the facts in a chat, each edit prompt and each paraphrase in one of its own, at the current weights.
+
+    The answers are decoded greedily. They are free, so they hold more than the target, which has to be in them.
+
+    Args:
+        lm: the edited LLM.
+        records: the facts, with plain prompts.
+        template: the LLM's, if it has been made.
+        progress: called with the number of further records that have been asked for.
+
+    Raises:
+        ValueError: no records, an LLM without a chat template, or a prompt that does not fit it (`ChatTemplate`).
+    """
+    if not records:
+        raise ValueError("no fact has been edited yet; take at least one step first")
+    template = template or ChatTemplate(lm.tokenizer, lm.name or "the model")
+    taken: list[bool] = []
+    answers: list[str] = []
+    general: list[float] = []
+    for start in range(0, len(records), CHUNK):
+        chunk = records[start : start + CHUNK]
+        asked = [(r, prompt) for r in chunk for prompt in (r.prompt, *r.paraphrases)]
+        written = iter(lm.generate([template(prompt, r.origin) for r, prompt in asked], extra=ANSWER_TOKENS))
+        for record in chunk:
+            answers.append(next(written).strip())
+            taken.append(contains(answers[-1], record.target))
+            general.append(fmean(contains(next(written), record.target) for _ in record.paraphrases))
+        if progress is not None:
+            progress(len(chunk))
+    return ChatScores(100 * fmean(taken), 100 * fmean(general), tuple(taken), tuple(answers))
