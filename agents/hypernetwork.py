@@ -466,6 +466,10 @@ class Hypernetwork(nn.Module):
         """Whether values are to be turned by the outputs' curvature, and it is not known yet."""
         return self.config.output_curvature > 0 and not self._turns
 
+    def forget_curvature(self) -> None:
+        """Ask for the outputs' curvature anew, as after a change of the LLM."""
+        self._turns = {}
+
     def turn_by(self, output_moments: Mapping[str, Tensor]) -> None:
         """Turn values by this curvature of the outputs from now on (see `HypernetworkConfig.output_curvature`).
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from agents.hypernetwork import HypernetworkConfig
 from agents.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
-from agents.rledit import FLOAT32_EPSILON, RLEditConfig
+from agents.rledit import RLEditConfig, rledit_paper_network
 
 # The environment's settings that the editor is used with, and those that it is trained with: one batch from θ₀.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
@@ -17,12 +17,7 @@ TRAINING: dict[str, Any] = {**RECOMMENDED, "num_batches": 1, "reward": batchwise
 
 def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
     """MALMEN's network as its published code has it; the sizes are for models of several billion parameters."""
-    defaults: dict[str, Any] = {
-        "blocks": 2, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "continued",
-        "warm_up": False, "normaliser_scope": "shape", "normaliser_variance": "published",
-        "normaliser_epsilon": FLOAT32_EPSILON, "initial_weights": "unit", "step_size_parameter": "direct",
-    }  # fmt: skip
-    return HypernetworkConfig(rank=rank, step_size=step_size, **defaults | settings)
+    return rledit_paper_network(rank, step_size, **{"blocks": 2} | settings)  # RLEdit took it over, with 4 blocks
 
 
 @dataclass(frozen=True)

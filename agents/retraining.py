@@ -62,7 +62,7 @@ class BatchwiseAgent(RLEditAgent):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.retraining_env = self.env
-        self._presentations = 0  # observations of the stream so far
+        self._retrained = 0  # how often it has been due in the stream so far
         self._editing = True  # whether predictions are edits, not a training's evaluations
         # What there was before the first retraining of the stream: the policy, its optimiser, its updates.
         self._trained: tuple[dict[str, Tensor], torch.optim.Optimizer, int] | None = None
@@ -72,7 +72,7 @@ class BatchwiseAgent(RLEditAgent):
             policy, self.optimizer, self.updates = self._trained
             self._load_policy(policy)
             self._trained = None
-        self._presentations = 0
+        self._retrained = 0
         super().reset()
 
     def memory(self) -> dict[str, Tensor] | None:
@@ -86,10 +86,12 @@ class BatchwiseAgent(RLEditAgent):
             ValueError: a retraining is due, and the agent has no environment to learn in.
         """
         if self._editing and self.config.retrain_every > 0:
-            period = self.config.retrain_every * self._training_env(self.retraining_env).unwrapped.steps_per_batch  # type: ignore[attr-defined]
-            if self._presentations > 0 and self._presentations % period == 0:
+            training: Any = self._training_env(self.retraining_env).unwrapped
+            edited: Any = training.lm.holder and training.lm.holder()  # the environment whose stream is under way
+            due = 0 if edited is None else edited.position // edited.steps_per_batch // self.config.retrain_every
+            if due > self._retrained:
                 self.retrain()
-            self._presentations += 1
+            self._retrained = due
         return super().predict(observation, deterministic)
 
     def retrain(self) -> None:

@@ -199,6 +199,8 @@ class RLEditAgent(Agent):
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
+        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+            self.network.forget_curvature()
         super().set_env(env)
         self.presented = PresentedFacts(env)
 

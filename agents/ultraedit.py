@@ -115,6 +115,8 @@ class UltraEditAgent(Agent):
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
+        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+            self.network.forget_curvature()
         super().set_env(env)
 
     def reset(self) -> None:

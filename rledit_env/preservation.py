@@ -23,8 +23,20 @@ from rledit_env.lm.losses import kl_divergence
 NOTHING = -1  # fills up rows of token ids in the cache
 
 
+class _Divergence:
+    """What the components have in common: KL(p_θ₀ ‖ p_W) at the tokens of their texts."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        assert reference is not None
+        return kl_divergence(lm.forward, hidden, reference)
+
+
 @dataclass(frozen=True)
-class OwnText:
+class OwnText(_Divergence):
     """KL(p_θ₀ ‖ p_W) a token on text that the LLM wrote before editing: what an edit does to all else.
 
     A pool of texts is sampled once an LLM; every scored step draws some of them by the episode's random numbers. They
@@ -60,10 +72,6 @@ class OwnText:
                 f"and at most {most}"
             )
 
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
     def draw(
         self,
         lm: EditableLM,
@@ -93,13 +101,9 @@ class OwnText:
             passages.append(Passage(tuple(ids[:-1]), tuple(ids[first:])))
         return passages
 
-    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        assert reference is not None
-        return kl_divergence(lm.forward, hidden, reference)
-
 
 @dataclass(frozen=True)
-class Continuation:
+class Continuation(_Divergence):
     """KL(p_θ₀ ‖ p_W) a token on what the unedited LLM writes after a fact's prompt and new target.
 
     This is what free-running answers break on: the target comes again and again. Some facts of each batch are drawn for
@@ -123,10 +127,6 @@ class Continuation:
 
     def __post_init__(self) -> None:
         _check_positive(self, "facts", "tokens")
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
 
     def draw(
         self,
@@ -158,10 +158,6 @@ class Continuation:
             written = [token for token in row if token != NOTHING]
             passages.append(Passage((*start, *written[:-1]), tuple(written)) if written else None)
         return passages
-
-    def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        assert reference is not None
-        return kl_divergence(lm.forward, hidden, reference)
 
 
 @torch.no_grad()

@@ -291,6 +291,18 @@ def test_the_network_is_retrained_on_the_current_weights_after_every_so_many_bat
     assert [step for step, _ in met] == [2 * steps_per_batch] * per_update + [4 * steps_per_batch] * per_update
 
 
+def test_batches_that_end_early_are_counted_as_batches(training_env, monkeypatch):
+    agent = trained("malmen", training_env("malmen"), retrain_every=2, retrain_steps=1)
+    env = training_env(
+        "malmen", num_batches=5, steps_per_batch=3, present_until=1e-4, reward="none", reward_gradient=False
+    )
+    batches = []
+    monkeypatch.setattr(agent, "retrain", lambda: batches.append(env.position // 3))
+    _, info = run_stream(env, agent, seed=7)
+    assert len(env.history) < 15 and not info["diverged"]
+    assert batches == [2, 4]
+
+
 def test_a_new_stream_begins_with_the_trained_network(edited):
     agent, env, _ = edited("mend", 0)
     before, updates = parameters_of(agent), agent.updates
