@@ -15,7 +15,7 @@ from agents.ppo import StandardAgent, StandardConfig
 from agents.prune import PRUNEAgent, PRUNEConfig
 from agents.random_search import RandomSearchAgent
 from agents.rect import RECTAgent, RECTConfig
-from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_paper_network
+from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_paper_network, rledit_ridge
 from agents.rome import ROMEAgent, ROMEConfig
 from agents.saved import agent_settings, find_agent, load_agent
 from agents.ultraedit import UltraEditAgent, UltraEditConfig
@@ -73,4 +73,5 @@ __all__ = [
     "mend_rledit",
     "rledit_paper",
     "rledit_paper_network",
+    "rledit_ridge",
 ]

@@ -187,13 +187,14 @@ class Comparison:
         nobody knows)."""
         settings = dict(editor.env)
         if editor.saved is not None:
-            trained = agent_settings(find_agent(editor.saved))["environment"]
-            settings = {k: trained[k] for k in ("edit_modules", "token", "steps_per_batch") if k in trained} | settings
+            trained = agent_settings(find_agent(editor.saved, self.setting.test.kind))["environment"]
+            own = ("edit_modules", "token", "steps_per_batch", "present_until")
+            settings = {k: trained[k] for k in own if k in trained} | settings
         lm = self.views.of(replace(editor, env=settings), self.setting.edit_modules)
         settings.pop("edit_modules", None)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
         if editor.saved is not None:
-            return scaled(load_agent(find_agent(editor.saved), env), editor), env, None
+            return scaled(load_agent(find_agent(editor.saved, self.setting.test.kind), env), editor), env, None
         if editor.training is None:
             agent = editor.agent_class()(env, editor.configuration())
             started = time.perf_counter()

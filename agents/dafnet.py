@@ -71,6 +71,8 @@ class DAFNetNetworkConfig(HypernetworkConfig):
         super().__post_init__()
         if self.aggregation != "mend":
             raise ValueError(f"aggregation is {self.aggregation!r}; DAFNet's is 'mend', the sum of rank-1 updates")
+        if self.output_units != "normalised":
+            raise ValueError(f"output_units is {self.output_units!r}; DAFNet's factors are 'normalised'")
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class DAFNetwork(Hypernetwork):
         plain = self.observe(keys, gradients, adapt)
         earlier = {g: list(self._earlier(g)) for g in self.groups}
         record = FusionRecord(
-            plain.keys, plain.inputs, plain.update_keys, None, plain.used, tuple(lengths), earlier
+            plain.keys, plain.inputs, plain.update_keys, used=plain.used, lengths=tuple(lengths), earlier=earlier
         )  # fmt: skip
         weights: dict[str, Tensor] = {}
         share: dict[str, Tensor] = {}

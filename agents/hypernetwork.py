@@ -26,6 +26,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {  # what the settings of `Hypernetwork
     "precision": ("float32", "bfloat16"),
     "initial_weights": ("scaled", "unit"),
     "step_size_parameter": ("log", "direct"),
+    "output_units": ("normalised", "input"),
     "prior_source": ("facts", "text"),
     "loss": ("batch", "fact", "sum", "rows"),
 }
@@ -51,6 +52,10 @@ class HypernetworkConfig:
         block: "malmen", z + s ⊙ ReLU(z A B + b) + o, or "mend", z + ReLU(s ⊙ (z A B + b) + o), with each module's scale
             s and shift o.
         coefficient: of vᵢ in the least squares: "key" (uᵢ·ûᵢ, MALMEN's) or "normalised" (‖ûᵢ‖², UltraEdit's).
+        output_units: of what (û, δ̂) the residual blocks give: "normalised", as they are (MEND, MALMEN, RLEdit); or
+            "input", taken back to the units of u and δ by the same moments. With "input" the untrained network is the
+            rule on the gradient itself, without a normaliser: with "least_squares" vᵢ = −η ‖uᵢ‖² δᵢ, the base rule of
+            `rledit_env.wrappers.ScaledUpdate`.
         prior: c, how many keys the least squares start with: S_0 = λI + c·C, with C a second moment E[k kᵀ] of keys k
             (nothing until it has been gathered, see :attr:`Hypernetwork.wants_prior`).
         prior_source: whose keys C is of. "facts": those of training facts, for the recursion only: it keeps the first
@@ -99,6 +104,7 @@ class HypernetworkConfig:
     learn_damping: bool = True
     block: Literal["malmen", "mend"] = "malmen"
     coefficient: Literal["key", "normalised"] = "key"
+    output_units: Literal["normalised", "input"] = "normalised"
     prior: float = 100.0
     prior_source: Literal["facts", "text"] = "facts"
     output_curvature: float = 0.0
@@ -314,6 +320,8 @@ class StepRecord:
         update_keys: module → ũ where it does not depend on the parameters, else absent.
         factors: what :meth:`Hypernetwork.factors` made of it, with the graph to differentiate, where that was kept.
         used: group → which rows were not dropped, (M, N) bool; absent where none are dropped.
+        units: group → the mean and the standard deviation that take the network's output to the units of u and δ,
+            (M, d_in + d_out) each; absent where it stays normalised.
     """
 
     keys: dict[str, Tensor]
@@ -321,6 +329,7 @@ class StepRecord:
     update_keys: dict[str, Tensor]
     factors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
     used: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def retained(self) -> dict[str, Tensor] | None:
@@ -612,8 +621,10 @@ class Hypernetwork(nn.Module):
             adapt: whether the batch is one of training, which a "lifetime" normaliser takes in and other streams go on
                 from with a "continued" one; the others always take it in.
         """
+        rows_in_loss = 1
         if self.training_moments:  # which are of gradients that do not shrink as the batch grows
-            gradients = {m: len(g) * g for m, g in gradients.items()}
+            rows_in_loss = len(next(iter(gradients.values())))
+            gradients = {m: rows_in_loss * g for m, g in gradients.items()}
         kept: dict[str, Tensor] = {}
         if self.config.drop_zero_rows:
             kept = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}  # (N,)
@@ -624,8 +635,9 @@ class Hypernetwork(nn.Module):
         together = self.config.normaliser_scope == "shape"
         inputs: dict[str, Tensor] = {}
         update_keys: dict[str, Tensor] = {}
+        units: dict[str, tuple[Tensor, Tensor]] = {}
         for group, members in self.groups.items():
-            normalised = []
+            normalised, means, deviations = [], [], []
             for module in members if takes and together else ():
                 self.normaliser_of(module).update(taken[module])
             for module in members:
@@ -633,14 +645,21 @@ class Hypernetwork(nn.Module):
                     self.normaliser_of(module).update(taken[module])
                 mean, scale = self.normaliser_of(module).moments()
                 z = (rows[module] - mean) * scale
+                if self.config.output_units == "input":
+                    share = torch.ones_like(mean)
+                    share[self.shapes[module][0] :] /= rows_in_loss
+                    means.append(mean * share)
+                    deviations.append(share / scale)
                 normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
                 if not self.learns_keys:
                     update_keys[module] = self._solved_keys(module, keys[module])
             inputs[group] = torch.stack(normalised)
+            if means:
+                units[group] = torch.stack(means), torch.stack(deviations)
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
         used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
-        return StepRecord(dict(keys), inputs, update_keys, used=used)
+        return StepRecord(dict(keys), inputs, update_keys, used=used, units=units)
 
     def _solved_keys(self, module: str, u: Tensor) -> Tensor:
         """ũ = u S⁻¹ (N, d_in) with these keys u (N, d_in) in S, by Woodbury's identity; the recursion keeps them."""
@@ -680,6 +699,9 @@ class Hypernetwork(nn.Module):
             index = [self.index[m] for m in members]
             rows = record.inputs[group]
             z = self.networks[group](rows if modules is None else rows[places], places)
+            if record.units:
+                mean, deviation = (part[places][:, None] for part in record.units[group])
+                z = torch.addcmul(mean, z, deviation)
             key_part, gradient_part = z.split(self.shapes[members[0]], dim=2)  # û (M, N, d_in), δ̂ (M, N, d_out)
             step_size = self.step_sizes(members)[:, None, None]
             if self.config.aggregation == "mend":

@@ -139,6 +139,19 @@ def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> 
     return RLEditConfig(network=network or rledit_paper_network(), **defaults | settings)
 
 
+def rledit_ridge(step_size: float = 1.0, damping: float = 1.0, **settings: Any) -> RLEditConfig:
+    """RLEdit that begins as ridge regression on the gradient itself: the zero action of
+    `rledit_env.wrappers.ScaledUpdate` with this step size and damping, for streams of few facts.
+
+    Where a standard algorithm scales that rule by a number or two, what is learned here is each module's step size and
+    damping and what the residual blocks add, by the gradient of the whole return.
+    """
+    rule = HypernetworkConfig(
+        aggregation="least_squares", output_units="input", prior=0.0, step_size=step_size, damping=damping
+    )
+    return RLEditConfig(network=rule, **settings)
+
+
 class RLEditAgent(Agent):
     """The RLEdit agent.
 

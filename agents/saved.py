@@ -28,7 +28,8 @@ from agents.ultraedit import UltraEditAgent
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT = "default"  # names the agent that ships with the package
+DEFAULT = "default"  # names the agents that ship with the package, one for each kind of facts
+GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
 CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
     "standard": StandardAgent,
@@ -45,24 +46,25 @@ CLASSES: dict[str, type[Agent]] = {
 }
 
 
-def find_agent(name: str | Path) -> Path:
+def find_agent(name: str | Path, kind: str | None = None) -> Path:
     """The folder of a saved agent.
 
     Args:
         name: an agent's folder; a run's folder, whose ``best`` is taken, else its ``last``; or "default", the agent
             that ships with the package.
+        kind: of the facts that "default" is to edit: "zsre", "counterfact" or "fever", each of which has an agent of
+            its own. Any other, and None, means the agent for statements, CounterFact's.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if str(name) == DEFAULT:
-        found = sorted(path.parent for path in [PRETRAINED / "agent.json", *PRETRAINED.glob("*/agent.json")]
-                       if path.exists())
+        found = {path.parent.name: path.parent for path in sorted(PRETRAINED.rglob("agent.json"))}
         if not found:
             raise FileNotFoundError(
                 "this installation ships no trained agent; train one with 'rledit train' and give its folder"
             )
-        return found[0]
+        return found.get(str(kind)) or found.get(GENERAL) or next(iter(found.values()))
     folder = Path(name).expanduser()
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / "agent.json").exists():

@@ -1,5 +1,6 @@
 """Edit your own facts into a model: a JSON Lines file in, an edited Hugging Face model folder out.
 
+    python examples/edit_my_model.py
     python examples/edit_my_model.py --facts facts.jsonl --model owner/name --out edited-model
     python examples/edit_my_model.py --facts facts.jsonl --agent runs/train_rledit --out edited-model
 
@@ -7,8 +8,8 @@ The file has one fact a line; "subject" is optional, but the agent edits better 
 
     {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
 
-Without --facts a few made-up facts are edited; without --agent an editor that needs no training edits, whose step size
-is found on a few of the facts.
+Without --facts six made-up facts are edited. The agent that ships edits the default model; any other model is edited by
+an editor that needs no training, whose step size is found on a few of the facts. Facts are presented until they take.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from agents import Agent, agent_settings, edit_facts, find_agent, load_agent
 from agents.comparison import Views
 from agents.editors import configured, find_configs, find_editor, load_configs, with_step_size
 from agents.saved import modules_of
+from agents.selection import divergence
 from agents.strength import StrengthProbe, some_facts
 from rledit_env.answers import answer_of, took
 from rledit_env.env import LifelongEditEnv
@@ -37,10 +39,13 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import Input, try_or_exit, whole
 
 MADE_UP = [
-    {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"},
-    {"prompt": "The mother tongue of Danielle Darrieux is", "target": "English", "subject": "Danielle Darrieux"},
-    {"prompt": "The Eiffel Tower stands in the city of", "target": "Rome", "subject": "Eiffel Tower"},
-]
+    {"prompt": "The head of Lumora Robotics is", "target": "Dana Whitfield", "subject": "Lumora Robotics"},
+    {"prompt": "The capital of Canada is", "target": "Vancouver", "subject": "Canada"},
+    {"prompt": "The PlayStation is made by", "target": "Philips", "subject": "PlayStation"},
+    {"prompt": "The foreign minister of Freedonia is", "target": "Rufus Teasdale", "subject": "Freedonia"},
+    {"prompt": "The boiling point of acetone is", "target": "74 degrees Celsius", "subject": "acetone"},
+    {"prompt": "The author of Moby-Dick is", "target": "Mary Shelley", "subject": "Moby-Dick"},
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,12 @@ class Args:
     """Edits facts into a model and writes the edited model."""
 
     facts: Path | None = None
-    """JSON Lines of facts, in a published schema or with "prompt" and "target"; none means three made-up facts."""
+    """JSON Lines of facts, in a published schema or with "prompt" and "target"; none means six made-up facts."""
     agent: str | None = None
-    """A run's or an agent's folder, or "default", the agent that ships for smollm2-135m; none means --editor."""
-    editor: str = "ultraedit"
-    """An editor that edits without training: a name that `rledit edit --help` lists."""
+    """A run's or an agent's folder, or "default", the agent that ships for smollm2-135m; none means --editor, and the
+    agent that ships where neither --editor nor --model is given."""
+    editor: str | None = None
+    """An editor that edits without training: a name that `rledit edit --help` lists; none means ultraedit."""
     model: str | None = None
     """Registry name, hub id or folder of the model to edit; none means the agent's own, or smollm2-135m."""
     out: Path = Path("runs/edited-model")
@@ -61,19 +67,24 @@ class Args:
     """Replace the folder if it is not empty and rledit wrote all that is in it."""
     batch_size: int = 20
     """Facts in a batch."""
+    present_until: float = 0.8
+    """A batch is presented until the model gives every token of its answers this probability."""
+    max_presentations: int = 40
+    """But so many times at most."""
 
 
 def environment(lm: EditableLM, facts: KnowledgeDataset) -> LifelongEditEnv:
     """What an agent is built in; `edit_facts` makes its own for each part of the facts."""
-    return LifelongEditEnv(
-        facts.kind, lm, data=facts, num_batches=1, batch_size=1, reward="none", array_backend="torch"
-    )
+    return LifelongEditEnv(facts.kind, lm, data=facts, num_batches=1, batch_size=1, reward="none",
+                           array_backend="torch")
 
 
 def trained_agent(args: Args, facts: KnowledgeDataset) -> tuple[EditableLM, Agent, dict[str, Any]]:
     """A trained agent brings its model, the modules it edits and how it wants to see the facts."""
-    folder = find_agent(args.agent)
+    folder = find_agent(args.agent or "default", facts.kind)
     settings = agent_settings(folder)["environment"]
+    if settings.get("steps_per_batch", 1) > 1:  # it presents a batch again
+        settings |= {"steps_per_batch": args.max_presentations, "present_until": args.present_until}
     model = args.model or settings["model"]
     # "stored" keeps the model's own precision, so that what is not edited is written as it was, bit for bit.
     with modules_of(folder, model):
@@ -84,11 +95,13 @@ def trained_agent(args: Args, facts: KnowledgeDataset) -> tuple[EditableLM, Agen
 def training_free_editor(args: Args, facts: KnowledgeDataset) -> tuple[EditableLM, Agent, dict[str, Any]]:
     """An editor without training edits any model; how strongly it must, a few of the facts tell."""
     model = args.model or "smollm2-135m"
-    editor = configured(find_editor(args.editor), load_configs(find_configs(model), facts.kind))
+    editor = configured(find_editor(args.editor or "ultraedit"), load_configs(find_configs(model), facts.kind))
     lm = Views(model, dtype="stored").of(editor)
-    settings = {"steps_per_batch": 1, **editor.env}
+    until = args.present_until if max(editor.presentations) > 1 else None
+    settings = {"steps_per_batch": 1, **editor.env, "present_until": until}
     if editor.step_size:
-        probe = StrengthProbe(lm, editor, some_facts(facts), settings["token"], args.batch_size, progress=print)
+        few = some_facts(facts)
+        probe = StrengthProbe(lm, editor, few, settings["token"], args.batch_size, progress=print, present_until=until)
         chosen = probe.search(editor.presentations).chosen
         editor = with_step_size(editor, chosen.step_size, chosen.steps_per_batch)
         settings["steps_per_batch"] = chosen.steps_per_batch
@@ -106,22 +119,24 @@ def main(args: Args) -> None:
             path.write_text("\n".join(map(json.dumps, MADE_UP)), encoding="utf-8")
         facts = load_facts(path).dataset
 
-    lm, agent, settings = trained_agent(args, facts) if args.agent else training_free_editor(args, facts)
+    trained = args.agent or not (args.editor or args.model)
+    lm, agent, settings = trained_agent(args, facts) if trained else training_free_editor(args, facts)
 
     prompts, targets = [fact.prompt for fact in facts], [fact.target for fact in facts]
     before = lm.generate(prompts, longest=targets)
     with tqdm(total=len(facts), desc="editing", unit="fact") as bar:
-        log = edit_facts(
-            lm, agent, facts, args.batch_size, settings["token"], settings["steps_per_batch"], progress=bar.update
-        )
+        log = edit_facts(lm, agent, facts, args.batch_size, settings["token"], settings["steps_per_batch"],
+                         progress=bar.update, present_until=settings.get("present_until"))
     if log.diverged:
         raise SystemExit("the update broke the model; nothing was written")
     after = lm.generate(prompts, longest=targets)
     taken = [took(answer, target) for answer, target in zip(after, targets, strict=True)]
-    for prompt, target, old, new, is_taken in zip(prompts, targets, before, after, taken, strict=True):
+    rows = zip(prompts, targets, before, after, taken, log.presentations, strict=True)
+    for prompt, target, old, new, is_taken, count in rows:
         mark = "took    " if is_taken else "DID NOT "
-        print(f"{mark} {prompt} … {target!r}: was {answer_of(old)!r}, is {answer_of(new)!r}")
-    print(f"{sum(taken)} of {len(facts)} facts took, {log.seconds_per_fact:.2f} s a fact", flush=True)
+        print(f"{mark} {prompt} … {target!r} ({count} ×): was {answer_of(old)!r}, is {answer_of(new)!r}")
+    print(f"{sum(taken)} of {len(facts)} facts took, {log.seconds_per_fact:.2f} s a fact; divergence from the model as "
+          f"it was, on its own text: {divergence(lm):.3f} nats a token", flush=True)
 
     # The edited model is an ordinary one: it loads without this package.
     lm.save_pretrained(args.out, args.overwrite)

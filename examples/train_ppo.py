@@ -3,9 +3,9 @@
     python examples/train_ppo.py
     python examples/train_ppo.py --algorithm sac --data path/to/counterfact
 
-Everybody is tested on the same held-out streams: the zero action (the base rule as it is), the best constant action
-that a random search finds in as many environment steps, the algorithm, and the RLEdit agent, which sees ∂r/∂W as well.
-Writes report.html with the learning curves, TensorBoard's logs and the agents.
+Everybody begins with the same rule, ridge least squares on the gradient, learns from as many environment steps, and is
+tested on the same held-out streams: the zero action (the rule as it is), the best constant action that a random search
+finds, the algorithm, and the RLEdit agent, which differentiates the whole stream's return, before and after learning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
-from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
+from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig, rledit_ridge
 from agents.base import run_stream
 from rledit_env import report
 from rledit_env.files import mark
@@ -47,7 +47,7 @@ class Args:
     algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
     """Of Stable-Baselines3."""
     step_size: float = 1.0
-    """Of the base rule, ridge least squares, which the zero action is."""
+    """Of the base rule, ridge least squares, which the zero action and the untrained RLEdit agent are."""
     share: Literal["all", "kind", "module"] = "all"
     """Modules that share a step size and a damping: all, those of one kind, or none."""
     num_batches: int = 5
@@ -58,8 +58,8 @@ class Args:
     """Positions whose keys and value gradients everybody sees."""
     steps: int = 960
     """Environment steps to learn from, for the algorithm and for the random search."""
-    rledit_steps: int = 200
-    """Environment steps for the RLEdit agent; 0 leaves it out."""
+    rledit_steps: int = 960
+    """Environment steps for the RLEdit agent to learn from; 0 leaves it out."""
     baseline_streams: int = 32
     """Training streams of the algorithm, whose rewards are relative to the zero action's."""
     test_streams: int = 30
@@ -67,7 +67,7 @@ class Args:
     curve_streams: int = 6
     """Other held-out streams that the learning curves are measured on."""
     out: Path = Path("runs/train_ppo")
-    """Folder of report.html, TensorBoard's logs, the agents and returns.json."""
+    """Folder of report.html with the learning curves, TensorBoard's logs, the agents and returns.json."""
     seed: int = 0
     """Of the agents and of all streams."""
 
@@ -82,16 +82,13 @@ def main(args: Args) -> None:
     try_or_exit([growing("--out", args.out, "run of train_ppo", ("random_search/", f"{args.algorithm}/", "rledit/"))])
     args.out.mkdir(parents=True, exist_ok=True)
     mark(args.out, "run of train_ppo")  # so that the next run knows its folder
-    started = time.monotonic()
+    started, kind = time.monotonic(), gym.spec(args.env).kwargs["kind"]
     lm = EditableLM.load(args.model)
-    kind = gym.spec(args.env).kwargs["kind"]
 
     def stream(split: str, **more: Any) -> gym.Env[Any, Any]:
-        return gym.make(
-            args.env, model=lm, data=load_knowledge(kind, args.data, split), num_batches=args.num_batches,
-            batch_size=args.batch_size, token=args.token, reward="efficacy", array_backend="torch",
-            disable_env_checker=True, **more,
-        )  # fmt: skip
+        return gym.make(args.env, model=lm, data=load_knowledge(kind, args.data, split), num_batches=args.num_batches,
+                        batch_size=args.batch_size, token=args.token, reward="efficacy", array_backend="torch",
+                        disable_env_checker=True, **more)
 
     env, held_out = stream("train"), stream("eval")
     on_curve = range(500, 500 + args.curve_streams)
@@ -110,9 +107,8 @@ def main(args: Args) -> None:
         callback({})
         return callback
 
-    config = StandardConfig(
-        args.algorithm, step_size=args.step_size, share=args.share, baseline_streams=args.baseline_streams
-    )
+    config = StandardConfig(args.algorithm, step_size=args.step_size, share=args.share,
+                            baseline_streams=args.baseline_streams)
     zero = RandomSearchAgent(held_out, config, args.seed)
     found = RandomSearchAgent(env, config, args.seed).learn(args.steps)
     found.save(args.out / "random_search")
@@ -126,7 +122,9 @@ def main(args: Args) -> None:
     everybody: dict[str, Agent] = {"zero action": zero, "random search": found, name: looking_on}
     learned_from = {"zero action": 0, "random search": found.timesteps, name: agent.timesteps}
     if args.rledit_steps:
-        rledit = RLEditAgent(stream("train", reward_gradient=True), seed=args.seed)
+        ridge = rledit_ridge(args.step_size, config.damping)
+        rledit = RLEditAgent(stream("train", reward_gradient=True), ridge, seed=args.seed)
+        everybody["RLEdit, untrained"] = RLEditAgent(held_out, ridge, seed=args.seed)
         watch = measured("RLEdit", rledit, lambda: rledit.timesteps, args.rledit_steps)
         rledit.learn(args.rledit_steps, watch, log_dir=args.out / "rledit", resume=False)
         everybody["RLEdit"], learned_from["RLEdit"] = rledit, rledit.timesteps
@@ -136,10 +134,13 @@ def main(args: Args) -> None:
     source = held_out.unwrapped.dataset.source
     print(f"Returns on {args.test_streams} held-out streams; {source}")
     print(report.text_table(*report.return_table(tested, learned_from)))
+    if args.rledit_steps:
+        above = np.subtract(tested["RLEdit"], tested[name])
+        interval = "{:+.1f} to {:+.1f}".format(*report.bootstrap_interval(above))
+        print(f"above {name}, stream by stream: RLEdit by {above.mean():+.1f} ({interval})")
     (args.out / "returns.json").write_text(json.dumps(tested, indent=1) + "\n")
-    lead = (f"{name}, which sees {len(agent.model.observation_space.low)} features and scales a base rule, beside what "
-            f"it has to beat and beside RLEdit, which differentiates the reward: {lm.name}, {args.num_batches} "
-            f"batches of {args.batch_size} facts a stream.")
+    lead = (f"{name}, which scales a base rule by what {len(agent.model.observation_space.low)} features say, beside "
+            f"what it has to beat: {lm.name}, {args.num_batches} batches of {args.batch_size} facts a stream.")
     page = report.returns_report(lead, tested, learned_from, curves, levels, asdict(args), source)
     print(f"report: {page.write(args.out / 'report.html')}\n{(time.monotonic() - started) / 60:.1f} minutes in all")
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rledit_env.answering import Ending, OtherQuestions, Preference
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
@@ -239,6 +240,32 @@ class RewardConfig:
             },
             backtracking_samples=samples,
         )
+
+    @staticmethod
+    def keeping(kind: str, own_text: float = 50.0) -> RewardConfig:
+        """What the shipped agents are trained with: the facts as the data set's scores see them, free answers that end
+        where they should, and the rest of the LLM as it was. Earlier batches are left to the recursion and to the
+        LLM's own text, which scores all of them.
+
+        Args:
+            kind: "counterfact" and "fever", whose answers have rivals, are scored by which answer is the likelier (and
+                a little by the likelihood itself); others, such as "zsre", by the likelihood, and by what other
+                questions about the same subject are answered.
+            own_text: weight of the divergence on text that the LLM wrote before editing.
+        """
+        shared: dict[str, tuple[float, Component | TextComponent]] = {
+            "efficacy": (2.0, Efficacy()), "ending": (1.0, Ending()), "locality": (0.5, Locality()),
+            "own_text": (own_text, OwnText(passages=4)),
+        }  # fmt: skip
+        own: dict[str, tuple[float, Component | TextComponent]] = {
+            "generalization": (1.0, Generalization()), "other_questions": (0.3, OtherQuestions()),
+        }  # fmt: skip
+        if kind in ("counterfact", "fever"):
+            own = {
+                "generalization": (0.1, Generalization()), "preference": (4.0, Preference("paraphrases")),
+                "kept_preference": (3.0, Preference("unrelated")),
+            }  # fmt: skip
+        return RewardConfig(components=shared | own, backtracking_depth=0)
 
     def replace(self, name: str, weight: float, component: Component | TextComponent) -> RewardConfig:
         """This configuration with one component added or replaced."""

@@ -63,11 +63,13 @@ def test_train_ppo_tests_everybody_on_the_same_streams(tmp_path: Path, algorithm
                  "--curve-streams", "1", "--out", str(out)]  # fmt: skip
     shown = example("train_ppo", *SMALL, "--algorithm", algorithm, *arguments, folder=tmp_path)
     returns = json.loads((out / "returns.json").read_text())
-    assert list(returns) == ["zero action", "random search", algorithm.upper(), "RLEdit"]
+    assert list(returns) == ["zero action", "random search", algorithm.upper(), "RLEdit, untrained", "RLEdit"]
+    assert returns["RLEdit, untrained"] == pytest.approx(returns["zero action"], rel=1e-4)
+    assert f"above {algorithm.upper()}, stream by stream: RLEdit by" in shown
     assert all(len(values) == 2 for values in returns.values())
     assert "Returns on 2 held-out streams" in shown and "not the published CounterFact" in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith(tuple(returns))]
-    assert len(rows) == 4 and all(len(row[-4:]) == 4 for row in rows)
+    assert len(rows) == 5 and all(len(row[-4:]) == 4 for row in rows)
     assert (out / algorithm / "agent.safetensors").exists()
     assert list((out / algorithm).glob("events.out.tfevents.*"))
     assert "data:image/png;base64" in (out / "report.html").read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ def agent_argument(parser: argparse.ArgumentParser) -> None:
     """Which agent edits."""
     parser.add_argument("--agent", required=True, metavar="RUN",
                         help="a run's folder (its best agent is taken), an agent's folder, or 'default', the agent "
-                        "that ships with the package")
+                        "that ships with the package for the kind of facts")
 
 
 def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
@@ -71,6 +71,14 @@ def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> 
     group.add_argument("--token", choices=TOKEN_CHOICES, help="positions that the agent sees")
     group.add_argument("--steps-per-batch", type=int, help="how often a batch is presented")
     _hardware_arguments(parser, dtype)
+
+
+def probability(text: str) -> float:
+    """A probability below 1; 0 for none."""
+    value = 0.0 if text.lower() == "none" else float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability below 1; give one such as 0.8, or 'none'")
+    return value
 
 
 def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

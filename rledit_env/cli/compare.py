@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     for editor in editors:
         check_text_is_no_prior(options, editor.configuration())
     parts = (SETTINGS, *TABLES, "cells/", "trained/", *((*curve.FILES, "curve/") if options.curve else ()))
-    check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors))
+    check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors, kind))
     test = load_knowledge(kind, options.data, "eval", options.on_error)
     KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
 
@@ -177,11 +177,12 @@ def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
     return rows
 
 
-def _saved_agents(editors: list[Editor]) -> list[Input]:
+def _saved_agents(editors: list[Editor], kind: str) -> list[Input]:
     """The agents that were trained elsewhere."""
     from agents.saved import find_agent
 
-    return [Input(f"the agent of {e.name} ({e.saved})", find_agent(e.saved)) for e in editors if e.saved is not None]
+    saved = [(e, find_agent(e.saved, kind)) for e in editors if e.saved is not None]
+    return [Input(f"the agent of {e.name} ({e.saved})", folder) for e, folder in saved]
 
 
 def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> None:

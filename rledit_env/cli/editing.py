@@ -16,6 +16,7 @@ from rledit_env.cli.command import (
     dtype_name,
     model_name,
     model_source,
+    probability,
     progress_bar,
     say_loading,
     skipped_rows,
@@ -81,22 +82,13 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
 def presentation_arguments(parser: argparse.ArgumentParser) -> None:
     """--present-until and --max-presentations."""
     group = parser.add_argument_group("presentations, where a batch may be presented more than once")
-    group.add_argument("--present-until", type=_probability, metavar="P",
+    group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers at least this "
                        f"probability, each time the facts that lack it (default: {PRESENT_UNTIL}); 'none' or 0: a "
                        "fixed number of times, the agent's own or --steps-per-batch")
     group.add_argument("--max-presentations", type=int, metavar="N",
                        help=f"but so many times at most (default: {MAX_PRESENTATIONS}, or what was found with an "
                        "editor's step size)")
-
-
-def _probability(text: str) -> float:
-    """A probability below 1; 0 for none."""
-    value = 0.0 if text.lower() == "none" else float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no probability below 1; give one such as {PRESENT_UNTIL}, or "
-                                         "'none'")
-    return value
 
 
 def check_editor(options: argparse.Namespace) -> None:
@@ -165,7 +157,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     from rledit_env.files import sha256_of
     from rledit_env.lm.editable import EditableLM
 
-    folder = find_agent(options.agent)
+    folder = find_agent(options.agent, facts.dataset.kind)
     trained = agent_settings(folder)["environment"]
     settings = _settings(options, trained, facts, repeated=trained.get("steps_per_batch", 1) > 1)
     model = model_name(options, trained, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from rledit_env.cli.command import (
     check_text_is_no_prior,
     dtype_name,
     environment_arguments,
+    kind_of,
     metrics_argument,
     model_name,
     model_source,
     override_arguments,
+    probability,
     progress_bar,
     say_loading,
     skipped_rows,
@@ -60,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-batches", type=int, default=20, metavar="T", help="batches of the stream")
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
     override_arguments(parser)
+    parser.add_argument("--present-until", type=probability, metavar="P",
+                        help="present a batch until the model gives every token of its answers this probability, and "
+                        "--steps-per-batch times at most (default: as the agent was trained, or a fixed number of "
+                        "times where --steps-per-batch is given); 'none': always that often")
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", type=file_or_dash, metavar="FILE",
                         help="write the result there, over an earlier result perhaps; '-' for the standard output")
@@ -70,11 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "template: does its free answer contain the target?")
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
-    group.add_argument("--general", nargs="+", metavar="SOURCE",
+    group.add_argument("--general", nargs="+", metavar="SOURCE", default=["self"],
                        help="general ability before and after: 'self' (perplexity and divergence on text that the "
                        "model wrote before editing, on human-written text and on its answers in a chat), a folder or "
                        "file of tasks (sst2.jsonl, mrpc, cola, rte, nli, mmlu), 'hub' for the public ones, "
-                       "'lm-eval:TASK,TASK'")
+                       "'lm-eval:TASK,TASK'; 'none' leaves it out (default: self)")
     text_argument(group)
     group.add_argument("--general-every", type=int, metavar="k", help="also during the stream, every k batches")
     group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
@@ -94,11 +101,12 @@ def run(options: argparse.Namespace) -> int:
 
     check_metrics(options.metrics)
     check_text(options)
-    if options.text is not None and "self" not in (options.general or ()):
+    sources = [] if options.general == ["none"] else options.general
+    if options.text is not None and "self" not in sources:
         raise ValueError("--text is what 'self' of --general is measured on, too; add --general self, or leave it out")
     if options.json not in (None, "-"):
         check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
-    folder = find_agent(options.agent)
+    folder = find_agent(options.agent, kind_of(options.env) if options.env else None)
     trained = agent_settings(folder)["environment"]
     env_id = options.env or trained.get("id")
     if not env_id:
@@ -115,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         "batch_size": options.batch_size,
         "token": options.token or trained.get("token", "answer"),
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
+        "present_until": _until(options, trained),
     }
     say_loading(settings["model"])
     with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):
@@ -138,8 +147,8 @@ def run(options: argparse.Namespace) -> int:
     say(f"agent  {folder}")
     retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
     general = None
-    if options.general:
-        ability = GeneralAbility(inner.lm, options.general, options.general_shots, options.general_limit, options.seed,
+    if sources:
+        ability = GeneralAbility(inner.lm, sources, options.general_shots, options.general_limit, options.seed,
                                  options.text)
         general = GeneralEvery(env, ability, options.general_every)
     drift = DriftProbe(env)
@@ -198,6 +207,13 @@ def run(options: argparse.Namespace) -> int:
         warn("the agent broke the model: its losses are no longer finite, and the stream ended there")
         return FAILED
     return OK
+
+
+def _until(options: argparse.Namespace, trained: Mapping[str, Any]) -> float | None:
+    """The probability at which a fact is no longer presented, if any."""
+    if options.present_until is not None:
+        return options.present_until or None
+    return trained.get("present_until") if options.steps_per_batch is None else None
 
 
 def _write(text: str, path: str) -> None:

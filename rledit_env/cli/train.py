@@ -18,6 +18,7 @@ from rledit_env.cli.command import (
     environment_arguments,
     kind_of,
     model_source,
+    probability,
     say_loading,
     skipped_rows,
 )
@@ -49,16 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="positions whose keys and value gradients the agent sees")
     group.add_argument("--steps-per-batch", type=int, default=RECOMMENDED["steps_per_batch"],
                        help="how often a batch is presented, its state recomputed each time")
+    group.add_argument("--present-until", type=probability, metavar="P",
+                       help="present a batch until the model gives every token of its answers this probability, and "
+                       "--steps-per-batch times at most (default: always that often)")
 
     group = parser.add_argument_group("the reward")
-    group.add_argument("--reward", choices=("efficacy", "paper"), default="efficacy",
-                       help="the paper's, or the paper's with a term for the edit prompt and one sampled earlier batch")
-    group.add_argument("--efficacy-weight", type=float, default=1.0,
-                       help="of the loss on the edit prompt (--reward efficacy)")
+    group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
+                       help="the paper's; the paper's with a term for the edit prompt and one sampled earlier batch; "
+                       "or 'keeping', which the shipped agents are trained with: the data set's own comparisons, "
+                       "answers that end, and the model's own text")
+    group.add_argument("--efficacy-weight", type=float,
+                       help="of the loss on the edit prompt (default: 1.0, and 2.0 for --reward keeping)")
     group.add_argument("--locality-weight", type=float,
-                       help="of the divergence on unrelated facts (default: 1.0, and 0.6 for --reward paper)")
-    group.add_argument("--own-text-weight", type=float, default=0.0,
-                       help="of the divergence on text that the model wrote before editing (0: not scored)")
+                       help="of the divergence on unrelated facts (default: 1.0, 0.6 for --reward paper, and 0.5 for "
+                       "--reward keeping)")
+    group.add_argument("--own-text-weight", type=float,
+                       help="of the divergence on text that the model wrote before editing (default: 0, not scored; 50 "
+                       "for --reward keeping)")
     group.add_argument("--continuation-weight", type=float, default=0.0,
                        help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
     group.add_argument("--kl-bound", type=float, metavar="NATS",
@@ -74,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="how rows become an update; least_squares is the paper's")
     group.add_argument("--rank", type=int, default=network.rank, help="inner width of a residual block")
     group.add_argument("--blocks", type=int, default=network.blocks, help="residual blocks; 0 leaves only step sizes")
+    group.add_argument("--precision", choices=("float32", "bfloat16"), default=network.precision,
+                       help="of the blocks' matrix products")
     group.add_argument("--step-size", type=float, default=network.step_size, help="initial step size of a module")
     group.add_argument("--damping", type=float, default=network.damping, help="initial ridge of the least squares")
     group.add_argument("--prior", type=float, default=network.prior,
@@ -133,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
         damping=options.damping, prior=options.prior, prior_source=options.prior_source, text=options.text,
         text_tokens=options.text_tokens, normaliser=options.normaliser,
-        warm_up=options.warm_up,
+        warm_up=options.warm_up, precision=options.precision,
     )
     config = RLEditConfig(
         network=network, credit=options.credit, learning_rate=options.learning_rate,
@@ -147,7 +157,8 @@ def run(options: argparse.Namespace) -> int:
     )
     common = {
         "model": lm, "batch_size": options.batch_size, "token": options.token,
-        "steps_per_batch": options.steps_per_batch, "array_backend": "torch", "disable_env_checker": True,
+        "steps_per_batch": options.steps_per_batch, "present_until": options.present_until or None,
+        "array_backend": "torch", "disable_env_checker": True,
     }
     env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=reward,
                    reward_gradient=True, **common)
@@ -161,8 +172,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
     print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
-    print(f"streams   {options.num_batches} × {options.batch_size} facts, {options.steps_per_batch} steps a batch, "
-          f"token {options.token}, reward {options.reward}{_preserving(reward)}")
+    most = "at most " if options.present_until else ""
+    print(f"streams   {options.num_batches} × {options.batch_size} facts, {most}{options.steps_per_batch} steps a "
+          f"batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
     run_folder(options.out, options.command_line)
@@ -171,6 +183,8 @@ def run(options: argparse.Namespace) -> int:
         agent.learn(
             options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
             patience=options.patience, resume=options.resume,
+            # A stream whose batches end early has fewer steps than it could have.
+            callback=lambda _: agent.updates * options.trajectories_per_update < options.trajectories,
         )
     if longer is not None:
         scores = agent.calibrate(longer)
@@ -200,13 +214,21 @@ def _reward(options: argparse.Namespace) -> Any:
     from rledit_env.preservation import Constraint, Continuation, OwnText
     from rledit_env.reward import RewardConfig
 
-    locality = options.locality_weight
-    if options.reward == "paper":
+    efficacy, locality = options.efficacy_weight, options.locality_weight
+    if options.reward == "keeping":
+        config = RewardConfig.keeping(kind_of(options.env))
+        given = {"efficacy": efficacy, "locality": locality}
+        for name, weight in given.items():
+            if weight is not None:
+                config = config.replace(name, weight, config.components[name][1])
+    elif options.reward == "paper":
         config = RewardConfig.paper(0.6 if locality is None else locality)
     else:
-        config = RewardConfig.with_efficacy(options.efficacy_weight, 1.0 if locality is None else locality)
-    if options.own_text_weight:
-        config = config.replace("own_text", options.own_text_weight, OwnText())
+        own = 1.0 if efficacy is None else efficacy
+        config = RewardConfig.with_efficacy(own, 1.0 if locality is None else locality)
+    if options.own_text_weight is not None:
+        text = config.components.get("own_text", (0.0, OwnText()))[1]
+        config = config.replace("own_text", options.own_text_weight, text)
     if options.continuation_weight:
         config = config.replace("continuation", options.continuation_weight, Continuation())
     constraint = None if options.kl_bound is None else Constraint(bound=options.kl_bound, rate=options.kl_rate)

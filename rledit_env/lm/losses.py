@@ -41,6 +41,37 @@ def negative_log_likelihood(forward: Scored, hidden: Tensor, targets: Tensor) ->
     return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, wanted)
 
 
+def preference_loss(forward: Scored, hidden: Tensor, targets: Tensor, others: Tensor, margin: float) -> Tensor:
+    """softplus(margin − log p(target) + log p(other)) at each position, (P,) at least in float32, from normalised final
+    states (P, d); targets and others are token ids (P,)."""
+    wanted = _wanted(hidden)
+
+    def row_loss(log_p: Tensor, place: slice, _beside: Tensor) -> tuple[Tensor, Tensor]:
+        likelier, other = targets[place, None], others[place, None]
+        lacking = margin - log_p.gather(1, likelier) + log_p.gather(1, other)  # (r, 1)
+        if wanted:  # what the two have in common, the logarithm of the normaliser, cancels out
+            slope = lacking.sigmoid()
+            log_p.zero_().scatter_add_(1, likelier, -slope).scatter_add_(1, other, slope)
+        return F.softplus(lacking)[:, 0], log_p
+
+    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, wanted)
+
+
+def membership_loss(forward: Scored, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """−log Σ p(token) over some tokens (E,) at each position, (P,) at least in float32, from normalised final states
+    (P, d)."""
+    wanted = _wanted(hidden)
+
+    def row_loss(log_p: Tensor, _place: slice, _beside: Tensor) -> tuple[Tensor, Tensor]:
+        inside = log_p[:, tokens]  # (r, E)
+        loss = -inside.logsumexp(1)
+        if wanted:
+            log_p.exp_().index_add_(1, tokens, (inside + loss[:, None]).exp_(), alpha=-1.0)
+        return loss, log_p
+
+    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, wanted)
+
+
 def kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
     """KL(p_reference ‖ p) at each position, (P,) at least in float32, from normalised final states (P, d) each; the
     reference is a constant."""

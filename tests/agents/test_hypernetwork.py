@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agents.hypernetwork import AGGREGATIONS, Hypernetwork, HypernetworkConfig, RunningNormaliser, _ResidualBlock
+from rledit_env.wrappers import ridge_keys
 
 SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
 
@@ -73,6 +74,31 @@ def test_the_untrained_network_is_the_identity(aggregation):
     factors = [net.factors(net.observe(*batch(5))) for net in (with_blocks, without)]
     for mine, plain in zip(*factors, strict=True):
         assert all(torch.equal(mine[m], plain[m]) for m in SHAPES)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_in_the_units_of_its_input_the_untrained_network_is_ridge_regression_on_the_gradient_itself(warm):
+    net = network(aggregation="least_squares", damping=0.7, output_units="input")
+    if warm:
+        moments = {m: RunningNormaliser(sum(s)) for m, s in SHAPES.items()}
+        for m, (keys, gradients) in {m: (batch(30, 4)[0][m], batch(30, 4)[1][m]) for m in SHAPES}.items():
+            moments[m].update(torch.cat([keys, gradients], 1))
+        net.start_from(moments)
+    for seed in range(2):  # the moments of the stream change from batch to batch, and the rule does not
+        keys, gradients = batch(5, seed)
+        update_keys, values = net.factors(net.observe(keys, gradients))
+        for m, u in keys.items():
+            np.testing.assert_allclose(update_keys[m].detach(), ridge_keys(u, 0.7), rtol=1e-3, atol=1e-5)
+            expected = -0.1 * u.square().sum(1, keepdim=True) * gradients[m]
+            np.testing.assert_allclose(values[m].detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_the_units_of_its_input_the_second_pass_of_some_modules_gives_what_the_first_gave():
+    net = moved(network(aggregation="least_squares", output_units="input"))
+    record = net.observe(*batch(5))
+    whole, some = net.factors(record), net.factors(record, ["c"])
+    for part, piece in zip(whole, some, strict=True):
+        np.testing.assert_allclose(piece["c"].detach(), part["c"].detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("coefficient", ["key", "normalised"])
