@@ -155,7 +155,8 @@ class RewardConfig:
     Attributes:
         components: name → (weight, component) of the basic term L(B, W) (Eq. 8; λ_loc is locality's weight). Give
             your own to replace any of them; their unweighted means appear in ``info`` under their names.
-            `rledit_env.preservation` has components that say what becomes of the rest of the LLM.
+            `rledit_env.preservation` has components that say what becomes of the rest of the LLM,
+            `rledit_env.answering` some that ask what scores ask.
         locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights of before
             the step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
         constraint: a bound on one of the components, held by a Lagrange multiplier; None for none.

@@ -158,7 +158,8 @@ def test_evaluate_without_chat_does_not_ask(tmp_path: Path, capsys: pytest.Captu
     ("more", "message"),
     [
         (["--chat"], "tiny-llama has no chat template; take a model made for chat"),
-        (["--text", "book.txt"], "--text is what 'self' of --general is measured on, too; add --general self"),
+        (["--general", "none", "--text", "book.txt"],
+         "--text is what 'self' of --general is measured on, too; add --general self"),
         (["--general", "self", "--text", "none.txt"], "there is no text file none.txt"),
     ],
 )
