@@ -22,6 +22,7 @@ from rledit_env import cli, preservation, report
 from rledit_env.cli import results, train
 from rledit_env.env import LifelongEditEnv
 from rledit_env.metrics import METRICS_VERSION
+from rledit_env.reward import RewardConfig
 
 ROOT = Path(__file__).parents[1]
 ENV = "RLEdit-CounterFact-v0"
@@ -54,6 +55,30 @@ def test_train_keeps_the_rest_of_the_model_when_asked(
     assert reward["components"]["own_text"] == [0.5, repr(preservation.OwnText())]
     assert reward["components"]["continuation"] == [0.25, repr(preservation.Continuation())]
     assert reward["constraint"] == {"component": "own_text", "bound": 0.2, "rate": 3.0, "start": 0.0}
+
+
+def test_train_asks_what_scores_ask_and_presents_until_facts_take_when_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, result = tmp_path / "run", tmp_path / "result.json"
+    more = ["--reward", "keeping", "--present-until", "0.8", "--locality-weight", "0.25", "--trajectories", "3"]
+    assert cli.main([*TRAIN, *more, "--out", str(run)]) == 0
+    assert "at most 2 steps a batch" in capsys.readouterr().out
+    saved = json.loads((run / "last" / "agent.json").read_text())
+    assert saved["updates"] == 3 and saved["environment"]["present_until"] == 0.8
+    kept = {name: weight for name, (weight, _) in RewardConfig.keeping("counterfact").components.items()}
+    weights = {name: weight for name, (weight, _) in saved["environment"]["reward"]["components"].items()}
+    assert weights == kept | {"locality": 0.25}
+    # An agent is scored as it was trained, unless told otherwise; what that cost the model is said without asking.
+    evaluate = ["evaluate", "--env", ENV, "--agent", str(run), "--num-batches", "1", "--batch-size", "2", "--json"]
+    for options, until in (([], 0.8), (["--steps-per-batch", "2"], None), (["--present-until", "none"], None),
+                           (["--steps-per-batch", "3", "--present-until", "0.5"], 0.5)):
+        assert cli.main([*evaluate, str(result), *options]) == 0
+        content = json.loads(result.read_text())
+        assert content["settings"]["present_until"] == until
+        assert content["general"]["scores"]["1"]["self"]["kl"] > 0
+    assert cli.main([*evaluate, str(result), "--general", "none"]) == 0
+    assert "general" not in json.loads(result.read_text())
 
 
 @pytest.fixture
@@ -425,6 +450,16 @@ def test_default_is_the_agent_that_ships_or_a_clear_error(
     assert "ships no trained agent" in capsys.readouterr().err
     saved_agent(tmp_path / "pretrained" / "tiny", step_size=1e-3)
     assert cli.main(arguments) == 0
+
+
+def test_an_agent_ships_for_each_kind_of_facts_and_counterfacts_edits_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_agents, "PRETRAINED", tmp_path)
+    for kind in ("fever", "counterfact", "zsre"):
+        saved_agent(tmp_path / "tiny" / kind, step_size=1e-3)
+    for kind, found in (("zsre", "zsre"), ("fever", "fever"), ("facts", "counterfact"), (None, "counterfact")):
+        assert saved_agents.find_agent("default", kind) == tmp_path / "tiny" / found
 
 
 def test_the_installed_command_is_this_one() -> None:
