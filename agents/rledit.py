@@ -149,7 +149,7 @@ def rledit_ridge(step_size: float = 1.0, damping: float = 1.0, **settings: Any) 
     rule = HypernetworkConfig(
         aggregation="least_squares", output_units="input", prior=0.0, step_size=step_size, damping=damping
     )
-    return RLEditConfig(network=rule, **settings)
+    return RLEditConfig(network=rule, **{"learning_rate": 1e-3, "step_size_learning_rate": 0.02} | settings)
 
 
 class RLEditAgent(Agent):
