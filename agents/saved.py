@@ -28,7 +28,7 @@ from agents.ultraedit import UltraEditAgent
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-DEFAULT = "default"  # names the agents that ship with the package, one for each kind of facts
+DEFAULT = "default"  # names the agents that ship with the package, at most one for each kind of facts
 GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
 CLASSES: dict[str, type[Agent]] = {
     "rledit": RLEditAgent,
@@ -52,8 +52,8 @@ def find_agent(name: str | Path, kind: str | None = None) -> Path:
     Args:
         name: an agent's folder; a run's folder, whose ``best`` is taken, else its ``last``; or "default", the agent
             that ships with the package.
-        kind: of the facts that "default" is to edit: "zsre", "counterfact" or "fever", each of which has an agent of
-            its own. Any other, and None, means the agent for statements, CounterFact's.
+        kind: of the facts that "default" is to edit: "zsre", "counterfact" or "fever". Where none ships for that
+            kind, and for any other and None, it is CounterFact's, the agent for statements.
 
     Raises:
         FileNotFoundError: there is none.

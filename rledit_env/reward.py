@@ -244,9 +244,9 @@ class RewardConfig:
 
     @staticmethod
     def keeping(kind: str, own_text: float = 50.0) -> RewardConfig:
-        """What the shipped agents are trained with: the facts as the data set's scores see them, free answers that end
-        where they should, and the rest of the LLM as it was. Earlier batches are left to the recursion and to the
-        LLM's own text, which scores all of them.
+        """The facts as the data set's scores see them, free answers that end where they should, and the rest of the LLM
+        as it was: what benchmarks/NOTES.md found to pay at equal divergence, with other weights
+        of own text. Earlier batches are left to the recursion and to the LLM's own text, which scores all of them.
 
         Args:
             kind: "counterfact" and "fever", whose answers have rivals, are scored by which answer is the likelier (and

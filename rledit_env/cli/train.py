@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the reward")
     group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
                        help="the paper's; the paper's with a term for the edit prompt and one sampled earlier batch; "
-                       "or 'keeping', which the shipped agents are trained with: the data set's own comparisons, "
-                       "answers that end, and the model's own text")
+                       "or 'keeping', which also keeps the rest of the model: the data set's own comparisons, answers "
+                       "that end, and the model's own text")
     group.add_argument("--efficacy-weight", type=float,
                        help="of the loss on the edit prompt (default: 1.0, and 2.0 for --reward keeping)")
     group.add_argument("--locality-weight", type=float,
