@@ -81,12 +81,9 @@ class Preference:
             for encoded, choice in zip(records, choices, strict=True)
             if encoded.record.original is not None
         ]
-        prompts, origins = [prompt for prompt, *_ in asked], [origin for *_, origin in asked]
-        sides = [
-            lm.tokenize_all(prompts, [str(answers[side]) for _, answers, _ in asked], [None] * len(asked), origins)
-            for side in (0, 1)
-        ]
-        return [passage for a, b in zip(*sides, strict=True) if (passage := _parting(a, b)) is not None]
+        sides = [[_tokenized(lm, prompt, answer, origin) for answer in answers] for prompt, answers, origin in asked]
+        parted = [_parting(a, b) for a, b in sides if a is not None and b is not None]
+        return [passage for passage in parted if passage is not None]
 
     def _asked(self, encoded: EncodedRecord, choice: float) -> tuple[str, tuple[str, str], str]:
         """The prompt, the answer that should be the likelier with the other one, and where the fact is from."""
@@ -100,6 +97,14 @@ class Preference:
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         return preference_loss(lm.forward, hidden, targets % PAIR, targets // PAIR, self.margin)
+
+
+def _tokenized(lm: EditableLM, prompt: str, answer: str, origin: str) -> Passage | None:
+    """A prompt with an answer that is not its fact's own; None where they do not fit the LLM's context."""
+    try:
+        return lm.tokenize(prompt, answer, origin=origin)
+    except ValueError:
+        return None
 
 
 def _parting(one: Passage, other: Passage) -> Passage | None:
@@ -186,9 +191,10 @@ class OtherQuestions:
                 prompt = FORMS[int(choice * 10_000) % len(FORMS)].format(
                     x=record.subject, p=PROPERTIES[int(choice * 1e6) % len(PROPERTIES)]
                 )
-                asked = lm.tokenize(prompt, "the", origin=record.origin)
-                begin = len(asked.input_ids) + 1 - len(asked.targets)
-                passages.append(Passage(asked.input_ids[:begin], asked.targets[:1]))
+                asked = _tokenized(lm, prompt, "the", record.origin)
+                if asked is not None:
+                    begin = len(asked.input_ids) + 1 - len(asked.targets)
+                    passages.append(Passage(asked.input_ids[:begin], asked.targets[:1]))
                 continue
             others = [
                 (other, span) for other, span in known
@@ -198,7 +204,8 @@ class OtherQuestions:
                 continue
             other, (begin, end) = others[int(choice * len(others))]
             prompt = other.prompt[:begin] + record.subject + other.prompt[end:]
-            passages.append(lm.tokenize(prompt, other.original or other.target, origin=other.origin))
+            if (asked := _tokenized(lm, prompt, other.original or other.target, other.origin)) is not None:
+                passages.append(asked)
         return passages
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:

@@ -170,6 +170,14 @@ def test_the_shipped_agents_reward_scores_every_kind_of_facts(make_env, facts, r
     assert -reward == pytest.approx(sum(w * info[n] for n, w in weights.items()) + info["regularisation"], rel=1e-4)
 
 
+def test_what_does_not_fit_the_models_context_adds_nothing(tiny_lm, uneven_facts):
+    lm = tiny_lm()
+    first, _, _, fourth = uneven_facts.records
+    endless = replace(first, original="x " * lm.context_length)
+    assert len(drawn(lm, [endless, fourth], Preference("edit"))) == 1
+    assert len(drawn(lm, [endless, fourth], OtherQuestions())) == 1  # the fourth's subject with the endless answer
+
+
 def test_another_place_to_compare_is_named():
     with pytest.raises(ValueError, match="on is 'prompt'; give 'edit', 'paraphrases' or 'unrelated'"):
         Preference("prompt")
