@@ -15,7 +15,7 @@ from agents.ppo import StandardAgent, StandardConfig
 from agents.prune import PRUNEAgent, PRUNEConfig
 from agents.random_search import RandomSearchAgent
 from agents.rect import RECTAgent, RECTConfig
-from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_paper_network, rledit_ridge
+from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_paper_network, rledit_ridge, rledit_untrained
 from agents.rome import ROMEAgent, ROMEConfig
 from agents.saved import agent_settings, find_agent, load_agent
 from agents.ultraedit import UltraEditAgent, UltraEditConfig
@@ -74,4 +74,5 @@ __all__ = [
     "rledit_paper",
     "rledit_paper_network",
     "rledit_ridge",
+    "rledit_untrained",
 ]

@@ -16,7 +16,8 @@ from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import Component, Efficacy, Generalization, Locality, RewardConfig, TextComponent
 
 CONFIGS = Path(__file__).parent / "configs"
-ENVIRONMENT = ("edit_modules", "token", "steps_per_batch")  # settings of the environment that an editor may choose
+# Settings of the environment that an editor may choose.
+ENVIRONMENT = ("edit_modules", "token", "steps_per_batch", "present_until")
 COMPONENTS: dict[str, type[Component] | type[TextComponent]] = {
     "efficacy": Efficacy, "generalization": Generalization, "locality": Locality, "own_text": OwnText,
     "continuation": Continuation,
@@ -97,7 +98,8 @@ class Editor:
         group: which editors it belongs with.
         agent: its class, "module:name", built as ``agent(env, config, seed=seed)``.
         config: its configuration's class, or a function that gives the default configuration, "module:name".
-        env: settings of the environment; without edit_modules the model's default ones are edited.
+        env: settings of the environment; without edit_modules the model's default ones are edited, and a saved agent
+            keeps those that it was trained with.
         settings: what of the default configuration is otherwise, by (nested) name.
         training: how it is trained; None if there is nothing to train, only perhaps statistics to gather, which is
             then ``learn(0)``'s work.
@@ -339,6 +341,10 @@ EDITORS: dict[str, Editor] = {
                 reward={"locality_reference": "previous", "regularisation_gradient": False},
             ),
         ),
+        _trajectory(  # what training starts from: the moments of training facts, and nothing learned
+            "rledit-untrained", "RLEdit, untrained", "agents.rledit:rledit_untrained",
+            env={"token": "subject", "steps_per_batch": 8, "present_until": 0.8}, training=Training(trajectories=0),
+        ),
         _trajectory(
             "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
             training=Training(
@@ -431,7 +437,9 @@ def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Edit
     place, entry = f"editor {editor.name!r}", entries.get(editor.name, {})
     if editor.variant_of is not None:
         entry = merged(entries.get(editor.variant_of, {}), entry)
-    env, settings, training, trainer = dict(editor.env), dict(editor.settings), editor.training, None
+    saved = entry.get("saved", editor.saved)
+    env = {} if saved is not None else dict(editor.env)  # a saved agent knows its own
+    settings, training, trainer = dict(editor.settings), editor.training, None
     if editor.trained_as is not None:
         trainer = configured(EDITORS[editor.trained_as], entries)
         training = trainer.training
@@ -442,7 +450,7 @@ def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Edit
         training = changed(training or Training(), entry["train"], f"{place}, train")
     made = replace(
         editor, env=env, settings=merged(settings, entry.get("config", {})), training=training, trainer=trainer,
-        saved=entry.get("saved", editor.saved),
+        saved=saved,
     )  # fmt: skip
     made.configuration()
     made.reward()

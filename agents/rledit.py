@@ -152,6 +152,19 @@ def rledit_ridge(step_size: float = 1.0, damping: float = 1.0, **settings: Any) 
     return RLEditConfig(network=rule, **{"learning_rate": 1e-3, "step_size_learning_rate": 0.02} | settings)
 
 
+def rledit_untrained(step_size: float = 1.4e-3, prior: float = 1000.0, **network: Any) -> RLEditConfig:
+    """The rule that RLEdit's training starts from, without the residual blocks: recursive least squares on normalised
+    rows, with a prior on the keys of ordinary text, so that an update stays out of the directions that text lives in.
+
+    Args:
+        step_size: η of every module.
+        prior: c, how many keys of text the least squares start with.
+        network: other settings of the network.
+    """
+    rule = HypernetworkConfig(blocks=0, step_size=step_size, prior=prior, prior_source="text", **network)
+    return RLEditConfig(network=rule)
+
+
 class RLEditAgent(Agent):
     """The RLEdit agent.
 

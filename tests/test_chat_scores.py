@@ -17,6 +17,7 @@ from rledit_env.answers import contains
 from rledit_env.chat_scores import ANSWER_TOKENS, CHUNK, ChatScores, chat_scores
 from rledit_env.env import LifelongEditEnv
 from rledit_env.knowledge import EditRecord, UnrelatedFact
+from rledit_env.lm.chat import ChatTemplate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.registry import load_model
 
@@ -203,3 +204,34 @@ def test_a_prompt_that_is_a_chat_already_is_refused_before_anything_is_edited(
     agent = saved(tmp_path / "agent", str(chat_model))
     assert cli.main(evaluate(agent, "--chat", "--data", str(data), "--num-batches", "1")) == 2
     assert "the prompt holds '<bos>' already: '<bos>3?'" in capsys.readouterr().err
+
+
+# -- rledit train and rledit edit --chat ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chat, of_ten", [([], 8), (["--chat"], 8), (["--chat", "also"], 16)])
+def test_training_takes_facts_in_the_template_or_both_ways(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: list[str], of_ten: int
+) -> None:
+    rows = [
+        {"prompt": f"Mr. {name} lives in", "subject": f"Mr. {name}", "target_new": "Rome", "ground_truth": "Paris",
+         "rephrase_prompt": f"The home of Mr. {name} is", "locality_prompt": "Bob lives in",
+         "locality_ground_truth": "Ghent"}
+        for name in ("Adams", "Baker", "Clark", "Davis", "Evans", "Frank", "Ghosh", "Hills", "Irwin", "Jones")
+    ]  # fmt: skip
+    data = tmp_path / "facts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    seen: list[Any] = []
+    monkeypatch.setattr(RLEditAgent, "learn", lambda agent, *_, **__: seen.append(agent.env.unwrapped.dataset))
+    command = [
+        "train", "--env", "RLEdit-CounterFact-v0", "--model", str(chat_model), "--data", str(data), "--num-batches",
+        "1", "--batch-size", "2", "--eval-num-batches", "1", "--steps-per-batch", "1", "--rank", "4", "--device", "cpu",
+        "--out", str(tmp_path / "run"), *chat,
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    [facts] = seen
+    template = ChatTemplate(load_model(str(chat_model))[1])
+    bare, asked = ("Mr. Adams lives in", template("Mr. Adams lives in"))
+    assert len(facts) == of_ten and [r.prompt for r in facts][:2] == {
+        0: [bare, "Mr. Baker lives in"], 1: [asked, template("Mr. Baker lives in")], 2: [bare, asked]
+    }[len(chat)]  # fmt: skip

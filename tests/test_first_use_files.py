@@ -347,6 +347,14 @@ def test_chat_puts_every_prompt_into_the_template_and_keeps_the_subject_s_place(
     assert tokenizer.decode(passage.input_ids[: passage.subject_position + 1]) == "<bos>user\nWhere is Bergen"
 
 
+def test_facts_are_edited_both_as_they_are_and_in_the_template(edit: Edit, chat_model: Path) -> None:
+    row = {"prompt": "Where is Bergen?", "target": "Peru", "subject": "Bergen"}
+    report = edit(json.dumps(row), "--chat", "also", "--no-warm-up", "--model", str(chat_model), "--token", "subject")
+    prompt = "<bos>user\nWhere is Bergen?<eos>\n<bos>assistant\n"
+    assert facts_of(report) == [("Where is Bergen?", "Peru"), (prompt, "Peru")]
+    assert len(report["taken"]) == 2 and report["settings"]["chat"] == "also"
+
+
 def test_chat_with_a_model_that_has_no_template_is_refused(refused: Callable[..., str]) -> None:
     assert "tiny-llama has no chat template" in refused(LINES, "--chat", "--model", "tiny-llama")
 

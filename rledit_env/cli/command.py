@@ -87,6 +87,16 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
+def chat_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """--chat: how facts are asked."""
+    from rledit_env.lm.chat import CHAT_FORMS
+
+    parser.add_argument("--chat", nargs="?", const="only", choices=CHAT_FORMS,
+                        help=f"put {what} into the model's chat template, as a user's message ('only', which --chat "
+                        "alone means), or edit it both as it is and in the template ('also'), for a model that is "
+                        "asked both ways")
+
+
 def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The human-written text that divergence is measured on."""
     parser.add_argument("--text", metavar="FILE",

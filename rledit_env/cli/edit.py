@@ -17,6 +17,7 @@ from rledit_env.cli.command import (
     FAILED,
     OK,
     Command,
+    chat_argument,
     check_positive,
     check_text,
     check_text_is_no_prior,
@@ -69,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
                         help="how to read the file (default: told by its fields)")
     on_error_argument(parser)
-    parser.add_argument("--chat", action="store_true",
-                        help="put every prompt into the model's chat template, as a user's message")
+    chat_argument(parser, "every fact")
     editor_arguments(parser)
     presentation_arguments(parser)
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")

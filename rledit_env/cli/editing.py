@@ -216,8 +216,8 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
-    """The facts, with --chat in the model's chat template, and with --on-error skip without those that do not fit it or
-    the model's context.
+    """The facts, with --chat in the model's chat template or both ways, and with --on-error skip without those that do
+    not fit it or the model's context.
 
     Raises:
         ValueError: a fact does not fit; with --on-error skip, none does.
@@ -230,15 +230,16 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     records, reasons = [], list[str]()
     for record in facts.dataset:
         try:
-            shown = template.wrapped(record) if template else record
+            shown = template.asked(record, options.chat) if template else (record,)
             if skips:  # where nothing is skipped, the environment checks the lengths
-                encode(lm, shown)
+                for one in shown:
+                    encode(lm, one)
         except ValueError as error:
             if not skips:
                 raise
             reasons.append(str(error))
         else:
-            records.append(shown)
+            records.extend(shown)
     if not records:
         raise ValueError(f"no fact fits {lm.name}; the first one: {reasons[0]}")
     skipped = dict(facts.dataset.skipped)

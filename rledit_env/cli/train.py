@@ -13,6 +13,7 @@ import gymnasium as gym
 from rledit_env.cli.command import (
     OK,
     Command,
+    chat_argument,
     check_positive,
     dtype_name,
     environment_arguments,
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers this probability, and "
                        "--steps-per-batch times at most (default: always that often)")
+
+    chat_argument(group, "every fact")
 
     group = parser.add_argument_group("the reward")
     group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
@@ -155,6 +158,8 @@ def run(options: argparse.Namespace) -> int:
     lm = EditableLM.load(
         options.model, options.edit_modules, options.dtype, options.device, **model_source(options)
     )
+    if options.chat:
+        training, selection = (_in_chat(facts, lm, options.chat) for facts in (training, selection))
     common = {
         "model": lm, "batch_size": options.batch_size, "token": options.token,
         "steps_per_batch": options.steps_per_batch, "present_until": options.present_until or None,
@@ -208,6 +213,12 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
     if options.select_on == "eval":
         return whole, load_knowledge(kind, options.data, "eval", options.on_error)
     return held_out(whole)
+
+
+def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDataset:
+    from rledit_env.lm.chat import in_chat
+
+    return replace(facts, records=in_chat(facts.records, lm.tokenizer, lm.name, form))
 
 
 def _reward(options: argparse.Namespace) -> Any:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
 from rledit_env.lm.tokens import TextEncoder
 
+CHAT_FORMS = ("only", "also")
 _MARK = "\ufffc8215\ufffc"  # a message that no template holds
 
 
@@ -77,6 +78,17 @@ class ChatTemplate:
             lead=self.lead,
         )
 
+    def asked(self, record: EditRecord, form: str) -> tuple[EditRecord, ...]:
+        """The record as it is asked: with the form "only" in the template, with "also" first as it is, then in the
+        template.
+
+        Raises:
+            ValueError: as for :meth:`wrapped`, or there is no such form.
+        """
+        if form not in CHAT_FORMS:
+            raise ValueError(f"chat is {form!r}; give one of {', '.join(map(repr, CHAT_FORMS))}")
+        return (record, self.wrapped(record)) if form == "also" else (self.wrapped(record),)
+
     def _rendered(self, message: str) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
@@ -89,7 +101,9 @@ class ChatTemplate:
         return str(text)
 
 
-def in_chat(records: Sequence[EditRecord], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[EditRecord, ...]:
-    """The records with every prompt in the chat template of the model's tokenizer (see `ChatTemplate`)."""
+def in_chat(
+    records: Sequence[EditRecord], tokenizer: PreTrainedTokenizerBase, name: str, form: str = "only"
+) -> tuple[EditRecord, ...]:
+    """The records with every prompt in the chat template of the model's tokenizer (see `ChatTemplate.asked`)."""
     template = ChatTemplate(tokenizer, name)
-    return tuple(map(template.wrapped, records))
+    return tuple(asked for record in records for asked in template.asked(record, form))

@@ -68,3 +68,11 @@ def test_a_template_that_changes_the_prompt_is_refused() -> None:
 def test_a_prompt_that_is_a_chat_already_is_refused() -> None:
     with pytest.raises(ValueError, match="line 3: the prompt holds '<bos>' already"):
         ChatTemplate(tokenizer(PLAIN), "tiny")("<bos>user: Ann?", "line 3")
+
+
+def test_facts_are_asked_in_the_template_or_both_ways() -> None:
+    made = tokenizer(PLAIN)
+    (wrapped,) = in_chat([RECORD], made, "tiny")
+    assert in_chat([RECORD, RECORD], made, "tiny", "also") == (RECORD, wrapped, RECORD, wrapped)
+    with pytest.raises(ValueError, match="chat is 'never'; give one of 'only', 'also'"):
+        in_chat([RECORD], made, "tiny", "never")
