@@ -33,7 +33,8 @@ PROPERTIES = (
     "place of burial", "military rank", "employer", "educated at", "sport", "league", "member of", "participant in",
     "nominated for", "based on", "characters", "colour", "material used", "use", "symptoms", "medical specialty",
     "chromosome", "encoded by", "found in", "family name", "given name", "time period", "owned by", "operator",
-    "connecting line", "part of", "named after",
+    "connecting line", "part of", "named after", "country of citizenship", "taxon rank", "place of birth", "occupation",
+    "genre", "country", "date of birth", "date of death", "instance of", "creator", "location", "language", "sex",
 )  # fmt: skip
 FORMS = ("The {p} of {x} is", "{x} {p}")
 PAIR = 2**32  # a passage of two answers has one target: the token that should be the likelier + PAIR · the other one

@@ -243,29 +243,33 @@ class RewardConfig:
         )
 
     @staticmethod
-    def keeping(kind: str, own_text: float = 50.0) -> RewardConfig:
+    def keeping(kind: str, own_text: float | None = None) -> RewardConfig:
         """The facts as the data set's scores see them, free answers that end where they should, and the rest of the LLM
-        as it was: what benchmarks/NOTES.md found to pay at equal divergence, with other weights
-        of own text. Earlier batches are left to the recursion and to the LLM's own text, which scores all of them.
+        as it was: what benchmarks/NOTES.md found to pay at equal divergence. Earlier batches are left to the recursion
+        and to the LLM's own text, which scores all of them.
 
         Args:
-            kind: "counterfact" and "fever", whose answers have rivals, are scored by which answer is the likelier (and
-                a little by the likelihood itself); others, such as "zsre", by the likelihood, and by what other
-                questions about the same subject are answered.
-            own_text: weight of the divergence on text that the LLM wrote before editing.
+            kind: "counterfact", whose answers have rivals, is scored by which answer is the likelier (and a little by
+                the likelihood itself); "fever" likewise, but for its unrelated claims, whose answers are to stay what
+                they were, right or wrong; others, such as "zsre", by the likelihood, and by what other questions about
+                the same subject are answered.
+            own_text: weight of the divergence on text that the LLM wrote before editing; None takes the one that
+                suits the kind.
         """
+        preferred: dict[str, tuple[float, Component | TextComponent]] = {
+            "generalization": (0.1, Generalization()), "preference": (4.0, Preference("paraphrases")),
+        }  # fmt: skip
+        if kind == "counterfact":
+            weight, locality, own = 80.0, 0.5, preferred | {"kept_preference": (4.0, Preference("unrelated"))}
+        elif kind == "fever":
+            weight, locality, own = 20.0, 4.0, preferred
+        else:
+            weight, locality = 20.0, 0.5
+            own = {"generalization": (1.0, Generalization()), "other_questions": (1.0, OtherQuestions())}
         shared: dict[str, tuple[float, Component | TextComponent]] = {
-            "efficacy": (2.0, Efficacy()), "ending": (1.0, Ending()), "locality": (0.5, Locality()),
-            "own_text": (own_text, OwnText(passages=4)),
+            "efficacy": (2.0, Efficacy()), "ending": (1.0, Ending()), "locality": (locality, Locality()),
+            "own_text": (weight if own_text is None else own_text, OwnText(passages=4)),
         }  # fmt: skip
-        own: dict[str, tuple[float, Component | TextComponent]] = {
-            "generalization": (1.0, Generalization()), "other_questions": (0.3, OtherQuestions()),
-        }  # fmt: skip
-        if kind in ("counterfact", "fever"):
-            own = {
-                "generalization": (0.1, Generalization()), "preference": (4.0, Preference("paraphrases")),
-                "kept_preference": (3.0, Preference("unrelated")),
-            }  # fmt: skip
         return RewardConfig(components=shared | own, backtracking_depth=0)
 
     def replace(self, name: str, weight: float, component: Component | TextComponent) -> RewardConfig:

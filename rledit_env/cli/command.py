@@ -87,7 +87,7 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
-def chat_argument(parser: argparse.ArgumentParser, what: str) -> None:
+def chat_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:
     """--chat: how facts are asked."""
     from rledit_env.lm.chat import CHAT_FORMS
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agents import Agent
     from agents.editors import Editor
     from agents.strength import StrengthSearch, Trial
-    from rledit_env.knowledge import KnowledgeDataset
+    from rledit_env.knowledge import EditRecord, KnowledgeDataset
     from rledit_env.knowledge.facts import Facts
     from rledit_env.lm.editable import EditableLM
 
@@ -227,7 +227,7 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
 
     template = ChatTemplate(lm.tokenizer, lm.name) if options.chat else None
     skips = options.on_error == "skip"
-    records, reasons = [], list[str]()
+    records, reasons = list[EditRecord](), list[str]()
     for record in facts.dataset:
         try:
             shown = template.asked(record, options.chat) if template else (record,)

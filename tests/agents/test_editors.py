@@ -24,6 +24,7 @@ from agents.editors import (
     with_strength,
 )
 from agents.rledit import RLEditConfig
+from agents.saved import agent_settings, find_agent
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 
@@ -208,6 +209,26 @@ def test_a_step_size_scales_all_numbers_that_an_editor_moves_by():
 def test_a_step_size_that_cannot_be_is_refused(name, size, message):
     with pytest.raises(ValueError, match=message):
         with_step_size(EDITORS[name], size, 1)
+
+
+def test_a_saved_agent_keeps_its_own_settings_but_those_that_its_entry_names():
+    editor = EDITORS["rledit"]
+    assert {"token", "steps_per_batch"} <= set(configured(editor, {}).env)
+    assert configured(editor, {"rledit": {"saved": "elsewhere"}}).env == {}
+    named = {"saved": "elsewhere", "env": {"present_until": 0.9}}
+    assert configured(editor, {"rledit": named}).env == {"present_until": 0.9}
+
+
+@pytest.mark.parametrize("kind", ["zsre", "counterfact", "fever"])
+def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own_settings(kind):
+    entries = load_configs(find_configs("smollm2-135m"), kind)
+    shipped, rule = (configured(EDITORS[name], entries) for name in ("rledit", "rledit-untrained"))
+    trained = agent_settings(find_agent("default", kind))["environment"]
+    assert (shipped.saved, shipped.env) == ("default", {})
+    assert rule.env["token"] == trained["token"] and rule.env["present_until"] == trained["present_until"]
+    assert rule.env["edit_modules"] == "model.layers.[4-15].mlp.{gate,up}_proj"
+    both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(4, 16) for name in ("gate", "up")}
+    assert set(trained["edit_modules"]) == both
 
 
 def test_what_names_the_step_size_changes_no_description_of_a_finished_comparison():
