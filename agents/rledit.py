@@ -425,23 +425,27 @@ class RLEditAgent(Agent):
         self.network.scale_step_sizes(factor)
 
     def calibrate(
-        self, env: gym.Env, factors: Sequence[float] = (1.0, 0.7, 0.5, 0.35), seed: int = 12345
-    ) -> dict[float, float]:
+        self, env: gym.Env, factors: Sequence[float] = (1.0, 0.85, 0.7, 0.6, 0.5, 0.35), seed: int = 12345,
+        kl_bound: float | None = None,
+    ) -> dict[float, float]:  # fmt: skip
         """Scale the step sizes by the factor that scores best on a held-out stream, best as long as those to come.
 
         Training on short streams favours steps that are too large for long ones: what a step gains for its own batch
         it takes from the weights that all later batches share. From the largest factor on, each is tried until the
-        score falls; with ``kl_bound`` in the configuration, what is beyond it counts less than any score.
+        score falls; with a bound on the divergence, what is beyond it counts less than any score.
 
         Args:
             env: the held-out stream; ``steps_per_batch`` may differ from training's.
             factors: what to try.
             seed: ``env`` is reset with it.
+            kl_bound: the most that the LLM may diverge on its own text, in nats a token; None takes the
+                configuration's.
 
         Returns:
             Factor → mean of Efficacy, Generalization and Specificity of those tried: −∞ where the LLM broke, and how
             far the divergence is beyond ``kl_bound``, as a negative number, where it is.
         """
+        bound = self.config.kl_bound if kl_bound is None else kl_bound
         start = self.network.step_size_parameter.detach().clone()
         scores: dict[float, float] = {}
         best = 1.0
@@ -451,8 +455,8 @@ class RLEditAgent(Agent):
                 with self.presented.by(env):
                     _, info = run_stream(env, self, seed=seed)
                 score = -math.inf if info["diverged"] else _inner(env).evaluate(generate=False).mean
-                if self.config.kl_bound is not None:
-                    score = within_bound(score, divergence(_inner(env).lm), self.config.kl_bound)
+                if bound is not None:
+                    score = within_bound(score, divergence(_inner(env).lm), bound)
                 scores[factor] = score
                 if -math.inf < scores[factor] < max(scores.values()):
                     break

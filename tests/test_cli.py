@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -214,6 +215,27 @@ def test_train_scales_the_step_sizes_for_longer_streams_when_asked(
     assert "100000 batches" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert cli.main([*arguments, "--calibrate-num-batches", "3"]) == 0
     assert "mean scores: × 1: " in capsys.readouterr().out
+
+
+def test_train_records_how_the_agent_presents_when_it_edits_and_within_what_divergence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*TRAIN, "--trajectories", "1", "--out", str(run)]
+    assert cli.main([*arguments, "--calibrate-kl-bound", "0.1"]) == 2
+    assert "--calibrate-kl-bound is for --calibrate-num-batches T; give that, too" in capsys.readouterr().err
+    assert cli.main([*arguments, "--calibrate-num-batches", "3", "--calibrate-kl-bound", "0"]) == 2
+    assert "--calibrate-kl-bound is 0; give a positive number of nats" in capsys.readouterr().err
+    more = ["--edit-steps-per-batch", "3", "--edit-present-until", "0.75", "--calibrate-num-batches", "3"]
+    assert cli.main([*arguments, *more, "--calibrate-kl-bound", "1e-9", "--save-precision", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert "mean scores: × 1: -0.0, × 0.85: -0.0" in shown  # how far they are beyond the bound
+    last, best = (json.loads((run / name / "agent.json").read_text())["environment"] for name in ("last", "best"))
+    assert (last["steps_per_batch"], last["present_until"]) == (2, None)
+    assert (best["steps_per_batch"], best["present_until"]) == (3, 0.75)
+    assert best["reward"] == last["reward"] and best["num_batches"] == last["num_batches"]
+    stored = safetensors.torch.load_file(run / "best" / "agent.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.startswith("network.networks.")} == {torch.bfloat16}
 
 
 def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(

@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="present a batch until the model gives every token of its answers this probability, and "
                        "--steps-per-batch times at most (default: always that often)")
 
+    group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
+                       help="how often the trained agent presents a batch when it edits, which is recorded with it, "
+                       "and in the selection (default: --steps-per-batch)")
+    group.add_argument("--edit-present-until", type=probability, metavar="P",
+                       help="the same of --present-until (default: --present-until)")
     chat_argument(group, "every fact")
 
     group = parser.add_argument_group("the reward")
@@ -126,9 +131,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibrate-num-batches", type=int, metavar="T",
                        help="afterwards scale the step sizes to what suits a stream of T batches best: give as many as "
                        "you will edit (default: leave them as trained)")
+    group.add_argument("--calibrate-kl-bound", type=float, metavar="NATS",
+                       help="to what suits it best among those within this divergence on the model's own text "
+                       "(default: --kl-bound)")
+    group.add_argument("--save-precision", choices=("float32", "bfloat16"), default="float32",
+                       help="of the blocks' weights in the best agent's file; bfloat16 makes it smaller")
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
+
     from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
     from agents.files import RUN, RUN_PARTS, run_folder
     from rledit_env.lm.editable import EditableLM
@@ -137,8 +149,9 @@ def run(options: argparse.Namespace) -> int:
     training, selection = _training_data(options)
     check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
               "trajectories_per_update")
-    if options.calibrate_num_batches is not None:
-        check_positive(options, "calibrate_num_batches")
+    given = ("calibrate_num_batches", "edit_steps_per_batch")
+    check_positive(options, *(name for name in given if getattr(options, name) is not None))
+    _check_calibration(options)
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
     reward = _reward(options)
@@ -165,11 +178,15 @@ def run(options: argparse.Namespace) -> int:
         "steps_per_batch": options.steps_per_batch, "present_until": options.present_until or None,
         "array_backend": "torch", "disable_env_checker": True,
     }
-    env = gym.make(options.env, data=training, num_batches=options.num_batches, reward=reward,
-                   reward_gradient=True, **common)
-    eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **common)
+    editing = common | {
+        "steps_per_batch": options.edit_steps_per_batch or options.steps_per_batch,
+        "present_until": _given(options.edit_present_until, options.present_until) or None,
+    }
+    streams = {"data": training, "num_batches": options.num_batches, "reward": reward, "reward_gradient": True}
+    env = gym.make(options.env, **streams, **common)
+    eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **editing)
     longer = options.calibrate_num_batches and gym.make(
-        options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **common
+        options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **editing
     )
     agent = RLEditAgent(env, config, seed=options.seed)
 
@@ -192,11 +209,12 @@ def run(options: argparse.Namespace) -> int:
             callback=lambda _: agent.updates * options.trajectories_per_update < options.trajectories,
         )
     if longer is not None:
-        scores = agent.calibrate(longer)
+        scores = agent.calibrate(longer, kl_bound=options.calibrate_kl_bound)
         tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
         facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
         print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
-        agent.save(options.out / "best")
+    agent.set_env(gym.make(options.env, **streams, **editing))  # as it is recorded with the agent
+    agent.save(options.out / "best", getattr(torch, options.save_precision))
     score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
     print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
     print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "
@@ -219,6 +237,20 @@ def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDat
     from rledit_env.lm.chat import in_chat
 
     return replace(facts, records=in_chat(facts.records, lm.tokenizer, lm.name, form))
+
+
+def _check_calibration(options: argparse.Namespace) -> None:
+    bound = options.calibrate_kl_bound
+    if bound is None:
+        return
+    if options.calibrate_num_batches is None:
+        raise ValueError("--calibrate-kl-bound is for --calibrate-num-batches T; give that, too")
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"--calibrate-kl-bound is {bound:g}; give a positive number of nats")
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
 
 
 def _reward(options: argparse.Namespace) -> Any:

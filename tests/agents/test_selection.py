@@ -104,14 +104,15 @@ def test_a_standard_algorithm_s_best_policy_is_the_best_within_the_bound(
 
 def test_calibration_takes_the_strongest_step_sizes_within_the_bound(make: Any) -> None:
     chosen = []
-    for bound in (None, 1e-3):
+    for bound, given in ((None, None), (1e-3, None), (None, 1e-3)):
         config = RLEditConfig(HypernetworkConfig(rank=4, step_size=0.3), prior_batches=2, kl_bound=bound)
         agent = RLEditAgent(make(reward="efficacy", reward_gradient=True), config)
         agent.gather_moments(agent.env, progress_bar=False)  # type: ignore[arg-type]
-        scores = agent.calibrate(make(), factors=(1.0, 1e-1, 1e-3))
+        scores = agent.calibrate(make(), factors=(1.0, 1e-1, 1e-3), kl_bound=given)
         chosen.append((float(agent.network.step_sizes().mean().detach()) / 0.3, scores))
     assert chosen[0][0] == pytest.approx(1.0, rel=1e-4) or chosen[0][1][1.0] < max(chosen[0][1].values())
     factor, scores = chosen[1]
+    assert chosen[1] == chosen[2]
     assert scores[1.0] < 0 and factor < 1 and scores[min(scores, key=lambda f: abs(f - factor))] == max(scores.values())
 
 
