@@ -265,7 +265,7 @@ class RewardConfig:
             weight, locality, own = 20.0, 4.0, preferred
         else:
             weight, locality = 20.0, 0.5
-            own = {"generalization": (1.0, Generalization()), "other_questions": (1.0, OtherQuestions())}
+            own = {"generalization": (2.0, Generalization()), "other_questions": (0.3, OtherQuestions())}
         shared: dict[str, tuple[float, Component | TextComponent]] = {
             "efficacy": (2.0, Efficacy()), "ending": (1.0, Ending()), "locality": (locality, Locality()),
             "own_text": (weight if own_text is None else own_text, OwnText(passages=4)),
