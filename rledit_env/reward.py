@@ -260,7 +260,7 @@ class RewardConfig:
             "generalization": (0.1, Generalization()), "preference": (4.0, Preference("paraphrases")),
         }  # fmt: skip
         if kind == "counterfact":
-            weight, locality, own = 80.0, 0.5, preferred | {"kept_preference": (4.0, Preference("unrelated"))}
+            weight, locality, own = 60.0, 0.5, preferred | {"kept_preference": (2.0, Preference("unrelated"))}
         elif kind == "fever":
             weight, locality, own = 20.0, 4.0, preferred
         else:

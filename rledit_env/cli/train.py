@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="of the divergence on unrelated facts (default: 1.0, 0.6 for --reward paper, and 0.5, or "
                        "4 on FEVER, for --reward keeping)")
     group.add_argument("--own-text-weight", type=float,
-                       help="of the divergence on text that the model wrote before editing (default: 0, not scored; 80 "
+                       help="of the divergence on text that the model wrote before editing (default: 0, not scored; 60 "
                        "on CounterFact and 20 otherwise with --reward keeping)")
     group.add_argument("--continuation-weight", type=float, default=0.0,
                        help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
