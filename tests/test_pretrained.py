@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +11,14 @@ import gymnasium as gym
 import pytest
 
 from agents import agent_settings, edit_facts, edit_stream, find_agent, load_agent
+from agents.saved import PRETRAINED
 from agents.selection import divergence
 from rledit_env.answers import took
+from rledit_env.cli import build_parser
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.metrics import Metrics, continuations, evaluate
+from rledit_env.reward import RewardConfig
 
 IDS = {"zsre": "RLEdit-ZsRE-v0", "counterfact": "RLEdit-CounterFact-v0"}
 EXAMPLE = {
@@ -39,6 +44,33 @@ def test_the_shipped_agents_streams_start_from_moments_of_training_facts_and_key
     assert min(float(n.count) for n in network.training_moments.values()) >= 800  # 40 batches of 20 facts
     assert {float(n.count) for n in network.normalisers.values()} == {0.0}
     assert network.config.prior_source == "text" and not network.wants_prior
+
+
+def commands() -> list[list[str]]:
+    """The commands that the agents' README says they come from, as words."""
+    text = (PRETRAINED / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^    rledit train .*(?:\n        .*)*", text, re.MULTILINE)
+    return [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: words[3])
+def test_the_command_that_a_shipped_agent_comes_from_says_how_it_was_trained(words):
+    options = build_parser("train").parse_args(words[1:])
+    kind = {value: key for key, value in IDS.items()}[options.env]
+    settings = agent_settings(find_agent("default", kind))
+    environment, network = settings["environment"], settings["config"]["network"]
+    trained = {name: weight for name, (weight, _) in environment["reward"]["components"].items()}
+    assert options.reward == "keeping"
+    assert trained == {name: weight for name, (weight, _) in RewardConfig.keeping(kind).components.items()}
+    assert environment["reward"]["every_step"] is options.every_step
+    for name in ("token", "num_batches", "batch_size"):
+        assert environment[name] == getattr(options, name)
+    assert environment["steps_per_batch"] == (options.edit_steps_per_batch or options.steps_per_batch)
+    assert environment["present_until"] == (options.edit_present_until or options.present_until)
+    for name in ("prior", "prior_source", "precision", "rank", "blocks", "step_size"):
+        assert network[name] == getattr(options, name)
+    assert settings["config"]["step_size_learning_rate"] == options.step_size_learning_rate
+    assert settings["config"]["learning_rate"] == options.learning_rate
 
 
 def edited(kind: str, **settings: Any) -> tuple[Metrics, Metrics, float]:
