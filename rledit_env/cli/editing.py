@@ -227,7 +227,8 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
 
     template = ChatTemplate(lm.tokenizer, lm.name) if options.chat else None
     skips = options.on_error == "skip"
-    records, reasons = list[EditRecord](), list[str]()
+    records: list[EditRecord] = []
+    reasons: list[str] = []
     for record in facts.dataset:
         try:
             shown = template.asked(record, options.chat) if template else (record,)
