@@ -245,7 +245,8 @@ class RewardConfig:
     @staticmethod
     def keeping(kind: str, own_text: float | None = None) -> RewardConfig:
         """The facts as the data set's scores see them, free answers that end where they should, and the rest of the LLM
-        as it was: what benchmarks/NOTES.md found to pay at equal divergence. Earlier batches are left to the recursion
+        as it was; benchmarks/NOTES.md has what the weights for ZsRE and CounterFact were chosen by, FEVER's are not
+        measured. Earlier batches are left to the recursion
         and to the LLM's own text, which scores all of them.
 
         Args:

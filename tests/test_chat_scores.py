@@ -230,6 +230,8 @@ def test_training_takes_facts_in_the_template_or_both_ways(
     ]  # fmt: skip
     assert cli.main(command) == 0
     [facts] = seen
+    said = {0: "", 1: ", in the chat template", 2: ", as it is and in the chat template"}[len(chat)]
+    assert facts.source.endswith(f"first 80%{said}")
     template = ChatTemplate(load_model(str(chat_model))[1])
     bare, asked = ("Mr. Adams lives in", template("Mr. Adams lives in"))
     assert len(facts) == of_ten and [r.prompt for r in facts][:2] == {

@@ -87,6 +87,11 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
+def option_or(option: Any, otherwise: Any) -> Any:
+    """An option's value, or what holds where it was not given."""
+    return otherwise if option is None else option
+
+
 def chat_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:
     """--chat: how facts are asked."""
     from rledit_env.lm.chat import CHAT_FORMS

@@ -16,6 +16,7 @@ from rledit_env.cli.command import (
     dtype_name,
     model_name,
     model_source,
+    option_or,
     probability,
     progress_bar,
     say_loading,
@@ -258,10 +259,10 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
         ValueError: it presents a batch once, and is to present it until its facts have taken.
     """
     recorded = _recorded_settings(options)
-    until, count = options.present_until, _given(options.steps_per_batch, own.get("steps_per_batch", 1))
+    until, count = options.present_until, option_or(options.steps_per_batch, own.get("steps_per_batch", 1))
     if until is None and recorded is not None:
         until = recorded.get("present_until", 0.0)
-        count = _given(options.steps_per_batch, recorded["steps_per_batch"])
+        count = option_or(options.steps_per_batch, recorded["steps_per_batch"])
     elif until is None:
         until = PRESENT_UNTIL if repeated and options.steps_per_batch is None else 0.0
     if until or options.max_presentations is not None:
@@ -269,20 +270,16 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
             name = "--present-until" if options.present_until else "--max-presentations"
             raise ValueError(f"{name}: {options.editor or options.agent} presents a batch once; leave it out")
         if recorded is None:
-            count = _given(options.steps_per_batch, MAX_PRESENTATIONS)
-        count = _given(options.max_presentations, count)
+            count = option_or(options.steps_per_batch, MAX_PRESENTATIONS)
+        count = option_or(options.max_presentations, count)
     settings = {
         "token": options.token or own.get("token", "answer"),
         "steps_per_batch": count,
         **({"present_until": until} if until else {}),
-        "batch_size": min(_given(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
+        "batch_size": min(option_or(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
     return settings
-
-
-def _given(option: int | None, otherwise: int) -> int:
-    return otherwise if option is None else option
 
 
 def _environment(lm: EditableLM, facts: KnowledgeDataset, token: str) -> Any:

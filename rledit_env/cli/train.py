@@ -19,6 +19,7 @@ from rledit_env.cli.command import (
     environment_arguments,
     kind_of,
     model_source,
+    option_or,
     probability,
     say_loading,
     skipped_rows,
@@ -54,12 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers this probability, and "
                        "--steps-per-batch times at most (default: always that often)")
-
     group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
-                       help="how often the trained agent presents a batch when it edits, which is recorded with it, "
-                       "and in the selection (default: --steps-per-batch)")
+                       help="how often a batch is presented when the trained agent edits; the selection does so, too, "
+                       "and it is recorded with the agent (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
-                       help="the same of --present-until (default: --present-until)")
+                       help="until which probability it is presented then (default: --present-until)")
     chat_argument(group, "every fact")
 
     group = parser.add_argument_group("the reward")
@@ -149,8 +149,8 @@ def run(options: argparse.Namespace) -> int:
     training, selection = _training_data(options)
     check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
               "trajectories_per_update")
-    given = ("calibrate_num_batches", "edit_steps_per_batch")
-    check_positive(options, *(name for name in given if getattr(options, name) is not None))
+    optional = ("calibrate_num_batches", "edit_steps_per_batch")
+    check_positive(options, *(name for name in optional if getattr(options, name) is not None))
     _check_calibration(options)
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     }
     editing = common | {
         "steps_per_batch": options.edit_steps_per_batch or options.steps_per_batch,
-        "present_until": _given(options.edit_present_until, options.present_until) or None,
+        "present_until": option_or(options.edit_present_until, options.present_until) or None,
     }
     streams = {"data": training, "num_batches": options.num_batches, "reward": reward, "reward_gradient": True}
     env = gym.make(options.env, **streams, **common)
@@ -213,7 +213,8 @@ def run(options: argparse.Namespace) -> int:
         tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
         facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
         print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
-    agent.set_env(gym.make(options.env, **streams, **editing))  # as it is recorded with the agent
+    if editing != common:
+        agent.set_env(gym.make(options.env, **streams, **editing))  # as it is recorded with the agent
     agent.save(options.out / "best", getattr(torch, options.save_precision))
     score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
     print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
@@ -234,9 +235,11 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
 
 
 def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDataset:
-    from rledit_env.lm.chat import in_chat
+    from rledit_env.lm.chat import CHAT_FORMS, in_chat
 
-    return replace(facts, records=in_chat(facts.records, lm.tokenizer, lm.name, form))
+    records = in_chat(facts.records, lm.tokenizer, lm.name, form)
+    # The agent's record names the source, so that a run is not gone on with on other prompts.
+    return replace(facts, records=records, source=f"{facts.source}, {CHAT_FORMS[form]}")
 
 
 def _check_calibration(options: argparse.Namespace) -> None:
@@ -249,10 +252,6 @@ def _check_calibration(options: argparse.Namespace) -> None:
         raise ValueError(f"--calibrate-kl-bound is {bound:g}; give a positive number of nats")
 
 
-def _given(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
-
-
 def _reward(options: argparse.Namespace) -> Any:
     from rledit_env.preservation import Constraint, Continuation, OwnText
     from rledit_env.reward import RewardConfig
@@ -260,8 +259,8 @@ def _reward(options: argparse.Namespace) -> Any:
     efficacy, locality = options.efficacy_weight, options.locality_weight
     if options.reward == "keeping":
         config = RewardConfig.keeping(kind_of(options.env))
-        given = {"efficacy": efficacy, "locality": locality}
-        for name, weight in given.items():
+        weights = {"efficacy": efficacy, "locality": locality}
+        for name, weight in weights.items():
             if weight is not None:
                 config = config.replace(name, weight, config.components[name][1])
     elif options.reward == "paper":

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
 from rledit_env.lm.tokens import TextEncoder
 
-CHAT_FORMS = ("only", "also")
+CHAT_FORMS = {"only": "in the chat template", "also": "as it is and in the chat template"}
 _MARK = "\ufffc8215\ufffc"  # a message that no template holds
 
 
