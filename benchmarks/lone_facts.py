@@ -24,6 +24,7 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import agent_settings, edit_stream, find_agent, load_agent
 from rledit_env.answers import is_exact, took
+from rledit_env.cli.editing import MAX_PRESENTATIONS, PRESENT_UNTIL
 from rledit_env.env import LifelongEditEnv
 from rledit_env.files import write_text
 from rledit_env.general.self_text import OPENINGS, self_drift, self_text
@@ -58,8 +59,10 @@ class Args:
 
 def edit(args: Args) -> list[dict[str, Any]]:
     """Each fact's result: what the model answers, whether it took and matches exactly, and its batch's drift and KL."""
-    folder = find_agent(args.agent)
+    folder = find_agent(args.agent, args.kind)
     settings = agent_settings(folder)["environment"]
+    repeated = settings["steps_per_batch"] > 1
+    presented = {"present_until": PRESENT_UNTIL, "steps_per_batch": MAX_PRESENTATIONS} if repeated else {}
     lm = EditableLM.load(settings["model"], settings["edit_modules"], args.dtype)
     agent = load_agent(folder)
     agent.reset()
@@ -72,7 +75,7 @@ def edit(args: Args) -> list[dict[str, Any]]:
         batch = records[start : start + args.batch_size]
         env = LifelongEditEnv(
             args.kind, lm, data=replace(dataset, records=batch), num_batches=1, batch_size=len(batch), reward="none",
-            array_backend="torch", token=settings["token"], steps_per_batch=settings["steps_per_batch"],
+            array_backend="torch", token=settings["token"], **presented,
         )  # fmt: skip
         if not args.stream:
             agent.reset()

@@ -339,7 +339,7 @@ def test_facts_that_never_get_there_are_named(
 ) -> None:
     assert cli.main([*arguments, "--editor", "fine-tuning", "--step-size", "1e-6"]) == 0
     shown, found = capsys.readouterr().out, report(tmp_path)
-    assert "at most 12 times; facts by presentations: 12 times: 3" in shown
+    assert "at most 16 times; facts by presentations: 16 times: 3" in shown
     assert "3 of 3 facts never got there; give a larger --max-presentations or --step-size:" in shown
     assert all(repr(fact["prompt"]) in shown.split("never got there")[1] for fact in FACTS)
     assert found["presentations"]["never"] == [0, 1, 2] and found["presentations"]["lost"] == []

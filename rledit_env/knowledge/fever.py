@@ -1,7 +1,9 @@
 """Reads FEVER (Thorne et al. 2018): claims whose verdict is edited, in every published schema.
 
 The published code trains a two-class head on the bare claim. A causal language model has no such head, so a claim is
-put into a template that asks for the verdict, and the verdict is a word: `True` for SUPPORTS, `False` for REFUTES.
+put into a template that asks for the verdict, and the verdict is a word: `True` for SUPPORTS, `False` for REFUTES. The
+templates are such that the default model answers with one of the two words before any edit; after "True or False?
+Answer:" it goes on with a line break whatever the claim, so that an edit changes the form of every answer.
 Claims that are NOT ENOUGH INFO have no verdict to flip; they are left out and counted. Where a schema words the claim
 in other ways, the paraphrases are those wordings in the same template; where it does not, they are the same claim in
 the other templates.
@@ -13,11 +15,11 @@ from rledit_env.knowledge.fields import Row, Schema, read_by_schema
 from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
 from rledit_env.knowledge.zsre import mend_answer
 
-TEMPLATE = "Claim: {} True or False? Answer:"
+TEMPLATE = "The answer is True or False. {} The answer is"
 PARAPHRASE_TEMPLATES = (
-    "Is the following statement true or false? {} The correct answer is:",
-    "Fact check. Statement: {} Verdict (True or False):",
-    "A reader wants to know whether this is right: {} Reply with True or False. Reply:",
+    "The label is True or False. Statement: {} The label is",
+    "Mark it as True or False. {} Mark it as",
+    "Fact check: the verdict is True or False. {} The verdict is",
 )
 NOT_ENOUGH_INFO = "NOT ENOUGH INFO"
 VERDICTS = {"supports": "True", "true": "True", "refutes": "False", "false": "False"}
