@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -73,6 +74,10 @@ class RLEditConfig:
             highest score among those whose divergence from the unedited LLM, in nats a token on text of its own, is at
             most this (see `agents.selection`); where none is within it, the one that comes nearest. None: the highest
             score of all.
+        policy_average: decay of a running mean of the parameters over the updates, such as 0.9, which is the policy
+            that is evaluated, kept as the best and held at the end; streams to learn from are edited with the
+            parameters themselves. A policy's score swings by points from one update to the next, its mean's does not.
+            0: no mean.
         graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
             the steps beyond them the network runs a second time. It changes nothing but the time.
     """
@@ -88,6 +93,7 @@ class RLEditConfig:
     drift_limit: float | None = 0.6
     graph_bytes: int = 2**28
     kl_bound: float | None = None
+    policy_average: float = 0.0
     clipping: Literal["update", "running sum"] = "update"
 
     def __post_init__(self) -> None:
@@ -97,6 +103,8 @@ class RLEditConfig:
             raise ValueError(f"clipping is {self.clipping!r}; give 'update' or 'running sum'")
         if self.kl_bound is not None and not self.kl_bound > 0:
             raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
+        if not 0 <= self.policy_average < 1:
+            raise ValueError(f"policy_average is {self.policy_average}; give a decay from 0 to below 1")
 
 
 def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
@@ -209,6 +217,8 @@ class RLEditAgent(Agent):
         self._finished = False  # whether the run has ended
         self.best_score = -math.inf
         self._best: dict[str, Tensor] | None = None  # the policy with the best score, as _policy() gives it
+        self._mean: dict[str, Tensor] = {}  # of the parameters over the updates, by name
+        self._mean_updates = 0  # that it has seen
         self._waited = 0  # evaluations since then
         self._evaluated: int | None = None  # the update that was evaluated last
 
@@ -343,6 +353,7 @@ class RLEditAgent(Agent):
         if begins:
             self.timesteps = 0 if reset_num_timesteps else self.timesteps
             self._begun = self.timesteps
+            self._mean = {}
         self._finished = False
         end = self._begun + total_timesteps
         if folder is not None:
@@ -359,7 +370,8 @@ class RLEditAgent(Agent):
             nonlocal state
             due = at_end or self.updates % eval_every == 0 or self._evaluated is None
             if eval_env is not None and due and self._evaluated != self.updates:
-                better = self._evaluate(eval_env, eval_seed, writer, processes)
+                with self._holding_mean():
+                    better = self._evaluate(eval_env, eval_seed, writer, processes)
                 self._waited = 0 if better or self._evaluated is None else self._waited + 1
                 self._evaluated = self.updates
                 state = self._training_state()
@@ -416,6 +428,8 @@ class RLEditAgent(Agent):
         self._checkpoint(folder, (state[0], {**state[1], "finished": True}))
         if self._best is not None:
             self._load_policy(self._best)
+        elif self._mean:
+            self._load_policy(self._with_mean(state[0]))
         return self
 
     def scale_step_sizes(self, factor: float) -> None:
@@ -609,7 +623,35 @@ class RLEditAgent(Agent):
                           "and the policy stays as it was", stacklevel=2)
         self.optimizer.zero_grad()
         self.updates += 1
+        self._take_into_mean()
         return {"gradient_norm": norm}
+
+    def _take_into_mean(self) -> None:
+        """Let the running mean of the parameters follow them, the faster the fewer updates it has seen."""
+        if not self.config.policy_average:
+            return
+        count = self._mean_updates = self._mean_updates + 1 if self._mean else 1
+        decay = min(self.config.policy_average, (count - 1) / count)
+        for name, parameter in self.network.named_parameters():
+            mean = self._mean.setdefault(name, parameter.detach().clone())
+            mean.lerp_(parameter.detach(), 1 - decay)
+
+    def _with_mean(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A policy's tensors, with the running mean of the parameters where there is one."""
+        return {**tensors, **{f"network.{name}": mean for name, mean in self._mean.items()}}
+
+    @contextmanager
+    def _holding_mean(self) -> Iterator[None]:
+        """Within it the network has the running mean of its parameters, where there is one."""
+        if not self._mean:
+            yield
+            return
+        learning = self._policy()
+        self._load_policy(self._with_mean(learning))
+        try:
+            yield
+        finally:
+            self._load_policy(learning)
 
     def _hold_bound(self, measured: Sequence[float]) -> None:
         """Dual ascent of the reward's constraint, if it has one, on what it is on at the ends of trajectories."""
@@ -744,9 +786,10 @@ class RLEditAgent(Agent):
                 for name, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer.{self._place(parameter)}.{name}"] = value.detach().clone()
         tensors |= {f"best.{k}": v for k, v in (self._best or {}).items()}
+        tensors |= {f"mean.{k}": v.clone() for k, v in self._mean.items()}
         counters = {
             **self._description(), "begun": self._begun, "finished": self._finished, "waited": self._waited,
-            "evaluated": self._evaluated,
+            "evaluated": self._evaluated, "mean_updates": self._mean_updates,
         }  # fmt: skip
         if (multiplier := self._multiplier()) is not None:
             counters["multiplier"] = multiplier.value
@@ -766,6 +809,7 @@ class RLEditAgent(Agent):
         self._load_policy(policy)
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self._best = best or None
+        self._mean, self._mean_updates = _under("mean.", tensors), counters.get("mean_updates", 0)
         self.best_score = known_best(counters)
         self.updates, self.timesteps = counters["updates"], counters["timesteps"]
         # Earlier versions did not say these: their runs began at 0, and went on whenever they were short of the total.
@@ -820,7 +864,7 @@ class RLEditAgent(Agent):
         if folder is None:
             return
         tensors, counters = state
-        self._write_agent(folder / "last", self._whole_policy(tensors))
+        self._write_agent(folder / "last", self._whole_policy(self._with_mean(tensors)))
         if self._best is not None:
             self._write_agent(folder / "best", self._whole_policy(self._best))
         write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})

@@ -116,6 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-gradient-norm", type=float, default=config.max_gradient_norm)
     group.add_argument("--trajectories-per-update", type=int, default=config.trajectories_per_update)
     group.add_argument("--discount", type=float, default=config.discount)
+    group.add_argument("--policy-average", type=float, default=config.policy_average, metavar="DECAY",
+                       help="evaluate and keep a running mean of the policy over the updates, such as 0.9; 0: none")
     group.add_argument("--drift-limit", type=float, default=config.drift_limit,
                        help="a training stream is cut at this mean relative change of the weights")
     group.add_argument("--seed", type=int, default=0, help="of the initial network and the streams")
@@ -165,7 +167,7 @@ def run(options: argparse.Namespace) -> int:
         network=network, credit=options.credit, learning_rate=options.learning_rate,
         step_size_learning_rate=options.step_size_learning_rate, max_gradient_norm=options.max_gradient_norm,
         trajectories_per_update=options.trajectories_per_update, discount=options.discount, kl_bound=options.kl_bound,
-        drift_limit=options.drift_limit,
+        drift_limit=options.drift_limit, policy_average=options.policy_average,
     )
     say_loading(options.model)
     lm = EditableLM.load(

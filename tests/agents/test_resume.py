@@ -45,9 +45,10 @@ def environments(reward: RewardConfig | None = None) -> tuple[gym.Env[Any, Any],
     return env, gym.make("RLEdit-ZsRE-v0", model=env.unwrapped.lm, data=held_out, reward="none", **common)
 
 
-def new_agent(env: gym.Env[Any, Any], **network: Any) -> RLEditAgent:
+def new_agent(env: gym.Env[Any, Any], policy_average: float = 0.0, **network: Any) -> RLEditAgent:
     settings = {"rank": 4, "step_size": 3e-3, "aggregation": "least_squares", **network}
-    config = RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05, prior_batches=2)
+    config = RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05, prior_batches=2,
+                          policy_average=policy_average)
     return RLEditAgent(env, config, seed=3)
 
 
@@ -74,16 +75,20 @@ class Stop(gym.Wrapper[Any, Any, Any, Any]):
         return self.env.step(action)
 
 
-@pytest.mark.parametrize("normaliser", ["stream", "lifetime"])
-def test_a_run_stopped_by_ctrl_c_in_a_stream_ends_as_the_uninterrupted_one(tmp_path: Path, normaliser: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"normaliser": "lifetime"}, {"policy_average": 0.5}], ids=["plain", "lifetime", "averaged"]
+)
+def test_a_run_stopped_by_ctrl_c_in_a_stream_ends_as_the_uninterrupted_one(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     env, eval_env = environments()
-    whole = new_agent(env, normaliser=normaliser).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
-    stopped = new_agent(Stop(env, at=8), normaliser=normaliser)
+    whole = new_agent(env, **settings).learn(log_dir=tmp_path / "whole", eval_env=eval_env, **SETTINGS)
+    stopped = new_agent(Stop(env, at=8), **settings)
     with pytest.raises(KeyboardInterrupt):
         stopped.learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
     assert stopped.updates == 3
     assert stopped.timesteps == 6
-    going_on = new_agent(env, normaliser=normaliser).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
+    going_on = new_agent(env, **settings).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
     assert_same(whole, going_on)
 
 

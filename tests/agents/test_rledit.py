@@ -398,6 +398,46 @@ def test_training_with_a_held_out_stream_keeps_the_best_policy(tiny_lm, training
     assert eval_env.evaluate(generate=False).mean == pytest.approx(agent.best_score, abs=1e-4)
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_mean_of_the_policies_is_evaluated_and_held_and_the_last_one_learns(
+    training_env, make_env, monkeypatch, tmp_path, held_out
+):
+    env, policies, evaluated = training_env(), [], []
+    agent = RLEditAgent(env, config(learning_rate=0.05, policy_average=0.6))
+    update, evaluate = agent._update, agent._evaluate
+
+    def updated(*arguments):
+        numbers = update(*arguments)
+        policies.append(parameters_of(agent))
+        return numbers
+
+    def judged(*arguments) -> bool:
+        evaluated.append(parameters_of(agent))
+        evaluate(*arguments)
+        return True
+
+    monkeypatch.setattr(agent, "_update", updated)
+    monkeypatch.setattr(agent, "_evaluate", judged)
+    eval_env = make_env(model=env.lm, reward="none", array_backend="torch") if held_out else None
+    agent.learn(4 * env.episode_steps, eval_env=eval_env, eval_every=1, progress_bar=False, log_dir=tmp_path / "run")
+    mean = (policies[0] + policies[1]) / 2  # as long as fewer updates than 1 / (1 - decay) have been made: all alike
+    means = [policies[0], mean]
+    for policy in policies[2:]:
+        means.append(0.6 * means[-1] + 0.4 * policy)
+    assert len(policies) == 4 and not torch.allclose(means[-1], policies[-1])
+    if held_out:
+        torch.testing.assert_close(evaluated[1:], means)
+    last = RLEditAgent.load(tmp_path / "run" / "last")
+    torch.testing.assert_close(parameters_of(last), means[-1])
+    if not held_out:
+        torch.testing.assert_close(parameters_of(agent), means[-1])
+
+
+def test_a_mean_of_policies_needs_a_decay_below_one():
+    with pytest.raises(ValueError, match="policy_average is 1; give a decay from 0 to below 1"):
+        RLEditConfig(policy_average=1)
+
+
 def test_training_stops_early_when_nothing_gets_better(training_env, make_env, monkeypatch):
     env = training_env()
     eval_env = make_env(model=env.lm, reward="none", array_backend="torch")
