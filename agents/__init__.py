@@ -1,26 +1,48 @@
 """Editors as agents of the environment."""
 
-from agents.alphaedit import AlphaEditAgent, AlphaEditConfig
 from agents.base import Agent, NotApplicable
-from agents.baselines import FineTuningAgent, FineTuningConfig, NoEditAgent
-from agents.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
-from agents.editing import EditLog, edit_facts, edit_stream
-from agents.ft_l import FTLAgent, FTLConfig, FTMAgent, FTMConfig
-from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.fine_tuning import FineTuningAgent, FineTuningConfig, FTLAgent, FTLConfig, FTMAgent, FTMConfig, NoEditAgent
+from agents.hypernetworks import (
+    DAFNetAgent,
+    DAFNetConfig,
+    DAFNetNetworkConfig,
+    MALMENAgent,
+    MALMENConfig,
+    MENDAgent,
+    MENDConfig,
+    UltraEditAgent,
+    UltraEditConfig,
+    malmen_network,
+    malmen_rledit,
+    mend_network,
+    mend_rledit,
+)
 from agents.key_statistics import KeyStatistics
-from agents.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
-from agents.memit import MEMITAgent, MEMITConfig
-from agents.mend import MENDAgent, MENDConfig, mend_network, mend_rledit
-from agents.ppo import StandardAgent, StandardConfig
-from agents.prune import PRUNEAgent, PRUNEConfig
-from agents.random_search import RandomSearchAgent
-from agents.rect import RECTAgent, RECTConfig
-from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_paper_network, rledit_ridge, rledit_untrained
-from agents.rome import ROMEAgent, ROMEConfig
-from agents.saved import agent_settings, find_agent, load_agent
-from agents.ultraedit import UltraEditAgent, UltraEditConfig
-from agents.value_optimisation import ValueConfig
-from agents.vec_env import StreamsVecEnv
+from agents.locate_then_edit import (
+    AlphaEditAgent,
+    AlphaEditConfig,
+    MEMITAgent,
+    MEMITConfig,
+    PRUNEAgent,
+    PRUNEConfig,
+    RECTAgent,
+    RECTConfig,
+    ROMEAgent,
+    ROMEConfig,
+    ValueConfig,
+)
+from agents.rledit import (
+    Hypernetwork,
+    HypernetworkConfig,
+    RLEditAgent,
+    RLEditConfig,
+    rledit_paper,
+    rledit_paper_network,
+    rledit_ridge,
+    rledit_untrained,
+)
+from agents.running import EditLog, agent_settings, edit_facts, edit_stream, find_agent, load_agent
+from agents.sb3 import RandomSearchAgent, StandardAgent, StandardConfig, StreamsVecEnv
 
 __all__ = [
     "Agent",

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import MARKER, mark, read_marker
-from rledit_env.metrics import METRICS_VERSION
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62

@@ -27,7 +27,7 @@ from rledit_env.files import write_tensors
 from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.registry import cache_dir
+from rledit_env.lm.loading.registry import cache_dir
 
 GENERATED = "generated"
 ROW = 64  # tokens of one text of the corpus

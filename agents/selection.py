@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from rledit_env.general.self_text import self_drift
+from rledit_env.evaluation.general.self_text import self_drift
 from rledit_env.lm.editable import EditableLM
 from rledit_env.preservation import OwnText
 

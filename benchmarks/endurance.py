@@ -28,13 +28,13 @@ import tyro
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
-from agents.editing import EditLog, edit_stream
+from agents.running.editing import EditLog, edit_stream
 from rledit_env.env import LifelongEditEnv
+from rledit_env.evaluation.metrics import METRICS_VERSION, evaluate
 from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
-from rledit_env.ledger import LEDGER, EditLedger
+from rledit_env.ledger.store import LEDGER, EditLedger
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import METRICS_VERSION, evaluate
 
 
 @dataclass(frozen=True)

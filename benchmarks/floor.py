@@ -22,7 +22,7 @@ import rledit_env.own_agents  # noqa: F401 - says so where another package is ca
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import ATTENTIONS, Passage
-from rledit_env.lm.products import linear, outer
+from rledit_env.lm.kernels.products import linear, outer
 
 
 class Floor:

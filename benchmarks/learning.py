@@ -31,11 +31,11 @@ from filelock import FileLock
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import FineTuningAgent, FineTuningConfig, HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
-from agents.hypernetwork import Aggregation
+from agents.rledit.hypernetwork import Aggregation
+from rledit_env.evaluation.metrics import METRICS_VERSION, Metrics, evaluate
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import METRICS_VERSION, Metrics, evaluate
-from rledit_env.report import text_table
+from rledit_env.reporting.report import text_table
 from rledit_env.reward import RewardConfig
 
 ENV_IDS = {"counterfact": "RLEdit-CounterFact-v0", "zsre": "RLEdit-ZsRE-v0", "fever": "RLEdit-FEVER-v0"}

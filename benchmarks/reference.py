@@ -21,9 +21,9 @@ import rledit_env.own_agents  # noqa: F401 - says so where another package is ca
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.gates import FastGate
-from rledit_env.lm.norms import FastNorm
-from rledit_env.lm.products import FastConv1D, FastLinear
+from rledit_env.lm.kernels.gates import FastGate
+from rledit_env.lm.kernels.norms import FastNorm
+from rledit_env.lm.kernels.products import FastConv1D, FastLinear
 from rledit_env.reward import RewardConfig, ScoredBatch
 
 

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
-from agents.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig
 from rledit_env.knowledge import load_knowledge
+from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.names import expand_globs
-from rledit_env.lm.registry import default_edit_modules
 
 GIB = 2**30
 # Published configurations, as far as sizes depend on them.

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.registry import fetch
+from rledit_env.lm.loading.registry import fetch
 
 # Name → configuration, and the modules that the paper edits (Appendix A).
 SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Hypernetwork, HypernetworkConfig
-from agents.credit import CreditAccumulator
+from agents.rledit.credit import CreditAccumulator
 from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.placement import resolve_device
-from rledit_env.report import text_table, versions
+from rledit_env.lm.loading.placement import resolve_device
+from rledit_env.reporting.report import text_table, versions
 from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
 EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model

@@ -25,12 +25,12 @@ import torch
 import tyro
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
-from agents.comparison import Comparison, Setting, Views
-from agents.editors import EDITORS, Editor, configured, find_configs, load_configs, merged
+from agents.running.comparison import Comparison, Setting, Views
+from agents.running.editors import EDITORS, Editor, configured, find_configs, load_configs, merged
+from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_text
 from rledit_env.knowledge import held_out, load_knowledge
-from rledit_env.metrics import METRICS_VERSION
-from rledit_env.report import text_table
+from rledit_env.reporting.report import text_table
 
 HERE = Path(__file__).parent
 ENV_IDS = {"counterfact": "RLEdit-CounterFact-v0", "zsre": "RLEdit-ZsRE-v0", "fever": "RLEdit-FEVER-v0"}

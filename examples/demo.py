@@ -19,15 +19,15 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import RLEditAgent, edit_stream
 from agents.files import remove_run
-from agents.rledit import RECOMMENDED
-from rledit_env import report
+from agents.rledit.agent import RECOMMENDED
+from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
+from rledit_env.evaluation.metrics import continuations, evaluate
+from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
 from rledit_env.files import mark
-from rledit_env.general import GeneralAbility, GeneralEvery
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import continuations, evaluate
 from rledit_env.outputs import growing, try_or_exit
-from rledit_env.retention import DriftProbe, RetentionProbe
+from rledit_env.reporting import report
 from rledit_env.reward import RewardConfig
 
 ENV_ID = "RLEdit-CounterFact-v0"

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Agent, agent_settings, edit_facts, find_agent, load_agent
-from agents.comparison import Views
-from agents.editors import configured, find_configs, find_editor, load_configs, with_step_size
-from agents.saved import modules_of
+from agents.running.comparison import Views
+from agents.running.editors import configured, find_configs, find_editor, load_configs, with_step_size
+from agents.running.saved import modules_of
+from agents.running.strength import StrengthProbe, some_facts
 from agents.selection import divergence
-from agents.strength import StrengthProbe, some_facts
 from rledit_env.answers import answer_of, took
 from rledit_env.env import LifelongEditEnv
 from rledit_env.knowledge import KnowledgeDataset

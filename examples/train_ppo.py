@@ -27,11 +27,11 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig, rledit_ridge
 from agents.base import run_stream
-from rledit_env import report
 from rledit_env.files import mark
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
+from rledit_env.reporting import report
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from rledit_env import render, spaces
 from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
+from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.ledger import Recorder
+from rledit_env.ledger.store import Recorder
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
-from rledit_env.lm.given import check_given, editable_lm
+from rledit_env.lm.loading.given import check_given, editable_lm
 from rledit_env.lm.weights import NotFiniteError
-from rledit_env.metrics import Metrics, evaluate
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import (
     NO_SCORES,
@@ -205,7 +205,7 @@ class LifelongEditEnv(Copied, gym.Env):
 
     ## Version History
 
-    * v0: first release. Since metrics version 2 (`rledit_env.metrics.METRICS_VERSION`) `evaluate()` scores record by
+    * v0: first release. Since metrics version 2 (`rledit_env.evaluation.METRICS_VERSION`) `evaluate()` scores record by
       record and gives the mean over records, where it pooled answer tokens before; rewards and dynamics are the same.
     """
 
@@ -722,7 +722,7 @@ class LifelongEditEnv(Copied, gym.Env):
         Args:
             generate: also decode freely for ``exact_match`` (slower).
             metrics: "paper", or "rledit-code" for what the paper's released code computes (see
-                `rledit_env.metrics.evaluate`).
+                `rledit_env.evaluation.metrics.evaluate`).
 
         Raises:
             ValueError: no fact has been edited yet, or there is no such ``metrics``.

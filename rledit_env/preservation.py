@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rledit_env.encoding import EncodedRecord
-from rledit_env.general.self_text import REWARD_OPENINGS, self_text, until_end
+from rledit_env.evaluation.general.self_text import REWARD_OPENINGS, self_text, until_end
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence
@@ -40,8 +40,9 @@ class OwnText(_Divergence):
     """KL(p_θ₀ ‖ p_W) a token on text that the LLM wrote before editing: what an edit does to all else.
 
     A pool of texts is sampled once an LLM; every scored step draws some of them by the episode's random numbers. They
-    go on from openings of their own, none of which begins a passage that `rledit_env.general.self_drift` scores, so
-    that what is reported is never what is trained on. Earlier batches add nothing: the text is nobody's fact.
+    go on from openings of their own, none of which begins a passage that `rledit_env.evaluation.general.self_drift`
+    scores, so that what is reported is never what is trained on. Earlier batches add nothing: the text is nobody's
+    fact.
 
     A scored step passes, forward and backward, over ``passages · tokens`` tokens more, with the logits of each under
     both LLMs. On SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated

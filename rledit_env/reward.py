@@ -19,8 +19,8 @@ from rledit_env.answering import Ending, OtherQuestions, Preference
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage, at_least_float32
+from rledit_env.lm.loading.placement import release_free_memory
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
-from rledit_env.lm.placement import release_free_memory
 from rledit_env.preservation import Constraint, Continuation, OwnText
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rledit_env.answering import PAIR, Ending, OtherQuestions, Preference, ending_tokens
 from rledit_env.answers import is_exact
 from rledit_env.encoding import encode
-from rledit_env.metrics import evaluate
+from rledit_env.evaluation.metrics import evaluate
 from rledit_env.reward import RewardConfig, ScoredBatch, score, with_texts
 
 COMPONENTS = {

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from agents import RLEditAgent, RLEditConfig, StandardAgent, StandardConfig, edit_stream
-from agents.editors import EDITORS
+from agents.running.editors import EDITORS
 from rledit_env import cli
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.tiny import TINY_NAMES
+from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.reward import RewardConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which this machine does not have")

@@ -10,7 +10,7 @@ import pytest
 from rledit_env.encoding import EncodedDataset, encode, largest_batch
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
 from rledit_env.lm.forward import TOKEN_CHOICES
-from rledit_env.lm.tiny import TINY_NAMES
+from rledit_env.lm.loading.tiny import TINY_NAMES
 
 
 def text_of(lm, ids) -> str:

@@ -21,7 +21,7 @@ from rledit_env import cli
 from rledit_env.files import MARKER, read_marker, write_tensors
 from rledit_env.lm.delta import load_delta, save_delta, save_lora
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.registry import load_model
+from rledit_env.lm.loading.registry import load_model
 
 ENV = "RLEdit-CounterFact-v0"
 FACTS = [
@@ -107,9 +107,10 @@ def home(made: Home, tmp_path: Path) -> Home:
 @pytest.fixture
 def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test where a command reads data or loads or fetches a model."""
-    for name in ("rledit_env.lm.editable.EditableLM.load", "rledit_env.lm.registry.load_model",
+    for name in ("rledit_env.lm.editable.EditableLM.load", "rledit_env.lm.loading.registry.load_model",
                  "rledit_env.knowledge.load_knowledge", "rledit_env.knowledge.facts.load_facts",
-                 "rledit_env.lm.registry.fetch", "rledit_env.run_report.RunReport.page", "gymnasium.make"):
+                 "rledit_env.lm.loading.registry.fetch", "rledit_env.reporting.run_report.RunReport.page",
+                 "gymnasium.make"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work was begun"))
 
 
@@ -425,9 +426,9 @@ def test_a_comparison_and_a_probe_go_on_in_their_own_folders(
     assert cli.main([*arguments, "--out", str(out)]) == 0
     marker = read_marker(out)
     assert marker is not None and marker.what == what and not marker.whole
-    monkeypatch.setattr("rledit_env.metrics.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
-    monkeypatch.setattr("agents.comparison.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
-    monkeypatch.setattr("agents.probe.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
+    monkeypatch.setattr("rledit_env.evaluation.metrics.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
+    monkeypatch.setattr("agents.running.comparison.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
+    monkeypatch.setattr("agents.running.probe.evaluate", lambda *_, **__: pytest.fail("it is computed again"))
     assert cli.main([*arguments, "--out", str(out)]) == 0
 
 
@@ -586,7 +587,7 @@ def test_a_replayed_model_that_cannot_be_written_after_all_names_the_ledger(
 def test_a_comparison_that_cannot_be_written_after_all_has_said_its_scores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], disk_full_at: Callable[[str, int], None]
 ) -> None:
-    disk_full_at("agents.comparison.Comparison._write", 10)
+    disk_full_at("agents.running.comparison.Comparison._write", 10)
     assert cli.main([*COMPARE, "--out", str(tmp_path / "out")]) != 0
     said = capsys.readouterr().err
     assert "no edit, stream 0: efficacy " in said and "seed-0.json cannot be written" in said
@@ -604,7 +605,8 @@ def test_a_probe_whose_pictures_cannot_be_written_has_said_its_recommendation(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize(
     ("arguments", "place"),
-    [(TRAIN, "agents.rledit.RLEditAgent._checkpoint"), (PROBE, "agents.probe.Probe._score")], ids=["train", "probe"],
+    [(TRAIN, "agents.rledit.agent.RLEditAgent._checkpoint"), (PROBE, "agents.running.probe.Probe._score")],
+    ids=["train", "probe"],
 )  # fmt: skip
 def test_a_training_and_a_probe_say_that_they_go_on_when_the_disk_is_full(
     arguments: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -621,7 +623,7 @@ def test_a_ledger_on_a_full_disk_is_gone_on_with(
     disk_full_at: Callable[[str, int], None], file_size_limit: Callable[[int], None],
 ) -> None:  # fmt: skip
     arguments = [*home.edit, "--batch-size", "1", "--out", str(home / "new"), "--ledger", str(home / "recorded")]
-    disk_full_at("rledit_env.ledger.EditLedger.append", 10)
+    disk_full_at("rledit_env.ledger.store.EditLedger.append", 10)
     assert cli.main(arguments) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "cannot be written" in said and "the same command with --resume then goes on from what was written" in said

@@ -20,7 +20,7 @@ import pytest
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from rledit_env import cli
 from rledit_env.env import LifelongEditEnv
-from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
+from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 
 Edit = Callable[..., dict[str, Any]]
 

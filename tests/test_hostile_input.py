@@ -24,15 +24,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, load_agent
-from agents.ppo import StandardAgent, StandardConfig
+from agents.sb3.ppo import StandardAgent, StandardConfig
 from rledit_env import cli
 from rledit_env.env import LifelongEditEnv
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.knowledge.facts import load_facts
-from rledit_env.ledger import EditLedger, updated
-from rledit_env.lm import registry
+from rledit_env.ledger.store import EditLedger, updated
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.loading import registry
 
 ROOT = Path(__file__).parents[1]
 CLEAR = (ValueError, OSError, registry.ModelError, gym.error.Error)  # what the command line shows as one line
@@ -225,8 +225,8 @@ def test_odd_arguments_end_with_an_exit_code_that_is_the_users_to_mend(
     command: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("agents.rledit.RLEditAgent.learn", lambda self, *_, **__: self)  # arguments are tested here
-    monkeypatch.setattr("rledit_env.lm.registry._install", lambda *_, **__: tmp_path / "nowhere")
+    monkeypatch.setattr("agents.rledit.agent.RLEditAgent.learn", lambda self, *_, **__: self)  # arguments
+    monkeypatch.setattr("rledit_env.lm.loading.registry._install", lambda *_, **__: tmp_path / "nowhere")
     assert cli.main([command, *words]) in (0, 2)
 
 

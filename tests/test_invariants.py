@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from agents import Hypernetwork, HypernetworkConfig, RLEditAgent, RLEditConfig
-from agents.hypernetwork import StepRecord
+from agents.rledit.hypernetwork import StepRecord
 from rledit_env.encoding import encode
-from rledit_env.lm.tiny import TINY_NAMES
+from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import Generalization, RewardConfig
 

@@ -22,7 +22,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, pipelin
 
 from agents import FTLAgent, FTLConfig, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
+from rledit_env.lm.loading.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
 from rledit_env.lm.whole import WholeForward
 from rledit_env.vector import VectorGradientFeatures, VectorScaledUpdate
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rledit_env.encoding import encode
-from rledit_env.general.self_text import OPENINGS, REWARD_OPENINGS, self_text
+from rledit_env.evaluation.general.self_text import OPENINGS, REWARD_OPENINGS, self_text
 from rledit_env.preservation import Constraint, Continuation, Multiplier, OwnText
 from rledit_env.reward import RewardConfig, ScoredBatch, score, with_texts
 

@@ -11,13 +11,13 @@ import gymnasium as gym
 import pytest
 
 from agents import agent_settings, edit_facts, edit_stream, find_agent, load_agent
-from agents.saved import PRETRAINED
+from agents.running.saved import PRETRAINED
 from agents.selection import divergence
 from rledit_env.answers import took
 from rledit_env.cli import build_parser
+from rledit_env.evaluation.metrics import Metrics, continuations, evaluate
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import Metrics, continuations, evaluate
 from rledit_env.reward import RewardConfig
 
 IDS = {"zsre": "RLEdit-ZsRE-v0", "counterfact": "RLEdit-CounterFact-v0"}

@@ -15,8 +15,8 @@ import pytest
 
 import rledit_env
 from rledit_env import cli
-from rledit_env.lm.registry import MODELS
-from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
+from rledit_env.lm.loading.registry import MODELS
+from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

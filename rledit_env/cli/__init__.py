@@ -122,7 +122,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 def _is_users(error: BaseException) -> bool:
     """Whether the user can mend what the error says: its message then stands alone, without a traceback."""
-    from rledit_env.lm.registry import ModelError
+    from rledit_env.lm.loading.registry import ModelError
 
     return isinstance(error, (ValueError, OSError, ModelError, gym.error.Error))
 

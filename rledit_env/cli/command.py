@@ -111,7 +111,7 @@ def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> 
 
 def check_text(options: argparse.Namespace) -> None:
     """Refuse a text that cannot be read, before anything is computed."""
-    from rledit_env.general.scored_text import read_text
+    from rledit_env.evaluation.general.scored_text import read_text
 
     if options.text is not None:
         read_text(options.text)

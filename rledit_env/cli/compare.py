@@ -31,9 +31,9 @@ from rledit_env.cli.paths import check_paths, written_path
 from rledit_env.outputs import Input, growing
 
 if TYPE_CHECKING:
-    from agents.comparison import Comparison
-    from agents.editors import Editor
-    from rledit_env.tables import Row
+    from agents.running.comparison import Comparison
+    from agents.running.editors import Editor
+    from rledit_env.reporting.tables import Row
 
 COMPARISON = "comparison"  # what its folder is called in the marker
 SETTINGS = "comparison.json"
@@ -41,7 +41,7 @@ TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from agents.editors import EDITORS
+    from agents.running.editors import EDITORS
 
     groups: dict[str, list[str]] = {}
     for editor in EDITORS.values():
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents.comparison import Comparison, Setting, Views, check_disjoint
-    from agents.editors import chosen_editors, configured, find_configs, load_configs
+    from agents.running.comparison import Comparison, Setting, Views, check_disjoint
+    from agents.running.editors import chosen_editors, configured, find_configs, load_configs
+    from rledit_env.evaluation.metrics import check_metrics
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
-    from rledit_env.metrics import check_metrics
 
     check_positive(options, "batches", "batch_size", "seeds")
     curve.check(options)
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
 def begin(options: argparse.Namespace, comparison: Comparison) -> None:
     """Load the model, unless that is done, and mark the folder."""
     from rledit_env.files import mark, write_text
-    from rledit_env.report import versions
+    from rledit_env.reporting.report import versions
 
     if comparison.views.loaded:
         return
@@ -167,7 +167,7 @@ def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) ->
 
 def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
     """The rows of the editors that have all their cells."""
-    from rledit_env.tables import Row
+    from rledit_env.reporting.tables import Row
 
     rows = []
     for editor in editors:
@@ -179,7 +179,7 @@ def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
 
 def _saved_agents(editors: list[Editor], kind: str) -> list[Input]:
     """The agents that were trained elsewhere."""
-    from agents.saved import find_agent
+    from agents.running.saved import find_agent
 
     saved = [(e, find_agent(e.saved, kind)) for e in editors if e.saved is not None]
     return [Input(f"the agent of {e.name} ({e.saved})", folder) for e, folder in saved]
@@ -194,8 +194,8 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
 
 def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[str, str]:
     """The content of the files of tables, by name."""
-    from rledit_env import tables
-    from rledit_env.general.scored_text import source_of
+    from rledit_env.evaluation.general.scored_text import source_of
+    from rledit_env.reporting import tables
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rledit_env.cli.command import FAILED, OK, warn
 
 if TYPE_CHECKING:
-    from agents.comparison import Comparison
-    from agents.curve import Curve, Point
-    from agents.editors import Editor
-    from rledit_env.tables import Row
+    from agents.running.comparison import Comparison
+    from agents.running.curve import Curve, Point
+    from agents.running.editors import Editor
+    from rledit_env.reporting.tables import Row
 
 PICTURES = {"curve.png": "png", "curve.svg": "svg"}
 POINTS = "curve_points.csv"
@@ -51,7 +51,7 @@ def check(options: argparse.Namespace) -> None:
         ValueError: one is not, or pictures cannot be drawn.
     """
     from rledit_env.cli.command import check_positive
-    from rledit_env.report import check_pictures
+    from rledit_env.reporting.report import check_pictures
 
     if not options.curve:
         given = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
@@ -93,7 +93,7 @@ class Run:
         Raises:
             ValueError: there is one.
         """
-        from agents.curve import SEED
+        from agents.running.curve import SEED
 
         for editor in self.editors:
             for variant in self.curve.variants(editor):
@@ -104,20 +104,20 @@ class Run:
 
     def picks(self, bound: float) -> dict[str, Point | None]:
         """Editor's name → its pick for a bound; of those that have all their points."""
-        from agents.curve import pick
+        from agents.running.curve import pick
 
         points = {editor.name: self.curve.points(editor) for editor in self.editors}
         return {name: pick(known, bound) for name, known in points.items() if known is not None}
 
     def picked(self) -> list[Editor]:
         """The picks for all bounds, each once."""
-        from agents.curve import BOUNDS
+        from agents.running.curve import BOUNDS
 
         return _distinct(point.editor for bound in BOUNDS for point in self.picks(bound).values() if point is not None)
 
     def best(self) -> list[Editor]:
         """The picks that go on to longer streams."""
-        from agents.curve import BOUNDS, best_picks
+        from agents.running.curve import BOUNDS, best_picks
 
         if self.longer is None:
             return []
@@ -130,7 +130,7 @@ class Run:
 
     def rows(self, comparison: Comparison, bound: float, names: Sequence[str] | None = None) -> list[Row]:
         """The table's rows for a bound, of these editors or all."""
-        from rledit_env.tables import Row
+        from rledit_env.reporting.tables import Row
 
         rows, picks = [], self.picks(bound)
         for editor in self.editors:
@@ -160,8 +160,8 @@ def run(
     """
     from dataclasses import replace
 
-    from agents.comparison import Comparison
-    from agents.curve import SEED, Curve
+    from agents.running.comparison import Comparison
+    from agents.running.curve import SEED, Curve
     from rledit_env.cli.compare import attempt, begin
     from rledit_env.knowledge import KnowledgeStream
 
@@ -242,8 +242,8 @@ def _write(run: Run, pictures: bool = True) -> dict[str, str]:
 
 
 def _pictures(run: Run) -> dict[str, bytes]:
-    from agents.curve import BOUNDS
-    from rledit_env.report import tradeoff_curves
+    from agents.running.curve import BOUNDS
+    from rledit_env.reporting.report import tradeoff_curves
 
     curves: dict[str, list[tuple[float, float]]] = {}
     broke: dict[str, list[tuple[float, float]]] = {}
@@ -270,7 +270,7 @@ class Section:
 
 
 def _sections(run: Run) -> list[Section]:
-    from agents.curve import BOUNDS, best_picks
+    from agents.running.curve import BOUNDS, best_picks
 
     sections = [Section(bound, run.options.batches, run.rows(run.comparison, bound)) for bound in BOUNDS]
     if run.longer is not None:
@@ -282,7 +282,7 @@ def _sections(run: Run) -> list[Section]:
 
 def _texts(run: Run) -> dict[str, str]:
     """The content of the files of text, by name."""
-    from rledit_env import tables
+    from rledit_env.reporting import tables
 
     options, size = run.options, run.options.batch_size
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
@@ -331,7 +331,7 @@ def _points(run: Run) -> list[tuple[Editor, Point]]:
 
 
 def _point_line(editor: Editor, point: Point) -> list[str]:
-    from agents.curve import SELECTION_KL
+    from agents.running.curve import SELECTION_KL
 
     factor = "–" if editor.strength is None else f"×{point.editor.factor:g}"
     values = [(point.cell.get(key), 3 if key in (SELECTION_KL, "kl") else 1) for key in SCORES]
@@ -340,7 +340,7 @@ def _point_line(editor: Editor, point: Point) -> list[str]:
 
 
 def _point_text(header: Sequence[str], points: Sequence[tuple[Editor, Point]]) -> str:
-    from rledit_env.report import text_table
+    from rledit_env.reporting.report import text_table
 
     return text_table(header, [_point_line(*point) for point in points])
 

@@ -55,7 +55,7 @@ from rledit_env.outputs import Output, PathError, whole
 
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
-    from rledit_env.ledger import EditLedger
+    from rledit_env.ledger.store import EditLedger
     from rledit_env.lm.editable import EditableLM
 
 FORMS = ("model", "delta", "lora")
@@ -106,12 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from agents import edit_facts
     from rledit_env.answers import MEANING
-    from rledit_env.general import drifts, scored_texts
-    from rledit_env.general.scored_text import source_of
-    from rledit_env.guard import DriftGuard
+    from rledit_env.evaluation.general import drifts, scored_texts
+    from rledit_env.evaluation.general.scored_text import source_of
+    from rledit_env.evaluation.guard import DriftGuard
+    from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.knowledge.facts import load_facts
-    from rledit_env.metrics import METRICS_VERSION
-    from rledit_env.report import versions
+    from rledit_env.reporting.report import versions
 
     check_editor(options)
     check_text(options)
@@ -263,7 +263,7 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
 
 def _ledger_output(options: argparse.Namespace) -> list[Output]:
     """The ledger as a path to be tried."""
-    from rledit_env.ledger import check_ledger
+    from rledit_env.ledger.store import check_ledger
 
     if options.ledger is None:
         return []
@@ -272,7 +272,7 @@ def _ledger_output(options: argparse.Namespace) -> list[Output]:
 
 def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDataset) -> EditLedger:
     """The run's ledger, new or to be gone on with; only with the same facts, editor and settings."""
-    from rledit_env.ledger import EditLedger
+    from rledit_env.ledger.store import EditLedger
 
     texts = json.dumps([[r.prompt, r.target, r.subject] for r in facts])
     described = {

@@ -26,8 +26,8 @@ from rledit_env.cli.command import (
 
 if TYPE_CHECKING:
     from agents import Agent
-    from agents.editors import Editor
-    from agents.strength import StrengthSearch, Trial
+    from agents.running.editors import Editor
+    from agents.running.strength import StrengthSearch, Trial
     from rledit_env.knowledge import EditRecord, KnowledgeDataset
     from rledit_env.knowledge.facts import Facts
     from rledit_env.lm.editable import EditableLM
@@ -114,7 +114,7 @@ def check_editor(options: argparse.Namespace) -> None:
 
 def _check_mix_up(options: argparse.Namespace) -> None:
     """Refuse an editor's name as an agent, and an agent as an editor."""
-    from agents.editors import EDITORS, SHORT_NAMES
+    from agents.running.editors import EDITORS, SHORT_NAMES
 
     if options.agent in (*EDITORS, *SHORT_NAMES) and not Path(options.agent).exists():
         raise ValueError(f"--agent {options.agent} is the name of an editor: give --editor {options.agent}")
@@ -123,7 +123,7 @@ def _check_mix_up(options: argparse.Namespace) -> None:
 
 
 def _choices() -> str:
-    from agents.editors import SHORT_NAMES, training_free_editors
+    from agents.running.editors import SHORT_NAMES, training_free_editors
 
     return ", ".join([*training_free_editors(), *SHORT_NAMES])
 
@@ -134,7 +134,7 @@ def _named_editor(options: argparse.Namespace) -> Editor:
     Raises:
         ValueError: it is unknown, has to be trained, or the other options are not for it.
     """
-    from agents.editors import find_editor
+    from agents.running.editors import find_editor
 
     editor = find_editor(options.editor)
     if not editor.training_free:
@@ -153,8 +153,8 @@ def _named_editor(options: argparse.Namespace) -> Editor:
 def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     """The agent of --agent, with the model and the settings that it was trained with unless others are given."""
     from agents import agent_settings, find_agent, load_agent
-    from agents.moments import MissingMomentsWarning, start_warm
-    from agents.saved import modules_of
+    from agents.rledit.moments import MissingMomentsWarning, start_warm
+    from agents.running.saved import modules_of
     from rledit_env.files import sha256_of
     from rledit_env.lm.editable import EditableLM
 
@@ -184,8 +184,8 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
 
 def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     """The editor of --editor, for any model; its strength is given, recorded in the ledger, or found."""
-    from agents.comparison import Views
-    from agents.editors import configured, find_configs, load_configs
+    from agents.running.comparison import Views
+    from agents.running.editors import configured, find_configs, load_configs
 
     model = options.model or DEFAULT_MODEL
     editor = configured(_named_editor(options), load_configs(find_configs(model), facts.dataset.kind))
@@ -300,7 +300,7 @@ def _say_what_is_edited(lm: EditableLM, facts: KnowledgeDataset) -> None:
 
 def _with_options(editor: Editor, options: argparse.Namespace) -> Editor:
     """The editor with what the options say of its configuration."""
-    from agents.editors import merged
+    from agents.running.editors import merged
 
     config = editor.configuration()
     more: dict[str, Any] = {}
@@ -335,7 +335,7 @@ def _check_statistics(editor: Editor, lm: EditableLM, options: argparse.Namespac
 
 def _strength(editor: Editor) -> dict[str, float]:
     """The editor's step size, where it has one."""
-    from agents.editors import configured_step_size
+    from agents.running.editors import configured_step_size
 
     return {"step_size": configured_step_size(editor)} if editor.step_size else {}
 
@@ -345,8 +345,8 @@ def _with_strength(
 ) -> tuple[Editor, StrengthSearch | None]:
     """The editor with the step size and the presentations that are given, that the ledger to be resumed recorded, or
     that are found on a few of the facts."""
-    from agents.editors import with_step_size
-    from agents.strength import StrengthSearch
+    from agents.running.editors import with_step_size
+    from agents.running.strength import StrengthSearch
 
     recorded = _recorded(editor, options)
     if not editor.step_size:
@@ -367,7 +367,7 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     Raises:
         LedgerError: it records a run of somebody else.
     """
-    from rledit_env.ledger import LedgerError
+    from rledit_env.ledger.store import LedgerError
 
     recorded = _recorded_settings(options)
     if recorded is None:
@@ -382,7 +382,7 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
 
 def _recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
     """What the ledger that is to be resumed was begun with; None where there is none yet."""
-    from rledit_env.ledger import HEADER, EditLedger
+    from rledit_env.ledger.store import HEADER, EditLedger
 
     if not options.resume or options.ledger is None or not (options.ledger / HEADER).exists():
         return None
@@ -397,7 +397,7 @@ def _probed(
     editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: dict[str, Any]
 ) -> StrengthSearch:
     """Find the strength on a few of the facts, and say what was tried and chosen."""
-    from agents.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts
+    from agents.running.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts
 
     few = some_facts(facts)
     bound = KL_BOUND if options.drift_bound is None else options.drift_bound
@@ -418,7 +418,7 @@ def _probed(
 
 
 def _say_search(search: StrengthSearch) -> None:
-    from rledit_env.report import text_table
+    from rledit_env.reporting.report import text_table
 
     rows = [
         [t.steps_per_batch, f"{t.step_size:.3g}", f"{t.taken} of {search.facts}",

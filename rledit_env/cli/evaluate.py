@@ -90,14 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import agent_settings, edit_stream, find_agent, load_agent
-    from agents.saved import modules_of
+    from agents.running.saved import modules_of
     from rledit_env.answers import MEANING
-    from rledit_env.chat_scores import CHAT_MEANING, chat_scores
-    from rledit_env.general import GeneralAbility, GeneralEvery
+    from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
+    from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
+    from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics
+    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
     from rledit_env.lm.chat import ChatTemplate
-    from rledit_env.metrics import METRICS_VERSION, check_metrics
-    from rledit_env.report import versions
-    from rledit_env.retention import DriftProbe, RetentionProbe
+    from rledit_env.reporting.report import versions
 
     check_metrics(options.metrics)
     check_text(options)

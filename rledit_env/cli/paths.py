@@ -68,7 +68,7 @@ def try_cache(model: str) -> None:
     Raises:
         OSError: it cannot be written, or something in it would be lost.
     """
-    from rledit_env.lm.registry import check_replaceable, folder_to_write
+    from rledit_env.lm.loading.registry import check_replaceable, folder_to_write
 
     folder = folder_to_write(model)
     if folder is not None:
@@ -102,8 +102,8 @@ def inputs_of(options: argparse.Namespace) -> list[Input]:
 
 def _places(option: str, text: str) -> list[Path]:
     """Where on this machine something that is read is; several places for a run's folder and the agent in it."""
-    from agents.saved import DEFAULT
-    from rledit_env.lm.registry import MODELS
+    from agents.running.saved import DEFAULT
+    from rledit_env.lm.loading.registry import MODELS
 
     places: list[Path | None] = []
     if (option, text) not in (("agent", DEFAULT), ("data", "bundled")) and text not in MODELS:
@@ -116,7 +116,7 @@ def _places(option: str, text: str) -> list[Path]:
 
 
 def _agent(name: str) -> Path | None:
-    from agents.saved import find_agent
+    from agents.running.saved import find_agent
 
     try:
         return find_agent(name)
@@ -126,7 +126,7 @@ def _agent(name: str) -> Path | None:
 
 def _model_of_agent(options: argparse.Namespace) -> str | None:
     """The name of the model that the agent was trained with, if there is an agent and it knows."""
-    from agents.saved import agent_settings
+    from agents.running.saved import agent_settings
 
     folder = _agent(str(options.agent)) if getattr(options, "agent", None) else None
     try:
@@ -146,7 +146,7 @@ def _model(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from rledit_env.lm.registry import MODELS, cache_dir
+    from rledit_env.lm.loading.registry import MODELS, cache_dir
 
     if name in MODELS:
         return cache_dir() / "models" / name

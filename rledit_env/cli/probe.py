@@ -21,7 +21,7 @@ from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
-    from agents.probe import ProbeResult
+    from agents.running.probe import ProbeResult
 
 TOLD = 10  # candidates that are printed
 PROBE = "probe"  # what its folder is called in the marker
@@ -31,7 +31,7 @@ FILES = (SCORES_FILE, *(f"probe.{form}" for form in PICTURE_FORMS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from agents.probe import ProbeConfig
+    from agents.running.probe import ProbeConfig
     from rledit_env.lm.forward import TOKEN_CHOICES
 
     config = ProbeConfig()
@@ -54,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents.probe import Probe, ProbeConfig
+    from agents.running.probe import Probe, ProbeConfig
     from rledit_env.files import mark
     from rledit_env.knowledge import load_knowledge
-    from rledit_env.lm.placement import resolve_device, resolve_dtype
-    from rledit_env.lm.registry import load_model
+    from rledit_env.lm.loading.placement import resolve_device, resolve_dtype
+    from rledit_env.lm.loading.registry import load_model
 
     check_paths(options, growing("--out", options.out, PROBE, FILES))
     config = ProbeConfig(
@@ -108,7 +108,7 @@ def _bar() -> Any:
 
 def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
     """The modules that are edited where none are named; None if the model's are not known."""
-    from rledit_env.lm.registry import ModelError, default_edit_modules
+    from rledit_env.lm.loading.registry import ModelError, default_edit_modules
 
     try:
         return default_edit_modules(name, model)
@@ -118,8 +118,8 @@ def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
 
 def _tell(result: ProbeResult) -> None:
     """The best candidates, beside the unedited model."""
-    from agents.probe import NO_EDIT, SCORES
-    from rledit_env.report import text_table
+    from agents.running.probe import NO_EDIT, SCORES
+    from rledit_env.reporting.report import text_table
 
     rows: list[list[Any]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
     rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:TOLD]]
@@ -129,7 +129,7 @@ def _tell(result: ProbeResult) -> None:
 def _draw(result: ProbeResult, folder: Path) -> None:
     """The heat map, where there is matplotlib."""
     from rledit_env.files import write_bytes
-    from rledit_env.report import module_map
+    from rledit_env.reporting.report import module_map
 
     kinds, layers, maps = result.maps()
     for form in PICTURE_FORMS:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.run_report import PAGE, RunReport
+    from rledit_env.reporting.run_report import PAGE, RunReport
 
     if options.run_folder.is_dir():  # else it is refused below
         place = options.out or options.run_folder / PAGE

@@ -9,11 +9,11 @@ from rledit_env.cli.command import progress_bar, warn
 
 if TYPE_CHECKING:
     from agents import EditLog
-    from rledit_env.chat_scores import ChatScores
+    from rledit_env.evaluation.chat_scores import ChatScores
+    from rledit_env.evaluation.metrics import Metrics
+    from rledit_env.evaluation.retention import Retention
     from rledit_env.knowledge import EditRecord
     from rledit_env.lm.editable import EditableLM
-    from rledit_env.metrics import Metrics
-    from rledit_env.retention import Retention
 
 LISTED = 20  # facts that did not take are named up to this many
 SHOWN = 20  # facts are shown with the answers before and after
@@ -22,10 +22,10 @@ SHOWN = 20  # facts are shown with the answers before and after
 def score_facts(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, how: str = "paper"
 ) -> tuple[Metrics, list[str]]:
-    """The metrics on these records (``how``: a name of `rledit_env.metrics.METRICS`), and the LLM's answer to each
-    one's prompt, to be shown."""
+    """The metrics on these records (``how``: a name of `rledit_env.evaluation.metrics.METRICS`), and the LLM's answer
+    to each one's prompt, to be shown."""
     from rledit_env.answers import answer_of
-    from rledit_env.metrics import continuations, evaluate, with_answers
+    from rledit_env.evaluation.metrics import continuations, evaluate, with_answers
 
     with progress_bar(len(records), "scoring") as bar:
         metrics = evaluate(lm, records, kind, generate=False, metrics=how)
@@ -42,7 +42,7 @@ def before_and_after(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """The metrics of the unedited LLM (teacher-forced, scored as the edited one's were), and some facts, evenly from
     the stream whatever became of them, with its answers before and after, and whether they took."""
-    from rledit_env.metrics import evaluate, free_answers
+    from rledit_env.evaluation.metrics import evaluate, free_answers
 
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
@@ -58,7 +58,7 @@ def before_and_after(
 
 def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
     """The first batch's memory, and the forgetting of all."""
-    from rledit_env.report import text_table
+    from rledit_env.reporting.report import text_table
 
     rows = [
         [edited, float(efficacy), None if exact != exact else float(exact)]
@@ -75,15 +75,15 @@ def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
 
 def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., Any]) -> None:
     """The scores of general ability, a column a measurement."""
-    from rledit_env.report import general_table, text_table
+    from rledit_env.reporting.report import general_table, text_table
 
     say("general ability by batches edited:")
     say(text_table(*general_table(scores)))
 
 
 def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., Any]) -> None:
-    """What became of the rest of the model, a row a text; see `rledit_env.general.drifts`."""
-    from rledit_env.report import divergence_table, text_table
+    """What became of the rest of the model, a row a text; see `rledit_env.evaluation.general.drifts`."""
+    from rledit_env.reporting.report import divergence_table, text_table
 
     if divergences:
         say("the rest of the model, on text that was not edited:")

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import FAILURES, Passage, SuffixForward, _Stub, at_least_float32, same_numbers
-from rledit_env.lm.layout import Layout, cheapest_chunks
+from rledit_env.lm.kernels.layout import Layout, cheapest_chunks
 from rledit_env.lm.whole import WholeForward, WholePassages
 
 

@@ -25,12 +25,12 @@ from rledit_env.lm.forward import (
     at_least_float32,
     decoder_layers,
 )
-from rledit_env.lm.layout import Layout, cheapest_chunks, even_chunks, padded_on_left, sharing_chunks
+from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, padded_on_left, sharing_chunks
+from rledit_env.lm.kernels.products import outer
+from rledit_env.lm.loading.placement import resolve_device, resolve_dtype
+from rledit_env.lm.loading.registry import default_edit_modules, load_model, stored_dtype
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.modules import chosen_modules, linear_modules
-from rledit_env.lm.placement import resolve_device, resolve_dtype
-from rledit_env.lm.products import outer
-from rledit_env.lm.registry import default_edit_modules, load_model, stored_dtype
 from rledit_env.lm.saving import write_model, write_tokenizer
 from rledit_env.lm.self_check import own_pass
 from rledit_env.lm.sharing import frozen_weights

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from rledit_env.lm.attention import NAME, SHORT, packed
-from rledit_env.lm.layout import Layout
-from rledit_env.lm.products import compiled
+from rledit_env.lm.kernels.attention import NAME, SHORT, packed
+from rledit_env.lm.kernels.layout import Layout
+from rledit_env.lm.kernels.products import compiled
 
 if TYPE_CHECKING:
     from rledit_env.lm.head import OutputHead
@@ -180,7 +180,7 @@ class Forward(Scored, Protocol):
         model: the LLM.
         layers: its decoder layers.
         device: where final states are computed.
-        shares, longest_packed: how passages may lie in a batch (see `rledit_env.lm.layout`).
+        shares, longest_packed: how passages may lie in a batch (see `rledit_env.lm.kernels.layout`).
         batching: which texts the model continues together as it does alone: those of any length, "padded" on the left,
             those of one length ("by length"), or none ("alone").
     """
@@ -253,7 +253,7 @@ class SuffixForward:
 
     @property
     def quantum(self) -> int:
-        """Rows of matrix products are kept to multiples of this (see `rledit_env.lm.products`).
+        """Rows of matrix products are kept to multiples of this (see `rledit_env.lm.kernels.products`).
 
         In float32 a size costs more memory than in bfloat16: 32 instead of 16 is 50 to 100 MB less at the peak of a
         training step of 135M parameters, and 1 % of its time.
@@ -404,8 +404,8 @@ class SuffixForward:
     def longest_packed(self) -> int:
         """Tokens of the longest passages that may lie end to end in one row; 0 where none may.
 
-        The attention must be `rledit_env.lm.attention`'s, and the model, embeddings and all, give passages that lie so
-        what it gives each alone (tried once, on this very model).
+        The attention must be `rledit_env.lm.kernels.attention`'s, and the model, embeddings and all, give passages that
+        lie so what it gives each alone (tried once, on this very model).
         """
         config = self.model.config.get_text_config()
         if config._attn_implementation != NAME or any(hasattr(layer, "_hf_hook") for layer in self.layers):

@@ -25,9 +25,9 @@ from rledit_env.lm.forward import (
     same_numbers,
 )
 from rledit_env.lm.head import AfterHead, OutputHead, read_after_head
-from rledit_env.lm.kernels import prefer_fast_modules
-from rledit_env.lm.layout import Layout
-from rledit_env.lm.products import FASTER
+from rledit_env.lm.kernels.layout import Layout
+from rledit_env.lm.kernels.products import FASTER
+from rledit_env.lm.kernels.switch import prefer_fast_modules
 from rledit_env.lm.whole import WholeForward
 
 _TEXT = "The capital of France is Paris, and that of Peru is Lima."

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage, replaced_forward
-from rledit_env.lm.products import linear
+from rledit_env.lm.kernels.products import linear
 
 ORIGINAL = -1  # a stream whose weights are the pre-trained ones
 

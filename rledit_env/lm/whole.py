@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from rledit_env.lm.forward import FAILURES, Forward, Passage, Reached, replaced_forward, same_numbers
 from rledit_env.lm.head import OutputHead, own_head_inputs
-from rledit_env.lm.layout import Layout, padded_on_left
+from rledit_env.lm.kernels.layout import Layout, padded_on_left
 
 
 class WholeForward:

@@ -27,13 +27,13 @@ from agents import (
     load_agent,
 )
 from agents.base import run_stream
-from agents.locate import LocateAgent
-from agents.malmen import malmen_network
-from agents.mend import mend_network
-from agents.ppo import StandardAgent
-from agents.random_search import RandomSearchAgent
-from agents.rledit import RLEditAgent
-from agents.saved import CLASSES
+from agents.hypernetworks.malmen import malmen_network
+from agents.hypernetworks.mend import mend_network
+from agents.locate_then_edit.locate import LocateAgent
+from agents.rledit.agent import RLEditAgent
+from agents.running.saved import CLASSES
+from agents.sb3.ppo import StandardAgent
+from agents.sb3.random_search import RandomSearchAgent
 from rledit_env.lm.editable import EditableLM
 
 MODULES = "model.layers.[1-2].mlp.down_proj"

@@ -10,13 +10,13 @@ import gymnasium as gym
 import pytest
 import torch
 
-import agents.ppo
-import agents.rledit
+import agents.rledit.agent
+import agents.sb3.ppo
 import rledit_env  # noqa: F401 - registers the environments
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, StandardAgent, StandardConfig
 from agents.selection import TEXT, divergence, within_bound
-from rledit_env.general.self_text import self_text
-from rledit_env.metrics import Metrics
+from rledit_env.evaluation.general.self_text import self_text
+from rledit_env.evaluation.metrics import Metrics
 from rledit_env.preservation import OwnText
 
 MODULES = "model.layers.[1-2].mlp.up_proj"
@@ -64,8 +64,8 @@ def test_the_best_checkpoint_is_the_best_within_the_bound(
         now[:] = [next(seen)]
         return Metrics(*[now[0][0]] * 4, exact_match=None, top1=0.0, taken=())
 
-    monkeypatch.setattr(agents.rledit, "evaluate_sharded", scored)
-    monkeypatch.setattr(agents.rledit, "divergence", lambda _: now[0][1])
+    monkeypatch.setattr(agents.rledit.agent, "evaluate_sharded", scored)
+    monkeypatch.setattr(agents.rledit.agent, "divergence", lambda _: now[0][1])
     config = RLEditConfig(HypernetworkConfig(rank=4), learning_rate=0.05, prior_batches=2, kl_bound=bound)
     agent = RLEditAgent(make(reward="efficacy", reward_gradient=True), config)
     policies: list[dict[str, torch.Tensor]] = []
@@ -93,7 +93,7 @@ def test_a_standard_algorithm_s_best_policy_is_the_best_within_the_bound(
 
     held_out = make(split="eval")
     monkeypatch.setattr(held_out.unwrapped, "evaluate", scored)
-    monkeypatch.setattr(agents.ppo, "divergence", lambda _: now[0][1])
+    monkeypatch.setattr(agents.sb3.ppo, "divergence", lambda _: now[0][1])
     config = StandardConfig(
         baseline_streams=0, kl_bound=bound, hyperparameters={"n_steps": 2, "batch_size": 2, "n_epochs": 1}
     )

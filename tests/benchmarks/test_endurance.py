@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rledit_env.metrics import METRICS_VERSION
+from rledit_env.evaluation.metrics import METRICS_VERSION
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import endurance

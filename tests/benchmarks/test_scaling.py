@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from agents import Hypernetwork, HypernetworkConfig
-from agents.hypernetwork import RunningNormaliser
+from agents.rledit.hypernetwork import RunningNormaliser
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.tiny import tiny_config
+from rledit_env.lm.loading.tiny import tiny_config
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import scaling

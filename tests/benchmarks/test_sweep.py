@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from agents.comparison import Comparison
-from agents.editors import EDITORS, configured
+from agents.running.comparison import Comparison
+from agents.running.editors import EDITORS, configured
+from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.knowledge import load_knowledge
-from rledit_env.metrics import METRICS_VERSION
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("sweep", ROOT / "benchmarks" / "sweep.py")

@@ -9,7 +9,7 @@ import pytest
 
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
 from rledit_env.lm.chat import ChatTemplate, in_chat
-from rledit_env.lm.tiny import tiny_tokenizer
+from rledit_env.lm.loading.tiny import tiny_tokenizer
 
 PLAIN = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}A:{% endif %}"

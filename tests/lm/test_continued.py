@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rledit_env.lm.continued import ContinuedForward, layer_of, subject_states, with_updates
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.tiny import TINY_NAMES
+from rledit_env.lm.loading.tiny import TINY_NAMES
 
 
 def output_projection(name: str, layer: int = 1) -> str:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from rledit_env.lm import weights
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.loading.placement import release_free_memory, resolve_dtype
+from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.lm.names import expand_globs
-from rledit_env.lm.placement import release_free_memory, resolve_dtype
-from rledit_env.lm.registry import load_model
-from rledit_env.lm.tiny import TINY_NAMES
 
 TEXTS = [
     ("Rome is in", "Peru", "Rome"),

@@ -8,9 +8,9 @@ from torch import nn
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers
-from rledit_env.lm.layout import Layout
+from rledit_env.lm.kernels.layout import Layout
+from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.lm.losses import negative_log_likelihood
-from rledit_env.lm.tiny import TINY_NAMES
 
 TEXTS = [
     ("Rome is in", "Peru"),

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from agents.key_statistics import sample_continuations
-from agents.value_optimisation import ValueConfig, encode_request, optimise_values
+from agents.locate_then_edit.value_optimisation import ValueConfig, encode_request, optimise_values
 from rledit_env.knowledge import EditRecord, UnrelatedFact
-from rledit_env.lm import kernels
 from rledit_env.lm.continued import ContinuedForward, continued_forward, subject_states
 from rledit_env.lm.delta import load_delta, save_delta
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage, SuffixForward
+from rledit_env.lm.kernels import switch as kernels
+from rledit_env.lm.loading.registry import default_edit_modules
+from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
-from rledit_env.lm.registry import default_edit_modules
 from rledit_env.lm.streams import StreamLM, together
-from rledit_env.lm.tiny import tiny_model, tiny_tokenizer
 from rledit_env.lm.whole import WholeForward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its own forward is used")

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rledit_env.encoding import encode
+from rledit_env.evaluation.metrics import evaluate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import TOKEN_CHOICES
 from rledit_env.lm.streams import StreamLM, together
-from rledit_env.metrics import evaluate
 from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
 
 ARCHITECTURES = ["tiny-llama", "tiny-mistral", "tiny-gemma2", "tiny-gemma3", "tiny-qwen2", "tiny-qwen3", "tiny-gpt2"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
+from rledit_env.lm.loading.tiny import TINY_NAMES, tiny_model, tiny_tokenizer
 from rledit_env.lm.tokens import TextEncoder
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"

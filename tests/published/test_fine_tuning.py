@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents import FTLAgent, FTLConfig, FTMAgent, FTMConfig, agent_settings, edit_stream, load_agent
-from agents.editors import EDITORS, configured, find_configs, load_configs
-from agents.ft_l import _loss_and_gradients, constrained_fine_tuning
+from agents.fine_tuning.ft_l import _loss_and_gradients, constrained_fine_tuning
+from agents.running.editors import EDITORS, configured, find_configs, load_configs
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 

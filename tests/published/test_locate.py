@@ -28,12 +28,12 @@ from agents import (
     edit_stream,
     load_agent,
 )
-from agents.editors import EDITORS, configured, find_configs, load_configs
-from agents.locate import averaged, subject_keys, write_contexts
-from agents.prune import restrained
-from agents.rome import sequential_rank_one
-from agents.value_optimisation import encode_request, optimise_values
-from rledit_env.ledger import EditLedger
+from agents.locate_then_edit.locate import averaged, subject_keys, write_contexts
+from agents.locate_then_edit.prune import restrained
+from agents.locate_then_edit.rome import sequential_rank_one
+from agents.locate_then_edit.value_optimisation import encode_request, optimise_values
+from agents.running.editors import EDITORS, configured, find_configs, load_configs
+from rledit_env.ledger.store import EditLedger
 from rledit_env.lm.continued import subject_states
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.head import AfterHead, OutputHead
@@ -229,7 +229,7 @@ def test_rome_without_second_moments_reads_no_corpus(make: Callable[..., Any], m
     def fails(*_args: Any, **_kwargs: Any) -> KeyStatistics:
         raise AssertionError("second moments were computed")
 
-    monkeypatch.setattr("agents.locate.key_statistics", fails)
+    monkeypatch.setattr("agents.locate_then_edit.locate.key_statistics", fails)
     env = make(ONE, batch_size=1)
     agent = ROMEAgent(env, ROMEConfig(second_moment=False, **QUICK))
     observation, _ = env.reset(seed=0)

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.distributed import Processes, evaluate_sharded
+from agents.rledit.distributed import Processes, evaluate_sharded
+from rledit_env.evaluation.metrics import evaluate, top_tokens
+from rledit_env.evaluation.retention import batch_efficacy
 from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact, load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.metrics import evaluate, top_tokens
-from rledit_env.retention import batch_efficacy
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 # Measured once, SmolLM2-135M in float32, on the first 80 records: Efficacy, Generalization, Specificity (answer).

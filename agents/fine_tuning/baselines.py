@@ -1,0 +1,121 @@
+"""What every editor is measured against: no edit at all, and the plain fine-tuning gradient."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from torch import Tensor
+
+from agents.base import Agent
+from agents.files import agent_folder
+from agents.settings import environment_settings
+from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
+
+RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
+
+
+class NoEditAgent(Agent):
+    """Changes nothing: the scores of the LLM as it is.
+
+    Args:
+        env: the environment.
+        config: there is nothing to configure.
+        seed: unused.
+    """
+
+    def __init__(self, env: gym.Env | None = None, config: None = None, seed: int = 0) -> None:
+        self.env, self.config, self.seed = env, config, seed
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """The update of no module."""
+        return {"updates": {}}, None
+
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> NoEditAgent:  # fmt: skip
+        """There is nothing to train."""
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write its name."""
+        _write(path, "none", self.env, {})
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env | None = None) -> NoEditAgent:
+        """The agent that was saved."""
+        return cls(env)
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """The fine-tuning gradient's numbers.
+
+    Attributes:
+        step_size: η.
+    """
+
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0:
+            raise ValueError(f"step_size is {self.step_size}; give a positive number")
+
+
+class FineTuningAgent(Agent):
+    """The plain gradient of what is observed: ΔW = −η δᵀu.
+
+    Args:
+        env: the environment.
+        config: its step size.
+        seed: unused, since nothing is random.
+    """
+
+    def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
+        if env is not None:
+            environment_inside(env, "FineTuningAgent", agent=True)
+        self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
+
+    def memory(self) -> dict[str, Tensor]:
+        return {}
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors ũ = u and ṽ = −η δ, in the observation's array backend."""
+        values = {m: -self.config.step_size * g for m, g in observation["value_gradients"].items()}
+        return {"keys": observation["keys"], "values": values}, None
+
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> FineTuningAgent:  # fmt: skip
+        """There is nothing to train."""
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the step size as JSON."""
+        _write(path, "fine-tuning", self.env, asdict(self.config))
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env | None = None) -> FineTuningAgent:
+        """The agent that was saved.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+        """
+        from agents.running.saved import agent_settings
+
+        settings = agent_settings(path)
+        return cls(env, FineTuningConfig(**settings["config"]), settings["seed"])
+
+
+def _write(path: str | Path, name: str, env: gym.Env | None, config: dict[str, Any]) -> None:
+    description = {"agent": name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(env)}
+    write_text(agent_folder(path) / "agent.json", json.dumps(description, indent=1) + "\n")

@@ -1,0 +1,22 @@
+"""The field's other hypernetworks, and the normalised rule without one: MEND, MALMEN, DAFNet, UltraEdit."""
+
+from agents.hypernetworks.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
+from agents.hypernetworks.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
+from agents.hypernetworks.mend import MENDAgent, MENDConfig, mend_network, mend_rledit
+from agents.hypernetworks.ultraedit import UltraEditAgent, UltraEditConfig
+
+__all__ = [
+    "DAFNetAgent",
+    "DAFNetConfig",
+    "DAFNetNetworkConfig",
+    "MALMENAgent",
+    "MALMENConfig",
+    "MENDAgent",
+    "MENDConfig",
+    "UltraEditAgent",
+    "UltraEditConfig",
+    "malmen_network",
+    "malmen_rledit",
+    "mend_network",
+    "mend_rledit",
+]

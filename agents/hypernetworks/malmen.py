@@ -1,0 +1,82 @@
+"""MALMEN: a hypernetwork whose updates are aggregated by least squares (Tan et al., ICLR 2024), MALMEN* and
+MALMEN+RLEdit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
+from agents.rledit.agent import RLEditConfig, rledit_paper_network
+from agents.rledit.hypernetwork import HypernetworkConfig
+
+# The environment's settings that the editor is used with, and those that it is trained with: one batch from θ₀.
+RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
+TRAINING: dict[str, Any] = {**RECOMMENDED, "num_batches": 1, "reward": batchwise_reward()}
+
+
+def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
+    """MALMEN's network as its published code has it; the sizes are for models of several billion parameters."""
+    return rledit_paper_network(rank, step_size, **{"blocks": 2} | settings)  # RLEdit took it over, with 4 blocks
+
+
+@dataclass(frozen=True)
+class MALMENConfig(BatchwiseConfig):
+    """MALMEN's defaults: Adam at 1e-5 on every parameter, η_l itself (1e-6) and log λ_l among them, the gradient
+    clipped at the norm 1.
+
+    Attributes:
+        recursion: keep the second moment of all earlier keys of a stream in the least squares (see
+            `UltraEditConfig.recursion`).
+        text_prior: c of a prior on text in the least squares (see `HypernetworkConfig.prior`); the paper has none.
+    """
+
+    network: HypernetworkConfig = field(default_factory=malmen_network)
+    learning_rate: float = 1e-5
+    step_size_learning_rate: float = 1e-5
+    max_gradient_norm: float = 1.0
+    recursion: bool = False
+    text_prior: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_prior:
+            text = replace(self.network, prior=self.text_prior, prior_source="text")
+            object.__setattr__(self, "network", text)
+        if self.recursion:
+            object.__setattr__(self, "network", replace(self.network, aggregation="recursive"))
+
+
+def malmen_rledit(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
+    """MALMEN+RLEdit (RLEdit, section 4.6): MALMEN's network, to be trained by `RLEditAgent` on whole trajectories with
+    the stream's reward, at RLEdit's rates, 1e-5 on every parameter, η_l itself among them.
+
+    This is RLEdit by the paper's formulas, with as many updates as it takes: beside :func:`agents.rledit_paper`, the
+    published training to the letter.
+    """
+    rates = {"learning_rate": 1e-5, "step_size_learning_rate": 1e-5}
+    return RLEditConfig(network=network or malmen_network(), **rates | settings)
+
+
+class MALMENAgent(BatchwiseAgent):
+    """MALMEN (Tan, Zhang, Fu, "Massive Editing for Large Language Models via Meta Learning", ICLR 2024).
+
+    [u; δ] of every token that predicts an answer token is normalised with the moments of all tokens of training and of
+    the stream until now, which modules of one shape share, and passes through
+    two blocks z ← z + s_l ⊙ ReLU(z A B + b) + o_l; with (û, δ̂) = z, vᵢ = −η_l (uᵢ·ûᵢ) δ̂ᵢ, and the tokens' wishes are
+    reconciled by ridge least squares with a learned λ_l (as log λ_l), the normal equations ΔW (uᵀu + λ_l I) = vᵀu.
+    η_l is learned directly, and may turn negative. As published, the running variance takes N times a batch's unbiased
+    variance in (see `HypernetworkConfig.normaliser_variance`).
+
+    It is trained on batches from θ₀ (:data:`TRAINING`, with the ``batch_size`` that it will edit): L_gen + L_loc.
+    MALMEN* is ``retrain_every=3``.
+
+    Args:
+        env: the environment to learn in; None for an agent that only predicts, given ``shapes``.
+        config: the network, its training and its retraining.
+        shapes: module → (d_in, d_out), if there is no ``env``.
+        seed: of the initial parameters and of the training facts.
+    """
+
+    name: ClassVar[str] = "malmen"
+    config_type: ClassVar[type[RLEditConfig]] = MALMENConfig

@@ -1,0 +1,203 @@
+"""UltraEdit: lifelong normalisation and ridge least squares, without any training (Gu et al., 2025)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from safetensors.torch import load_file
+
+from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
+from agents.files import agent_folder
+from agents.key_statistics import GENERATED
+from agents.rledit.agent import FLOAT32_EPSILON
+from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
+from agents.rledit.moments import training_moments
+from agents.rledit.text_prior import start_from_text, turn_by_text
+from agents.settings import environment_settings
+from rledit_env.files import write_tensors, write_text
+
+# The environment's settings that the editor is best used with.
+RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
+# What agents of the first format did, whose files do not say it.
+FIRST_FORMAT: dict[str, Any] = {
+    "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UltraEditConfig:
+    """UltraEdit's numbers; the defaults are the paper's for models of 7B parameters and more.
+
+    Attributes:
+        step_size: η. It scales with the model: a small one needs a larger step (see `agents/configs`).
+        damping: λ of the ridge.
+        recursion: keep the second moment of all earlier keys in the system, S_t = λI + Σ_{j≤t} u_jᵀ u_j (SimIE, ICML
+            2025; RLSEdit, arXiv 2601.15686). Each update is then the recursive least-squares step of
+            argmin_W Σ_j ‖(W − W_{j−1}) u_jᵀ − v_jᵀ‖² + λ ‖W − W₀‖², which avoids the directions of earlier edits and is
+            anchored at the original weights.
+        warm_up: begin the running moments with those of bundled training facts, which :meth:`UltraEditAgent.learn`
+            gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
+        text_prior: c of a prior on text, S = λI + c·C + …, which keeps the updates out of the directions that text
+            lives in (see `HypernetworkConfig.prior`); the paper has none.
+        output_curvature: γ of the outputs' side, as there; the paper has none.
+        text, text_tokens: the text, and how much of it, as there.
+        normaliser_scope, normaliser_variance, normaliser_epsilon: as in `HypernetworkConfig`; the defaults are the
+            published code's: one set of moments for all modules of a shape.
+    """
+
+    step_size: float = 1e-6
+    damping: float = 1.0
+    recursion: bool = False
+    warm_up: bool = False
+    text_prior: float = 0.0
+    output_curvature: float = 0.0
+    text: str = GENERATED
+    text_tokens: int = 65_536
+    normaliser_scope: Literal["module", "shape", "shape in turn"] = "shape"
+    normaliser_variance: Literal["exact", "published"] = "published"
+    normaliser_epsilon: float = FLOAT32_EPSILON
+
+    def network(self) -> HypernetworkConfig:
+        """The rule as a hypernetwork without blocks."""
+        return HypernetworkConfig(
+            blocks=0, aggregation="recursive" if self.recursion else "least_squares", step_size=self.step_size,
+            damping=self.damping, learn_damping=False, coefficient="normalised", prior=self.text_prior,
+            prior_source="text", output_curvature=self.output_curvature, text=self.text,
+            text_tokens=self.text_tokens, normaliser="stream",
+            warm_up=self.warm_up, normaliser_scope=self.normaliser_scope,
+            normaliser_variance=self.normaliser_variance, normaliser_epsilon=self.normaliser_epsilon,
+        )  # fmt: skip
+
+
+class UltraEditAgent(Agent):
+    """UltraEdit (Gu et al., "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models",
+    arXiv 2505.14679).
+
+    For each module and token, [û; δ̂] = ([u; δ] − mean) / std with running moments over all tokens since the start of
+    the stream, this batch included (lifelong normalisation; of a single token that begins a stream it leaves
+    nothing where a single module has its shape, but with ``warm_up``); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
+    ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper.
+
+    As in the published code, modules of one shape share the running moments, and all of them are taken in before any is
+    normalised; the running variance takes N times a batch's unbiased variance in. ``normaliser_scope="module"`` and
+    ``normaliser_variance="exact"`` are ours: each module's own moments, and the variance of all rows.
+
+    Args:
+        env: the environment that it edits in; None only for an agent that is loaded, given ``shapes``.
+        config: its numbers.
+        seed: unused, since nothing is random.
+        shapes: module → (d_in, d_out), if there is no ``env``.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env | None,
+        config: UltraEditConfig | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        self.env, self.config, self.seed = env, config or UltraEditConfig(), seed
+        if shapes is None:
+            if env is None:
+                raise ValueError("give an environment or the edited modules' shapes")
+            shapes = module_shapes(env)
+        self.network = Hypernetwork(shapes, self.config.network())
+        if env is not None:
+            inner: Any = env.unwrapped
+            self.network.to(inner.lm.device)
+        self.network.reset()
+
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
+        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+            self.network.forget_curvature()
+        super().set_env(env)
+
+    def reset(self) -> None:
+        self.network.reset()
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return self.network.memory_state()
+
+    def load_memory(self, memory: Mapping[str, torch.Tensor]) -> None:
+        self.network.load_memory_state(memory)
+
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for an observation in either array backend."""
+        if self.network.wants_prior or self.network.wants_curvature:
+            self.learn(0, progress_bar=False)
+        record = self.network.observe(*used_rows(observation, self.network.device))
+        return factor_action(observation, *self.network.factors(record)), None
+
+    def learn(
+        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> UltraEditAgent:  # fmt: skip
+        """There is nothing to train; with ``warm_up``, the moments of training facts are gathered, with
+        ``text_prior`` and ``output_curvature``, the moments of text.
+
+        Raises:
+            ValueError: they are to be gathered, and there is no environment.
+        """
+        network = self.network
+        wanted = {"text_prior": network.wants_prior, "output_curvature": network.wants_curvature,
+                  "warm_up": network.wants_moments}  # fmt: skip
+        if any(wanted.values()) and self.env is None:
+            name = next(name for name, wants in wanted.items() if wants)
+            raise ValueError(f"{name} needs the environment's LLM; make the agent with env=…")
+        inner: Any = self.env.unwrapped if self.env is not None else None
+        if network.wants_prior:
+            start_from_text(network, inner.lm, progress_bar)
+            network.reset()
+        if network.wants_curvature:
+            turn_by_text(network, inner.lm, progress_bar)
+        if network.wants_moments:
+            network.start_from(training_moments(inner.lm, inner.token))
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the numbers as JSON; the stream's moments and memory, and those of training facts and of text, as
+        safetensors."""
+        folder = agent_folder(path)
+        start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
+        start |= {f"prior.{m}": v for m, v in self.network.prior_state().items()}
+        write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
+        description = {
+            "agent": "ultraedit",
+            "format": 1,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "shapes": {m: list(s) for m, s in self.network.shapes.items()},
+            "environment": environment_settings(self.env),
+        }
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env | None = None) -> UltraEditAgent:
+        """The agent in a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: it was made for other modules than the environment's.
+        """
+        folder = Path(path)
+        if not (folder / "agent.json").exists():
+            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
+        if env is not None:
+            require_modules(env, shapes, str(folder), f"make it with the settings in {folder / 'agent.json'}")
+        config = UltraEditConfig(**FIRST_FORMAT | description["config"])
+        agent = cls(env, config, description["seed"], shapes)
+        tensors = load_file(folder / "agent.safetensors")
+        agent.network.load_moments({k[8:]: v for k, v in tensors.items() if k.startswith("moments.")})
+        agent.network.load_prior_state({k[6:]: v for k, v in tensors.items() if k.startswith("prior.")})
+        agent.network.load_memory_state(tensors)
+        return agent

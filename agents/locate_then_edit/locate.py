@@ -1,0 +1,423 @@
+"""What ROME, MEMIT, PRUNE, RECT and AlphaEdit share: their facts' contexts, values and statistics, and their files."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import gymnasium as gym
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from agents.base import Agent, NotApplicable
+from agents.files import agent_folder
+from agents.key_statistics import GENERATED, KeyStatistics, key_statistics, sample_continuations
+from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Values, encode_request, optimise_values
+from agents.settings import environment_settings
+from rledit_env.files import write_tensors, write_text
+from rledit_env.lm.continued import layer_of, subject_states
+from rledit_env.lm.editable import EditableLM
+from rledit_env.nesting import environment_inside
+
+MEMORY = "memory.safetensors"
+FORMAT = 2  # of agent.json
+_CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
+Self = TypeVar("Self", bound="LocateAgent")
+
+
+@dataclass(frozen=True)
+class LocateConfig:
+    """What all locate-then-edit methods have to be told.
+
+    Attributes:
+        value: how the facts' values are found.
+        contexts: texts that the LLM writes, before which each prompt is seen beside alone. MEMIT, PRUNE, RECT and
+            AlphaEdit are published with 5, ROME with 20.
+        context_lengths: their tokens; with several lengths, each is that of an equal share of the contexts. Published:
+            10; ROME: 5 and 10.
+        key: k*, the module's input at the subject's last token:
+
+            - "balanced": half the key of the prompt alone, half the mean over the contexts, as in the published code
+              of MEMIT, PRUNE, RECT and AlphaEdit.
+            - "mean": the mean over the prompt alone and after each context, all equal, as ROME's paper has it. (It was
+              every editor's key before.)
+            - "prompt": the prompt alone. v* reaches the prompt itself only as far as its key is like k*, so that a
+              single edit takes most surely with this one.
+            - "mixed": for ROME only, see there.
+        corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file. (The
+            published code reads 100,000 articles of Wikipedia.)
+        corpus_tokens: how much of it.
+        norm_anchor: NAS (arXiv 2602.02543): every v* is rescaled to ``‖v*‖``'s mean in the original model, which the
+            method takes over some facts, without the largest 5 %.
+        anchor_facts: how many; the first of the environment's data set.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    value: ValueConfig = field(default_factory=ValueConfig)
+    contexts: int = 5
+    context_lengths: tuple[int, ...] = (10,)
+    key: Literal["balanced", "mean", "prompt", "mixed"] = "balanced"
+    corpus: str = GENERATED
+    corpus_tokens: int = 65_536
+    norm_anchor: bool = False
+    anchor_facts: int = 32
+
+    KEYS: ClassVar[tuple[str, ...]] = ("balanced", "mean", "prompt")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "context_lengths", tuple(self.context_lengths))
+        if self.key not in self.KEYS:
+            raise ValueError(f"key is {self.key!r}; give {' or '.join(map(repr, self.KEYS))}")
+        if self.contexts < 0:
+            raise ValueError(f"contexts is {self.contexts}; give 0 or more")
+        if self.contexts and not (self.context_lengths and min(self.context_lengths) > 0):
+            raise ValueError(f"context_lengths is {self.context_lengths}; give numbers of tokens, such as (10,)")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method uses the second moments of the modules' inputs."""
+        return True
+
+
+class LocateAgent(Agent):
+    """An editor without training that finds each fact's value by optimisation and solves for the weights.
+
+    It asks the environment for the LLM (`env.unwrapped.lm`) and for the facts (`env.unwrapped.current_batch()`), and
+    changes neither. What is computed once (contexts, key statistics, NAS's norm) is computed by :meth:`learn`, or by
+    the first :meth:`predict`.
+
+    Args:
+        env: a `LifelongEditEnv` whose edited modules are the last projections of MLPs, such as
+            ``model.layers.[4-8].mlp.down_proj`` or ``transformer.h.[3-8].mlp.c_proj``.
+        config: the method's settings.
+        seed: of the texts that the LLM writes.
+
+    Raises:
+        NotApplicable: no fact of the environment has a subject that occurs in its prompt (FEVER).
+        ValueError: the edited modules are of another kind.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[LocateConfig]]
+
+    def __init__(self, env: gym.Env[Any, Any], config: Any = None, seed: int = 0) -> None:
+        inner = environment_inside(env, type(self).__name__, agent=True)
+        self.config: Any = self.config_class() if config is None else config
+        self.env, self.inner, self.seed = env, inner, seed
+        self.lm: EditableLM = inner.lm
+        self.modules = output_projections(self.lm)
+        if not any(r.subject_span for r in inner.dataset.records):
+            raise NotApplicable(
+                f"no fact of {inner.dataset.source} has a subject that occurs in its prompt, which {self.name} "
+                "edits at; take facts with subjects (ZsRE, CounterFact)"
+            )
+        self.contexts: list[str] | None = None
+        self.statistics: KeyStatistics | None = None
+        self.anchor_norm: float | None = None
+        self.one_off_seconds = 0.0  # what is computed once took
+        self.key_moments: dict[str, Tensor] = {}
+
+    @classmethod
+    def default_modules(cls, lm: EditableLM) -> list[str]:
+        """What to edit in an LLM for which nothing is published: see :func:`default_output_projections`."""
+        return default_output_projections(lm)
+
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        """Edit in this environment from now on. What was computed once is kept, unless the LLM is another one.
+
+        Raises:
+            NotApplicable: none of its facts has a subject that occurs in its prompt.
+            ValueError: it is no environment of this package, or its edited modules are of another kind; the agent is as
+                it was.
+        """
+        other = type(self)(env, self.config, self.seed)
+        if other.lm is not self.lm:
+            self.__dict__ |= vars(other)
+        self.env, self.inner = env, other.inner
+
+    def reset(self) -> None:
+        self.key_moments = {}
+
+    def memory(self) -> dict[str, Tensor]:
+        """The second moments of the stream's keys, where the editor keeps them."""
+        return dict(self.key_moments)
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`memory`."""
+        self.key_moments = {name: tensor.to(self.lm.device) for name, tensor in memory.items()}
+
+    # -- what is computed once -------------------------------------------------------------------------------------
+
+    def learn(
+        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> Self:  # fmt: skip
+        """Compute what is needed once; nothing is trained, and no environment step is taken."""
+        started = time.perf_counter()
+        if self.contexts is None:
+            self.contexts = write_contexts(self.lm, self.config.contexts, self.config.context_lengths, self.seed)
+        if self.statistics is None and self.config.needs_statistics:
+            before = time.perf_counter()
+            self.statistics = key_statistics(
+                self.lm, self.modules, self.config.corpus, self.config.corpus_tokens, progress=progress_bar
+            )
+            self.one_off_seconds += self.statistics.seconds  # also where they were kept from an earlier run
+            started += time.perf_counter() - before
+        if self.config.norm_anchor and self.anchor_norm is None:
+            records = [r for r in self.inner.dataset.records if r.subject_span]
+            requests = [encode_request(self.lm, r, self.contexts) for r in records[: self.config.anchor_facts]]
+            with self.lm.original_weights():
+                solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
+            self.anchor_norm = trimmed_mean(solved.norm(dim=1))
+        self.one_off_seconds += time.perf_counter() - started
+        return self
+
+    def second_moment(self, module: str) -> Tensor:
+        """C of a module in float64, (d_in, d_in)."""
+        assert self.statistics is not None
+        return self.statistics.second_moments[module].double()
+
+    # -- acting ----------------------------------------------------------------------------------------------------
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """The update for the batch that the environment presents.
+
+        Raises:
+            NotApplicable: one of its facts has no subject that occurs in its prompt.
+        """
+        self.learn(progress_bar=False)
+        assert self.contexts is not None
+        requests = [encode_request(self.lm, encoded.record, self.contexts) for encoded in self.inner.current_batch()]
+        with torch.no_grad():
+            values = optimise_values(self.lm, self.modules[-1], requests, self.config.value)
+            if self.anchor_norm is not None:
+                delta = rescaled(values.solved, self.anchor_norm) - values.initial
+                values = replace(values, delta=delta)
+            keys, residuals = self.solve(requests, values)
+            return self.action(observation, keys, residuals), None
+
+    @abstractmethod
+    def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, ΔW = ṽᵀũ."""
+
+    def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
+        """Factors, where the observation has as many rows, else the dense updates."""
+        rows = len(next(iter(keys.values())))
+        if self.inner.array_backend == "torch" and len(observation["mask"]) == rows:
+            return {"keys": keys, "values": values}
+        return {"updates": dense(keys, values)}
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings, what was computed once (the statistics stay in the cache), and the stream's memory."""
+        folder = agent_folder(path)
+        description = {
+            "agent": self.name,
+            "format": FORMAT,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "contexts": self.contexts,
+            "anchor_norm": self.anchor_norm,
+            "statistics": None if self.statistics is None else self.statistics.source,
+            "environment": environment_settings(self.env),
+        }
+        write_tensors(folder / MEMORY, self.memory())
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path, env: gym.Env[Any, Any] | None = None) -> Self:
+        """The agent in a folder that :meth:`save` wrote; one of the first format edits as it did.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: no environment was given, or it edits other modules; or a later version saved the agent.
+        """
+        folder = Path(path)
+        if not (folder / "agent.json").exists():
+            raise FileNotFoundError(f"{folder} holds no agent (no agent.json); give the folder that save() wrote")
+        if env is None:
+            raise ValueError(f"the agent in {folder} needs the LLM that it edits; give the environment: env=…")
+        description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        settings: Mapping[str, Any] = description["config"]
+        if description["format"] == 1:
+            settings = cls.of_first_format(settings)
+        elif description["format"] != FORMAT:
+            raise ValueError(f"{folder} was saved by a later version of this package (format {description['format']}; "
+                             f"known are 1 and {FORMAT}); install that version, or save the agent again with this one")
+        config = cls.config_class(**{**settings, "value": ValueConfig(**settings["value"])})
+        agent = cls(env, config, description["seed"])
+        theirs = description["environment"]["edit_modules"]
+        if theirs != agent.modules:
+            raise ValueError(
+                f"{folder} edits {', '.join(theirs)}, the environment {', '.join(agent.modules)}; make the environment "
+                f"with the settings in {folder / 'agent.json'}"
+            )
+        agent.contexts, agent.anchor_norm = description["contexts"], description["anchor_norm"]
+        agent.load_memory(load_file(folder / MEMORY))
+        return agent
+
+    @classmethod
+    def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration of the first format, in today's words: all editors then had one length of contexts, an Adam
+        step after each loss, and the KL after the essence."""
+        old = dict(settings)
+        length, value = old.pop("context_length"), dict(old["value"])
+        value |= {"steps": value["steps"] + 1, "kl": "essence"}
+        return {**old, "context_lengths": (length,), "value": value}
+
+
+def output_projections(lm: EditableLM) -> list[str]:
+    """The edited modules, if they are fit for locate-then-edit: one a layer, each giving as many numbers as the
+    residual stream has.
+
+    Raises:
+        ValueError: they are not.
+    """
+    modules = list(lm.module_shapes)
+    width = lm.model.config.get_text_config().hidden_size
+    wrong = next((m for m in modules if lm.module_shapes[m][1] != width), None)
+    if wrong is not None or len({layer_of(m) for m in modules}) < len(modules):
+        raise ValueError(
+            f"edit_modules has {wrong or ', '.join(modules)}; locate-then-edit takes the last projection of MLPs, one "
+            "a layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"
+        )
+    return modules
+
+
+def default_output_projections(lm: EditableLM) -> list[str]:
+    """The last projections of the MLPs whose widening projections an LLM edits by default.
+
+    Args:
+        lm: the LLM, with its default modules edited (:func:`rledit_env.lm.loading.registry.default_edit_modules`).
+
+    Raises:
+        ValueError: a block has no such projection.
+    """
+    width = lm.model.config.get_text_config().hidden_size
+    found: dict[str, str] = {}  # the block that holds it → the projection
+    for widening, (_, inner) in lm.module_shapes.items():
+        block = widening.rpartition(".")[0]
+        for name, module in lm.model.get_submodule(block).named_children():
+            # One that makes gate and up at once is twice as wide.
+            if linear_shape(module) in ((inner, width), (inner // 2, width)):
+                found[block] = f"{block}.{name}"
+    if not found:
+        raise ValueError(
+            f"no last projection of an MLP is known for {lm.name or 'this model'}, which locate-then-edit methods "
+            "edit; name them with edit_modules"
+        )
+    return list(found.values())
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear module; None for any other."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int) -> list[str]:
+    """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed.
+
+    They begin with the five words of the published code, in turn. (ROME's first code began with the end-of-text token.)
+
+    Args:
+        lm: the LLM.
+        count: of texts.
+        lengths: tokens of a text, its beginning included; the first lengths get one text more where ``count`` cannot
+            be shared equally.
+        seed: of what is drawn.
+    """
+    if count == 0:
+        return []
+    rows = [lm.encode(word) for word in _CONTEXT_WORDS]
+    shortest = min(map(len, rows))
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[str] = []
+    for place, length in enumerate(lengths):
+        share = count // len(lengths) + (place < count % len(lengths))
+        if share == 0:
+            continue
+        starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(share)])
+        with lm.original_weights():
+            # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
+            ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
+        texts += lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+def subject_keys(
+    lm: EditableLM,
+    modules: Sequence[str],
+    requests: Sequence[Request],
+    kind: str,
+    updates: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each fact's key by module (F, d_in), and the states (F, d) that leave the last module's layer at the plain
+    prompt's subject.
+
+    Args:
+        lm: the LLM at its current weights.
+        modules: in the layers' order.
+        requests: the facts.
+        kind: "balanced", "mean" or "prompt", see `LocateConfig.key`.
+        updates: ΔW (d_out, d_in) by module that are added to the weights.
+    """
+    if kind == "prompt":
+        requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
+    passages = [p for request in requests for p in request.rewrites]
+    counts = torch.tensor([len(request.rewrites) for request in requests])
+    states = subject_states(lm, modules, passages, updates)
+    pieces = counts.tolist()
+    keys = {m: torch.stack([averaged(part, kind) for part in k.split(pieces)]) for m, k in states.keys.items()}
+    return keys, states.hidden[(counts.cumsum(0) - counts).to(states.hidden.device)]
+
+
+def averaged(keys: Tensor, kind: str) -> Tensor:
+    """One key (d_in,) from those of the plain prompt, which comes first, and of C contexts: (1 + C, d_in).
+
+    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), and k₀ where there is no context; "mean", "prompt": the mean of all.
+    """
+    if kind == "balanced" and len(keys) > 1:
+        return (keys[0] + keys[1:].mean(0)) / 2
+    return keys.mean(0)
+
+
+def dense(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ΔW = ṽᵀũ (d_out, d_in) by module."""
+    return {m: values[m].T @ keys[m] for m in keys}
+
+
+def rescaled(solved: Tensor, norm: float) -> Tensor:
+    """Vectors (F, d) with their directions, at one norm (NAS)."""
+    return solved * (norm / solved.norm(dim=1, keepdim=True))
+
+
+def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:
+    """Mean without the largest of them, of which the share ``kept`` stays."""
+    return float(numbers.sort().values[: max(1, round(kept * len(numbers)))].mean())
+
+
+def least_squares_keys(keys: Tensor, system: Tensor) -> Tensor:
+    """ũ = K (S + KᵀK)⁻¹ in float64, (N, d_in): with residuals R (N, d_out) as ṽ, ΔW = Rᵀũ solves
+    min ‖ΔW Kᵀ − Rᵀ‖² + tr(ΔW S ΔWᵀ).
+
+    Args:
+        keys: K, (N, d_in).
+        system: S, (d_in, d_in), positive definite.
+    """
+    keys = keys.double()
+    return torch.cholesky_solve(keys.T, torch.linalg.cholesky(system + keys.T @ keys)).T
+

@@ -1,0 +1,68 @@
+"""RECT (Gu et al., "Model Editing Harms General Abilities of Large Language Models: Regularization to the Rescue",
+EMNLP 2024), on MEMIT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.locate_then_edit.locate import dense
+from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
+from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
+
+# The environment's settings that the agent is best used with.
+RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
+
+
+@dataclass(frozen=True)
+class RECTConfig(MEMITConfig):
+    """RECT's settings beside MEMIT's.
+
+    Attributes:
+        kept: share of an update's entries that is kept.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    kept: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kept is {self.kept}; give a share above 0, at most 1")
+
+
+class RECTAgent(MEMITAgent):
+    """RECT: of each of MEMIT's updates, only the entries with the largest relative change |ΔW / W| are made (section
+    5), the others are zero. As in the code published with AlphaEdit, MEMIT's updates are computed whole, layer by
+    layer, and masked at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
+
+    Args:
+        env, config, seed: see `LocateAgent`.
+    """
+
+    name = "rect"
+    config_class = RECTConfig
+
+    def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
+        return {
+            "updates": {
+                module: largest_changes(update, self.lm.weight(module), self.config.kept)
+                for module, update in dense(keys, values).items()
+            }
+        }
+
+
+def largest_changes(update: Tensor, weight: Tensor, kept: float) -> Tensor:
+    """ΔW with only the share ``kept`` of its entries whose |ΔW / W| is largest; the others are zero."""
+    relative = (update / weight).abs().nan_to_num(nan=0.0)  # 0 / 0 is no change
+    count = round(kept * relative.numel())
+    chosen = relative.flatten().topk(count, sorted=False).indices
+    mask = torch.zeros(relative.numel(), dtype=torch.bool, device=update.device)
+    mask[chosen] = True
+    return update * mask.view_as(update)

@@ -1,0 +1,129 @@
+"""ROME (Meng et al., "Locating and Editing Factual Associations in GPT", NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from agents.locate_then_edit.locate import LocateAgent, LocateConfig, subject_keys
+from agents.locate_then_edit.value_optimisation import Request, Values
+from rledit_env.lm.editable import EditableLM
+
+# The environment's settings that the agent is best used with.
+RECOMMENDED: Mapping[str, Any] = {
+    "edit_modules": "model.layers.8.mlp.down_proj", "token": "subject", "steps_per_batch": 1
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ROMEConfig(LocateConfig):
+    """ROME's settings; see `LocateConfig`. Defaults are those published for GPT-J.
+
+    Attributes:
+        key: "mixed", as in the published code: the contexts' mean gives the direction of the update, the plain prompt
+            its size. "mean", ROME's paper and the repair of Gupta et al. ("Rebuilding ROME", 2024): the mean for both.
+            "prompt": the plain prompt for both.
+        second_moment: direct the update by u = C⁻¹k (``mom2_adjustment: true``, as published for GPT-2 and GPT-J).
+            False: by u = k / ‖k‖, as the files of AlphaEdit (Llama-3) and EasyEdit (every model) have it; C is then
+            not computed.
+    """
+
+    contexts: int = 20
+    context_lengths: tuple[int, ...] = (5, 10)
+    key: Literal["balanced", "mean", "prompt", "mixed"] = "mixed"
+    second_moment: bool = True
+
+    KEYS: ClassVar[tuple[str, ...]] = ("mixed", "mean", "prompt")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.second_moment
+
+
+class ROMEAgent(LocateAgent):
+    """ROME: ΔW = (v* − W k*) uᵀ / (uᵀk*), u = C⁻¹k* (Eq. 2), which makes W k* = v* and moves what W gives for ordinary
+    keys least. k* is the mean of the module's inputs at the subject's last token over contexts (Eq. 3).
+
+    As published: 20 contexts beside the plain prompt, 10 of 5 tokens and 10 of 10, all of one weight in k*. The
+    published code takes u from that mean and k* elsewhere (in uᵀk* and W k*) from the plain prompt, so that uᵀk* may be
+    small and the edit huge, which breaks the model now and then (Gupta et al., 2024); ``key="mean"`` is the formula as
+    it stands. ``second_moment=False`` is the published variant with u = k* / ‖k*‖.
+
+    Ours: the method edits one fact at a time, and a batch is edited as that sequence of single edits, all solved at
+    once: each v* − W k* counts the edits before it, but each v* is optimised under the weights at the batch's
+    beginning, where the published code optimises it after the edit before. (Keys of one layer do not depend on its own
+    weight.) With batches of one fact there is no difference.
+
+    Args:
+        env, config, seed: see `LocateAgent`; the environment edits a single module.
+    """
+
+    name = "rome"
+    config_class = ROMEConfig
+
+    def __init__(self, env: gym.Env[Any, Any], config: ROMEConfig | None = None, seed: int = 0) -> None:
+        super().__init__(env, config, seed)
+        if len(self.modules) > 1:
+            raise ValueError(
+                f"ROME edits one module, the environment {len(self.modules)} ({', '.join(self.modules)}); make it with "
+                f"edit_modules={self.modules[0]!r}"
+            )
+
+    @classmethod
+    def default_modules(cls, lm: EditableLM) -> list[str]:
+        """The middle one of those that the other methods edit by default."""
+        modules = super().default_modules(lm)
+        return [modules[len(modules) // 2]]
+
+    def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        (module,) = self.modules
+
+        def keys_of(kind: str) -> Tensor:
+            return subject_keys(self.lm, self.modules, requests, kind)[0][module].double()
+
+        mixed = self.config.key == "mixed"
+        directed = keys_of("mean" if mixed else self.config.key)
+        keys = keys_of("prompt") if mixed else directed
+        # v* is the module's whole output, a bias included, which W k* is not.
+        bias = getattr(self.lm.model.get_submodule(module), "bias", None)
+        targets = values.solved.double() - (0 if bias is None else bias.double())
+        update_keys, residuals = sequential_rank_one(
+            self.lm.weight(module).double(), keys, targets,
+            self.second_moment(module) if self.config.second_moment else None, directed,
+        )  # fmt: skip
+        dtype = self.lm.edit_dtype
+        return {module: update_keys.to(dtype)}, {module: residuals.to(dtype)}
+
+
+def sequential_rank_one(
+    weight: Tensor, keys: Tensor, targets: Tensor, second_moment: Tensor | None, directed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factors ũ (N, d_in) and ṽ (N, d_out) of N rank-one edits, each made after those before it.
+
+    With ũⱼ = C⁻¹kⱼ / (kⱼᵀC⁻¹kⱼ), edit i adds rᵢũᵢᵀ with rᵢ = vᵢ − W kᵢ − Σ_{j<i} rⱼ (ũⱼᵀkᵢ): a triangular system for
+    all residuals.
+
+    Args:
+        weight: W before the first edit, (d_out, d_in).
+        keys: (N, d_in).
+        targets: v* without the module's bias, (N, d_out).
+        second_moment: C, (d_in, d_in), positive semidefinite. None takes the identity for it: u = k, whose length does
+            not matter.
+        directed: what takes the place of k in C⁻¹k, (N, d_in); None means the keys.
+    """
+    directions = keys if directed is None else directed
+    if second_moment is not None:
+        size = len(second_moment)
+        # A trace of ridge, for a corpus that leaves directions out.
+        ridge = 1e-8 * second_moment.trace() / size
+        system = second_moment + ridge * torch.eye(size, dtype=keys.dtype, device=keys.device)
+        directions = torch.cholesky_solve(directions.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
+    update_keys = directions / (directions * keys).sum(1, keepdim=True)
+    before = (keys @ update_keys.T).tril(-1)  # (i, j): how much of edit j reaches key i
+    residuals = torch.linalg.solve_triangular(before, targets - keys @ weight.T, upper=False, unitriangular=True)
+    return update_keys, residuals

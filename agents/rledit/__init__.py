@@ -1,0 +1,28 @@
+"""RLEdit: the agent that learns from whole streams, its network, and what it starts from."""
+
+from agents.rledit.agent import (
+    RECOMMENDED,
+    RLEditAgent,
+    RLEditConfig,
+    rledit_paper,
+    rledit_paper_network,
+    rledit_ridge,
+    rledit_untrained,
+)
+from agents.rledit.distributed import Processes
+from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.rledit.moments import MissingMomentsWarning
+
+__all__ = [
+    "Hypernetwork",
+    "HypernetworkConfig",
+    "MissingMomentsWarning",
+    "Processes",
+    "RECOMMENDED",
+    "RLEditAgent",
+    "RLEditConfig",
+    "rledit_paper",
+    "rledit_paper_network",
+    "rledit_ridge",
+    "rledit_untrained",
+]

@@ -1,0 +1,107 @@
+"""Data-parallel training: every process edits its own streams, and one averaged update moves all policies alike.
+
+Processes are started by ``accelerate launch`` or ``torchrun``, on one machine or several. What travels is the policy's
+gradient, once an update, and the facts' scores, never the LLM's weights nor its updates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rledit_env.evaluation.metrics import Metrics, averaged, score_records
+from rledit_env.knowledge import EditRecord
+from rledit_env.lm.editable import EditableLM
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together; by default, and where there are no others, this one alone.
+
+    Attributes:
+        rank: this process's place, from 0.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def started(cls) -> Processes:
+        """Those that ``accelerate launch`` or ``torchrun`` started together with this one.
+
+        They are connected if they are not yet: by NCCL where every process has a GPU of its own, else by gloo.
+        """
+        distributed = torch.distributed
+        if not distributed.is_available():
+            return cls()
+        if not distributed.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                return cls()
+            from accelerate import PartialState
+
+            # Accelerate reads the launcher's variables, sets this process's GPU, and chooses the backend.
+            PartialState(cpu=not torch.cuda.is_available())
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and shows the progress."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> str:
+        """Where this process's LLM belongs: ``"cuda:i"`` for the i-th process of a machine, or ``"cpu"``."""
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of each tensor over all processes, the same bits in each; one message for all of a type."""
+        if self.count == 1:
+            return list(tensors)
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= self.count
+        pieces = flat.split([t.numel() for t in tensors])
+        return [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process gives, in their order; for numbers and small things."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        return self.gathered(value if self.first else None)[0]
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """This process's part of some items: every ``count``-th, beginning with its own rank."""
+        return list(items[self.rank :: self.count])
+
+
+def evaluate_sharded(
+    processes: Processes, lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
+) -> Metrics:
+    """:func:`rledit_env.evaluation.metrics.evaluate` without generation, each process scoring its share of the records.
+
+    Every process's LM must hold the same edited weights. What travels is each record's scores, so that the result is
+    the same in all processes, and that of one process alone, to rounding; arguments and errors are `evaluate`'s.
+    """
+    if not records:
+        raise ValueError("no fact has been edited yet; take at least one step first")
+    mine = processes.share(records)
+    shards = processes.gathered(score_records(lm, mine, kind, metrics) if mine else {})
+    scores: dict[str, list[float | None]] = {name: [None] * len(records) for name in shards[0]}
+    for name, shares in scores.items():
+        for rank, shard in enumerate(shards):
+            shares[rank :: processes.count] = shard.get(name, [])
+    return averaged(scores, metrics)

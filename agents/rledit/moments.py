@@ -1,0 +1,108 @@
+"""Moments of training facts: what normalised editors start from, so that a single fact takes.
+
+Hypernetworks and UltraEdit normalise [u; δ] with running moments. Moments that begin with the stream take its first
+batch in and subtract its mean, which leaves little of few facts and nothing of one. Here they begin with facts that are
+not to be edited: those that an agent was trained on (`RLEditAgent.gather_moments`), or bundled ones
+(:func:`training_moments`), for any model and without training.
+
+``python -m agents.running.add_moments FOLDER`` adds the moments to a saved agent that has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agents.base import Agent
+from agents.key_statistics import cached_tensors, digest, fingerprint, keep_tensors
+from agents.rledit.hypernetwork import Hypernetwork, RunningNormaliser, moments_from, moments_state
+from rledit_env.knowledge import EditRecord, load_knowledge
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.loading.registry import cache_dir
+
+
+class MissingMomentsWarning(UserWarning):
+    """An agent was saved without moments of training facts, by an earlier version."""
+
+
+Moments = dict[str, RunningNormaliser]  # module → moments of [u; N δ], (d_in + d_out,)
+FACTS = 100  # bundled facts that moments are of
+BATCH = 20  # of them in a pass
+KIND = "counterfact"  # the bundled data set
+
+
+def take(moments: Moments, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    """Take a batch of facts into the moments.
+
+    Args:
+        moments: what was gathered so far; modules are added.
+        keys: module → u (N, d_in).
+        gradients: module → δ (N, d_out), of the batch's mean loss.
+    """
+    for module, u in keys.items():
+        rows = torch.cat([u, len(u) * gradients[module]], dim=1)
+        moments.setdefault(module, RunningNormaliser(rows.shape[1], rows.device)).update(rows)
+
+
+def training_moments(
+    lm: EditableLM, token: str = "answer", facts: int = FACTS, cache: Path | None = None
+) -> Moments:
+    """Moments of bundled training facts under the pre-trained weights, from the cache if they are there.
+
+    The facts run through the model once, forward and back: some seconds for a small model.
+
+    Args:
+        lm: the LLM, edited or not; it is not changed.
+        token: the positions that the editor sees, as in :class:`~rledit_env.env.LifelongEditEnv`.
+        facts: how many, drawn evenly from the bundled training facts.
+        cache: folder, instead of the package's own.
+    """
+    records = load_knowledge(KIND, split="train").records
+    chosen = records[:: max(1, len(records) // facts)][:facts]
+    texts = hashlib.sha256(json.dumps([[r.prompt, r.target, r.subject] for r in chosen]).encode()).hexdigest()
+    with lm.original_weights():
+        name = digest(fingerprint(lm), sorted(lm.module_shapes), token, texts)
+        path = (cache_dir() if cache is None else cache) / "moments" / f"{name}.safetensors"
+        tensors = cached_tensors(path)
+        if tensors:
+            widths = {m: sum(shape) for m, shape in lm.module_shapes.items()}
+            return moments_from(tensors, "", widths, lm.device)
+        moments = _gathered(lm, chosen, token)
+        keep_tensors(path, moments_state(moments))
+    return moments
+
+
+def start_warm(agent: Agent, lm: EditableLM, token: str) -> bool:
+    """Let an agent that normalises with its streams' own moments start from those of bundled training facts.
+
+    Agents that have moments of training facts already, and those that normalise nothing, stay as they are.
+
+    Args:
+        agent: the agent, before it edits; it begins a new stream.
+        lm: the LLM that it edits.
+        token: the positions that it sees.
+
+    Returns:
+        Whether it starts from bundled facts now.
+    """
+    network = getattr(agent, "network", None)
+    if not isinstance(network, Hypernetwork) or network.config.normaliser != "stream" or network.training_moments:
+        return False
+    if network.config.loss in ("fact", "sum"):  # the moments are of the batch's loss
+        return False
+    network.start_from(training_moments(lm, token))
+    return True
+
+
+def _gathered(lm: EditableLM, records: Sequence[EditRecord], token: str) -> Moments:
+    moments: Moments = {}
+    for start in range(0, len(records), BATCH):
+        passages = [lm.tokenize(r.prompt, r.target, r.subject_span, r.origin) for r in records[start : start + BATCH]]
+        trace = lm.trace(passages, token)
+        take(moments, trace.keys, trace.value_gradients)
+    return moments

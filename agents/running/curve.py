@@ -1,0 +1,158 @@
+"""The curve of score against divergence: each editor at a few strengths on one stream of training facts, and which of
+them to take for a bound on the divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from agents.base import Agent
+from agents.running.comparison import Comparison, Setting
+from agents.running.editors import Editor, with_strength
+from agents.selection import divergence
+from rledit_env.knowledge import KnowledgeStream, held_out
+
+BOUNDS = (0.05, 0.1, 0.3, 1.0)  # nats a token
+SEED = 1  # of the stream of training facts
+SELECTION_KL = "selection_kl"  # a cell's divergence on text that is kept for choosing
+
+
+@dataclass(frozen=True)
+class Point:
+    """An editor at one strength, on the stream of training facts.
+
+    Attributes:
+        editor: with its factor.
+        cell: what was measured; its "mean" is the score, its "selection_kl" the divergence that it is chosen by, and
+            its "kl", on the text that results are reported on, chooses nothing.
+    """
+
+    editor: Editor
+    cell: Mapping[str, Any]
+
+    @property
+    def score(self) -> float | None:
+        """The mean of Efficacy, Generalization and Specificity, in percent; None where nothing was measured."""
+        return _finite(self.cell.get("mean"))
+
+    @property
+    def kl(self) -> float | None:
+        """KL(p_θ₀ ‖ p_W) in nats a token on text that is kept for choosing; None where nothing was measured."""
+        return _finite(self.cell.get(SELECTION_KL))
+
+    @property
+    def broke(self) -> bool:
+        """Whether an update broke the LLM and was taken back."""
+        return bool(self.cell.get("diverged"))
+
+
+def pick(points: Iterable[Point], bound: float) -> Point | None:
+    """The point with the highest score among those whose divergence is at most the bound and that did not break the
+    LLM; of equal ones the one that diverges least. None where there is none.
+
+    Args:
+        points: an editor's.
+        bound: in nats a token.
+    """
+    within = [(p.score, -p.kl, p) for p in points
+              if p.score is not None and p.kl is not None and p.kl <= bound and not p.broke]
+    return max(within, key=lambda entry: entry[:2])[2] if within else None
+
+
+def best_picks(picks: Mapping[str, Point | None], most: int = 5) -> list[str]:
+    """Names of the editors whose picks have the highest scores on the training stream, best first; editors without a
+    strength are references and do not compete.
+
+    Args:
+        picks: editor's name → its pick for a bound.
+        most: how many.
+    """
+    scores = {name: p.score for name, p in picks.items() if p is not None and p.editor.strength is not None}
+    return sorted(scores, key=lambda name: scores[name] or 0.0, reverse=True)[:most]
+
+
+class Curve(Comparison):
+    """The points of the curve: cells of one stream of held-out training facts, one an editor and strength, each a file
+    under ``out/curve/cells``. Scores are without generation.
+
+    The stream's facts are those that checkpoints and hyperparameters are chosen on (`rledit_env.knowledge.held_out`),
+    so that nothing that is scored in the end chooses anything. Editors that learn are trained by ``comparison``, once
+    for all strengths.
+
+    Args:
+        comparison: the one whose editors are chosen; its environment, batch size, modules and metrics are taken.
+        num_batches: batches of the stream.
+        factors: the strengths tried, as factors; None tries each editor's own (`Strength.factors`).
+
+    Raises:
+        ValueError: there are too few facts for the stream.
+    """
+
+    def __init__(self, comparison: Comparison, num_batches: int = 20, factors: Sequence[float] | None = None) -> None:
+        setting = comparison.setting
+        _, facts = held_out(setting.training())
+        KnowledgeStream(facts, num_batches, setting.batch_size)  # says whether there are enough
+        stream: Setting = replace(setting, test=facts, num_batches=num_batches, generate=False)
+        super().__init__(stream, comparison.views, comparison.out / "curve", comparison.progress_bar, comparison)
+        self.factors = None if factors is None else tuple(sorted(set(factors)))
+        self._complete: dict[str, list[Point]] = {}  # by editor's name; what is finished does not change
+
+    def variants(self, editor: Editor) -> list[Editor]:
+        """The editor at each of the strengths that are tried, from the weakest on; itself where it has none.
+
+        Raises:
+            ValueError: it refuses one of them.
+        """
+        if editor.strength is None:
+            return [editor]
+        return [with_strength(editor, factor) for factor in self.factors or sorted(editor.strength.factors)]
+
+    def points(self, editor: Editor) -> list[Point] | None:
+        """The editor's points; None before all are there.
+
+        Raises:
+            ValueError: as for :meth:`cell`.
+        """
+        if editor.name not in self._complete:
+            cells = [(variant, self.cell(variant, SEED)) for variant in self.variants(editor)]
+            points = [Point(variant, cell) for variant, cell in cells if cell is not None]
+            if len(points) < len(cells):
+                return None
+            self._complete[editor.name] = points
+        return self._complete[editor.name]
+
+    def cell_path(self, editor: Editor, seed: int) -> Path:
+        return self.out / "cells" / f"{editor.label}.json"
+
+    def cell(self, editor: Editor, seed: int) -> dict[str, Any] | None:
+        """As `Comparison.cell`; a cell of another stream of facts is refused, too."""
+        cell = super().cell(editor, seed)
+        if cell is not None and cell.get("stream", self._stream()) != self._stream():
+            path = self.cell_path(editor, seed)
+            raise ValueError(f"{path} was computed on another stream ({_words(cell['stream'])}, not "
+                             f"{_words(self._stream())}); delete {self.out} to compute the curve anew, or give "
+                             "another folder")
+        return cell
+
+    def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
+        measured = super()._measure(editor, agent, env, seed)
+        inner: Any = env.unwrapped
+        return {**measured, SELECTION_KL: _finite(divergence(inner.lm)), "stream": self._stream()}
+
+    def _stream(self) -> dict[str, Any]:
+        setting = self.setting
+        return {"source": setting.test.source, "batches": setting.num_batches, "batch_size": setting.batch_size,
+                "seed": SEED}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _words(stream: Mapping[str, Any]) -> str:
+    return f"{stream['batches']}×{stream['batch_size']} of {stream['source']}, seed {stream['seed']}"

@@ -1,0 +1,261 @@
+"""Edits facts into an LLM with any agent, however many there are."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from agents.base import Agent, act, begin_stream
+from agents.running.recording import LedgerRecorder, Position, Taken
+from rledit_env.encoding import EncodedDataset
+from rledit_env.env import LifelongEditEnv
+from rledit_env.evaluation.guard import DriftGuard
+from rledit_env.knowledge import KnowledgeDataset
+from rledit_env.ledger.store import EditLedger
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.reward import action_penalty, frobenius_penalty
+
+
+@dataclass
+class EditLog:
+    """What happened while a stream was edited.
+
+    Attributes:
+        batch_sizes: facts of each batch.
+        update_norms: for each batch, √(Σ ‖ΔW‖_F²) over the modules and the batch's steps.
+        drift: mean ‖W − W₀‖ / ‖W₀‖ over the modules at the end.
+        seconds: spent on editing, without any evaluation.
+        diverged: whether an update broke the model; editing ended there, with the weights of before it.
+        skipped: batches (from 0) of which an update broke the model and was taken back, once for each such update.
+        stopped: whether a guard ended the run.
+        presentations: of each fact, in the stream's order, how often it was presented.
+        taken: of each fact, whether it has taken at the end, when all are edited; empty where facts were presented a
+            fixed number of times.
+    """
+
+    batch_sizes: list[int] = field(default_factory=list)
+    update_norms: list[float] = field(default_factory=list)
+    drift: float = 0.0
+    seconds: float = 0.0
+    diverged: bool = False
+    skipped: list[int] = field(default_factory=list)
+    stopped: bool = False
+    presentations: list[int] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
+
+    @property
+    def facts(self) -> int:
+        """Facts edited."""
+        return sum(self.batch_sizes)
+
+    @property
+    def seconds_per_fact(self) -> float:
+        return self.seconds / max(self.facts, 1)
+
+    def batches(self) -> list[range]:
+        """The facts of each batch, as positions in the stream."""
+        ends = [sum(self.batch_sizes[: i + 1]) for i in range(len(self.batch_sizes))]
+        return [range(end - size, end) for end, size in zip(ends, self.batch_sizes, strict=True)]
+
+
+def edit_stream(
+    env: gym.Env,
+    agent: Agent,
+    log: EditLog | None = None,
+    progress: Callable[[int], Any] | None = None,
+    callbacks: Sequence[Callable[[int], Any]] = (),
+    ledger: EditLedger | None = None,
+    guard: DriftGuard | None = None,
+    **reset: Any,
+) -> EditLog:
+    """Let an agent edit one stream of an environment made with ``array_backend="torch"``.
+
+    Args:
+        env: the environment.
+        agent: it is reset, unless the weights are kept (``options={"keep_weights": True}``): then it goes on with its
+            memory of the stream.
+        log: an earlier stream's, to be continued.
+        progress: called after every batch with the number of its facts.
+        callbacks: each is called before the first batch with 0, and after every batch with the number of batches
+            edited so far, such as `rledit_env.evaluation.retention.RetentionProbe`; their time is not the editing's.
+        ledger: every update is recorded there before it takes effect. Where it holds this stream already, or its
+            beginning, the run goes on from there, and ends as it would have ended.
+        guard: asked after every batch whether the LLM has drifted too far.
+        reset: arguments of the environment's ``reset``.
+
+    Raises:
+        DivergenceError: an update broke the LLM, and the environment's ``on_divergence`` is "raise".
+        LedgerError: the ledger holds another run.
+    """
+    log = log or EditLog()
+    begin_stream(agent, reset)
+    inner: Any = env.unwrapped
+    started = time.perf_counter()
+    first, size, presentations = len(log.batch_sizes), inner.stream.batch_size, inner.steps_per_batch
+    until = inner.present_until is not None  # then a batch may end before it has been presented so often
+    recorder = LedgerRecorder(ledger, inner, agent, first) if ledger is not None else None
+    position = recorder.take_up() if recorder is not None else Position([], 0, None)
+
+    def note(step: Taken) -> None:
+        """Take a step into the log."""
+        if first + step.batch == len(log.batch_sizes):
+            log.batch_sizes.append(size)
+            log.update_norms.append(0.0)
+            log.presentations += [0] * size
+        begin = len(log.presentations) - size
+        for place in range(size) if step.presented is None else step.presented:
+            log.presentations[begin + place] += 1
+        if step.broke:
+            log.skipped.append(first + step.batch)
+        else:
+            log.update_norms[-1] = math.hypot(log.update_norms[-1], step.norm)
+
+    def ended(batches: int) -> None:
+        for _ in range(batches if progress is not None else 0):
+            progress(size)  # type: ignore[misc]
+
+    for taken in position.taken:
+        note(taken)
+    step, in_flight = position.step, position.update
+    ended(step // presentations)
+    done = step >= inner.episode_steps
+    if step or in_flight is not None:
+        options = {**(reset.get("options") or {}), "keep_weights": True, "start": step}
+        reset = {**reset, "options": options}
+    if not done:
+        observation, _ = env.reset(**reset)
+        if first == step == 0 and in_flight is None:
+            started += _call(callbacks, 0)
+    inner.recorder = recorder
+    try:
+        while not done:
+            if in_flight is None:
+                action = act(agent, observation)
+                norm = _norm(action, inner.lm)
+            else:
+                action, norm = in_flight, position.norm
+            if recorder is not None:
+                recorder.step, recorder.norm = step, norm
+                if until or (step + 1) % presentations == 0:
+                    # What the next batch's states are computed together with changes their last bits; so that a run
+                    # taken up there has the same, they do not depend on earlier batches.
+                    inner.lm.prefix_cache.clear()
+            presented = inner.presented_facts()
+            with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
+                observation, _, terminated, truncated, info = env.step(action)
+            in_flight = None
+            batch, step = info["batch"], inner.position
+            note(Taken(batch, norm, info["diverged"], presented))
+            whole = step // presentations > batch  # the batch has ended
+            ended(whole)
+            done = terminated or truncated
+            if info["diverged"]:
+                log.diverged = inner.on_divergence == "end" or (done and step < inner.episode_steps)
+                warnings.warn(f"the update of batch {first + info['batch']} ({_last_facts(log)}) broke the LLM and was "
+                              "taken back", stacklevel=2)
+            if whole and not info["diverged"]:
+                started += _call(callbacks, len(log.batch_sizes))
+            if guard is not None and whole and guard.exceeded(len(log.batch_sizes) - 1):
+                log.stopped = done = True
+    finally:
+        inner.recorder = None
+    log.drift = float(np.mean(list(inner.lm.drift().values())))
+    log.seconds += time.perf_counter() - started
+    return log
+
+
+def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
+    """Call all of them; returns the seconds that took."""
+    started = time.perf_counter()
+    for callback in callbacks:
+        callback(edited)
+    return time.perf_counter() - started
+
+
+def _last_facts(log: EditLog) -> str:
+    last = log.batches()[-1]
+    return f"facts {last.start + 1} to {last.stop}"
+
+
+def _norm(action: Any, lm: EditableLM) -> float:
+    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make (a replacement's depends on the weights as they are).
+    """
+    if set(action) == {"accumulated"}:
+        accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
+        action = {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
+    return math.sqrt(max(float(action_penalty(frobenius_penalty, action)), 0.0))
+
+
+def edit_facts(
+    lm: EditableLM,
+    agent: Agent,
+    facts: KnowledgeDataset,
+    batch_size: int = 20,
+    token: str = "answer",
+    steps_per_batch: int = 1,
+    progress: Callable[[int], Any] | None = None,
+    ledger: EditLedger | None = None,
+    guard: DriftGuard | None = None,
+    on_divergence: Literal["end", "skip", "raise"] = "end",
+    present_until: float | None = None,
+) -> EditLog:
+    """Edit all facts into the LLM, in order; a last batch may be smaller.
+
+    The LLM starts from its pre-trained weights and keeps the edited ones; the agent is reset, and its environment is
+    afterwards the one it had before. No reward is computed.
+
+    Args:
+        lm: the LLM.
+        agent: trained with the same modules, ``token`` and ``steps_per_batch``.
+        facts: what to edit.
+        batch_size: facts a batch.
+        token: as in :class:`~rledit_env.env.LifelongEditEnv`.
+        steps_per_batch: as there.
+        progress: called after every batch with the number of its facts.
+        ledger, guard: as for :func:`edit_stream`.
+        on_divergence, present_until: as in :class:`~rledit_env.env.LifelongEditEnv`.
+    """
+    log, before = EditLog(), agent.env
+    whole = len(facts) // batch_size
+    try:
+        for start, batches, size in ((0, whole, batch_size), (whole * batch_size, 1, len(facts) % batch_size)):
+            if batches * size == 0 or log.diverged or log.stopped:
+                continue
+            env = LifelongEditEnv(
+                facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
+                steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
+                present_until=present_until,
+            )
+            options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
+            agent.set_env(env)  # editors that read the facts themselves must read these
+            edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
+    finally:
+        if before is None:
+            agent.env = None
+        else:
+            agent.set_env(before)
+    if present_until is not None:
+        log.taken = have_taken(lm, facts, present_until)[: log.facts]
+    return log
+
+
+def have_taken(lm: EditableLM, facts: KnowledgeDataset, probability: float) -> list[bool]:
+    """Whether the LLM, as it is, gives every token of a fact's answer at least this probability, given the prompt and
+    the answer's tokens before it."""
+    encoded = EncodedDataset(lm, facts)
+    passages = [encoded[i].edit for i in range(len(facts))]
+    states = lm.answer_states(passages)
+    with torch.no_grad():
+        losses = negative_log_likelihood(lm.forward, states.hidden, states.targets)
+    hardest = losses.new_zeros(len(passages)).scatter_reduce_(0, states.owner, losses, "amax")
+    return (hardest <= -math.log(probability)).tolist()

@@ -1,0 +1,140 @@
+"""Finds and loads saved agents: a run's folder, an agent's own, or the one that ships with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from agents.base import Agent, module_shapes
+from agents.files import built_from, read_description
+from agents.fine_tuning.baselines import FineTuningAgent, NoEditAgent
+from agents.fine_tuning.ft_l import FTLAgent, FTMAgent
+from agents.hypernetworks.dafnet import DAFNetAgent
+from agents.hypernetworks.malmen import MALMENAgent
+from agents.hypernetworks.mend import MENDAgent
+from agents.hypernetworks.ultraedit import UltraEditAgent
+from agents.locate_then_edit.alphaedit import AlphaEditAgent
+from agents.locate_then_edit.memit import MEMITAgent
+from agents.locate_then_edit.prune import PRUNEAgent
+from agents.locate_then_edit.rect import RECTAgent
+from agents.locate_then_edit.rome import ROMEAgent
+from agents.rledit.agent import RLEditAgent
+from agents.sb3.ppo import StandardAgent
+from agents.sb3.random_search import RandomSearchAgent
+from rledit_env.lm.names import UnknownModules
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+DEFAULT = "default"  # names the agents that ship with the package, at most one for each kind of facts
+GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
+CLASSES: dict[str, type[Agent]] = {
+    "rledit": RLEditAgent,
+    "standard": StandardAgent,
+    "random search": RandomSearchAgent,
+    "none": NoEditAgent,
+    "fine-tuning": FineTuningAgent,
+    "dafnet": DAFNetAgent,
+    "ft-l": FTLAgent,
+    "ft-m": FTMAgent,
+    "malmen": MALMENAgent,
+    "mend": MENDAgent,
+    "ultraedit": UltraEditAgent,
+    **{agent.name: agent for agent in (ROMEAgent, MEMITAgent, PRUNEAgent, RECTAgent, AlphaEditAgent)},
+}
+
+
+def find_agent(name: str | Path, kind: str | None = None) -> Path:
+    """The folder of a saved agent.
+
+    Args:
+        name: an agent's folder; a run's folder, whose ``best`` is taken, else its ``last``; or "default", the agent
+            that ships with the package.
+        kind: of the facts that "default" is to edit: "zsre", "counterfact" or "fever". Where none ships for that
+            kind, and for any other and None, it is CounterFact's, the agent for statements.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if str(name) == DEFAULT:
+        found = {path.parent.name: path.parent for path in sorted(PRETRAINED.rglob("agent.json"))}
+        if not found:
+            raise FileNotFoundError(
+                "this installation ships no trained agent; train one with 'rledit train' and give its folder"
+            )
+        return found.get(str(kind)) or found.get(GENERAL) or next(iter(found.values()))
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "best", folder / "last"):
+        if (candidate / "agent.json").exists():
+            return candidate
+    what = "holds no agent (no agent.json, best or last)" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"{folder} {what}; give the folder that 'rledit train' wrote, or 'default' for the agent that ships with the "
+        "package"
+    )
+
+
+def agent_settings(folder: str | Path) -> dict[str, Any]:
+    """What a saved agent says of itself: its class, configuration, and ``environment``, which it was trained in.
+
+    Raises:
+        FileNotFoundError: there is no agent there.
+        ValueError: the file is damaged.
+    """
+    settings = read_description(folder)
+    return {**settings, "environment": settings.get("environment") or {}}
+
+
+@contextmanager
+def modules_of(folder: str | Path, model: str) -> Iterator[None]:
+    """Within it a model is loaded with the modules of a saved agent.
+
+    Raises:
+        ValueError: the model has no such modules: the agent belongs to another one.
+    """
+    try:
+        yield
+    except UnknownModules as error:
+        raise ValueError(_other_model(folder, model)) from error
+
+
+def _check_modules(folder: str | Path, env: gym.Env) -> None:
+    """Raise ValueError where an agent knows the shapes of its modules, and the environment's are others."""
+    shapes = {m: tuple(shape) for m, shape in (agent_settings(folder).get("shapes") or {}).items()}
+    if shapes and shapes != module_shapes(env):
+        inner: Any = env.unwrapped
+        raise ValueError(_other_model(folder, inner.lm.name, module_shapes(env)))
+
+
+def _other_model(folder: str | Path, model: str, found: Mapping[str, tuple[int, int]] | None = None) -> str:
+    """What is wrong and what can be done where an agent's modules are not the model's."""
+    settings = agent_settings(folder)
+    trained, shapes = settings["environment"].get("model") or "another model", settings.get("shapes") or {}
+    modules = list(shapes) or settings["environment"].get("edit_modules") or ["unknown"]
+    example = f"{modules[0]} {tuple(shapes[modules[0]])}" if shapes else modules[0]
+    edited = f"edits {len(found)} such as {' '.join(map(str, next(iter(found.items()))))}" if found else "has none such"
+    other = "leave edit_modules (--edit-modules) out, or edit" if model == trained else "edit"
+    model = model or "this model"
+    return (
+        f"the agent in {folder} belongs to {trained} and was trained for {len(modules)} modules such as {example}; "
+        f"{model} {edited}; {other} {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
+        f"{model} --facts FILE --out DIR; or train an agent for it: rledit train --model {model} --out RUN"
+    )
+
+
+def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
+    """The agent in a folder, whatever its class.
+
+    Raises:
+        FileNotFoundError: there is no agent there.
+        ValueError: its class is unknown, or it was trained for other modules than the environment's, or another model.
+    """
+    name = agent_settings(folder).get("agent")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"{folder} holds an agent of the class {name!r}; known are {', '.join(CLASSES)}")
+    with built_from(folder):
+        if env is not None:
+            _check_modules(folder, env)
+        return CLASSES[name].load(folder, env)

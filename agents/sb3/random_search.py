@@ -1,0 +1,166 @@
+"""Random search over constant actions on the low-dimensional view: what a standard algorithm has to beat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from agents.base import Agent, run_stream
+from agents.files import agent_folder, built_from, check_counters, read_description
+from agents.sb3.ppo import StandardConfig, standard_config
+from agents.settings import environment_settings
+from rledit_env.files import write_text
+from rledit_env.nesting import environment_inside
+from rledit_env.wrappers import ScaledUpdate
+
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+class RandomSearchAgent(Agent):
+    """The same action at every step: before `learn` the zero action, which is the base rule, then the best one found.
+
+    Args:
+        env: a `LifelongEditEnv`.
+        config: the view; what it says of algorithms is left aside.
+        seed: of the actions tried and of the streams that they are tried on.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+        environment_inside(env, "RandomSearchAgent", agent=True)
+        self.env, self.config, self.seed = env, config or StandardConfig(), seed
+        c = self.config
+        self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
+        self.action: np.ndarray = np.zeros(self.scaled.action_space.shape or (), np.float32)
+        self.timesteps = 0
+        self.searches = 0  # calls of learn, each of which tries other actions
+
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        other = RandomSearchAgent(env, self.config, self.seed)
+        if len(other.scaled.shapes) != len(self.scaled.shapes):
+            raise ValueError(f"the action is for {len(self.scaled.shapes)} modules, the environment edits "
+                             f"{len(other.scaled.shapes)}; make an agent for it: RandomSearchAgent(env)")
+        self.env, self.scaled = env, other.scaled
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for a raw observation in either array backend."""
+        return self.scaled.factors(observation, self.action), None
+
+    def learn(
+        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True, rounds: int = 4,
+    ) -> RandomSearchAgent:  # fmt: skip
+        """Search by successive halving: in every round the better half of the actions goes on to twice the streams.
+
+        The action so far is one of the first round's, the others are uniform on the space. Within a round all are tried
+        on the same streams, so that their returns differ by what they do and not by their facts.
+
+        Args:
+            total_timesteps: further environment steps to take, rounded up to whole streams; a first round of two
+                actions on one stream is the least. Streams that are left over after the last round go to the best
+                action, whose return is then the mean over more of them.
+            callback: called after every round with its numbers; the search stops when it returns False.
+            progress_bar: show one.
+            reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
+            rounds: how often to halve.
+
+        Raises:
+            ValueError: too few steps for two actions.
+        """
+        inner: Any = self.scaled.unwrapped
+        streams = -(-total_timesteps // inner.episode_steps)
+        if streams < 2:
+            raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
+                             "for each of two actions")
+        while rounds > 1 and streams // rounds < 2**rounds:  # so that the last round, too, has two actions to compare
+            rounds -= 1
+        # Other actions at each call.
+        rng = np.random.default_rng([self.seed, self.searches] if self.searches else self.seed)
+        self.searches += 1
+        self.timesteps = 0 if reset_num_timesteps else self.timesteps
+        shape = self.action.shape
+        count = streams // rounds
+        candidates = [self.action, *rng.uniform(-1, 1, (count - 1, *shape)).astype(np.float32)]
+        each, left = 1, streams
+        with tqdm(total=streams, unit="stream", desc="random search", disable=not progress_bar) as bar:
+            for turn in range(rounds):
+                seeds = rng.integers(2**31, size=each).tolist()
+                means = []
+                for action in candidates:
+                    means.append(self._mean_return(action, seeds, bar))
+                left -= each * len(candidates)
+                order = np.argsort(means)[::-1]
+                self.action, best = candidates[int(order[0])], max(means)
+                if turn == rounds - 1 and left:
+                    more = self._mean_return(self.action, rng.integers(2**31, size=left).tolist(), bar)
+                    best = (each * best + left * more) / (each + left)
+                numbers = {"round": float(turn), "candidates": float(len(candidates)), "return": best}
+                if callback is not None and callback(numbers) is False:
+                    break
+                candidates = [candidates[int(i)] for i in order[: len(candidates) // 2]]
+                each *= 2
+        return self
+
+    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: Any) -> float:
+        """The mean return of always taking an action, over the streams of these seeds."""
+        self.action = action
+        inner: Any = self.scaled.unwrapped
+        returns = []
+        for seed in seeds:
+            returns.append(run_stream(self.scaled.env, self, seed=seed)[0])
+            self.timesteps += len(inner.history)
+            bar.update(1)
+        return float(np.mean(returns))
+
+    def save(self, path: str | Path) -> None:
+        """Write the action and the view as JSON."""
+        folder = agent_folder(path)
+        description = {
+            "agent": "random search",
+            "format": 1,
+            "seed": self.seed,
+            "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
+            "action": self.action.tolist(),
+            "timesteps": self.timesteps,
+            "searches": self.searches,
+            "environment": environment_settings(self.env),
+        }
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> RandomSearchAgent:
+        """The agent in a folder that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no agent there.
+            ValueError: no environment was given, or it edits another number of modules.
+        """
+        folder = Path(path)
+        description = read_description(folder)
+        if env is None:
+            raise ValueError(f"the agent in {folder} acts on a view of the environment; give the environment: env=…")
+        with built_from(folder):
+            check_counters(description, "seed", "timesteps")
+            agent = cls(env, standard_config(description["config"]), description["seed"])
+            trained = len((description["environment"] or {}).get("edit_modules", []))
+            if trained != len(agent.scaled.shapes):
+                raise ValueError(
+                    f"{folder} was found for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
+                    f"the environment with the settings in {folder / 'agent.json'}"
+                )
+            action = np.asarray(description["action"], np.float32)
+            if not agent.scaled.action_space.contains(action):
+                raise ValueError(f"action has shape {action.shape}; it must be {agent.action.shape}, within ±1")
+            agent.action, agent.timesteps = action, description["timesteps"]
+            agent.searches = description.get("searches", 1)  # which earlier versions did not count
+        return agent

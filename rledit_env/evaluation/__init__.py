@@ -1,0 +1,19 @@
+"""How well facts were edited, and what that did to the rest of the LLM."""
+
+from rledit_env.evaluation.chat_scores import ChatScores, chat_scores
+from rledit_env.evaluation.guard import DriftGuard
+from rledit_env.evaluation.metrics import METRICS_VERSION, Metrics, continuations, evaluate
+from rledit_env.evaluation.retention import DriftProbe, Retention, RetentionProbe
+
+__all__ = [
+    "ChatScores",
+    "DriftGuard",
+    "DriftProbe",
+    "METRICS_VERSION",
+    "Metrics",
+    "Retention",
+    "RetentionProbe",
+    "chat_scores",
+    "continuations",
+    "evaluate",
+]

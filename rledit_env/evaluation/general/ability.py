@@ -1,0 +1,99 @@
+"""General ability as one thing to measure: before editing, during a stream, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from rledit_env.evaluation.general.lm_eval import lm_eval_scores
+from rledit_env.evaluation.general.scored_text import drifts, scored_texts, source_of
+from rledit_env.evaluation.general.tasks import load_tasks, score_task
+from rledit_env.lm.editable import EditableLM
+
+LM_EVAL = "lm-eval:"
+Scores = dict[str, dict[str, float]]
+
+
+class GeneralAbility:
+    """Measures an LLM at whatever weights it has.
+
+    Args:
+        lm: the LLM; text for "self" is sampled from its pre-trained weights at once.
+        sources: any of "self" (perplexity and KL on its own earlier text, on human-written text and, where it has a
+            chat template, on its earlier answers in a chat; see `scored_texts`), a folder or file of tasks or "hub"
+            (see :func:`~rledit_env.evaluation.general.tasks.load_tasks`), and "lm-eval:TASK,TASK".
+        shots: solved examples before each question.
+        limit: examples a task; None means all.
+        seed: of the examples' draw and of the text.
+        text: a UTF-8 file of human-written text for "self"; None takes the help topics of Python's standard library.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: a source cannot be used.
+    """
+
+    def __init__(
+        self, lm: EditableLM, sources: Sequence[str] = ("self",), shots: int = 0, limit: int | None = 200,
+        seed: int = 0, text: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.lm, self.shots, self.limit, self.seed = lm, shots, limit, seed
+        self.text = text
+        self._texts = scored_texts(lm, text, seed) if "self" in sources else {}
+        self._lm_eval = [name for s in sources if s.startswith(LM_EVAL) for name in s[len(LM_EVAL) :].split(",")]
+        self._tasks = [
+            task for source in sources if source != "self" and not source.startswith(LM_EVAL)
+            for task in load_tasks(source)
+        ]  # fmt: skip
+        if not (self._texts or self._lm_eval or self._tasks):
+            raise ValueError("there is nothing to measure general ability on; give 'self', a folder, or another source")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where each task's examples come from, in words."""
+        found = {
+            "self": "sampled from the model before editing",
+            "human": source_of(self.text),
+            "chat": "sampled from the model before editing, to everyday questions in its chat template",
+        }
+        tasks = {t.name: t.source for t in self._tasks} | dict.fromkeys(self._lm_eval, "lm-eval")
+        return {key: found[key] for key in self._texts} | tasks
+
+    def measure(self) -> Scores:
+        """Scores by task at the current weights: those of `SelfDrift` under "self", "human" and "chat", of `TaskScore`
+        under a task's name, lm-eval's own under its."""
+        scores: Scores = {key: drift.as_dict() for key, drift in drifts(self.lm, self._texts).items()}
+        for task in self._tasks:
+            scores[task.name] = score_task(self.lm, task, self.shots, self.limit, self.seed).as_dict()
+        if self._lm_eval:
+            scores |= lm_eval_scores(self.lm, self._lm_eval, self.shots or None, self.limit)
+        return scores
+
+
+class GeneralEvery:
+    """Measures general ability while a stream is edited: a callback of `agents.edit_stream`.
+
+    Args:
+        env: the stream's environment.
+        ability: what to measure.
+        every: batches between two measurements; None means only before the first batch and after the last, which are
+            always measured.
+
+    Attributes:
+        scores: batches edited → scores.
+    """
+
+    def __init__(self, env: gym.Env, ability: GeneralAbility, every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every is {every}; give 1 or more")
+        self.env: Any = env.unwrapped
+        self.ability, self.every = ability, every
+        self.scores: dict[int, Scores] = {}
+
+    def __call__(self, edited: int) -> None:
+        """Measure after ``edited`` batches, if it is time to."""
+        if edited == 0:  # a stream begins
+            self.scores = {}
+        if edited in (0, self.env.stream.num_batches) or (self.every and edited % self.every == 0):
+            self.scores[edited] = self.ability.measure()

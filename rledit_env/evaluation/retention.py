@@ -1,0 +1,156 @@
+"""What becomes of each batch, and of each edited weight, while later batches are edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from rledit_env.evaluation.metrics import check_metrics, exact_matches, record_efficacy
+from rledit_env.knowledge import EditRecord
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Efficacy of every batch after later steps, in percent.
+
+    Attributes:
+        edited: batches edited by then, one entry a measurement, ascending; R in all.
+        efficacy: (R, T) of each of the T batches at each measurement (teacher-forced); NaN where it was not edited yet.
+        first_exact_match: (R,) exact match of the first batch, decoded freely; NaN where not asked for.
+    """
+
+    edited: tuple[int, ...]
+    efficacy: np.ndarray
+    first_exact_match: np.ndarray
+
+    @property
+    def first_batch(self) -> np.ndarray:
+        """The first batch's Efficacy at each measurement, (R,)."""
+        return self.efficacy[:, 0]
+
+    @property
+    def forgetting(self) -> float:
+        """Mean, over all batches but the last, of the best Efficacy a batch ever had before the last measurement, less
+        that at the last one: the forgetting measure of continual learning (Chaudhry et al., 2018). NaN where no batch
+        was measured twice."""
+        measured_before = ~np.isnan(self.efficacy[:-1]).all(0)
+        if not measured_before.any():
+            return float("nan")
+        best = np.nanmax(self.efficacy[:-1, measured_before], axis=0)
+        return float((best - self.efficacy[-1, measured_before]).mean())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_dict` reads it."""
+        return {
+            "edited": list(self.edited),
+            "efficacy": [[_or_none(value) for value in row] for row in self.efficacy],
+            "first_exact_match": [_or_none(value) for value in self.first_exact_match],
+            "forgetting": _or_none(self.forgetting),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Retention:
+        """What :meth:`as_dict` gave."""
+        return cls(
+            tuple(values["edited"]),
+            np.array(values["efficacy"], dtype=float),
+            np.array(values["first_exact_match"], dtype=float),
+        )
+
+
+class RetentionProbe:
+    """Measures retention while a stream is edited: a callback of `agents.edit_stream`.
+
+    A measurement scores all facts edited so far in passes shared by all batches, so that a stream of T batches costs
+    about T²n / 2 passages at ``every=1``; the prefixes below the first edited layer are computed once.
+
+    Args:
+        env: the stream's environment.
+        every: batches between two measurements; the first batch and the last are always measured.
+        generate: also decode the first batch's prompts freely, at each measurement.
+        metrics: how Efficacy is scored (see `rledit_env.evaluation.metrics.evaluate`).
+
+    Raises:
+        ValueError: ``every`` is less than 1, or there is no such ``metrics``.
+    """
+
+    def __init__(self, env: gym.Env, every: int = 1, generate: bool = True, metrics: str = "paper") -> None:
+        check_metrics(metrics)
+        if every < 1:
+            raise ValueError(f"every is {every}; give 1 or more")
+        self.env: Any = env.unwrapped
+        self.every, self.generate, self.metrics = every, generate, metrics
+        self._edited: list[int] = []
+        self._rows: list[np.ndarray] = []
+        self._exact: list[float] = []
+
+    def __call__(self, edited: int) -> None:
+        """Measure after ``edited`` batches, if it is time to."""
+        batches = self.env.stream.num_batches
+        if edited == 0:  # a stream begins
+            self._edited, self._rows, self._exact = [], [], []
+        elif edited in (1, batches) or edited % self.every == 0:
+            groups = [self.env.stream.batch(batch) for batch in range(edited)]
+            row = np.full(batches, np.nan)
+            row[:edited] = batch_efficacy(self.env.lm, groups, self.env.dataset.kind, self.metrics)
+            first = exact_matches(self.env.lm, groups[0]) if self.generate else []
+            self._edited.append(edited)
+            self._rows.append(row)
+            self._exact.append(100 * float(np.mean(first)) if first else np.nan)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a result."""
+        return bool(self._rows)
+
+    @property
+    def result(self) -> Retention:
+        """What was measured.
+
+        Raises:
+            ValueError: nothing yet.
+        """
+        if not self._rows:
+            raise ValueError("no batch has been edited yet; hand this object to edit_stream's callbacks first")
+        return Retention(tuple(self._edited), np.stack(self._rows), np.array(self._exact))
+
+
+class DriftProbe:
+    """Notes how far each edited weight has moved while a stream is edited: a callback of `agents.edit_stream`.
+
+    Attributes:
+        by_module: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        self.env: Any = env.unwrapped
+        self.by_module: dict[str, list[float]] = {}
+
+    def __call__(self, edited: int) -> None:
+        """Note the drift after ``edited`` batches."""
+        drift = self.env.lm.drift()
+        if edited == 0:  # a stream begins
+            self.by_module = {module: [] for module in drift}
+        else:
+            for module, value in drift.items():
+                self.by_module[module].append(round(value, 6))
+
+
+def batch_efficacy(
+    lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
+) -> np.ndarray:
+    """Efficacy of each batch of records at the current weights, in percent, (batches,); all in shared passes.
+
+    It is `Metrics.efficacy` of the batch alone: the mean over its records.
+    """
+    shares = record_efficacy(lm, [record for batch in batches for record in batch], kind, metrics)
+    sizes = [len(batch) for batch in batches]
+    return np.array([100 * float(np.mean(part)) for part in np.split(np.array(shares), np.cumsum(sizes)[:-1])])
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,2 @@
+"""Faster ways to compute what a model's modules compute."""
+

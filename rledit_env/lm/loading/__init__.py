@@ -1,0 +1,2 @@
+"""Names to weights on disk, and weights on disk to a frozen model."""
+

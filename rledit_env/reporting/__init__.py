@@ -1,0 +1,2 @@
+"""Results to look at: pages, pictures and tables."""
+

@@ -1,0 +1,286 @@
+"""What is known of a run, gathered from its folder into one page: `rledit report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rledit_env.answers import MEANING, answer_of
+from rledit_env.evaluation.retention import Retention
+from rledit_env.files import FIGURES, check_page, check_part, mark, write_bytes
+from rledit_env.reporting import report
+from rledit_env.reporting.report import Form, Report, Table
+
+Picture = Callable[[Form], bytes | None]
+NO_EDIT = "no edit"
+PAGE = "report.html"
+
+
+class RunReport:
+    """The page of a run's folder, and its pictures for a paper.
+
+    Args:
+        folder: what `rledit train --out` or `rledit edit --out` wrote. The results that `rledit evaluate --json` wrote
+            into it are shown; and the learning curve, if training logged one there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no result, or results whose scores do not compare, since they are of different versions
+            of the metrics or scored otherwise.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; give the one that 'rledit train' or 'rledit edit' wrote")
+        self.results = _read_results(self.folder)
+        if not self.results:
+            raise ValueError(
+                f"{folder} holds no result to show; write one with: rledit evaluate --agent {folder} --retention "
+                f"--general self --json {self.folder / 'result.json'}"
+            )
+        _check_comparable(self.folder, self.results)
+        self.curves = report.read_curves(self.folder) if list(self.folder.glob("events.out.tfevents.*")) else {}
+        self.pictures: dict[str, Picture] = {}  # by file name, in the page's order
+
+    def page(self) -> Report:
+        """The whole page."""
+        self.pictures = {}
+        results = self.results
+        page = Report("Lifelong editing of a language model", _lead(results))
+        scores = score_rows(results)
+        page.table(*report.score_table(scores))
+        self._picture(page, "scores", lambda form: report.score_bars(scores, form),
+                      "Scores on the edited facts after the last of them.")
+        first = next(iter(results.values()))
+        page.paragraph(_legend(str(first["settings"].get("kind", "")), *_scored_as(first)))
+        if any(report.PORTABILITY in row for row in scores.values()):
+            page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
+        for name, result in results.items():
+            of = f" ({name})" if len(results) > 1 else ""
+            tag = f"-{name}" if len(results) > 1 else ""
+            self._facts(page, result, of)
+            self._chat(page, result, of)
+            self._retention(page, result, of, tag)
+            self._weights(page, result, of, tag)
+            self._general(page, result, of)
+            self._divergences(page, result, of)
+        if self.curves and report.learning_curves(self.curves) is not None:
+            page.heading("Learning")
+            self._picture(page, "learning", lambda form: report.learning_curves(self.curves, form),
+                          "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
+        self._settings(page)
+        return page
+
+    def write(self, path: str | Path | None = None, figures: Sequence[Form] = ()) -> list[Path]:
+        """Write the page (``report.html`` in the folder unless said otherwise), and beside it, in ``figures``, each
+        picture in these forms; returns what was written, the page first.
+
+        Raises:
+            FileExistsError: a file of such a name is there that rledit did not write; nothing was written.
+        """
+        page, place = self.page(), Path(path or self.folder / PAGE).resolve()
+        folder = place.parent / FIGURES
+        pictures = {folder / f"{name}.{form}": draw(form) or b"" for name, draw in self.pictures.items()
+                    for form in figures}  # fmt: skip
+        check_page(place)
+        for file in pictures:
+            check_part(file)
+        page.write(place)
+        if pictures:
+            folder.mkdir(exist_ok=True)
+            mark(folder, FIGURES, whole=True, files=[file.name for file in pictures])
+        for file, content in pictures.items():
+            write_bytes(file, content)
+        return [place, *pictures]
+
+    def _picture(self, page: Report, name: str, draw: Picture, caption: str) -> None:
+        self.pictures[name] = draw
+        page.picture(draw("png") or b"", caption)
+
+    def _facts(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        if not result.get("answers"):
+            return
+        page.heading(f"Facts of the stream{of}")
+        page.paragraph("Drawn evenly from the stream, whatever became of them. The model's answers are written freely: "
+                       f"{MEANING}.")
+        page.table(*answer_rows(result["answers"]))
+
+    def _chat(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        chat = result.get("chat")
+        if not chat:
+            return
+        page.heading(f"Asked in a chat{of}")
+        page.table(["", "%"], [["Efficacy", chat["chat_efficacy"]], ["Generalization", chat["chat_generalization"]]])
+        page.paragraph(f"The edit prompts, and their paraphrases: {chat['taken_means']}.")
+        rows = [[one["prompt"], one["target"], one["answer"] or "(nothing)", one["took"]] for one in chat["answers"]]
+        page.table(["Prompt", "New fact", "Answer in a chat", "Took"], rows)
+
+    def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+        if not result.get("retention"):
+            return
+        retention = Retention.from_dict(result["retention"])
+        page.heading(f"Retention{of}")
+        lost = "" if retention.forgetting != retention.forgetting else (
+            f" On average a batch ends {retention.forgetting:.1f} points below its best."
+        )
+        page.paragraph(f"Every batch's Efficacy after each later one was edited.{lost}")
+        self._picture(page, f"retention{tag}", lambda form: report.retention_map(retention, form),
+                      report.RETENTION_CAPTION)
+        self._picture(page, f"memory{tag}", lambda form: report.memory_curve(retention, form),
+                      report.MEMORY_CAPTION)
+
+    def _weights(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+        drift, norms = result.get("module_drift"), result.get("update_norms")
+        if not drift or not norms or not all(drift.values()):
+            return
+        page.heading(f"Updates{of}")
+        self._picture(page, f"layers{tag}", lambda form: report.layer_drift(drift, form),
+                      report.LAYERS_CAPTION)
+        self._picture(page, f"norms{tag}", lambda form: report.norm_curve(norms, form),
+                      "The size of each batch's update.")
+
+    def _general(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        general = result.get("general")
+        if not general or not general["scores"]:
+            return
+        page.heading(f"General ability{of}")
+        page.table(*report.general_table({int(step): scores for step, scores in general["scores"].items()}))
+        sources = ", ".join(f"{task}: {source}" for task, source in general["sources"].items())
+        page.paragraph(
+            "Own text: what the model wrote before any editing; chat answers: what it answered then, in its chat "
+            "template. F1 by comparing the answers' likelihoods, in percent, "
+            f"with {general['shots']} solved examples; calibrated: each answer's likelihood centred on its mean, which "
+            f"undoes a preference for one answer. Columns are batches edited. Sources: {sources}."
+        )
+
+    def _divergences(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+        if not result.get("divergences"):
+            return
+        page.heading(f"The rest of the model{of}")
+        page.table(*report.divergence_table(result["divergences"]))
+        human = (result.get("divergences_of") or {}).get("human", "what people wrote")
+        page.paragraph("How far the edited model is from the unedited one, in nats a token, and how well it predicts "
+                       f"the text. Own text: what the model wrote before editing; human text: {human}; chat answers: "
+                       "what it answered before editing to everyday questions, in its chat template.")
+
+    def _settings(self, page: Report) -> None:
+        page.heading("Data, settings and versions")
+        page.table(["", "Data"], [[name, result["data_source"]] for name, result in self.results.items()])
+        commands = [result["command"] for result in self.results.values() if result.get("command")]
+        if commands:
+            page.paragraph("Made with:")
+            page.code("\n".join(commands))
+        for name, result in self.results.items():
+            rows = [[key, _shown(value)] for key, value in result["settings"].items()]
+            page.table([name if len(self.results) > 1 else "Setting", "Value"], rows)
+        versions = next(iter(self.results.values()))["versions"]
+        page.table(["Package", "Version"], list(versions.items()))
+
+
+def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of the main table: the unedited model on each result's facts, then the result.
+
+    Results on the same facts share the unedited model's row.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    seen: list[Any] = []
+    for name, result in results.items():
+        before = result.get("before")
+        if before and before not in seen:
+            rows[NO_EDIT if not seen else f"{NO_EDIT} ({name})"] = dict(before)
+            seen.append(before)
+        rows[name] = {**result["metrics"], "seconds": result.get("seconds_per_fact")}
+    return rows
+
+
+def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
+    """Header and rows of facts with the model's answers; those of a result without the answers before have no such
+    column. A result of an earlier version does not say which facts took: its rows say where the answer is the target.
+    """
+    with_before = all("before" in one for one in answers)
+    with_took = all("took" in one for one in answers)
+    counted = all("presentations" in one for one in answers)
+    header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after",
+              "Took" if with_took else "Exactly", *(["Presentations"] if counted else [])]
+    rows: list[list[Any]] = []
+    for one in answers:
+        after = one["after"] if "after" in one else one["answer"]
+        before = [one["before"] or "(nothing)"] if with_before else []
+        mark = one["took"] if with_took else after == answer_of(one["target"])
+        count = [one["presentations"]] if counted else []
+        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", mark, *count])
+    return header, rows
+
+
+def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder by their file's name, oldest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it or write it again") from error
+        if isinstance(content, dict) and {"metrics", "settings", "versions", "data_source"} <= set(content):
+            if path.name == "edit_report.json":
+                content["answers"] = content["answers"][:20]
+            found[path.stem] = content
+    return found
+
+
+def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
+    result = next(iter(results.values()))
+    settings = result["settings"]
+    facts = len(result["taken"])
+    sentence = f"{facts} new facts edited into {settings['model']}, {settings['batch_size']} at a time"
+    if "num_batches" in settings and facts < settings["num_batches"] * settings["batch_size"]:
+        sentence += " (the model broke before the stream's end)"
+    return f"{sentence}; every score is taken after the last of them. Data: {result['data_source']}."
+
+
+def _scored_as(result: Mapping[str, Any]) -> tuple[int, str]:
+    """The version of the metrics that a result was scored with, and the name of the way."""
+    return result.get("metrics_version", 1), result["settings"].get("metrics", "paper")
+
+
+def _check_comparable(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make sure that all results may stand in one table.
+
+    Raises:
+        ValueError: they may not.
+    """
+    (first, kept), *others = results.items()
+    for name, result in others:
+        if _scored_as(result) != _scored_as(kept):
+            said = [f"{folder / f'{stem}.json'} of version {one[0]} ('{one[1]}')"
+                    for stem, one in ((first, _scored_as(kept)), (name, _scored_as(result)))]
+            raise ValueError(f"the scores of {folder} do not compare, since they are of different metrics: "
+                             f"{' and '.join(said)}; write the older one again with its command, or move one away")
+
+
+def _legend(kind: str, version: int, metrics: str) -> str:
+    exact = "Exact match: the answer written freely begins with the new one and ends there."
+    if metrics == "rledit-code":
+        text = "Efficacy, Generalization and Specificity are what the paper's released code computes (docs/metrics.md)."
+    elif kind == "counterfact":
+        text = (
+            "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same "
+            "on paraphrases. Specificity: neighbouring facts that still prefer their own answer."
+        )
+    else:
+        text = (
+            "Efficacy: answer tokens of the edited prompts that the model gives, teacher-forced. Generalization: the "
+            "same on paraphrases. Specificity: answer tokens of unrelated prompts that are as before editing."
+        )
+    means = (
+        "Every score is the mean over facts." if version >= 2 else
+        "Scored by an earlier version, over the answer tokens and prompts of all facts together: not to be compared "
+        "with scores of today's version, which are means over facts."
+    )  # fmt: skip
+    return f"In percent. {text} {exact} {means}"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
