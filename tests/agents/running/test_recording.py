@@ -234,7 +234,7 @@ def edit_and_die(folder: Path) -> str:
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     # From the folder on, through the header, to the second entry; one kill in a later entry, and one near the end.
     moments = [*range(2, 24), 37, 58]
-    with forked("test_recording", "edit_and_die") as runner:
+    with forked(__file__, "edit_and_die") as runner:
         left = assert_killed_runs_end_alike(runner, tmp_path, moments)
     for moment in moments:
         ledger = EditLedger(tmp_path / f"at -{moment}")
