@@ -23,7 +23,7 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.files import read_tensors
 from rledit_env.files import MARKER, write_tensors
 from rledit_env.knowledge import load_knowledge
-from rledit_env.ledger.store import weights_hash
+from rledit_env.ledger import weights_hash
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 

@@ -21,7 +21,7 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
-from rledit_env.ledger.store import EditLedger, LedgerError, weights_hash
+from rledit_env.ledger import EditLedger, LedgerError, weights_hash
 from rledit_env.lm.editable import EditableLM
 
 MODULES = "model.layers.[1-2].mlp.{gate,up}_proj"
