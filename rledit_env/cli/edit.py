@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.evaluation.guard import DriftGuard
     from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.knowledge.facts import load_facts
-    from rledit_env.reporting.report import versions
+    from rledit_env.reporting import versions
 
     check_editor(options)
     check_text(options)

@@ -418,7 +418,7 @@ def _probed(
 
 
 def _say_search(search: StrengthSearch) -> None:
-    from rledit_env.reporting.report import text_table
+    from rledit_env.reporting import text_table
 
     rows = [
         [t.steps_per_batch, f"{t.step_size:.3g}", f"{t.taken} of {search.facts}",
