@@ -33,7 +33,7 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.metrics import METRICS_VERSION, evaluate
 from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
-from rledit_env.ledger.store import LEDGER, EditLedger
+from rledit_env.ledger import LEDGER, EditLedger
 from rledit_env.lm.editable import EditableLM
 
 

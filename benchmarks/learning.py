@@ -35,7 +35,7 @@ from agents.rledit.hypernetwork import Aggregation
 from rledit_env.evaluation.metrics import METRICS_VERSION, Metrics, evaluate
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.reporting.report import text_table
+from rledit_env.reporting import text_table
 from rledit_env.reward import RewardConfig
 
 ENV_IDS = {"counterfact": "RLEdit-CounterFact-v0", "zsre": "RLEdit-ZsRE-v0", "fever": "RLEdit-FEVER-v0"}

@@ -37,7 +37,7 @@ from agents.rledit.credit import CreditAccumulator
 from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.placement import resolve_device
-from rledit_env.reporting.report import text_table, versions
+from rledit_env.reporting import text_table, versions
 from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
 
 EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model

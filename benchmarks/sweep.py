@@ -30,7 +30,7 @@ from agents.running.editors import EDITORS, Editor, configured, find_configs, lo
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_text
 from rledit_env.knowledge import held_out, load_knowledge
-from rledit_env.reporting.report import text_table
+from rledit_env.reporting import text_table
 
 HERE = Path(__file__).parent
 ENV_IDS = {"counterfact": "RLEdit-CounterFact-v0", "zsre": "RLEdit-ZsRE-v0", "fever": "RLEdit-FEVER-v0"}

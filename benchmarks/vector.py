@@ -28,7 +28,7 @@ from gymnasium.vector import VectorEnv
 
 import rledit_env  # noqa: F401  (registers the environments)
 from rledit_env.files import write_text
-from rledit_env.reporting.report import text_table, versions
+from rledit_env.reporting import text_table, versions
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import rledit_env.own_agents  # noqa: F401 - says so where another package is ca
 from agents import RLEditAgent, edit_stream
 from agents.files import remove_run
 from agents.rledit.agent import RECOMMENDED
+from rledit_env import reporting
 from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
 from rledit_env.evaluation.metrics import continuations, evaluate
 from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
@@ -27,7 +28,6 @@ from rledit_env.files import mark
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
-from rledit_env.reporting import report
 from rledit_env.reward import RewardConfig
 
 ENV_ID = "RLEdit-CounterFact-v0"
@@ -135,17 +135,18 @@ def main(settings: Settings) -> None:
         drifts[name] = [(0.0, 0.0)] + [((i + 1) * per_step, h["drift"]) for i, h in enumerate(env.unwrapped.history)]
         answers[name] = continuations(lm, chosen)
     env.close()
-    table = report.answer_table(chosen, answers["before"], answers["trained agent"])
-    print(f"\nAfter all {len(facts)} edits, in percent:\n{report.text_table(*report.score_table(scores))}")
-    print(f"\nFive facts of the stream:\n{report.text_table(*table)}")
+    table = reporting.answer_table(chosen, answers["before"], answers["trained agent"])
+    print(f"\nAfter all {len(facts)} edits, in percent:\n{reporting.text_table(*reporting.score_table(scores))}")
+    print(f"\nFive facts of the stream:\n{reporting.text_table(*table)}")
     lead = (f"An agent trained for {agent.updates} policy updates edits {len(facts)} new facts into {lm.name}, "
             f"{sizes['batch_size']} at a time; every score is taken after the last of them.")
     if settings.quick:
         lead += " A quick run on a tiny random model: it shows that everything runs, and nothing else."
-    curves, source = report.read_curves(settings.out / "training"), env.unwrapped.dataset.source
+    curves, source = reporting.read_curves(settings.out / "training"), env.unwrapped.dataset.source
     remembered = retention.result if retention.measured else None
-    page = report.editing_report(lead, scores, table, curves, drifts, {**asdict(settings), **sizes}, source,
-                                 remembered, drift.by_module, general.scores)
+    measured = reporting.Measured(remembered, drift.by_module, general.scores)
+    made_with = {**asdict(settings), **sizes}
+    page = reporting.editing_report(lead, scores, table, curves, drifts, made_with, source, measured)
     path = page.write(settings.out / "report.html")
     print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {path}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")

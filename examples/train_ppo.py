@@ -27,11 +27,11 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Agent, RandomSearchAgent, RLEditAgent, StandardAgent, StandardConfig, rledit_ridge
 from agents.base import run_stream
+from rledit_env import reporting
 from rledit_env.files import mark
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
-from rledit_env.reporting import report
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ def main(args: Args) -> None:
     levels = {who: float(np.mean(returns(held_out, everybody[who], on_curve))) for who in flat}
     source = held_out.unwrapped.dataset.source
     print(f"Returns on {args.test_streams} held-out streams; {source}")
-    print(report.text_table(*report.return_table(tested, learned_from)))
+    print(reporting.text_table(*reporting.return_table(tested, learned_from)))
     if args.rledit_steps:
         above = np.subtract(tested["RLEdit"], tested[name])
-        interval = "{:+.1f} to {:+.1f}".format(*report.bootstrap_interval(above))
+        interval = "{:+.1f} to {:+.1f}".format(*reporting.bootstrap_interval(above))
         print(f"above {name}, stream by stream: RLEdit by {above.mean():+.1f} ({interval})")
     (args.out / "returns.json").write_text(json.dumps(tested, indent=1) + "\n")
     lead = (f"{name}, which scales a base rule by what {len(agent.model.observation_space.low)} features say, beside "
             f"what it has to beat: {lm.name}, {args.num_batches} batches of {args.batch_size} facts a stream.")
-    page = report.returns_report(lead, tested, learned_from, curves, levels, asdict(args), source)
+    page = reporting.returns_report(lead, tested, learned_from, curves, levels, asdict(args), source)
     print(f"report: {page.write(args.out / 'report.html')}\n{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 

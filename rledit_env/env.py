@@ -24,7 +24,7 @@ from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.ledger.store import Recorder
+from rledit_env.ledger import Recorder
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import TOKEN_CHOICES, Passage
 from rledit_env.lm.loading.given import check_given, editable_lm

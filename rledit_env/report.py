@@ -1,5 +1,5 @@
-"""Another name of :mod:`rledit_env.reporting.report`."""
+"""Another name of :func:`rledit_env.reporting.bootstrap_interval`."""
 
-from rledit_env.reporting.report import bootstrap_interval
+from rledit_env.reporting import bootstrap_interval
 
 __all__ = ["bootstrap_interval"]

@@ -52,12 +52,13 @@ class Runner:
 
 
 @contextmanager
-def forked(module: str, task: str) -> Iterator[Runner]:
-    """Processes that run ``module.task(folder)``, which returns a text."""
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+def forked(file: str, task: str) -> Iterator[Runner]:
+    """Processes that run ``task(folder)`` of a test file, which returns a text."""
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(Path(file).parent)])
+    code = SERVER.format(module=Path(file).stem, task=task)
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER.format(module=module, task=task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"

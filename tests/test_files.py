@@ -25,7 +25,7 @@ from rledit_env.files import (
     write_tensors,
     write_text,
 )
-from rledit_env.reporting.report import Report
+from rledit_env.reporting import Report
 
 
 def write_folder(folder: Path, *names: str, overwrite: bool = False) -> None:

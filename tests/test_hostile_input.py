@@ -30,7 +30,7 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.knowledge.facts import load_facts
-from rledit_env.ledger.store import EditLedger, updated
+from rledit_env.ledger import EditLedger, updated
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading import registry
 

@@ -13,7 +13,7 @@ import pytest
 from rledit_env import outputs
 from rledit_env.files import mark, whole_folder
 from rledit_env.outputs import Input, Output, PathError, added, growing, page, result, try_or_exit, try_outputs, whole
-from rledit_env.reporting.report import Report
+from rledit_env.reporting import Report
 
 LONG = "x" * 300
 

@@ -73,7 +73,7 @@ def test_wheel_holds_every_module_type_marker_and_data_file(wheel: zipfile.ZipFi
         path.relative_to(ROOT).as_posix()
         for path in project_files()
         if path.relative_to(ROOT).parts[0] in PACKAGES
-        and (path.suffix == ".py" or path.name == "py.typed"
+        and (path.suffix in (".py", ".jinja") or path.name == "py.typed"
              or {"pretrained", "bundled", "configs"} & set(path.parts))
     }
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped

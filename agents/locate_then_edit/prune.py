@@ -14,7 +14,7 @@ from torch import Tensor
 from agents.locate_then_edit.locate import dense
 from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
-from rledit_env.ledger.store import updated
+from rledit_env.ledger import updated
 
 # The environment's settings that the agent is best used with.
 RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED

@@ -20,7 +20,7 @@ from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
 from rledit_env.knowledge import KnowledgeDataset
-from rledit_env.ledger.store import EditLedger
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.reward import action_penalty, frobenius_penalty

@@ -23,9 +23,8 @@ from rledit_env.files import write_text
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.modules import linear_modules
-from rledit_env.lm.names import expand_globs
+from rledit_env.lm.names import expand_globs, module_kind, module_layer
 from rledit_env.lm.self_check import own_pass
-from rledit_env.reporting.report import module_kind, module_layer
 
 SCORES = ("efficacy", "generalization", "specificity", "mean")
 MOST = 2  # paraphrases and unrelated facts of a record that are scored

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from agents.base import Agent
 from rledit_env.env import LifelongEditEnv
-from rledit_env.ledger.store import EditLedger, Entry, LedgerError, Update, updated, weights_hash
+from rledit_env.ledger import (
+    EditLedger,
+    Entry,
+    LedgerError,
+    RunState,
+    Update,
+    on_device,
+    original_weights,
+    updated,
+    weights_hash,
+)
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,16 @@ class LedgerRecorder:
     def record(self, update: Update) -> Mapping[str, Tensor]:
         env, lm = self.env, self.env.lm
         before = {m: lm.weight(m) for m in lm.module_shapes}
-        after = updated(before, {m: lm.original_weight(m) for m in before}, update)
+        after = updated(before, original_weights(lm), update)
         batch, presentation = divmod(self.step, env.steps_per_batch)
         if self.cursor < len(self.ledger):
             self._compare("edit", after)
         else:
             size = env.stream.batch_size
-            self.ledger.append(
-                "edit", update, after, self.first_batch + batch, presentation,
-                facts=env.stream.indices[batch * size : (batch + 1) * size].tolist(), norm=self.norm,
-                random=env.np_random.bit_generator.state, memory=self.agent.memory(),
-                presented=None if env.present_until is None else env.presented_facts(),
-            )
+            facts = env.stream.indices[batch * size : (batch + 1) * size].tolist()
+            presented = None if env.present_until is None else env.presented_facts()
+            state = RunState(presentation, presented, env.np_random.bit_generator.state, self.agent.memory())
+            self.ledger.append("edit", update, after, self.first_batch + batch, facts, self.norm, state)
         self.cursor += 1
         self._before = {m: w.clone() for m, w in before.items()}
         return after
@@ -94,7 +102,9 @@ class LedgerRecorder:
             self._compare("rollback", self._before)
         else:
             last = self.ledger.summary(self.cursor - 1)
-            self.ledger.append("rollback", {}, self._before, last.batch, last.presentation, last.facts)
+            self.ledger.append(
+                "rollback", {}, self._before, last.batch, last.facts, state=RunState(last.presentation)
+            )
         self.cursor += 1
 
     def _compare(self, kind: str, after: Mapping[str, Tensor]) -> None:
@@ -153,7 +163,7 @@ class LedgerRecorder:
         ledger.replay(env.lm, last.index)
         self.cursor = last.index
         self._last = last
-        update = {part: {m: t.to(env.lm.device) for m, t in by.items()} for part, by in last.update.items()}
+        update = on_device(last.update, env.lm.device)
         return Position(taken[:-1], step, update or {"updates": {}}, last.norm)
 
     @contextmanager

@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
 def begin(options: argparse.Namespace, comparison: Comparison) -> None:
     """Load the model, unless that is done, and mark the folder."""
     from rledit_env.files import mark, write_text
-    from rledit_env.reporting.report import versions
+    from rledit_env.reporting import versions
 
     if comparison.views.loaded:
         return

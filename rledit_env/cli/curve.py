@@ -51,7 +51,7 @@ def check(options: argparse.Namespace) -> None:
         ValueError: one is not, or pictures cannot be drawn.
     """
     from rledit_env.cli.command import check_positive
-    from rledit_env.reporting.report import check_pictures
+    from rledit_env.reporting import check_pictures
 
     if not options.curve:
         given = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
@@ -243,7 +243,7 @@ def _write(run: Run, pictures: bool = True) -> dict[str, str]:
 
 def _pictures(run: Run) -> dict[str, bytes]:
     from agents.running.curve import BOUNDS
-    from rledit_env.reporting.report import tradeoff_curves
+    from rledit_env.reporting import tradeoff_curves
 
     curves: dict[str, list[tuple[float, float]]] = {}
     broke: dict[str, list[tuple[float, float]]] = {}
@@ -340,7 +340,7 @@ def _point_line(editor: Editor, point: Point) -> list[str]:
 
 
 def _point_text(header: Sequence[str], points: Sequence[tuple[Editor, Point]]) -> str:
-    from rledit_env.reporting.report import text_table
+    from rledit_env.reporting import text_table
 
     return text_table(header, [_point_line(*point) for point in points])
 

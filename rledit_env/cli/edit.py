@@ -55,7 +55,7 @@ from rledit_env.outputs import Output, PathError, whole
 
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
-    from rledit_env.ledger.store import EditLedger
+    from rledit_env.ledger import EditLedger
     from rledit_env.lm.editable import EditableLM
 
 FORMS = ("model", "delta", "lora")
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.evaluation.guard import DriftGuard
     from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.knowledge.facts import load_facts
-    from rledit_env.reporting.report import versions
+    from rledit_env.reporting import versions
 
     check_editor(options)
     check_text(options)
@@ -263,7 +263,7 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
 
 def _ledger_output(options: argparse.Namespace) -> list[Output]:
     """The ledger as a path to be tried."""
-    from rledit_env.ledger.store import check_ledger
+    from rledit_env.ledger import check_ledger
 
     if options.ledger is None:
         return []
@@ -272,7 +272,7 @@ def _ledger_output(options: argparse.Namespace) -> list[Output]:
 
 def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDataset) -> EditLedger:
     """The run's ledger, new or to be gone on with; only with the same facts, editor and settings."""
-    from rledit_env.ledger.store import EditLedger
+    from rledit_env.ledger import EditLedger
 
     texts = json.dumps([[r.prompt, r.target, r.subject] for r in facts])
     described = {

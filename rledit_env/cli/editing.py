@@ -367,7 +367,7 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     Raises:
         LedgerError: it records a run of somebody else.
     """
-    from rledit_env.ledger.store import LedgerError
+    from rledit_env.ledger import LedgerError
 
     recorded = _recorded_settings(options)
     if recorded is None:
@@ -382,7 +382,7 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
 
 def _recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
     """What the ledger that is to be resumed was begun with; None where there is none yet."""
-    from rledit_env.ledger.store import HEADER, EditLedger
+    from rledit_env.ledger import HEADER, EditLedger
 
     if not options.resume or options.ledger is None or not (options.ledger / HEADER).exists():
         return None
@@ -418,7 +418,7 @@ def _probed(
 
 
 def _say_search(search: StrengthSearch) -> None:
-    from rledit_env.reporting.report import text_table
+    from rledit_env.reporting import text_table
 
     rows = [
         [t.steps_per_batch, f"{t.step_size:.3g}", f"{t.taken} of {search.facts}",

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics
     from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
     from rledit_env.lm.chat import ChatTemplate
-    from rledit_env.reporting.report import versions
+    from rledit_env.reporting import versions
 
     check_metrics(options.metrics)
     check_text(options)

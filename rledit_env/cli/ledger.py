@@ -11,7 +11,7 @@ from rledit_env.cli.paths import check_paths, model_inputs, written_path
 from rledit_env.outputs import Input, Output, PathError, whole
 
 if TYPE_CHECKING:
-    from rledit_env.ledger.store import EditLedger
+    from rledit_env.ledger import EditLedger
     from rledit_env.lm.editable import EditableLM
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.ledger.store import EditLedger
+    from rledit_env.ledger import EditLedger
 
     return {"list": _list, "verify": _verify, "undo": _undo, "replay": _replay}[options.action](
         EditLedger(options.ledger), options

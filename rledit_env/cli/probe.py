@@ -119,7 +119,7 @@ def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
 def _tell(result: ProbeResult) -> None:
     """The best candidates, beside the unedited model."""
     from agents.running.probe import NO_EDIT, SCORES
-    from rledit_env.reporting.report import text_table
+    from rledit_env.reporting import text_table
 
     rows: list[list[Any]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
     rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:TOLD]]
@@ -129,7 +129,7 @@ def _tell(result: ProbeResult) -> None:
 def _draw(result: ProbeResult, folder: Path) -> None:
     """The heat map, where there is matplotlib."""
     from rledit_env.files import write_bytes
-    from rledit_env.reporting.report import module_map
+    from rledit_env.reporting import module_map
 
     kinds, layers, maps = result.maps()
     for form in PICTURE_FORMS:

@@ -58,7 +58,7 @@ def before_and_after(
 
 def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
     """The first batch's memory, and the forgetting of all."""
-    from rledit_env.reporting.report import text_table
+    from rledit_env.reporting import text_table
 
     rows = [
         [edited, float(efficacy), None if exact != exact else float(exact)]
@@ -75,7 +75,7 @@ def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
 
 def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., Any]) -> None:
     """The scores of general ability, a column a measurement."""
-    from rledit_env.reporting.report import general_table, text_table
+    from rledit_env.reporting import general_table, text_table
 
     say("general ability by batches edited:")
     say(text_table(*general_table(scores)))
@@ -83,7 +83,7 @@ def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: 
 
 def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., Any]) -> None:
     """What became of the rest of the model, a row a text; see `rledit_env.evaluation.general.drifts`."""
-    from rledit_env.reporting.report import divergence_table, text_table
+    from rledit_env.reporting import divergence_table, text_table
 
     if divergences:
         say("the rest of the model, on text that was not edited:")

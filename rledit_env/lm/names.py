@@ -1,4 +1,4 @@
-"""Modules by name patterns."""
+"""Names of modules: patterns for them, and what they say."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def _expand_ranges(pattern: str) -> list[str]:
     head, tail = pattern[: match.start()], pattern[match.end() :]
     numbers = range(int(match[1]), int(match[2]) + 1)
     return [piece for number in numbers for piece in _expand_ranges(f"{head}{number}{tail}")]
+
+
+def module_layer(name: str) -> int:
+    """The layer a module is in: the first number of its dotted name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def module_kind(name: str) -> str:
+    """What a module is within its layer, such as "mlp.up_proj"."""
+    parts = name.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[place + 1 :])

@@ -10,8 +10,11 @@ from typing import Any
 from rledit_env.answers import MEANING, answer_of
 from rledit_env.evaluation.retention import Retention
 from rledit_env.files import FIGURES, check_page, check_part, mark, write_bytes
-from rledit_env.reporting import report
-from rledit_env.reporting.report import Form, Report, Table
+from rledit_env.reporting import charts, run_tables
+from rledit_env.reporting.cells import Table
+from rledit_env.reporting.drawing import Form
+from rledit_env.reporting.logs import read_curves
+from rledit_env.reporting.page import Report
 
 Picture = Callable[[Form], bytes | None]
 NO_EDIT = "no edit"
@@ -42,7 +45,7 @@ class RunReport:
                 f"--general self --json {self.folder / 'result.json'}"
             )
         _check_comparable(self.folder, self.results)
-        self.curves = report.read_curves(self.folder) if list(self.folder.glob("events.out.tfevents.*")) else {}
+        self.curves = read_curves(self.folder) if list(self.folder.glob("events.out.tfevents.*")) else {}
         self.pictures: dict[str, Picture] = {}  # by file name, in the page's order
 
     def page(self) -> Report:
@@ -51,12 +54,12 @@ class RunReport:
         results = self.results
         page = Report("Lifelong editing of a language model", _lead(results))
         scores = score_rows(results)
-        page.table(*report.score_table(scores))
-        self._picture(page, "scores", lambda form: report.score_bars(scores, form),
+        page.table(*run_tables.score_table(scores))
+        self._picture(page, "scores", lambda form: charts.score_bars(scores, form),
                       "Scores on the edited facts after the last of them.")
         first = next(iter(results.values()))
         page.paragraph(_legend(str(first["settings"].get("kind", "")), *_scored_as(first)))
-        if any(report.PORTABILITY in row for row in scores.values()):
+        if any(run_tables.PORTABILITY in row for row in scores.values()):
             page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
         for name, result in results.items():
             of = f" ({name})" if len(results) > 1 else ""
@@ -67,9 +70,9 @@ class RunReport:
             self._weights(page, result, of, tag)
             self._general(page, result, of)
             self._divergences(page, result, of)
-        if self.curves and report.learning_curves(self.curves) is not None:
+        if self.curves and charts.learning_curves(self.curves) is not None:
             page.heading("Learning")
-            self._picture(page, "learning", lambda form: report.learning_curves(self.curves, form),
+            self._picture(page, "learning", lambda form: charts.learning_curves(self.curves, form),
                           "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
         self._settings(page)
         return page
@@ -127,19 +130,19 @@ class RunReport:
             f" On average a batch ends {retention.forgetting:.1f} points below its best."
         )
         page.paragraph(f"Every batch's Efficacy after each later one was edited.{lost}")
-        self._picture(page, f"retention{tag}", lambda form: report.retention_map(retention, form),
-                      report.RETENTION_CAPTION)
-        self._picture(page, f"memory{tag}", lambda form: report.memory_curve(retention, form),
-                      report.MEMORY_CAPTION)
+        self._picture(page, f"retention{tag}", lambda form: charts.retention_map(retention, form),
+                      charts.RETENTION_CAPTION)
+        self._picture(page, f"memory{tag}", lambda form: charts.memory_curve(retention, form),
+                      charts.MEMORY_CAPTION)
 
     def _weights(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
         drift, norms = result.get("module_drift"), result.get("update_norms")
         if not drift or not norms or not all(drift.values()):
             return
         page.heading(f"Updates{of}")
-        self._picture(page, f"layers{tag}", lambda form: report.layer_drift(drift, form),
-                      report.LAYERS_CAPTION)
-        self._picture(page, f"norms{tag}", lambda form: report.norm_curve(norms, form),
+        self._picture(page, f"layers{tag}", lambda form: charts.layer_drift(drift, form),
+                      charts.LAYERS_CAPTION)
+        self._picture(page, f"norms{tag}", lambda form: charts.norm_curve(norms, form),
                       "The size of each batch's update.")
 
     def _general(self, page: Report, result: Mapping[str, Any], of: str) -> None:
@@ -147,7 +150,7 @@ class RunReport:
         if not general or not general["scores"]:
             return
         page.heading(f"General ability{of}")
-        page.table(*report.general_table({int(step): scores for step, scores in general["scores"].items()}))
+        page.table(*run_tables.general_table({int(step): scores for step, scores in general["scores"].items()}))
         sources = ", ".join(f"{task}: {source}" for task, source in general["sources"].items())
         page.paragraph(
             "Own text: what the model wrote before any editing; chat answers: what it answered then, in its chat "
@@ -160,7 +163,7 @@ class RunReport:
         if not result.get("divergences"):
             return
         page.heading(f"The rest of the model{of}")
-        page.table(*report.divergence_table(result["divergences"]))
+        page.table(*run_tables.divergence_table(result["divergences"]))
         human = (result.get("divergences_of") or {}).get("human", "what people wrote")
         page.paragraph("How far the edited model is from the unedited one, in nats a token, and how well it predicts "
                        f"the text. Own text: what the model wrote before editing; human text: {human}; chat answers: "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from rledit_env.reporting.report import text_table
+from rledit_env.reporting.cells import text_table
 
 NOT_APPLICABLE = "not applicable"
 

@@ -23,7 +23,7 @@ from rledit_env import cli, preservation
 from rledit_env.cli import results, train
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.metrics import METRICS_VERSION
-from rledit_env.reporting import report
+from rledit_env.reporting import versions
 from rledit_env.reward import RewardConfig
 
 ROOT = Path(__file__).parents[2]
@@ -290,7 +290,7 @@ def test_evaluate_writes_metrics_settings_and_versions(run_folder: Path, tmp_pat
         "efficacy", "generalization", "specificity", "specificity_answer", "exact_match", "top1", "mean",
     }  # fmt: skip
     assert all(0 <= score <= 100 for score in written["metrics"].values())
-    assert written["versions"] == report.versions()
+    assert written["versions"] == versions()
     assert (written["metrics_version"], written["settings"]["metrics"]) == (METRICS_VERSION, "paper")
     assert len(written["taken"]) == 6
     assert written["seconds_per_fact"] > 0

@@ -17,7 +17,7 @@ from agents.running.editors import EDITORS, training_free_editors
 from rledit_env import cli
 from rledit_env.cli import editing
 from rledit_env.env import LifelongEditEnv
-from rledit_env.ledger.store import EditLedger
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 

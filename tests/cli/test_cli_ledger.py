@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from rledit_env import cli
-from rledit_env.ledger.store import EditLedger
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 
 FACTS = [{"prompt": f"The king of Ruritania in {year} was", "target": name, "subject": "Ruritania"}

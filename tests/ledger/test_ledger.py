@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rledit_env.ledger.store import ENTRY_NAME, EditLedger, LedgerError, change_norm, updated, weights_hash
+from rledit_env.ledger import EditLedger, LedgerError, change_norm, updated, weights_hash
+from rledit_env.ledger.format import ENTRY_NAME
 from rledit_env.lm.editable import EditableLM
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +247,7 @@ def test_a_ledger_of_another_model_or_run_is_refused(
 
 def test_two_writers_never_share_a_ledger(lm: EditableLM, tmp_path: Path) -> None:
     ledger = EditLedger.create(tmp_path / "l", lm)
-    code = f"from rledit_env.ledger.store import EditLedger; EditLedger({str(tmp_path / 'l')!r}).lock()"
+    code = f"from rledit_env.ledger import EditLedger; EditLedger({str(tmp_path / 'l')!r}).lock()"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -37,7 +37,7 @@ from agents.hypernetworks.dafnet import TRAINING as DAFNET_TRAINING
 from agents.hypernetworks.dafnet import DAFNetwork
 from agents.rledit.credit import CreditAccumulator
 from agents.running.editors import EDITORS, configured, find_configs, load_configs
-from rledit_env.ledger.store import EditLedger
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import kl_divergence
 from rledit_env.reward import Locality, RewardConfig

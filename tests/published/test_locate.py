@@ -33,7 +33,7 @@ from agents.locate_then_edit.prune import restrained
 from agents.locate_then_edit.rome import sequential_rank_one
 from agents.locate_then_edit.value_optimisation import encode_request, optimise_values
 from agents.running.editors import EDITORS, configured, find_configs, load_configs
-from rledit_env.ledger.store import EditLedger
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.continued import subject_states
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.head import AfterHead, OutputHead

@@ -15,7 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from rledit_env.answers import MEANING
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.evaluation.retention import Retention
-from rledit_env.reporting import report
+from rledit_env.lm.names import module_kind, module_layer
+from rledit_env.reporting import general_table, versions
 from rledit_env.reporting.run_report import RunReport, answer_rows, score_rows
 
 SCORES = {"efficacy": 90.5, "generalization": 80.0, "specificity": 70.0, "exact_match": 60.0}
@@ -33,7 +34,7 @@ def result(**more: Any) -> dict[str, Any]:
         "command": "rledit evaluate --agent runs/x", "metrics": SCORES,
         "before": {**SCORES, "efficacy": 29.5, "exact_match": None},
         "settings": {"model": "tiny-llama", "batch_size": 2, "num_batches": 2, "kind": "counterfact"},
-        "versions": report.versions(), "data_source": "file facts.jsonl", "seconds_per_fact": 0.25, "taken": [True] * 4,
+        "versions": versions(), "data_source": "file facts.jsonl", "seconds_per_fact": 0.25, "taken": [True] * 4,
         "answers": [
             {"prompt": "Rome is in", "target": "Peru", "before": "Italy", "after": "Peru and", "took": True},
             {"prompt": "Oslo is in", "target": "Chile", "before": "Norway", "after": "", "took": False},
@@ -156,7 +157,7 @@ def test_folders_without_a_result_say_how_to_get_one(tmp_path: Path) -> None:
 
 def test_general_ability_is_tabled_with_the_scores_that_matter() -> None:
     scores = {step: {"self": {**SELF, "kl": step / 10}, "cola": TASK, "toy": {"acc": 0.5}} for step in range(10)}
-    header, rows = report.general_table(scores, most=4)
+    header, rows = general_table(scores, most=4)
     assert header == ["", "before", "after 3", "after 6", "after 9"]
     table = {row[0]: row[1:] for row in rows}
     assert table["own text, KL from the unedited model, nats"] == [0.0, 0.3, 0.6, 0.9]
@@ -164,5 +165,5 @@ def test_general_ability_is_tabled_with_the_scores_that_matter() -> None:
 
 
 def test_a_module_s_layer_and_kind_are_told_by_its_name() -> None:
-    assert report.module_layer("model.layers.12.mlp.up_proj") == 12
-    assert report.module_kind("transformer.h.3.attn.c_attn") == "attn.c_attn"
+    assert module_layer("model.layers.12.mlp.up_proj") == 12
+    assert module_kind("transformer.h.3.attn.c_attn") == "attn.c_attn"

@@ -23,7 +23,7 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.files import read_tensors
 from rledit_env.files import MARKER, write_tensors
 from rledit_env.knowledge import load_knowledge
-from rledit_env.ledger.store import weights_hash
+from rledit_env.ledger import weights_hash
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 
@@ -155,7 +155,7 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
         "kill = lambda numbers: os.kill(os.getpid(), signal.SIGKILL) if agent.updates == 5 else None\n"
         "agent.learn(log_dir=sys.argv[1], eval_env=eval_env, callback=kill, **SETTINGS)"
     )
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "cut")], env={**os.environ, "PYTHONPATH": paths}, check=False
     )
@@ -184,7 +184,7 @@ def train_and_die(folder: Path) -> str:
 
 def test_training_killed_at_any_write_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
     # Of some 300 changes: the first files, the first checkpoint, each of the next ones once, and the last.
-    with forked("test_resume", "train_and_die") as runner:
+    with forked(__file__, "train_and_die") as runner:
         assert_killed_runs_end_alike(runner, tmp_path, (2, 9, 25, 60, 110, 170, 240, 300))
 
 

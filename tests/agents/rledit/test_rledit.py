@@ -22,7 +22,7 @@ from agents.rledit.credit import CreditAccumulator
 from rledit_env.files import MARKER
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
-from rledit_env.reporting.report import read_curves
+from rledit_env.reporting import read_curves
 
 ROOT = Path(__file__).parents[3]
 AGGREGATIONS = ("mend", "least_squares", "recursive")

@@ -18,8 +18,8 @@ from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.loading.registry import load_model
 from rledit_env.lm.modules import linear_modules
-from rledit_env.lm.names import expand_globs
-from rledit_env.reporting import report
+from rledit_env.lm.names import expand_globs, module_kind, module_layer
+from rledit_env.reporting import module_map
 
 SMALL = ProbeConfig(
     step_sizes=(1e-2, 1.0), num_batches=1, batch_size=2, steps_per_batch=1, run_lengths=(2,), layer_stride=1,
@@ -121,9 +121,9 @@ def test_globs_name_just_the_run_s_modules() -> None:
         modules = list(linear_modules(load_model(name)[0]))
         assert not any("head" in module for module in modules)
         for kinds in (1, 2):
-            chosen = [n for n in modules if report.module_layer(n) in (1, 2)]
-            wanted = list(dict.fromkeys(map(report.module_kind, chosen)))[-kinds:]
-            chosen = [n for n in chosen if report.module_kind(n) in wanted]
+            chosen = [n for n in modules if module_layer(n) in (1, 2)]
+            wanted = list(dict.fromkeys(map(module_kind, chosen)))[-kinds:]
+            chosen = [n for n in chosen if module_kind(n) in wanted]
             assert expand_globs([run_glob(chosen)], modules) == chosen
     mixed = ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
     assert run_glob(mixed) == "model.layers.1.{mlp.down_proj,self_attn.o_proj}"
@@ -145,7 +145,7 @@ def test_the_best_is_recommended_at_its_best_step_size_and_the_smaller_of_equals
     kinds, layers, maps = result.maps()
     assert (kinds, layers) == (["mlp.up"], [0, 1])
     np.testing.assert_array_equal(maps["mean"], [[70, 30]])
-    assert report.module_map(kinds, layers, maps).startswith(b"\x89PNG")
+    assert module_map(kinds, layers, maps).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

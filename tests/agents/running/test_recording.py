@@ -21,7 +21,7 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
-from rledit_env.ledger.store import EditLedger, LedgerError, weights_hash
+from rledit_env.ledger import EditLedger, LedgerError, weights_hash
 from rledit_env.lm.editable import EditableLM
 
 MODULES = "model.layers.[1-2].mlp.{gate,up}_proj"
@@ -234,7 +234,7 @@ def edit_and_die(folder: Path) -> str:
 def test_a_run_killed_at_any_write_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     # From the folder on, through the header, to the second entry; one kill in a later entry, and one near the end.
     moments = [*range(2, 24), 37, 58]
-    with forked("test_recording", "edit_and_die") as runner:
+    with forked(__file__, "edit_and_die") as runner:
         left = assert_killed_runs_end_alike(runner, tmp_path, moments)
     for moment in moments:
         ledger = EditLedger(tmp_path / f"at -{moment}")

@@ -13,7 +13,7 @@ from test_recording import AGENTS, Breaking, Interrupted, load, rledit
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
 from agents.running.editing import have_taken
 from rledit_env.env import LifelongEditEnv
-from rledit_env.ledger.store import EditLedger, LedgerError
+from rledit_env.ledger import EditLedger, LedgerError
 from rledit_env.reward import RewardConfig
 
 RUN: dict[str, Any] = {"batch_size": 2, "steps_per_batch": 4, "token": "answer", "present_until": 2e-3}

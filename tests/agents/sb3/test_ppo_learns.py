@@ -12,7 +12,7 @@ import pytest
 from agents import Agent, RandomSearchAgent, StandardAgent, StandardConfig
 from agents.base import run_stream
 from rledit_env.lm.editable import EditableLM
-from rledit_env.reporting.report import bootstrap_interval
+from rledit_env.reporting import bootstrap_interval
 
 STEPS = 6304  # 160 to measure the zero action, 12 rollouts of 512
 HELD_OUT = range(1000, 1150)

@@ -1,0 +1,215 @@
+"""The format of an edit ledger: its files, and what an entry says.
+
+A ledger is an append-only folder of
+
+- ``ledger.json``: the model, its edited modules, the hash of W₀, and what the run was started with;
+- ``NNNNNNNN-DIGEST.safetensors``: entries, counted from 0. An entry holds an update in the form it was given in, the
+  batch and its facts, the random state, the hash of the weights that it leads to, and the name of the entry before it.
+  DIGEST is the SHA-256 of the file, so that a file proves itself, and each entry all that went before it;
+- ``memory-NNNNNNNN-DIGEST.safetensors``: the agent's memory of the stream as it was at that entry; only the latest two
+  are kept;
+- ``damaged``: what an interrupted or damaged ledger was cut by, when editing went on.
+
+Files appear whole (written aside, synced, renamed) and are never changed. Nothing in them is code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rledit_env.files import sha256_of
+
+LEDGER = "edit ledger"  # what its folder is called in the marker
+HEADER = "ledger.json"
+FORMAT = 1
+FORMS = ({"keys", "values"}, {"updates"}, {"accumulated"}, set[str]())  # the parts of an update; none changes nothing
+ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
+MEMORY_NAME = re.compile(r"memory-(\d{8})-([0-9a-f]{64})\.safetensors")
+TORCH_RANDOM = "random.torch"  # the tensor of an entry's file that is no part of the update
+MAX_HEADER_BYTES = 2**24
+MAX_ENTRY_BYTES = 2**34
+
+Update = Mapping[str, Mapping[str, Tensor]]  # part → module → tensor, as `LifelongEditEnv.step` takes it
+Kind = Literal["edit", "rollback", "undo"]
+
+
+class LedgerError(ValueError):
+    """A ledger is damaged, of another run, or in use; the message names the place and what can be done."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry.
+
+    Attributes:
+        index: its place, from 0.
+        kind: "edit", "rollback" (takes back the edit before it, which broke the LLM), or "undo" (takes a whole batch's
+            edits out).
+        batch: which batch of the run, from 0.
+        presentation: which presentation of the batch, from 0.
+        facts: the batch's facts, as indices of the data set.
+        norm: √(Σ ‖ΔW‖_F²) over the modules.
+        weights_after: see :func:`weights_hash`.
+        random: the environment's random generator's state before the step's reward, or None.
+        previous: the name of the entry before it, or "".
+        update: the update, empty for a rollback.
+        torch_random: torch's random state (bytes,) at that time, or None.
+        presented: which of the facts were presented, as places in the batch; None for all.
+    """
+
+    index: int
+    kind: Kind
+    batch: int
+    presentation: int
+    facts: tuple[int, ...]
+    norm: float
+    weights_after: str
+    random: Mapping[str, Any] | None
+    previous: str
+    update: Update = field(repr=False)
+    torch_random: Tensor | None = field(repr=False)
+    presented: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_content(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Entry:
+        """The entry that a file's tensors and metadata describe.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: they describe none.
+        """
+        facts = json.loads(metadata["entry"])
+        update: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name != TORCH_RANDOM:
+                part, module = name.split(".", 1)
+                update.setdefault(part, {})[module] = tensor
+        if facts.get("presented") is not None:
+            facts["presented"] = tuple(facts["presented"])
+        torch_random = tensors.get(TORCH_RANDOM)
+        return cls(**{**facts, "facts": tuple(facts["facts"]), "update": update, "torch_random": torch_random})
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata of the entry's file."""
+        tensors = {f"{part}.{module}": t for part, by_module in self.update.items() for module, t in by_module.items()}
+        if self.torch_random is not None:
+            tensors[TORCH_RANDOM] = self.torch_random
+        left_out = {"update", "torch_random"} | ({"presented"} if self.presented is None else set())
+        return tensors, {"entry": json.dumps({k: v for k, v in vars(self).items() if k not in left_out})}
+
+    def problem(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+        """What is wrong with the entry by itself, if anything.
+
+        Args:
+            shapes: module → (d_in, d_out).
+        """
+        if self.kind not in ("edit", "rollback", "undo") or not re.fullmatch("[0-9a-f]{64}", self.weights_after):
+            return "its kind or its hash is none"
+        numbers = (self.batch, self.presentation, *self.facts)
+        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(self.norm, (int, float)):
+            return "its batch, its facts or its norm are no numbers"
+        shown = self.presented
+        if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
+            return f"it presented {list(shown)} of {len(self.facts)} facts"
+        if self.kind == "rollback":
+            return None
+        if set(self.update) not in FORMS:
+            return f"it holds {sorted(self.update)}"
+        rows = {len(t) for part in ("keys", "values") for t in self.update.get(part, {}).values()}
+        for part, by_module in self.update.items():
+            for module, tensor in by_module.items():
+                d_in, d_out = shapes[module]
+                shape = {"keys": (len(tensor), d_in), "values": (len(tensor), d_out)}.get(part, (d_out, d_in))
+                if tuple(tensor.shape) != shape or not tensor.is_floating_point() or len(rows) > 1:
+                    return f"{part} of {module} has shape {tuple(tensor.shape)}"
+        if "keys" in self.update and set(self.update["keys"]) != set(self.update["values"]):
+            return "keys and values are of different modules"
+        return None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is when it edits: what it takes to go on from there.
+
+    Attributes:
+        presentation: which presentation of the batch, from 0.
+        presented: which of the batch's facts are presented, as places in it; None for all.
+        random: the environment's random generator's state before the step's reward, or None.
+        memory: the agent's memory of the stream, or None.
+    """
+
+    presentation: int = 0
+    presented: Sequence[int] | None = None
+    random: Mapping[str, Any] | None = None
+    memory: Mapping[str, Tensor] | None = None
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hexadecimal) over the weights' names, shapes and bytes, in their order."""
+    digest = sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """The checked content of a ledger's ``ledger.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LedgerError: it is damaged, or of a newer format.
+    """
+    path = folder / HEADER
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no ledger (no {HEADER}); give the folder that --ledger named")
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise LedgerError(f"{path} has {path.stat().st_size} bytes, more than any ledger's header; it is none")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        if header["format"] != FORMAT:
+            raise LedgerError(f"{path} is of format {header['format']!r}, this version reads {FORMAT}; use a newer one")
+        for module, shape in header["shapes"].items():
+            if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+                raise ValueError(f"module {module!r} has shape {shape!r}")
+        if not all(isinstance(header[k], str) for k in ("model", "dtype", "original")):
+            raise ValueError("model, dtype and original must be texts")
+        if not isinstance(header["settings"], dict) or not header["shapes"]:
+            raise ValueError("settings or shapes are empty")
+    except LedgerError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LedgerError(f"{path} is damaged ({type(error).__name__}: {error}); without it the ledger cannot be "
+                          "read") from error
+    return dict(header)
+
+
+def checked_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file whose content is what its name says.
+
+    Raises:
+        LedgerError: it is not, or the file cannot be read.
+    """
+    digest = path.name.rsplit("-", 1)[-1].removesuffix(".safetensors")
+    place = f"{path.parent} is damaged at {path.name[:24]}…"
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise LedgerError(f"{place}: it is no regular file")
+        if path.stat().st_size > MAX_ENTRY_BYTES:
+            raise LedgerError(f"{place}: it has {path.stat().st_size} bytes, more than an entry can")
+        if sha256_of(path) != digest:
+            raise LedgerError(f"{place}: its content has another checksum (it was changed or cut short); the entries "
+                              "before it are usable")
+        with safe_open(path, "pt") as content:
+            return {k: content.get_tensor(k) for k in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LedgerError(f"{place}: it cannot be read ({error})") from error

@@ -1,0 +1,263 @@
+"""The charts of runs: curves, bars and heat maps, each a picture in a file's bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rledit_env.lm.names import module_kind, module_layer
+from rledit_env.reporting.drawing import (
+    COLOURS,
+    FAINT,
+    INK,
+    Form,
+    colour_bar,
+    drawn,
+    heat_map,
+    legend,
+    new_axes,
+    new_figure,
+    plot_curve,
+    write_values,
+)
+from rledit_env.reporting.run_tables import SCORES
+
+if TYPE_CHECKING:
+    from rledit_env.evaluation.retention import Retention
+
+Curve = Sequence[tuple[float, float]]
+
+MARKERS = "osD^vPX"
+LEAST_KL = 1e-3  # nats a token: where the axis of :func:`tradeoff_curves` begins
+RETENTION_CAPTION = "Efficacy of every batch (left to right) as the stream goes on (top to bottom)."
+MEMORY_CAPTION = "What is left of the first batch as later ones are edited."
+LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and each module's along the stream."
+
+
+def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | None:
+    """What training changed, as a picture: losses of the training streams on the left, scores of the held-out one on
+    the right, over policy updates; None if neither was logged.
+
+    Args:
+        curves: as :func:`read_curves` gives them.
+    """
+    losses = {name: curves.get(f"train/{name}", ()) for name in ("efficacy", "generalization", "locality")}
+    scores = {name: curves.get(f"eval/{name}", ()) for name in ("efficacy", "generalization", "specificity")}
+    panels = [
+        (title, unit, {name: curve for name, curve in group.items() if curve})
+        for title, unit, group in (
+            ("Training streams: loss", "mean over answer tokens, nats", losses),
+            ("Held-out stream: scores", "percent", scores),
+        )
+        if any(group.values())
+    ]
+    if not panels:
+        return None
+    figure = new_figure(4.6 * len(panels), 3.2)
+    for i, (title, unit, group) in enumerate(panels):
+        axes = new_axes(figure, (1, len(panels), i + 1), "policy updates", unit)
+        for colour, (name, curve) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), group.items(), strict=False):
+            plot_curve(axes, curve, colour, name)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_title(title, loc="left", fontsize=10, color=INK, pad=24)  # above the legend
+        legend(axes, columns=3, above=True)
+    return drawn(figure, form)
+
+
+def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> bytes:
+    """Scores in percent as grouped bars with their values, a picture.
+
+    Args:
+        results: editor's name → its scores by the names of ``SCORES``; a score that is None or absent has no bar.
+    """
+    figure = new_figure(9.2, 3.4)
+    axes = new_axes(figure, (1, 1, 1), "", "percent")
+    width = 0.8 / len(results)
+    for i, (editor, scores) in enumerate(results.items()):
+        places = [
+            (group + (i - (len(results) - 1) / 2) * width, float(scores[name]))
+            for group, name in enumerate(SCORES)
+            if scores.get(name) is not None
+        ]
+        if not places:
+            continue
+        x, heights = zip(*places, strict=True)
+        bars = axes.bar(x, heights, width * 0.92, color=COLOURS[i % len(COLOURS)], label=editor)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, color=INK, padding=2)
+    axes.set_xticks(range(len(SCORES)), list(SCORES.values()))
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 25))
+    axes.tick_params(axis="x", length=0)
+    legend(axes, columns=len(results), above=True)
+    return drawn(figure, form)
+
+
+def drift_curves(drifts: Mapping[str, Curve], form: Form = "png") -> bytes:
+    """How far the edited weights moved along the stream, a picture.
+
+    Args:
+        drifts: editor's name → (facts edited, mean of ‖W − W₀‖ / ‖W₀‖ over the modules) pairs.
+    """
+    figure = new_figure(9.2, 2.9)
+    axes = new_axes(figure, (1, 1, 1), "facts edited", "mean ‖W − W₀‖ / ‖W₀‖")
+    for colour, (editor, curve) in zip(COLOURS[1:], drifts.items(), strict=False):
+        plot_curve(axes, curve, colour, editor, marker="")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    legend(axes)
+    return drawn(figure, form)
+
+
+def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float], form: Form = "png") -> bytes:
+    """Held-out returns while agents learned, a picture.
+
+    Args:
+        curves: agent's name → (environment steps so far, mean return) pairs.
+        levels: what did not learn step by step, as dashed lines: name → mean return.
+    """
+    figure = new_figure(9.2, 3.6)
+    axes = new_axes(figure, (1, 1, 1), "environment steps", "mean return, held-out streams")
+    for colour, (name, value) in zip((COLOURS[0], COLOURS[4], COLOURS[5]), levels.items(), strict=False):
+        axes.axhline(value, color=colour, linewidth=1.6, linestyle="--", label=name)
+    for colour, (name, curve) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), curves.items(), strict=False):
+        plot_curve(axes, curve, colour, name)
+    axes.set_xlim(left=0)
+    legend(axes, columns=len(curves) + len(levels), above=True)
+    return drawn(figure, form)
+
+
+def tradeoff_curves(
+    curves: Mapping[str, Curve],
+    levels: Mapping[str, float],
+    bounds: Sequence[float] = (),
+    broke: Mapping[str, Curve] | None = None,
+    form: Form = "png",
+) -> bytes:
+    """Score against what else of the model has changed, a picture: one line an editor, from its weakest strength to its
+    strongest. In an SVG each line is a group whose id is "editor-" and its number.
+
+    Args:
+        curves: editor's name → (KL in nats a token, score in percent) pairs, by strength; the axis of KL is
+            logarithmic, and what is below ``LEAST_KL`` stands at its left end.
+        levels: what has no strength, as dashed lines: name → score.
+        bounds: values of KL to mark with thin vertical lines.
+        broke: editor's name → the points where an update broke the model, as crosses.
+    """
+    figure = new_figure(9.2, 4.8)
+    kl_name = "KL from the unedited model on its own text, nats a token"
+    axes = new_axes(figure, (1, 1, 1), kl_name, "mean score, percent")
+    axes.set_xscale("log")
+    known = [kl for group in (curves, broke or {}) for curve in group.values() for kl, _ in curve if kl > 0]
+    least = max(min([*known, *bounds, 1.0]) / 2, LEAST_KL)
+    right = max([*known, *bounds, 1.0]) * 1.5
+    axes.set_xlim(least * 0.9, right)
+    for bound in bounds:
+        axes.axvline(bound, color=FAINT, linewidth=1.0, zorder=0)
+    colours = COLOURS[1:]
+    for i, (name, score) in enumerate(levels.items()):
+        line = axes.axhline(score, color=COLOURS[0], linewidth=1.4, linestyle="--", label=name)
+        line.set_gid(f"editor-{i}")
+    for i, name in enumerate(dict.fromkeys([*curves, *(broke or {})])):
+        colour, style = colours[i % len(colours)], ("-", "-.", ":")[i // len(colours) % 3]
+        places = [(max(kl, least), score) for kl, score in curves.get(name, ())]
+        (line,) = axes.plot(
+            [kl for kl, _ in places], [score for _, score in places], color=colour, linestyle=style, linewidth=1.6,
+            marker=MARKERS[i % len(MARKERS)], markersize=4.5, label=name,
+        )  # fmt: skip
+        line.set_gid(f"editor-{len(levels) + i}")
+        crosses = [(max(kl, least), score) for kl, score in (broke or {}).get(name, ())]
+        axes.scatter([kl for kl, _ in crosses], [score for _, score in crosses], color=colour, marker="x", s=30)
+    ticks = [10.0**power for power in range(math.floor(math.log10(least)), 3)]
+    shown = sorted({tick for tick in (*ticks, *bounds) if least <= tick <= right})
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_xticks([], minor=True)
+    if levels or curves or broke:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    return drawn(figure, form)
+
+
+def retention_map(retention: Retention, form: Form = "png") -> bytes:
+    """Efficacy of every batch after later ones as a heat map, a picture: batches from left to right, the stream's
+    progress from top to bottom."""
+    figure = new_figure(6.4, 4.6)
+    axes = new_axes(figure, (1, 1, 1), "batch", "batches edited by then")
+    batches = [str(batch + 1) for batch in range(retention.efficacy.shape[1])]
+    image = heat_map(axes, retention.efficacy, batches, [str(edited) for edited in retention.edited])
+    if retention.efficacy.size <= 150:
+        write_values(axes, retention.efficacy)
+    colour_bar(figure, image, "Efficacy, percent")
+    return drawn(figure, form)
+
+
+def memory_curve(retention: Retention, form: Form = "png") -> bytes:
+    """What the LLM still knows of the first batch as later ones are edited, a picture; a thin line is each batch's mean
+    over all edited by then."""
+    figure = new_figure(9.2, 3.0)
+    axes = new_axes(figure, (1, 1, 1), "batches edited", "percent")
+    lines = [
+        ("first batch, Efficacy", retention.first_batch, COLOURS[2], 1.8),
+        ("first batch, exact match (written freely)", retention.first_exact_match, COLOURS[1], 1.8),
+        ("all batches so far, Efficacy", np.nanmean(retention.efficacy, axis=1), COLOURS[0], 1.2),
+    ]
+    for name, values, colour, width in lines:
+        if not np.isnan(values).all():
+            plot_curve(axes, zip(retention.edited, values, strict=True), colour, name, width)
+    axes.set_ylim(-3, 103)
+    axes.locator_params(axis="x", integer=True)
+    legend(axes, columns=3, above=True)
+    return drawn(figure, form)
+
+
+def layer_drift(drift: Mapping[str, Sequence[float]], form: Form = "png") -> bytes:
+    """How far each layer's edited weights moved, a picture: by layer at the end, one line a kind of module, and all of
+    them along the stream.
+
+    Args:
+        drift: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
+    """
+    figure = new_figure(9.2, 3.2)
+    ends = new_axes(figure, (1, 2, 1), "layer", "‖W − W₀‖ / ‖W₀‖ at the end")
+    along = new_axes(figure, (1, 2, 2), "batches edited", "‖W − W₀‖ / ‖W₀‖")
+    for colour, kind in zip(COLOURS[1:] * 9, dict.fromkeys(module_kind(name) for name in drift), strict=False):
+        members = {module_layer(name): values for name, values in drift.items() if module_kind(name) == kind}
+        layers = sorted(members)
+        plot_curve(ends, [(i, members[i][-1]) for i in layers], colour, kind)
+        for i in layers:
+            along.plot(range(1, len(members[i]) + 1), members[i], color=colour, linewidth=0.9, alpha=0.6)
+    for axes in (ends, along):
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
+    legend(ends)
+    return drawn(figure, form)
+
+
+def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
+    """The size of each batch's update, √(Σ ‖ΔW‖_F²), a picture."""
+    figure = new_figure(9.2, 2.6)
+    axes = new_axes(figure, (1, 1, 1), "batch", "norm of its update")
+    axes.bar(range(1, len(norms) + 1), norms, color=COLOURS[5])
+    axes.locator_params(axis="x", integer=True)
+    return drawn(figure, form)
+
+
+def module_map(
+    kinds: Sequence[str], layers: Sequence[int], maps: Mapping[str, np.ndarray], form: Form = "png"
+) -> bytes:
+    """Scores of editing each module alone, a picture: one heat map a score.
+
+    Args:
+        kinds: kinds of module, the rows.
+        layers: the columns.
+        maps: score → (kinds, layers) in percent; NaN stays empty. Those of ``SCORES`` are drawn.
+    """
+    named = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
+    figure = new_figure(9.2, 0.7 + len(named) * (0.8 + 0.22 * len(kinds)))
+    for i, (name, values) in enumerate(named.items()):
+        axes = new_axes(figure, (len(named), 1, i + 1), "layer" if i == len(named) - 1 else "", "")
+        image = heat_map(axes, values, [str(layer) for layer in layers], kinds, most_columns=32)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+    colour_bar(figure, image, "percent")
+    return drawn(figure, form)

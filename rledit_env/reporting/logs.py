@@ -1,0 +1,17 @@
+"""What a training run logged for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def read_curves(log_dir: str | Path) -> dict[str, list[tuple[float, float]]]:
+    """The scalars that a training run logged for TensorBoard: tag (such as "train/return") → (update, value) pairs.
+
+    Empty if nothing was logged there.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -1,0 +1,21 @@
+"""What a result depends on: the versions of the software, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on: Python, the packages of ``PACKAGES``, and the machine."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return found

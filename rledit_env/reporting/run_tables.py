@@ -1,0 +1,104 @@
+"""What the tables of a run say: header and rows of scores, answers, general ability, divergences and returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rledit_env.answers import answer_of, took
+from rledit_env.evaluation.general.scored_text import NAMES
+from rledit_env.knowledge import EditRecord
+from rledit_env.reporting.cells import Table
+from rledit_env.reporting.intervals import bootstrap_interval
+
+SCORES = {
+    "efficacy": "Efficacy",
+    "generalization": "Generalization",
+    "specificity": "Specificity",
+    "exact_match": "Exact match",
+}
+PORTABILITY = "portability"  # tables show it where the data has it
+GENERAL = {  # scores of a task that tables show: key → name
+    "perplexity": "perplexity", "kl": "KL from the unedited model, nats", "f1": "F1", "f1_calibrated": "F1, calibrated",
+}  # fmt: skip
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Header and rows of editors' scores.
+
+    Args:
+        scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
+    """
+    columns = SCORES | ({PORTABILITY: "Portability"} if any(PORTABILITY in s for s in scores.values()) else {})
+    rows = [[name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()]
+    return ["", *columns.values(), "Seconds a fact"], rows
+
+
+def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequence[str]) -> Table:
+    """Header and rows of facts with the model's answers before and after editing, and whether the fact took.
+
+    Args:
+        facts: the facts.
+        before, after: what `rledit_env.evaluation.metrics.continuations` gave; it is shown to the end of its phrase.
+    """
+    header = ["Prompt", "New fact", "Answer before", "Answer after", "Took"]
+    return header, [
+        [fact.prompt, fact.target, answer_of(b) or "(nothing)", answer_of(a) or "(nothing)", took(a, fact.target)]
+        for fact, b, a in zip(facts, before, after, strict=True)
+    ]
+
+
+def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most: int = 6) -> Table:
+    """Header and rows of general ability, a column a measurement (the first, the last, and some between).
+
+    Args:
+        scores: batches edited → scores, as `rledit_env.evaluation.general.GeneralEvery` gives them.
+        most: columns shown.
+    """
+    steps = sorted(scores)
+    if len(steps) > most:
+        steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    rows: list[list[Any]] = []
+    for task, first in scores[steps[0]].items():
+        if "original_perplexity" in first:
+            names = {key: f"{NAMES.get(task, task)}, {GENERAL[key]}" for key in ("perplexity", "kl")}
+        elif "f1_calibrated" in first:
+            names = {key: f"{task}, {GENERAL[key]}" for key in ("f1", "f1_calibrated")}
+            names |= {"mcc": f"{task}, MCC"} if task == "cola" else {}
+        else:
+            names = {key: f"{task}, {key}" for key in first}
+        rows += [[name, *(float(scores[step][task][key]) for step in steps)] for key, name in names.items()]
+    return ["", *("before" if step == 0 else f"after {step}" for step in steps)], rows
+
+
+def divergence_table(divergences: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Header and rows of what editing did to an LLM on texts that it did not edit, a row a text.
+
+    Args:
+        divergences: text → `SelfDrift.as_dict`, as `rledit_env.evaluation.general.drifts` gives them; None where a
+            number is not finite.
+    """
+    header = ["", GENERAL["kl"], "perplexity before", "perplexity after"]
+    return header, [
+        [NAMES.get(text, text), *(drift[key] for key in ("kl", "original_perplexity", "perplexity"))]
+        for text, drift in divergences.items()
+    ]
+
+
+def return_table(returns: Mapping[str, Sequence[float]], steps: Mapping[str, int]) -> Table:
+    """Header and rows of agents' returns on the same streams, compared stream by stream with the first agent's.
+
+    Args:
+        returns: agent's name → its return on every stream.
+        steps: agent's name → environment steps it learned from.
+    """
+    header = ["", "Environment steps", "Mean return", "Above the first", "95 % from", "to"]
+    first = next(iter(returns.values()))
+    rows: list[list[Any]] = []
+    for name, values in returns.items():
+        above = np.subtract(values, first)
+        low, high = bootstrap_interval(above)
+        rows.append([name, steps.get(name, 0), float(np.mean(values)), float(above.mean()), low, high])
+    return header, rows
