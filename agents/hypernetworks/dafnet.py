@@ -18,19 +18,6 @@ from agents.base import used_rows
 from agents.files import read_description
 from agents.rledit.agent import RLEditAgent, RLEditConfig
 from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord
-from rledit_env.reward import Efficacy, Generalization, Locality, RewardConfig
-
-# The environment's settings that the editor is used with, and those that it is trained with: sequences of facts.
-RECOMMENDED: dict[str, Any] = {"token": "all", "steps_per_batch": 1}
-TRAINING: dict[str, Any] = {
-    **RECOMMENDED,
-    "reward": RewardConfig(
-        components={
-            "efficacy": (0.5, Efficacy()), "generalization": (0.5, Generalization()), "locality": (1.0, Locality()),
-        },
-        backtracking_samples=1, regularisation=0.0,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

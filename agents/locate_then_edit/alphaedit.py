@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,12 +9,9 @@ import torch
 from torch import Tensor
 
 from agents.locate_then_edit.locate import LocateConfig, least_squares_keys
-from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
 from agents.locate_then_edit.memit import MEMITAgent
 from agents.locate_then_edit.value_optimisation import ValueConfig
 
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
 Self = TypeVar("Self", bound="AlphaEditAgent")
 
 

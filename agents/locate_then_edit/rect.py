@@ -3,7 +3,6 @@ EMNLP 2024), on MEMIT."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.locate_then_edit.locate import dense
-from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
-
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
 
 
 @dataclass(frozen=True)

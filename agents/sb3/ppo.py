@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -126,6 +126,8 @@ class StandardAgent(Agent):
         config: algorithm and view.
         seed: of the policy's initial weights, its exploration, and the training streams.
     """
+
+    name: ClassVar[str] = "standard"
 
     def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config or StandardConfig(), seed
@@ -301,7 +303,7 @@ class StandardAgent(Agent):
 
     def _description(self) -> dict[str, Any]:
         return {
-            "agent": "standard",
+            "agent": self.name,
             "format": 1,
             "seed": self.seed,
             "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},
