@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
 from agents.files import agent_folder, built_from, check_counters, read_description
-from agents.sb3.ppo import StandardConfig, standard_config
+from agents.sb3.config import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.nesting import environment_inside
