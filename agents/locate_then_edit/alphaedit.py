@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateConfig, least_squares_keys
+from agents.locate_then_edit.least_squares import least_squares_keys
+from agents.locate_then_edit.locate import LocateConfig
 from agents.locate_then_edit.memit import MEMITAgent
 from agents.locate_then_edit.value_optimisation import ValueConfig
 

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateAgent, LocateConfig, dense, least_squares_keys, subject_keys
+from agents.locate_then_edit.keys import subject_keys
+from agents.locate_then_edit.least_squares import dense, least_squares_keys
+from agents.locate_then_edit.locate import LocateAgent, LocateConfig
 from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Values
 
 

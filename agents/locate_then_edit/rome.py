@@ -10,7 +10,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateAgent, LocateConfig, subject_keys
+from agents.locate_then_edit.keys import subject_keys
+from agents.locate_then_edit.locate import LocateAgent, LocateConfig
 from agents.locate_then_edit.value_optimisation import Request, Values
 from rledit_env.lm.editable import EditableLM
 
