@@ -33,7 +33,7 @@ from agents import (
     rledit_paper_network,
 )
 from agents.base import run_stream
-from agents.hypernetworks.dafnet import DAFNetwork
+from agents.hypernetworks.dafnet_network import DAFNetwork
 from agents.rledit.credit import CreditAccumulator
 from agents.running.editors import EDITORS, configured, find_configs, load_configs
 from rledit_env.ledger.store import EditLedger

@@ -11,7 +11,7 @@ import torch
 
 from agents import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig, HypernetworkConfig, load_agent
 from agents.base import run_stream
-from agents.hypernetworks.dafnet import DAFNetwork, FusionLayer, softmax_by_fact
+from agents.hypernetworks.dafnet_network import DAFNetwork, FusionLayer, softmax_by_fact
 from agents.rledit.hypernetwork import Hypernetwork
 from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
