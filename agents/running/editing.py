@@ -141,9 +141,10 @@ class _Stream:
         self, env: gym.Env, agent: Agent, log: EditLog, progress: Callable[[int], Any] | None, ledger: EditLedger | None
     ) -> None:
         self.env, self.agent, self.log, self.progress = env, agent, log, progress
-        self.inner: Any = env.unwrapped
+        inner: Any = env.unwrapped
+        self.inner = inner
         self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
-        self.recorder = LedgerRecorder(ledger, self.inner, agent, self.first) if ledger is not None else None
+        self.recorder = LedgerRecorder(ledger, inner, agent, self.first) if ledger is not None else None
         self.step = 0  # the next one's place in the stream
 
     def take_up(self) -> Position:

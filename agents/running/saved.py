@@ -19,9 +19,8 @@ PRETRAINED = Path(__file__).parents[1] / "pretrained"
 DEFAULT = "default"  # names the agents that ship with the package, at most one for each kind of facts
 GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
 # What agent.json calls a class → the class: every editor's, and those that learn on the low-dimensional view.
-CLASSES: dict[str, type[Agent]] = {
-    agent.name: agent for agent in (*(editor.agent for editor in EDITORS.values()), StandardAgent, RandomSearchAgent)
-}
+CLASSES: dict[str, type[Agent]] = {editor.agent.name: editor.agent for editor in EDITORS.values()}
+CLASSES |= {StandardAgent.name: StandardAgent, RandomSearchAgent.name: RandomSearchAgent}
 
 
 def find_agent(name: str | Path, kind: str | None = None) -> Path:
