@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -26,10 +26,12 @@ class Agent(ABC):
     environment's weights are reset, as :func:`run_stream` and `agents.edit_stream` do.
 
     Attributes:
+        name: what agent.json calls the class.
         env: the environment that the agent edits and learns in; None for an agent that was loaded without one.
         timesteps: environment steps that :meth:`learn` has taken since it last counted from 0.
     """
 
+    name: ClassVar[str]
     env: gym.Env[Any, Any] | None = None
     timesteps: int = 0
 

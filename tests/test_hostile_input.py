@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, load_agent
-from agents.sb3.ppo import StandardAgent, StandardConfig
+from agents.sb3.agent import StandardAgent
+from agents.sb3.config import StandardConfig
 from rledit_env import cli
 from rledit_env.env import LifelongEditEnv
 from rledit_env.files import MARKER

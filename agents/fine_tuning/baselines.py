@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 from torch import Tensor
 
 from agents.base import Agent
-from agents.files import agent_folder
+from agents.files import agent_folder, read_description
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.nesting import environment_inside
-
-RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 
 
 class NoEditAgent(Agent):
@@ -27,6 +25,8 @@ class NoEditAgent(Agent):
         config: there is nothing to configure.
         seed: unused.
     """
+
+    name: ClassVar[str] = "none"
 
     def __init__(self, env: gym.Env | None = None, config: None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config, seed
@@ -47,7 +47,7 @@ class NoEditAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write its name."""
-        _write(path, "none", self.env, {})
+        _write(path, self, {})
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> NoEditAgent:
@@ -79,6 +79,8 @@ class FineTuningAgent(Agent):
         seed: unused, since nothing is random.
     """
 
+    name: ClassVar[str] = "fine-tuning"
+
     def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
         if env is not None:
             environment_inside(env, "FineTuningAgent", agent=True)
@@ -101,7 +103,7 @@ class FineTuningAgent(Agent):
 
     def save(self, path: str | Path) -> None:
         """Write the step size as JSON."""
-        _write(path, "fine-tuning", self.env, asdict(self.config))
+        _write(path, self, asdict(self.config))
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> FineTuningAgent:
@@ -110,12 +112,12 @@ class FineTuningAgent(Agent):
         Raises:
             FileNotFoundError: there is no agent there.
         """
-        from agents.running.saved import agent_settings
-
-        settings = agent_settings(path)
+        settings = read_description(path)
         return cls(env, FineTuningConfig(**settings["config"]), settings["seed"])
 
 
-def _write(path: str | Path, name: str, env: gym.Env | None, config: dict[str, Any]) -> None:
-    description = {"agent": name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(env)}
+def _write(path: str | Path, agent: Agent, config: dict[str, Any]) -> None:
+    description = {
+        "agent": agent.name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(agent.env),
+    }  # fmt: skip
     write_text(agent_folder(path) / "agent.json", json.dumps(description, indent=1) + "\n")

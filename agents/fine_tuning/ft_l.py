@@ -22,10 +22,6 @@ from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.nesting import environment_inside
 
-# The environment's settings that the editor is used with; what is traced does not matter to it.
-RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
-
-
 FORMAT = 2  # of agent.json
 OBJECTIVES = ("prompt_last", "target_new", "pooled")
 Self = TypeVar("Self", bound="FTLAgent")

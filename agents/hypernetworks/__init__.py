@@ -1,6 +1,7 @@
 """The field's other hypernetworks, and the normalised rule without one: MEND, MALMEN, DAFNet, UltraEdit."""
 
-from agents.hypernetworks.dafnet import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig
+from agents.hypernetworks.dafnet import DAFNetAgent, DAFNetConfig
+from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig
 from agents.hypernetworks.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
 from agents.hypernetworks.mend import MENDAgent, MENDConfig, mend_network, mend_rledit
 from agents.hypernetworks.ultraedit import UltraEditAgent, UltraEditConfig

@@ -6,13 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
+from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
 from agents.rledit.agent import RLEditConfig, rledit_paper_network
 from agents.rledit.hypernetwork import HypernetworkConfig
-
-# The environment's settings that the editor is used with, and those that it is trained with: one batch from θ₀.
-RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
-TRAINING: dict[str, Any] = {**RECOMMENDED, "num_batches": 1, "reward": batchwise_reward()}
 
 
 def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
@@ -68,7 +64,7 @@ class MALMENAgent(BatchwiseAgent):
     η_l is learned directly, and may turn negative. As published, the running variance takes N times a batch's unbiased
     variance in (see `HypernetworkConfig.normaliser_variance`).
 
-    It is trained on batches from θ₀ (:data:`TRAINING`, with the ``batch_size`` that it will edit): L_gen + L_loc.
+    It is trained on batches from θ₀, of the ``batch_size`` that it will edit: L_gen + L_loc.
     MALMEN* is ``retrain_every=3``.
 
     Args:

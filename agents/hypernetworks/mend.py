@@ -6,15 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
+from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
 from agents.rledit.agent import RLEditConfig
 from agents.rledit.hypernetwork import HypernetworkConfig
-
-# The environment's settings that the editor is used with, and those that it is trained with: one fact from θ₀.
-RECOMMENDED: dict[str, Any] = {"token": "all", "steps_per_batch": 1}
-TRAINING: dict[str, Any] = {
-    **RECOMMENDED, "num_batches": 1, "batch_size": 1, "reward": batchwise_reward(editing=0.1, locality=1.0),
-}  # fmt: skip
 
 
 def mend_network(rank: int = 1920, step_size: float = 1e-4, **settings: Any) -> HypernetworkConfig:
@@ -61,7 +55,7 @@ class MENDAgent(BatchwiseAgent):
     Tokens with δ = 0 are dropped before the normaliser sees them. Modules of one shape share its moments, each taken in
     and normalised in turn.
 
-    It is trained on single edits from θ₀ (:data:`TRAINING`): c_e L_e + L_loc, with L_e = −log p(y*|x̃) on a paraphrase,
+    It is trained on single edits from θ₀: c_e L_e + L_loc, with L_e = −log p(y*|x̃) on a paraphrase,
     L_loc = KL(p_θ₀ ‖ p_W) on an unrelated prompt, c_e = 0.1. MEND* is ``retrain_every=3``.
 
     In a batch the environment's loss is a mean over the answer tokens of all facts, MEND's is each fact's own: δ is

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import torch
@@ -22,8 +22,6 @@ from agents.rledit.text_prior import start_from_text, turn_by_text
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 
-# The environment's settings that the editor is best used with.
-RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}
 # What agents of the first format did, whose files do not say it.
 FIRST_FORMAT: dict[str, Any] = {
     "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
@@ -94,6 +92,8 @@ class UltraEditAgent(Agent):
         seed: unused, since nothing is random.
         shapes: module → (d_in, d_out), if there is no ``env``.
     """
+
+    name: ClassVar[str] = "ultraedit"
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class UltraEditAgent(Agent):
         start |= {f"prior.{m}": v for m, v in self.network.prior_state().items()}
         write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
         description = {
-            "agent": "ultraedit",
+            "agent": self.name,
             "format": 1,
             "seed": self.seed,
             "config": asdict(self.config),

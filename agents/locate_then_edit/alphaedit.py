@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateConfig, least_squares_keys
-from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
+from agents.locate_then_edit.least_squares import least_squares_keys
+from agents.locate_then_edit.locate import LocateConfig
 from agents.locate_then_edit.memit import MEMITAgent
 from agents.locate_then_edit.value_optimisation import ValueConfig
 
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
 Self = TypeVar("Self", bound="AlphaEditAgent")
 
 

@@ -1,4 +1,4 @@
-"""What ROME, MEMIT, PRUNE, RECT and AlphaEdit share: their facts' contexts, values and statistics, and their files."""
+"""What ROME, MEMIT, PRUNE, RECT and AlphaEdit share: the settings, and the agent that finds values and is saved."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, ClassVar, Literal, TypeVar
 import gymnasium as gym
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from agents.base import Agent, NotApplicable
 from agents.files import agent_folder
-from agents.key_statistics import GENERATED, KeyStatistics, key_statistics, sample_continuations
+from agents.key_statistics import GENERATED, KeyStatistics, key_statistics
+from agents.locate_then_edit.keys import write_contexts
+from agents.locate_then_edit.least_squares import dense
+from agents.locate_then_edit.modules import default_output_projections, output_projections
 from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Values, encode_request, optimise_values
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
-from rledit_env.lm.continued import layer_of, subject_states
 from rledit_env.lm.editable import EditableLM
 from rledit_env.nesting import environment_inside
 
 MEMORY = "memory.safetensors"
 FORMAT = 2  # of agent.json
-_CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
 Self = TypeVar("Self", bound="LocateAgent")
 
 
@@ -276,130 +276,6 @@ class LocateAgent(Agent):
         return {**old, "context_lengths": (length,), "value": value}
 
 
-def output_projections(lm: EditableLM) -> list[str]:
-    """The edited modules, if they are fit for locate-then-edit: one a layer, each giving as many numbers as the
-    residual stream has.
-
-    Raises:
-        ValueError: they are not.
-    """
-    modules = list(lm.module_shapes)
-    width = lm.model.config.get_text_config().hidden_size
-    wrong = next((m for m in modules if lm.module_shapes[m][1] != width), None)
-    if wrong is not None or len({layer_of(m) for m in modules}) < len(modules):
-        raise ValueError(
-            f"edit_modules has {wrong or ', '.join(modules)}; locate-then-edit takes the last projection of MLPs, one "
-            "a layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"
-        )
-    return modules
-
-
-def default_output_projections(lm: EditableLM) -> list[str]:
-    """The last projections of the MLPs whose widening projections an LLM edits by default.
-
-    Args:
-        lm: the LLM, with its default modules edited (:func:`rledit_env.lm.loading.registry.default_edit_modules`).
-
-    Raises:
-        ValueError: a block has no such projection.
-    """
-    width = lm.model.config.get_text_config().hidden_size
-    found: dict[str, str] = {}  # the block that holds it → the projection
-    for widening, (_, inner) in lm.module_shapes.items():
-        block = widening.rpartition(".")[0]
-        for name, module in lm.model.get_submodule(block).named_children():
-            # One that makes gate and up at once is twice as wide.
-            if linear_shape(module) in ((inner, width), (inner // 2, width)):
-                found[block] = f"{block}.{name}"
-    if not found:
-        raise ValueError(
-            f"no last projection of an MLP is known for {lm.name or 'this model'}, which locate-then-edit methods "
-            "edit; name them with edit_modules"
-        )
-    return list(found.values())
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear module; None for any other."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
-
-
-def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int) -> list[str]:
-    """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed.
-
-    They begin with the five words of the published code, in turn. (ROME's first code began with the end-of-text token.)
-
-    Args:
-        lm: the LLM.
-        count: of texts.
-        lengths: tokens of a text, its beginning included; the first lengths get one text more where ``count`` cannot
-            be shared equally.
-        seed: of what is drawn.
-    """
-    if count == 0:
-        return []
-    rows = [lm.encode(word) for word in _CONTEXT_WORDS]
-    shortest = min(map(len, rows))
-    generator = torch.Generator().manual_seed(seed)
-    texts: list[str] = []
-    for place, length in enumerate(lengths):
-        share = count // len(lengths) + (place < count % len(lengths))
-        if share == 0:
-            continue
-        starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(share)])
-        with lm.original_weights():
-            # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
-            ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
-        texts += lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
-
-
-def subject_keys(
-    lm: EditableLM,
-    modules: Sequence[str],
-    requests: Sequence[Request],
-    kind: str,
-    updates: dict[str, Tensor] | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Each fact's key by module (F, d_in), and the states (F, d) that leave the last module's layer at the plain
-    prompt's subject.
-
-    Args:
-        lm: the LLM at its current weights.
-        modules: in the layers' order.
-        requests: the facts.
-        kind: "balanced", "mean" or "prompt", see `LocateConfig.key`.
-        updates: ΔW (d_out, d_in) by module that are added to the weights.
-    """
-    if kind == "prompt":
-        requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
-    passages = [p for request in requests for p in request.rewrites]
-    counts = torch.tensor([len(request.rewrites) for request in requests])
-    states = subject_states(lm, modules, passages, updates)
-    pieces = counts.tolist()
-    keys = {m: torch.stack([averaged(part, kind) for part in k.split(pieces)]) for m, k in states.keys.items()}
-    return keys, states.hidden[(counts.cumsum(0) - counts).to(states.hidden.device)]
-
-
-def averaged(keys: Tensor, kind: str) -> Tensor:
-    """One key (d_in,) from those of the plain prompt, which comes first, and of C contexts: (1 + C, d_in).
-
-    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), and k₀ where there is no context; "mean", "prompt": the mean of all.
-    """
-    if kind == "balanced" and len(keys) > 1:
-        return (keys[0] + keys[1:].mean(0)) / 2
-    return keys.mean(0)
-
-
-def dense(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ΔW = ṽᵀũ (d_out, d_in) by module."""
-    return {m: values[m].T @ keys[m] for m in keys}
-
-
 def rescaled(solved: Tensor, norm: float) -> Tensor:
     """Vectors (F, d) with their directions, at one norm (NAS)."""
     return solved * (norm / solved.norm(dim=1, keepdim=True))
@@ -408,16 +284,3 @@ def rescaled(solved: Tensor, norm: float) -> Tensor:
 def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:
     """Mean without the largest of them, of which the share ``kept`` stays."""
     return float(numbers.sort().values[: max(1, round(kept * len(numbers)))].mean())
-
-
-def least_squares_keys(keys: Tensor, system: Tensor) -> Tensor:
-    """ũ = K (S + KᵀK)⁻¹ in float64, (N, d_in): with residuals R (N, d_out) as ṽ, ΔW = Rᵀũ solves
-    min ‖ΔW Kᵀ − Rᵀ‖² + tr(ΔW S ΔWᵀ).
-
-    Args:
-        keys: K, (N, d_in).
-        system: S, (d_in, d_in), positive definite.
-    """
-    keys = keys.double()
-    return torch.cholesky_solve(keys.T, torch.linalg.cholesky(system + keys.T @ keys)).T
-

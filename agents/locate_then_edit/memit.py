@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateAgent, LocateConfig, dense, least_squares_keys, subject_keys
+from agents.locate_then_edit.keys import subject_keys
+from agents.locate_then_edit.least_squares import dense, least_squares_keys
+from agents.locate_then_edit.locate import LocateAgent, LocateConfig
 from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Values
-
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = {
-    "edit_modules": "model.layers.[4-8].mlp.down_proj", "token": "subject", "steps_per_batch": 1
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

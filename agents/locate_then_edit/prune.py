@@ -11,13 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import dense
-from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
+from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
 from rledit_env.ledger import updated
 
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
 SUMS = ("raw", "restrained")
 _PARTS = ("excess", "excess_before", "left", "found")  # of PRUNEAgent's memory
 

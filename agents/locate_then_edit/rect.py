@@ -3,19 +3,14 @@ EMNLP 2024), on MEMIT."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import dense
-from agents.locate_then_edit.memit import RECOMMENDED as MEMIT_RECOMMENDED
+from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
-
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = MEMIT_RECOMMENDED
 
 
 @dataclass(frozen=True)

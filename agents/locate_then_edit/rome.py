@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,14 +10,10 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from agents.locate_then_edit.locate import LocateAgent, LocateConfig, subject_keys
+from agents.locate_then_edit.keys import subject_keys
+from agents.locate_then_edit.locate import LocateAgent, LocateConfig
 from agents.locate_then_edit.value_optimisation import Request, Values
 from rledit_env.lm.editable import EditableLM
-
-# The environment's settings that the agent is best used with.
-RECOMMENDED: Mapping[str, Any] = {
-    "edit_modules": "model.layers.8.mlp.down_proj", "token": "subject", "steps_per_batch": 1
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

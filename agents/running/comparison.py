@@ -19,7 +19,7 @@ from agents.base import Agent, NotApplicable
 from agents.locate_then_edit.locate import LocateAgent
 from agents.rledit.agent import RLEditAgent
 from agents.running.editing import edit_stream
-from agents.running.editors import Editor, class_name
+from agents.running.editors import ENVIRONMENT, Editor
 from agents.running.saved import agent_settings, find_agent, load_agent
 from rledit_env.evaluation.general.scored_text import drifts, scored_texts
 from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics, evaluate
@@ -188,8 +188,7 @@ class Comparison:
         settings = dict(editor.env)
         if editor.saved is not None:
             trained = agent_settings(find_agent(editor.saved, self.setting.test.kind))["environment"]
-            own = ("edit_modules", "token", "steps_per_batch", "present_until")
-            settings = {k: trained[k] for k in own if k in trained} | settings
+            settings = {k: trained[k] for k in ENVIRONMENT if k in trained} | settings
         lm = self.views.of(replace(editor, env=settings), self.setting.edit_modules)
         settings.pop("edit_modules", None)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
@@ -308,8 +307,8 @@ def scaled(agent: Agent, editor: Editor) -> Agent:
 
 
 def _by_name(described: dict[str, Any]) -> dict[str, Any]:
-    """An editor's description with its classes by name alone; earlier versions gave the module too."""
-    classes = {key: class_name(described.get(key)) for key in ("agent", "config")}
+    """An editor's description with its classes by name alone; earlier versions gave "module:name"."""
+    classes = {key: place and place.rpartition(":")[2] for key in ("agent", "config") for place in [described.get(key)]}
     trainer = described.get("trainer")
     return {**described, **classes, "trainer": _by_name(trainer) if trainer else None}
 

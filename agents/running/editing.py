@@ -99,70 +99,26 @@ def edit_stream(
     """
     log = log or EditLog()
     begin_stream(agent, reset)
-    inner: Any = env.unwrapped
     started = time.perf_counter()
-    first, size, presentations = len(log.batch_sizes), inner.stream.batch_size, inner.steps_per_batch
-    until = inner.present_until is not None  # then a batch may end before it has been presented so often
-    recorder = LedgerRecorder(ledger, inner, agent, first) if ledger is not None else None
-    position = recorder.take_up() if recorder is not None else Position([], 0, None)
-
-    def note(step: Taken) -> None:
-        """Take a step into the log."""
-        if first + step.batch == len(log.batch_sizes):
-            log.batch_sizes.append(size)
-            log.update_norms.append(0.0)
-            log.presentations += [0] * size
-        begin = len(log.presentations) - size
-        for place in range(size) if step.presented is None else step.presented:
-            log.presentations[begin + place] += 1
-        if step.broke:
-            log.skipped.append(first + step.batch)
-        else:
-            log.update_norms[-1] = math.hypot(log.update_norms[-1], step.norm)
-
-    def ended(batches: int) -> None:
-        for _ in range(batches if progress is not None else 0):
-            progress(size)  # type: ignore[misc]
-
-    for taken in position.taken:
-        note(taken)
-    step, in_flight = position.step, position.update
-    ended(step // presentations)
-    done = step >= inner.episode_steps
-    if step or in_flight is not None:
-        options = {**(reset.get("options") or {}), "keep_weights": True, "start": step}
-        reset = {**reset, "options": options}
+    stream = _Stream(env, agent, log, progress, ledger)
+    inner, position = stream.inner, stream.take_up()
+    in_flight = position if position.update is not None else None
+    done = position.step >= inner.episode_steps
+    if position.step or in_flight is not None:
+        reset["options"] = {**(reset.get("options") or {}), "keep_weights": True, "start": position.step}
     if not done:
         observation, _ = env.reset(**reset)
-        if first == step == 0 and in_flight is None:
+        if stream.first == position.step == 0 and in_flight is None:
             started += _call(callbacks, 0)
-    inner.recorder = recorder
+    inner.recorder = stream.recorder
     try:
         while not done:
-            if in_flight is None:
-                action = act(agent, observation)
-                norm = _norm(action, inner.lm)
-            else:
-                action, norm = in_flight, position.norm
-            if recorder is not None:
-                recorder.step, recorder.norm = step, norm
-                if until or (step + 1) % presentations == 0:
-                    # What the next batch's states are computed together with changes their last bits; so that a run
-                    # taken up there has the same, they do not depend on earlier batches.
-                    inner.lm.prefix_cache.clear()
-            presented = inner.presented_facts()
-            with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
-                observation, _, terminated, truncated, info = env.step(action)
+            observation, info, whole, done = stream.take_step(observation, in_flight)
             in_flight = None
-            batch, step = info["batch"], inner.position
-            note(Taken(batch, norm, info["diverged"], presented))
-            whole = step // presentations > batch  # the batch has ended
-            ended(whole)
-            done = terminated or truncated
             if info["diverged"]:
-                log.diverged = inner.on_divergence == "end" or (done and step < inner.episode_steps)
-                warnings.warn(f"the update of batch {first + info['batch']} ({_last_facts(log)}) broke the LLM and was "
-                              "taken back", stacklevel=2)
+                log.diverged = inner.on_divergence == "end" or (done and stream.step < inner.episode_steps)
+                warnings.warn(f"the update of batch {stream.first + info['batch']} ({_last_facts(log)}) broke the LLM "
+                              "and was taken back", stacklevel=2)
             if whole and not info["diverged"]:
                 started += _call(callbacks, len(log.batch_sizes))
             if guard is not None and whole and guard.exceeded(len(log.batch_sizes) - 1):
@@ -172,6 +128,82 @@ def edit_stream(
     log.drift = float(np.mean(list(inner.lm.drift().values())))
     log.seconds += time.perf_counter() - started
     return log
+
+
+class _Stream:
+    """A stream while it is edited: takes its steps, notes them in the log, and lets the ledger record them.
+
+    Args:
+        env, agent, log, progress, ledger: as for :func:`edit_stream`.
+    """
+
+    def __init__(
+        self, env: gym.Env, agent: Agent, log: EditLog, progress: Callable[[int], Any] | None, ledger: EditLedger | None
+    ) -> None:
+        self.env, self.agent, self.log, self.progress = env, agent, log, progress
+        inner: Any = env.unwrapped
+        self.inner = inner
+        self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
+        self.recorder = LedgerRecorder(ledger, inner, agent, self.first) if ledger is not None else None
+        self.step = 0  # the next one's place in the stream
+
+    def take_up(self) -> Position:
+        """Where the stream goes on, by the ledger, whose steps are noted; its beginning where nothing is recorded."""
+        position = self.recorder.take_up() if self.recorder is not None else Position([], 0, None)
+        for taken in position.taken:
+            self._note(taken)
+        self.step = position.step
+        self._say(self.step // self.inner.steps_per_batch)
+        return position
+
+    def take_step(self, observation: Any, in_flight: Position | None) -> tuple[Any, dict[str, Any], bool, bool]:
+        """Present a batch once: the next observation, the step's info, and whether the batch and the stream have ended.
+
+        Args:
+            observation: of the batch.
+            in_flight: holds the update of this step where it was recorded already, to be taken again as it was.
+        """
+        inner, recorder = self.inner, self.recorder
+        if in_flight is None:
+            action = act(self.agent, observation)
+            norm = _norm(action, inner.lm)
+        else:
+            action, norm = in_flight.update, in_flight.norm
+        if recorder is not None:
+            recorder.step, recorder.norm = self.step, norm
+            # With present_until a batch may end before it has been presented so often.
+            if inner.present_until is not None or (self.step + 1) % inner.steps_per_batch == 0:
+                # What the next batch's states are computed together with changes their last bits; so that a run
+                # taken up there has the same, they do not depend on earlier batches.
+                inner.lm.prefix_cache.clear()
+        presented = inner.presented_facts()
+        with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
+            observation, _, terminated, truncated, info = self.env.step(action)
+        self.step = inner.position
+        self._note(Taken(info["batch"], norm, info["diverged"], presented))
+        ended = self.step // inner.steps_per_batch > info["batch"]
+        self._say(int(ended))
+        return observation, info, ended, terminated or truncated
+
+    def _note(self, step: Taken) -> None:
+        """Take a step into the log."""
+        log, size = self.log, self.inner.stream.batch_size
+        if self.first + step.batch == len(log.batch_sizes):
+            log.batch_sizes.append(size)
+            log.update_norms.append(0.0)
+            log.presentations += [0] * size
+        begin = len(log.presentations) - size
+        for place in range(size) if step.presented is None else step.presented:
+            log.presentations[begin + place] += 1
+        if step.broke:
+            log.skipped.append(self.first + step.batch)
+        else:
+            log.update_norms[-1] = math.hypot(log.update_norms[-1], step.norm)
+
+    def _say(self, batches: int) -> None:
+        """Tell ``progress`` that so many batches have ended."""
+        for _ in range(batches if self.progress is not None else 0):
+            self.progress(self.inner.stream.batch_size)  # type: ignore[misc]
 
 
 def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:

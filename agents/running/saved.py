@@ -11,39 +11,16 @@ import gymnasium as gym
 
 from agents.base import Agent, module_shapes
 from agents.files import built_from, read_description
-from agents.fine_tuning.baselines import FineTuningAgent, NoEditAgent
-from agents.fine_tuning.ft_l import FTLAgent, FTMAgent
-from agents.hypernetworks.dafnet import DAFNetAgent
-from agents.hypernetworks.malmen import MALMENAgent
-from agents.hypernetworks.mend import MENDAgent
-from agents.hypernetworks.ultraedit import UltraEditAgent
-from agents.locate_then_edit.alphaedit import AlphaEditAgent
-from agents.locate_then_edit.memit import MEMITAgent
-from agents.locate_then_edit.prune import PRUNEAgent
-from agents.locate_then_edit.rect import RECTAgent
-from agents.locate_then_edit.rome import ROMEAgent
-from agents.rledit.agent import RLEditAgent
-from agents.sb3.ppo import StandardAgent
-from agents.sb3.random_search import RandomSearchAgent
+from agents.running.editors import EDITORS
+from agents.sb3 import RandomSearchAgent, StandardAgent
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 DEFAULT = "default"  # names the agents that ship with the package, at most one for each kind of facts
 GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
-CLASSES: dict[str, type[Agent]] = {
-    "rledit": RLEditAgent,
-    "standard": StandardAgent,
-    "random search": RandomSearchAgent,
-    "none": NoEditAgent,
-    "fine-tuning": FineTuningAgent,
-    "dafnet": DAFNetAgent,
-    "ft-l": FTLAgent,
-    "ft-m": FTMAgent,
-    "malmen": MALMENAgent,
-    "mend": MENDAgent,
-    "ultraedit": UltraEditAgent,
-    **{agent.name: agent for agent in (ROMEAgent, MEMITAgent, PRUNEAgent, RECTAgent, AlphaEditAgent)},
-}
+# What agent.json calls a class → the class: every editor's, and those that learn on the low-dimensional view.
+CLASSES: dict[str, type[Agent]] = {editor.agent.name: editor.agent for editor in EDITORS.values()}
+CLASSES |= {StandardAgent.name: StandardAgent, RandomSearchAgent.name: RandomSearchAgent}
 
 
 def find_agent(name: str | Path, kind: str | None = None) -> Path:

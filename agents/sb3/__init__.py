@@ -1,6 +1,7 @@
 """Stable-Baselines3's algorithms on the low-dimensional view, and random search beside them."""
 
-from agents.sb3.ppo import StandardAgent, StandardConfig
+from agents.sb3.agent import StandardAgent
+from agents.sb3.config import StandardConfig
 from agents.sb3.random_search import RandomSearchAgent
 from agents.sb3.vec_env import StreamsVecEnv
 

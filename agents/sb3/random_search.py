@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
 from agents.files import agent_folder, built_from, check_counters, read_description
-from agents.sb3.ppo import StandardConfig, standard_config
+from agents.sb3.config import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
 from rledit_env.nesting import environment_inside
@@ -32,6 +32,8 @@ class RandomSearchAgent(Agent):
         config: the view; what it says of algorithms is left aside.
         seed: of the actions tried and of the streams that they are tried on.
     """
+
+    name: ClassVar[str] = "random search"
 
     def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
         environment_inside(env, "RandomSearchAgent", agent=True)
@@ -126,7 +128,7 @@ class RandomSearchAgent(Agent):
         """Write the action and the view as JSON."""
         folder = agent_folder(path)
         description = {
-            "agent": "random search",
+            "agent": self.name,
             "format": 1,
             "seed": self.seed,
             "config": {**asdict(self.config), "hyperparameters": dict(self.config.hyperparameters)},

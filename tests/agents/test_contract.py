@@ -32,7 +32,7 @@ from agents.hypernetworks.mend import mend_network
 from agents.locate_then_edit.locate import LocateAgent
 from agents.rledit.agent import RLEditAgent
 from agents.running.saved import CLASSES
-from agents.sb3.ppo import StandardAgent
+from agents.sb3.agent import StandardAgent
 from agents.sb3.random_search import RandomSearchAgent
 from rledit_env.lm.editable import EditableLM
 

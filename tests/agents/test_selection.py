@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import agents.rledit.agent
-import agents.sb3.ppo
+import agents.sb3.callbacks
 import rledit_env  # noqa: F401 - registers the environments
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, StandardAgent, StandardConfig
 from agents.selection import TEXT, divergence, within_bound
@@ -93,7 +93,7 @@ def test_a_standard_algorithm_s_best_policy_is_the_best_within_the_bound(
 
     held_out = make(split="eval")
     monkeypatch.setattr(held_out.unwrapped, "evaluate", scored)
-    monkeypatch.setattr(agents.sb3.ppo, "divergence", lambda _: now[0][1])
+    monkeypatch.setattr(agents.sb3.callbacks, "divergence", lambda _: now[0][1])
     config = StandardConfig(
         baseline_streams=0, kl_bound=bound, hyperparameters={"n_steps": 2, "batch_size": 2, "n_epochs": 1}
     )

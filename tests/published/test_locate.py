@@ -28,7 +28,7 @@ from agents import (
     edit_stream,
     load_agent,
 )
-from agents.locate_then_edit.locate import averaged, subject_keys, write_contexts
+from agents.locate_then_edit.keys import averaged, subject_keys, write_contexts
 from agents.locate_then_edit.prune import restrained
 from agents.locate_then_edit.rome import sequential_rank_one
 from agents.locate_then_edit.value_optimisation import encode_request, optimise_values

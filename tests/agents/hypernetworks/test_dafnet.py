@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import agents.hypernetworks.dafnet
 from agents import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig, HypernetworkConfig, load_agent
 from agents.base import run_stream
-from agents.hypernetworks.dafnet import DAFNetwork, FusionLayer, softmax_by_fact
+from agents.hypernetworks.dafnet_network import DAFNetwork, FusionLayer, softmax_by_fact
 from agents.rledit.hypernetwork import Hypernetwork
+from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
 
 SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
@@ -173,7 +173,7 @@ def training_env(tiny_lm, make_env):
 
     def make(**arguments):
         return make_env(**{"model": tiny_lm(modules=MODULES), "array_backend": "torch", "reward_gradient": True,
-                           **agents.hypernetworks.dafnet.TRAINING, **arguments})
+                           **EDITORS["dafnet"].env, "reward": EDITORS["dafnet"].reward(), **arguments})
 
     return make
 

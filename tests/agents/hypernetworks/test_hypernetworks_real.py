@@ -5,9 +5,6 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 
-import agents.hypernetworks.dafnet
-import agents.hypernetworks.malmen
-import agents.hypernetworks.mend
 from agents import (
     DAFNetAgent,
     DAFNetConfig,
@@ -19,6 +16,7 @@ from agents import (
     malmen_network,
     mend_network,
 )
+from agents.running.editors import EDITORS
 from rledit_env.evaluation.metrics import top_tokens
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -45,27 +43,28 @@ def taken(agent, lm, presentations: int, token: str, facts: int = 5) -> int:
 
 
 def trained(kind, config, trajectories: int, **training):
-    env = gym.make(COUNTERFACT, reward_gradient=True, **training, **COMMON)
+    editor = EDITORS[kind.name]
+    settings = {**editor.env, "reward": editor.reward(), "num_batches": 1, "batch_size": 1, **training}
+    env = gym.make(COUNTERFACT, reward_gradient=True, **settings, **COMMON)
     return kind(env, config).learn(trajectories * env.unwrapped.episode_steps, progress_bar=False), env.unwrapped.lm
 
 
 def test_mends_edits_take():
     network = mend_network(rank=256, step_size=1e-3, **OURS)
     config = MENDConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05)
-    agent, lm = trained(MENDAgent, config, 200, **agents.hypernetworks.mend.TRAINING)
+    agent, lm = trained(MENDAgent, config, 200)
     assert taken(agent, lm, presentations=4, token="all") >= 3
 
 
 def test_malmens_edits_take():
     network = malmen_network(rank=256, step_size=1e-3, **OURS)
     config = MALMENConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05)
-    agent, lm = trained(MALMENAgent, config, 60, batch_size=1, **agents.hypernetworks.malmen.TRAINING)
+    agent, lm = trained(MALMENAgent, config, 60)
     assert taken(agent, lm, presentations=16, token="answer") >= 4
 
 
 def test_dafnets_edits_take():
     network = DAFNetNetworkConfig(rank=128, feed_forward=256, attention=128, step_size=3e-3, step_size_parameter="log")
     config = DAFNetConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05, max_gradient_norm=1.0)
-    settings = {**agents.hypernetworks.dafnet.TRAINING, "token": "subject+answer", "num_batches": 4, "batch_size": 1}
-    agent, lm = trained(DAFNetAgent, config, 12, **settings)
+    agent, lm = trained(DAFNetAgent, config, 12, token="subject+answer", num_batches=4)
     assert taken(agent, lm, presentations=8, token="subject+answer") >= 4

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import agents.hypernetworks.malmen
-import agents.hypernetworks.mend
 from agents import (
     HypernetworkConfig,
     MALMENAgent,
@@ -27,11 +25,16 @@ from agents import (
 from agents.base import run_stream
 from agents.hypernetworks.retraining import batchwise_reward
 from agents.rledit.hypernetwork import ResidualBlocks
+from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
 from rledit_env.reward import Generalization, Locality, RewardConfig, ScoredBatch, score
 
 MODULES = "model.layers.[2-3].mlp.{gate,up}_proj"
-TRAINING = {"mend": agents.hypernetworks.mend.TRAINING, "malmen": agents.hypernetworks.malmen.TRAINING}
+MEND, MALMEN = EDITORS["mend"], EDITORS["malmen"]
+TRAINING = {
+    "mend": {**MEND.env, "num_batches": 1, "batch_size": MEND.training.batch_size, "reward": MEND.reward()},
+    "malmen": {**MALMEN.env, "num_batches": 1, "reward": MALMEN.reward()},
+}
 
 
 @pytest.fixture
@@ -156,7 +159,7 @@ def test_the_defaults_are_the_papers():
     assert (mend.network.normaliser, malmen.network.normaliser) == ("lifetime", "continued")
     assert (mend.step_size_learning_rate, malmen.step_size_learning_rate) == (1e-4, 1e-5)
     assert mend.retrain_every == malmen.retrain_every == 0
-    assert (agents.hypernetworks.mend.TRAINING["token"], agents.hypernetworks.mend.TRAINING["batch_size"]) == ("all", 1)
+    assert (TRAINING["mend"]["token"], TRAINING["mend"]["batch_size"]) == ("all", 1)
     with pytest.raises(ValueError, match="retrain_every is -1"):
         MENDConfig(retrain_every=-1)
 

@@ -33,18 +33,10 @@ from agents import (
 from agents.base import run_stream
 from agents.key_statistics import expected_seconds, key_statistics
 from agents.locate_then_edit.alphaedit import null_space
-from agents.locate_then_edit.locate import (
-    LocateAgent,
-    default_output_projections,
-    dense,
-    least_squares_keys,
-    linear_shape,
-    output_projections,
-    rescaled,
-    subject_keys,
-    trimmed_mean,
-    write_contexts,
-)
+from agents.locate_then_edit.keys import subject_keys, write_contexts
+from agents.locate_then_edit.least_squares import dense, least_squares_keys
+from agents.locate_then_edit.locate import LocateAgent, rescaled, trimmed_mean
+from agents.locate_then_edit.modules import default_output_projections, linear_shape, output_projections
 from agents.locate_then_edit.prune import restrained
 from agents.locate_then_edit.rect import largest_changes
 from agents.locate_then_edit.rome import sequential_rank_one

@@ -20,8 +20,6 @@ from agents import (
     RECTConfig,
     ROMEAgent,
     ROMEConfig,
-    memit,
-    rome,
 )
 from agents.locate_then_edit.locate import LocateAgent
 
@@ -55,10 +53,10 @@ SMALL: dict[str, Any] = {"covariance_weight": 300.0, **TEXT}
     ids=["rome", "memit", "memit+recursion", "prune", "rect", "alphaedit"],
 )
 def test_a_single_edit_of_the_default_model_takes(editor: type[LocateAgent], config: Any) -> None:
-    recommended = rome.RECOMMENDED if editor is ROMEAgent else memit.RECOMMENDED
+    layers = "8" if editor is ROMEAgent else "[4-8]"
     env = gym.make(
         "rledit_env:RLEdit-CounterFact-v0", data=[FACT], num_batches=1, batch_size=1, reward="none",
-        array_backend="torch", **recommended,
+        array_backend="torch", edit_modules=f"model.layers.{layers}.mlp.down_proj", token="subject",
     )  # fmt: skip
     agent = editor(env, config)
     observation, _ = env.reset(seed=0)

@@ -1,4 +1,4 @@
-"""Tests of agents.sb3.ppo: standard algorithms as editors."""
+"""Tests of agents.sb3.agent: standard algorithms as editors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from agents import RandomSearchAgent, StandardAgent, StandardConfig, edit_stream, load_agent
 from agents.files import read_tensors
-from agents.sb3.ppo import Standardised
+from agents.sb3.features import Standardised
 from agents.sb3.standard_state import training_state
 from rledit_env.files import write_tensors
 from rledit_env.lm.editable import EditableLM

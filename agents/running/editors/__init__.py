@@ -1,0 +1,42 @@
+"""The registry of editors: what each one is, how it is built, and with which hyperparameters for which model."""
+
+from agents.running.editors.configs import CONFIGS, ENVIRONMENT, configured, find_configs, load_configs
+from agents.running.editors.editor import (
+    Editor,
+    Strength,
+    Training,
+    configured_step_size,
+    with_step_size,
+    with_strength,
+)
+from agents.running.editors.overrides import changed, merged
+from agents.running.editors.table import (
+    EDITORS,
+    SHORT_NAMES,
+    TEXT_PRIOR,
+    chosen_editors,
+    find_editor,
+    training_free_editors,
+)
+
+__all__ = [
+    "CONFIGS",
+    "EDITORS",
+    "ENVIRONMENT",
+    "Editor",
+    "SHORT_NAMES",
+    "Strength",
+    "TEXT_PRIOR",
+    "Training",
+    "changed",
+    "chosen_editors",
+    "configured",
+    "configured_step_size",
+    "find_configs",
+    "find_editor",
+    "load_configs",
+    "merged",
+    "training_free_editors",
+    "with_step_size",
+    "with_strength",
+]

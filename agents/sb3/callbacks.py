@@ -1,0 +1,144 @@
+"""What happens while a standard algorithm learns: logs, evaluations, the best policy, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from tqdm.auto import tqdm
+
+from agents.base import run_stream
+from agents.logs import log, summary_writer
+from agents.sb3.checkpoint import Run, write_checkpoint
+from agents.selection import divergence, within_bound
+
+if TYPE_CHECKING:
+    from agents.sb3.agent import StandardAgent
+
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+class TrainingCallback(BaseCallback):
+    """Logs our numbers after every stream, evaluates, keeps the best policy, and writes down what to go on from.
+
+    Args:
+        agent: learns.
+        callback, progress_bar, eval_env, eval_every, eval_seed: as for :meth:`StandardAgent.learn`.
+        folder: its ``log_dir``.
+    """
+
+    def __init__(
+        self,
+        agent: StandardAgent,
+        callback: Callback | None,
+        progress_bar: bool,
+        folder: Path | None,
+        eval_env: gym.Env[Any, Any] | None,
+        eval_every: int,
+        eval_seed: int,
+    ) -> None:
+        super().__init__()
+        self.agent, self.user_callback, self.folder = agent, callback, folder
+        self.show = progress_bar
+        self.eval_env, self.eval_every, self.eval_seed = eval_env, eval_every, eval_seed
+        self.run = Run(agent.timesteps)
+        self._kept = -1  # streams when the checkpoint was last written
+        self._numbers: dict[str, list[float]] = {}
+        self._return = 0.0  # of the stream so far, the environment's own
+        self._writer: Any = None
+        self._bar: Any = None
+
+    def begin(self, reset_num_timesteps: bool) -> None:
+        """Begin a run, with a new stream. The best policy of a run that was finished here is still the one to beat."""
+        model = self.agent.model
+        if reset_num_timesteps:
+            self.agent.earlier_timesteps += self.agent.timesteps
+            model.num_timesteps = 0
+        model._last_obs = None
+        self.run, self._kept = Run(self.agent.timesteps, best=self.run.best), -1
+
+    def end(self) -> None:
+        """Score the last policy, and write down that the run is finished."""
+        self.evaluate()
+        self.run.finished = True
+        self._write_checkpoint()
+
+    def _on_training_start(self) -> None:
+        done = self.num_timesteps - self.run.begun
+        self._writer = summary_writer(self.folder, self.num_timesteps)
+        total = self.locals["total_timesteps"] - self.run.begun
+        self._bar = tqdm(total=total, initial=done, unit="step", disable=not self.show)
+        if self.run.evaluated < 0:
+            self.evaluate()
+
+    def _on_rollout_start(self) -> None:
+        due = isinstance(self.model, OnPolicyAlgorithm) or self.run.streams >= self._kept + self.eval_every
+        if due or self._kept < 0:
+            self._write_checkpoint()
+
+    def _on_step(self) -> bool:
+        self._bar.update(1)
+        info = self.locals["infos"][0]
+        self._return += info.get("reward", float(self.locals["rewards"][0]) / self.agent.config.reward_scale)
+        for name, value in info.items():
+            if isinstance(value, float):
+                self._numbers.setdefault(name, []).append(value)
+        if not self.locals["dones"][0]:
+            return True
+        self.run.streams += 1
+        numbers = {name: sum(values) / len(values) for name, values in self._numbers.items()}
+        numbers |= {"return": self._return, "drift": info["drift"]}
+        if (multiplier := self.agent.multiplier) is not None:
+            finite = filter(math.isfinite, self._numbers.get(multiplier.constraint.component, []))
+            if measured := list(finite):
+                multiplier.update(measured[-1])
+        self._numbers, self._return = {}, 0.0
+        self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
+        self._log("train", numbers)
+        if self.run.streams % self.eval_every == 0:
+            self.evaluate()
+        return self.user_callback is None or self.user_callback(numbers) is not False
+
+    def evaluate(self) -> None:
+        """Score the policy on the held-out stream and keep it if it is the best so far."""
+        if self.eval_env is None or self.run.evaluated == self.num_timesteps:
+            return
+        self.run.evaluated = self.num_timesteps
+        looking_on = copy.copy(self.agent)
+        looking_on.set_env(self.eval_env)
+        inner: Any = self.eval_env.unwrapped
+        with inner.lm.preserved():  # a training stream may be under way on the same LLM
+            total, info = run_stream(self.eval_env, looking_on, seed=self.eval_seed)
+            metrics = inner.evaluate(generate=False)
+            score = -math.inf if info["diverged"] else metrics.mean
+            numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
+            if (bound := self.agent.config.kl_bound) is not None:
+                numbers["kl"] = divergence(inner.lm)
+                score = within_bound(score, numbers["kl"], bound)
+        self._log("eval", numbers | {"return": total, "drift": info["drift"]})
+        tqdm.write(f"step {self.num_timesteps}: held-out mean {metrics.mean:.1f}, return {total:.1f}")
+        if score > self.agent.best_score or self.run.best is None:
+            self.agent.best_score = score
+            self.run.best = {k: v.clone() for k, v in self.agent.model.policy.state_dict().items()}
+            if self.folder is not None:
+                self.agent.save(self.folder / "best")
+
+    def _write_checkpoint(self) -> None:
+        if self.folder is not None:
+            self._kept = self.run.streams
+            write_checkpoint(self.folder / "last", self.agent, self.run)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds back."""
+        for one in (self._writer, self._bar):
+            if one is not None:
+                one.close()
+
+    def _log(self, group: str, numbers: Mapping[str, float]) -> None:
+        log(self._writer, group, numbers, self.num_timesteps)

@@ -1,0 +1,123 @@
+"""A training run's checkpoint: one file that an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agents.files import TRAINING_STATE, agent_folder, built_from, known_best, read_tensors
+from agents.sb3.standard_state import load_training_state, training_state
+from agents.settings import setting_differences
+from rledit_env.files import write_tensors
+
+if TYPE_CHECKING:
+    from agents.sb3.agent import StandardAgent
+
+
+@dataclass
+class Run:
+    """How far a training run is.
+
+    Attributes:
+        begun: environment steps that the agent had counted before it.
+        streams: training streams that have ended.
+        evaluated: the step at which the policy was evaluated last; -1 before the first time.
+        finished: whether the run is.
+        best: the policy with the best held-out score, as tensors by name; None before the first evaluation.
+    """
+
+    begun: int
+    streams: int = 0
+    evaluated: int = -1
+    finished: bool = False
+    best: dict[str, Tensor] | None = None
+
+
+def write_checkpoint(folder: Path, agent: StandardAgent, run: Run) -> None:
+    """Write what :func:`resume_run` goes on from, in one file: a process killed at any moment leaves the earlier or
+    this one."""
+    tensors, numbers = training_state(agent.model)
+    numbers |= {
+        "begun": run.begun, "finished": run.finished, "earlier": agent.earlier_timesteps, "streams": run.streams,
+        "evaluated": run.evaluated,
+    }  # fmt: skip
+    if agent.multiplier is not None:
+        numbers["multiplier"] = agent.multiplier.value
+    if agent.relative is not None:
+        numbers["relative"] = agent.relative.state()
+    tensors |= {f"best/{k}": v for k, v in (run.best or {}).items()}
+    agent_folder(folder)
+    described = {"agent": json.dumps(agent.description()), "training": json.dumps(numbers)}
+    write_tensors(folder / TRAINING_STATE, tensors, described)
+
+
+def resume_run(folder: Path, agent: StandardAgent) -> Run:
+    """Let an agent go on from what an interrupted run left.
+
+    Raises:
+        ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since;
+            the agent is as it was.
+    """
+    mend = "give another log_dir, or resume=False to start anew"
+    try:
+        tensors, metadata = read_tensors(folder / TRAINING_STATE)
+    except ValueError as error:
+        raise ValueError(f"{error}; {mend}") from error
+    with built_from(folder):
+        description, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
+        # Earlier versions did not say these two: they counted on, and left nothing of a finished run.
+        numbers = {"earlier": 0, "finished": False, **numbers}
+        if different := _differences(folder, agent, description, numbers):
+            raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
+                             f"give the same settings, {mend}")
+        best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+        run = Run(numbers["begun"], numbers["streams"], numbers["evaluated"], numbers["finished"], best)
+        _load(agent, run, tensors, numbers)
+        agent.best_score = known_best(description)
+        agent.earlier_timesteps, agent.fitted = numbers["earlier"], True
+    tqdm.write(f"going on from {folder} (step {agent.timesteps})")
+    return run
+
+
+def _differences(
+    folder: Path, agent: StandardAgent, description: Mapping[str, Any], numbers: Mapping[str, Any]
+) -> list[str]:
+    """In what a checkpoint's run differs from one that the agent can go on with."""
+    own_description = json.loads(json.dumps(agent.description()))
+    found = setting_differences(description, own_description)
+    different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
+    before_it, own = numbers["earlier"] + numbers["begun"], agent.earlier_timesteps + agent.timesteps
+    same = agent.unfinished_in == folder.parent
+    if not same and own not in (0, before_it, numbers["earlier"] + numbers["timesteps"]):
+        different.append(f"steps before it: {before_it} there, {own} here")
+    return different
+
+
+def _load(agent: StandardAgent, run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Load the model, the environment's numbers and the zero action's; where that fails, the agent is as it was."""
+    model: Any = agent.model
+    model.env.reset()  # the first one seeds the environment; what is loaded comes after it
+    multiplier = numbers["multiplier"] if agent.multiplier is not None else 0.0
+    before = training_state(model), agent.relative.state() if agent.relative is not None else {}
+    try:
+        if run.best is not None:
+            model.policy.load_state_dict(run.best)  # at the end of the training it must fit
+        load_training_state(model, tensors, numbers)
+        if agent.relative is not None:
+            agent.relative.load_state(numbers["relative"])
+    except BaseException:
+        load_training_state(model, *before[0])
+        if agent.relative is not None:
+            agent.relative.load_state(before[1])
+        raise
+    if agent.multiplier is not None:
+        agent.multiplier.value = multiplier
+    model._last_obs = model.env.reset()
+    model._last_episode_starts = np.ones((1,), dtype=bool)

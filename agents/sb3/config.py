@@ -1,0 +1,93 @@
+"""How a standard algorithm is configured: its view of the environment, its hyperparameters, and both from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stable_baselines3 import A2C, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from rledit_env.wrappers import Rule, Share
+
+ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
+SMALL_NETWORK: Mapping[str, Any] = {"net_arch": [32]}
+# For some hundred steps, each of which takes a fraction of a second: small networks and rollouts, used well.
+HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
+    "ppo": {
+        "n_steps": 80, "batch_size": 40, "n_epochs": 10, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "a2c": {
+        "n_steps": 20, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95, "normalize_advantage": True,
+        "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
+    },
+    "sac": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+    "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
+}  # fmt: skip
+MAX_SIZE = 10**7  # of buffers and the like, in what a saved agent asks for
+
+
+@dataclass(frozen=True)
+class StandardConfig:
+    """How a standard algorithm sees the environment, and its hyperparameters.
+
+    Attributes:
+        algorithm: of Stable-Baselines3.
+        rule: the base rule that the actions scale (see `rledit_env.wrappers.ScaledUpdate`).
+        step_size, damping, span, rank, share: as there; the features share as the actions do.
+        baseline_streams: training goes through this many streams again and again, each step's reward less the zero
+            action's (see `rledit_env.wrappers.RelativeReward`); features are standardised by what the zero action meets
+            there. 0: new streams, their own rewards, and features as they come.
+        reward_scale: rewards are multiplied by it for the algorithm, whose value function is best off near 1; returns
+            that are logged are the environment's own.
+        kl_bound: the best policy of a training is the best within this divergence (see `RLEditConfig.kl_bound`).
+        hyperparameters: of the algorithm, over :data:`HYPERPARAMETERS`.
+    """
+
+    algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
+    rule: Rule = "least_squares"
+    step_size: float = 1.0
+    damping: float = 1.0
+    span: float = 10.0
+    rank: int = 0
+    share: Share = "all"
+    baseline_streams: int = 32
+    reward_scale: float = 1.0
+    kl_bound: float | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm is {self.algorithm!r}; give one of {', '.join(ALGORITHMS)}")
+        if self.kl_bound is not None and not self.kl_bound > 0:
+            raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
+
+
+def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardConfig:
+    """The configuration in an agent's file.
+
+    Raises:
+        ValueError: a hyperparameter is no number or list of numbers, or would make something larger than ``most``
+            numbers, or than :data:`MAX_SIZE`; or it says where files are to be written.
+    """
+
+    def check(name: str, value: Any, largest: int) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                check(f"{name}.{key}", inner, largest)
+        elif isinstance(value, list):
+            for inner in value:
+                check(name, inner, largest)
+        elif value is not None and (not isinstance(value, int | float) or not -largest <= value <= largest):
+            raise ValueError(f"{name} is {value!r}; it must be a number up to {largest:,}")
+
+    hyperparameters = saved["hyperparameters"]
+    if forbidden := set(hyperparameters) & {"tensorboard_log", "verbose", "device", "env", "policy"}:
+        raise ValueError(f"the hyperparameter {min(forbidden)!r} is not a saved agent's to set")
+    for name, value in hyperparameters.items():
+        check(name, value, most if name == "policy_kwargs" else MAX_SIZE)
+    for name in ("rank", "baseline_streams"):
+        check(name, saved[name], MAX_SIZE)
+    return StandardConfig(**saved)
