@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
-from agents.rledit.agent import RLEditConfig, rledit_paper_network
-from agents.rledit.hypernetwork import HypernetworkConfig
+from agents.rledit.config import HypernetworkConfig, RLEditConfig, rledit_paper_network
 
 # The environment's settings that the editor is used with, and those that it is trained with: one batch from θ₀.
 RECOMMENDED: dict[str, Any] = {"token": "answer", "steps_per_batch": 1}

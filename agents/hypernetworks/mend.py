@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig, batchwise_reward
-from agents.rledit.agent import RLEditConfig
-from agents.rledit.hypernetwork import HypernetworkConfig
+from agents.rledit.config import HypernetworkConfig, RLEditConfig
 
 # The environment's settings that the editor is used with, and those that it is trained with: one fact from θ₀.
 RECOMMENDED: dict[str, Any] = {"token": "all", "steps_per_batch": 1}

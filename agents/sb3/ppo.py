@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from agents.base import Agent, run_stream
 from agents.files import (
+    START_ANEW,
     TRAINING_STATE,
     agent_folder,
     built_from,
@@ -30,7 +31,9 @@ from agents.files import (
     known_best,
     read_description,
     read_tensors,
+    read_training_state,
     run_folder,
+    under,
 )
 from agents.logs import log, summary_writer
 from agents.sb3.standard_state import load_training_state, training_state
@@ -504,15 +507,11 @@ class _Watch(BaseCallback):
             ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since;
                 the agent is as it was.
         """
-        agent, mend = self.agent, "give another log_dir, or resume=False to start anew"
-        try:
-            tensors, metadata = read_tensors(folder / TRAINING_STATE)
-        except ValueError as error:
-            raise ValueError(f"{error}; {mend}") from error
+        agent = self.agent
+        tensors, metadata = read_training_state(folder / TRAINING_STATE)
         with built_from(folder):
             theirs, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
-            mine = json.loads(json.dumps(agent._description()))
-            different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in setting_differences(theirs, mine)]
+            different = setting_differences(theirs, agent._description())
             # Earlier versions did not say the last two: they counted on, and left nothing of a finished run.
             earlier, finished = numbers.get("earlier", 0), numbers.get("finished", False)
             before_it, own = earlier + numbers["begun"], agent.earlier_timesteps + agent.timesteps
@@ -521,10 +520,10 @@ class _Watch(BaseCallback):
                 different.append(f"steps before it: {before_it} there, {own} here")
             if different:
                 raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
-                                 f"give the same settings, {mend}")
+                                 f"give the same settings, give {START_ANEW}")
             assert agent.model.env is not None
             agent.model.env.reset()  # the first one seeds the environment; what is loaded comes after it
-            best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+            best = under("best/", tensors) or None
             streams, evaluated = numbers["streams"], numbers["evaluated"]
             multiplier = numbers["multiplier"] if self._multiplier is not None else 0.0
             before = training_state(agent.model), agent.relative.state() if agent.relative is not None else {}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_resume import environments, new_agent
 
 from agents import RLEditAgent
+from agents.rledit.checkpoint import training_state
 from agents.rledit.distributed import Processes, evaluate_sharded
 from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import ImpliedFact, load_knowledge
@@ -38,7 +39,7 @@ def launch(folder: Path, total_timesteps: int) -> None:
         "import sys, torch; from pathlib import Path; torch.set_num_threads(1); from test_distributed import *\n"
         "processes = Processes.started(); assert processes.count == 2\n"
         "agent = train(Path(sys.argv[1]), int(sys.argv[2]), processes)\n"
-        "states = processes.gathered({k: v for k, v in agent._training_state()[0].items()})\n"
+        "states = processes.gathered({k: v for k, v in training_state(agent)[0].items()})\n"
         "assert all(torch.equal(states[0][k], states[1][k]) for k in states[0]), 'the policies differ'\n"
         "torch.distributed.destroy_process_group()\n"
     )
@@ -60,7 +61,7 @@ def test_two_gloo_processes_make_the_updates_of_one_with_two_trajectories(tmp_pa
     one = load_file(tmp_path / "one" / "last" / "training.safetensors")
     assert alone.updates == RLEditAgent.load(tmp_path / "two" / "last").updates == 3
     assert set(one) == set(two)
-    start = new_agent(environments()[0])._training_state()[0]
+    start = training_state(new_agent(environments()[0]))[0]
     assert any(not torch.equal(start[k], one[k]) for k in start), "something was learned"
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
