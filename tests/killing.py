@@ -51,13 +51,17 @@ class Runner:
         return code, result.read_text() if code == 0 else None
 
 
+def import_paths() -> str:
+    """PYTHONPATH with which another process can import what this one can: the packages, and the tests' folders."""
+    return os.pathsep.join([str(ROOT), *sys.path])
+
+
 @contextmanager
 def forked(module: str, task: str) -> Iterator[Runner]:
     """Processes that run ``module.task(folder)``, which returns a text."""
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER.format(module=module, task=task)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        text=True, env={**os.environ, "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import import_paths
 from safetensors.torch import load_file
 from test_resume import environments, new_agent
 
@@ -22,7 +23,6 @@ from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import ImpliedFact, load_knowledge
 from rledit_env.lm.editable import EditableLM
 
-ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {"eval_every": 1, "patience": 99, "progress_bar": False}
 
 
@@ -45,8 +45,7 @@ def launch(folder: Path, total_timesteps: int) -> None:
     )
     script = folder.with_name(f"{folder.name}.py")
     script.write_text(code)
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     run = subprocess.run(
         [*command, str(folder), str(total_timesteps)], env=environment, capture_output=True, text=True, check=False

@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from killing import assert_killed_runs_end_alike, die_at, forked
+from killing import assert_killed_runs_end_alike, die_at, forked, import_paths
 from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
@@ -30,7 +30,6 @@ from rledit_env.ledger.store import weights_hash
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 
-ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
 
 
@@ -158,10 +157,8 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
         "kill = lambda numbers: os.kill(os.getpid(), signal.SIGKILL) if agent.updates == 5 else None\n"
         "agent.learn(log_dir=sys.argv[1], eval_env=eval_env, callback=kill, **SETTINGS)"
     )
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "cut")], env={**os.environ, "PYTHONPATH": paths}, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": import_paths()}
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut")], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     going_on = new_agent(env)
     seen: list[int] = []
