@@ -20,6 +20,7 @@ MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
 TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: what an interrupted training goes on from
 AGENT_FILES = ("agent.json", "agent.safetensors", "memory.safetensors", TRAINING_STATE)
+START_ANEW = "another log_dir, or resume=False to start anew"  # what a run that cannot be gone on with leaves to give
 RUN = "training run"  # what a run's folder is called in its marker
 RUN_PARTS = ("best/", "last/", "steps/")  # the checkpoints in a run's folder, and TensorBoard's log of steps
 
@@ -132,6 +133,23 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def read_training_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """:func:`read_tensors` of what an interrupted training goes on from.
+
+    Raises:
+        ValueError: the file is damaged; the message says what to do.
+    """
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; give {START_ANEW}") from error
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
@@ -48,17 +49,20 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
     return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 
-def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings (not counters) in which two runs differ: dotted name, theirs, mine."""
+def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """The settings (not counters) in which a saved run's description differs from this agent's, in words."""
+    mine = json.loads(json.dumps(mine))  # as it would be read from a file
     environment = theirs.get("environment") or {}
     if environment.get("reward"):  # a run of an earlier version does not say what was not a setting then
         reward = (_reward_settings(RewardConfig()) or {}) | environment["reward"]
         theirs = {**theirs, "environment": {**environment, "reward": reward}}
+    different = []
     for name in ("seed", "config", "shapes", "environment"):
         flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
         for key in flat[0] | flat[1]:
             if flat[0].get(key) != flat[1].get(key):
-                yield key, flat[0].get(key), flat[1].get(key)
+                different.append(f"{key}: {flat[0].get(key)!r} there, {flat[1].get(key)!r} here")
+    return different
 
 
 def _flattened(name: str, value: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from learning import ENV_IDS, Cells, table
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
-from agents.rledit.hypernetwork import Aggregation
+from agents.rledit.config import Aggregation
 from rledit_env.evaluation.metrics import METRICS_VERSION, evaluate
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM

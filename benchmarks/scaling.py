@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
-from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.rledit.config import HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.names import expand_globs

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import RLEditAgent, edit_stream
 from agents.files import remove_run
-from agents.rledit.agent import RECOMMENDED
+from agents.rledit.config import RECOMMENDED
 from rledit_env import reporting
 from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
 from rledit_env.evaluation.metrics import continuations, evaluate

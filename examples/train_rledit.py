@@ -19,9 +19,8 @@ import tyro
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.files import RUN, RUN_PARTS
-from agents.rledit.agent import RECOMMENDED
+from agents.rledit.config import RECOMMENDED, Aggregation
 from agents.rledit.distributed import Processes
-from agents.rledit.hypernetwork import Aggregation
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit

@@ -51,14 +51,18 @@ class Runner:
         return code, result.read_text() if code == 0 else None
 
 
+def import_paths() -> str:
+    """PYTHONPATH with which another process can import what this one can: the packages, and the tests' folders."""
+    return os.pathsep.join([str(ROOT), *sys.path])
+
+
 @contextmanager
 def forked(file: str, task: str) -> Iterator[Runner]:
     """Processes that run ``task(folder)`` of a test file, which returns a text."""
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(Path(file).parent)])
     code = SERVER.format(module=Path(file).stem, task=task)
     server = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"

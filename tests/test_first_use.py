@@ -605,7 +605,7 @@ def test_a_probe_whose_pictures_cannot_be_written_has_said_its_recommendation(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize(
     ("arguments", "place"),
-    [(TRAIN, "agents.rledit.agent.RLEditAgent._checkpoint"), (PROBE, "agents.running.probe.Probe._score")],
+    [(TRAIN, "agents.rledit.trainer.write_checkpoint"), (PROBE, "agents.running.probe.Probe._score")],
     ids=["train", "probe"],
 )  # fmt: skip
 def test_a_training_and_a_probe_say_that_they_go_on_when_the_disk_is_full(

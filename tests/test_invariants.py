@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from agents import Hypernetwork, HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents.rledit.credit import CreditAccumulator
 from agents.rledit.hypernetwork import StepRecord
+from agents.rledit.trajectory import policy_gradient, trajectory
 from rledit_env.encoding import encode
 from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.preservation import Constraint, Continuation, OwnText
@@ -293,17 +295,22 @@ def test_5_the_recursion_agrees_with_the_explicit_inverse_over_many_batches(dtyp
 class Recorder(RLEditAgent):
     """Keeps what a trajectory's gradient was computed from."""
 
-    def _policy_gradient(self, records, credit):
-        self.records: list[StepRecord] = records
-        return super()._policy_gradient(records, credit)
+    records: list[StepRecord]
+
+
+def recorded(agent: Recorder, records: list[StepRecord], credit: CreditAccumulator) -> list[torch.Tensor]:
+    agent.records = records
+    return policy_gradient(agent, records, credit)
 
 
 @pytest.fixture
-def recorder(tiny_lm, make_env, uneven_facts):
+def recorder(tiny_lm, make_env, uneven_facts, monkeypatch):
     """Makes an agent in float64 with moved parameters, in an environment with backtracking and a norm penalty.
 
     GPT-2's is the one architecture that transformers runs in float64 throughout (the others' norms are in float32).
     """
+
+    monkeypatch.setattr("agents.rledit.trajectory.policy_gradient", recorded)
 
     def make(aggregation: str, credit: str, **reward: Any) -> Recorder:
         config = RewardConfig(**{"regularisation": 0.02, "backtracking_depth": 1, "backtracking_decay": 0.7, **reward})
@@ -351,10 +358,10 @@ def numeric_gradient(agent: Recorder, objective, direction, epsilon: float = 1e-
     values = []
     for sign in (1, -1):
         with torch.no_grad():
-            for parameter, d in zip(agent._parameters(), direction, strict=True):
+            for parameter, d in zip(agent.network.learned_parameters(), direction, strict=True):
                 parameter += sign * epsilon * d
             values.append(objective())
-            for parameter, d in zip(agent._parameters(), direction, strict=True):
+            for parameter, d in zip(agent.network.learned_parameters(), direction, strict=True):
                 parameter -= sign * epsilon * d
     return (values[0] - values[1]) / (2 * epsilon)
 
@@ -362,7 +369,7 @@ def numeric_gradient(agent: Recorder, objective, direction, epsilon: float = 1e-
 def directions(agent: Recorder):
     """One random direction over all parameters, and one for each parameter tensor alone."""
     generator = torch.Generator().manual_seed(1)
-    whole = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in agent._parameters()]
+    whole = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in agent.network.learned_parameters()]
     yield whole
     for i in range(len(whole)):
         yield [d if i == j else torch.zeros_like(d) for j, d in enumerate(whole)]
@@ -382,7 +389,7 @@ def check_gradient(gradient, agent: Recorder, objective) -> None:
 @pytest.mark.parametrize("aggregation", ["mend", "least_squares", "recursive"])
 def test_6_the_trajectory_gradient_equals_a_finite_difference_gradient_of_the_return(recorder, aggregation):
     agent = recorder(aggregation, "trajectory")
-    gradient, _ = agent._trajectory(agent.env, seed=0)
+    gradient, _ = trajectory(agent, agent.env, seed=0)
     assert len(agent.records) == 4
     check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))
 
@@ -390,7 +397,7 @@ def test_6_the_trajectory_gradient_equals_a_finite_difference_gradient_of_the_re
 @pytest.mark.parametrize("aggregation", ["mend", "least_squares", "recursive"])
 def test_6_with_step_credit_it_is_the_gradient_of_each_reward_with_respect_to_its_own_action(recorder, aggregation):
     agent = recorder(aggregation, "step")
-    gradient, _ = agent._trajectory(agent.env, seed=0)
+    gradient, _ = trajectory(agent, agent.env, seed=0)
     check_gradient(gradient, agent, truncated_rewards(agent))
 
 
@@ -413,7 +420,7 @@ def truncated_rewards(agent: Recorder):
 
 def test_6_holds_where_only_a_batchs_last_step_is_scored(recorder):
     agent = recorder("least_squares", "trajectory", every_step=False)
-    gradient, _ = agent._trajectory(agent.env, seed=0)
+    gradient, _ = trajectory(agent, agent.env, seed=0)
     check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))
 
 
@@ -424,7 +431,7 @@ def test_6_holds_with_own_text_continuations_and_a_bound_in_the_reward(recorder,
         "continuation": (5.0, Continuation(facts=1, tokens=5)),
     }  # fmt: skip
     agent = recorder("recursive", credit, components=components, constraint=Constraint(bound=0.01, start=20.0))
-    gradient, numbers = agent._trajectory(agent.env, seed=0)
+    gradient, numbers = trajectory(agent, agent.env, seed=0)
     assert numbers["own_text"] > 1e-4 and numbers["continuation"] > 1e-4 and numbers["multiplier"] == 20.0
     if credit == "trajectory":
         check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))

@@ -14,8 +14,9 @@ from torch import Tensor
 from agents.base import used_rows
 from agents.files import read_description
 from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig, DAFNetwork
-from agents.rledit.agent import RLEditAgent, RLEditConfig
-from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord
+from agents.rledit.agent import RLEditAgent
+from agents.rledit.config import HypernetworkConfig, RLEditConfig
+from agents.rledit.hypernetwork import Hypernetwork, StepRecord
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,16 @@ class DAFNetAgent(RLEditAgent):
     network_type: ClassVar[type[Hypernetwork]] = DAFNetwork
     network: DAFNetwork
 
-    def _observe(self, observation: Any, adapt: bool) -> StepRecord:
+    def observe(self, observation: Any, adapt: bool) -> StepRecord:
         keys, gradients = used_rows(observation, self.network.device)
         facts = self.presented.facts(len(next(iter(keys.values()))))
-        return self.network.observe_facts(keys, self._of_loss(gradients), [fact.rows for fact in facts], adapt)
+        return self.network.observe_facts(keys, self.of_loss(gradients), [fact.rows for fact in facts], adapt)
 
-    def _action(
+    def action(
         self, observation: Any, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         if record.retained is None:
-            return super()._action(observation, record, keys, values)
+            return super().action(observation, record, keys, values)
         assert self.presented.env is not None  # it has said which facts are presented
         inner: Any = self.presented.env.unwrapped
         updates = {}

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
-from agents.rledit.agent import RLEditConfig, rledit_paper_network
-from agents.rledit.hypernetwork import HypernetworkConfig
+from agents.rledit.config import HypernetworkConfig, RLEditConfig, rledit_paper_network
 
 
 def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
-from agents.rledit.agent import RLEditConfig
-from agents.rledit.hypernetwork import HypernetworkConfig
+from agents.rledit.config import HypernetworkConfig, RLEditConfig
 
 
 def mend_network(rank: int = 1920, step_size: float = 1e-4, **settings: Any) -> HypernetworkConfig:

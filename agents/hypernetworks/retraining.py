@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.rledit.agent import RLEditAgent, RLEditConfig
-from agents.rledit.hypernetwork import moments_state
+from agents.rledit.agent import RLEditAgent
+from agents.rledit.config import RLEditConfig
+from agents.rledit.normaliser import moments_state
+from agents.rledit.trainer import training_env, update_policy
+from agents.rledit.trajectory import trajectory
 from rledit_env.reward import Generalization, Locality, RewardConfig
 
 
@@ -70,7 +73,7 @@ class BatchwiseAgent(RLEditAgent):
     def reset(self) -> None:
         if self._trained is not None:
             policy, self.optimizer, self.updates = self._trained
-            self._load_policy(policy)
+            self.load_policy_state(policy)
             self._trained = None
         self._retrained = 0
         super().reset()
@@ -86,7 +89,7 @@ class BatchwiseAgent(RLEditAgent):
             ValueError: a retraining is due, and the agent has no environment to learn in.
         """
         if self._editing and self.config.retrain_every > 0:
-            training: Any = self._training_env(self.retraining_env).unwrapped
+            training: Any = training_env(self.retraining_env).unwrapped
             edited: Any = training.lm.holder and training.lm.holder()  # the environment whose stream is under way
             due = 0 if edited is None else edited.position // edited.steps_per_batch // self.config.retrain_every
             if due > self._retrained:
@@ -96,13 +99,13 @@ class BatchwiseAgent(RLEditAgent):
 
     def retrain(self) -> None:
         """Train the network for ``retrain_steps`` updates on the LLM's weights as they are; they stay as they are."""
-        env: Any = self._training_env(self.retraining_env)
+        env: Any = training_env(self.retraining_env)
         lm = env.unwrapped.lm
         network = self.network
         if self._trained is None:
-            self._trained = (self._policy(), self.optimizer, self.updates)
-            self.optimizer = self._make_optimizer()
-        memory, normalisers = network.memory, network.normalisers
+            self._trained = (self.policy_state(), self.optimizer, self.updates)
+            self.optimizer = self.make_optimizer()
+        inverses, normalisers = network.key_memory.inverses, network.normalisers
         kind = self.config.network.normaliser
         if kind == "continued":  # the stream's rows and the training facts' are rows of one run
             network.lifetime = moments_state(normalisers)
@@ -112,10 +115,10 @@ class BatchwiseAgent(RLEditAgent):
                 for i in range(self.config.trajectories_per_update):
                     seed = self.seed + self.updates * 1000 + i
                     with lm.preserved():  # they may be those of another environment's episode
-                        gradients.append(self._trajectory(env, seed, options={"keep_weights": True})[0])
-                self._update(gradients)
+                        gradients.append(trajectory(self, env, seed, options={"keep_weights": True})[0])
+                update_policy(self, gradients)
         finally:
-            network.memory = memory
+            network.key_memory.inverses = inverses
             if kind == "stream":
                 network.normalisers = normalisers
             elif kind == "continued":

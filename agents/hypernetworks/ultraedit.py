@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
-from agents.files import agent_folder
+from agents.files import agent_folder, under
 from agents.key_statistics import GENERATED
-from agents.rledit.agent import FLOAT32_EPSILON
-from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig, moments_state
+from agents.rledit.config import FLOAT32_EPSILON, HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork
 from agents.rledit.moments import training_moments
+from agents.rledit.normaliser import moments_state
 from agents.rledit.text_prior import start_from_text, turn_by_text
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
@@ -167,7 +168,7 @@ class UltraEditAgent(Agent):
         safetensors."""
         folder = agent_folder(path)
         start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
-        start |= {f"prior.{m}": v for m, v in self.network.prior_state().items()}
+        start |= {f"prior.{m}": v for m, v in self.network.key_memory.prior_state().items()}
         write_tensors(folder / "agent.safetensors", self.network.memory_state() | start)
         description = {
             "agent": self.name,
@@ -197,7 +198,7 @@ class UltraEditAgent(Agent):
         config = UltraEditConfig(**FIRST_FORMAT | description["config"])
         agent = cls(env, config, description["seed"], shapes)
         tensors = load_file(folder / "agent.safetensors")
-        agent.network.load_moments({k[8:]: v for k, v in tensors.items() if k.startswith("moments.")})
-        agent.network.load_prior_state({k[6:]: v for k, v in tensors.items() if k.startswith("prior.")})
+        agent.network.load_moments(under("moments.", tensors))
+        agent.network.key_memory.load_prior_state(under("prior.", tensors))
         agent.network.load_memory_state(tensors)
         return agent

@@ -1,8 +1,9 @@
 """RLEdit: the agent that learns from whole streams, its network, and what it starts from."""
 
-from agents.rledit.agent import (
+from agents.rledit.agent import RLEditAgent
+from agents.rledit.config import (
     RECOMMENDED,
-    RLEditAgent,
+    HypernetworkConfig,
     RLEditConfig,
     rledit_paper,
     rledit_paper_network,
@@ -10,7 +11,7 @@ from agents.rledit.agent import (
     rledit_untrained,
 )
 from agents.rledit.distributed import Processes
-from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork
 from agents.rledit.moments import MissingMomentsWarning
 
 __all__ = [

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from agents.base import Agent
 from agents.key_statistics import cached_tensors, digest, fingerprint, keep_tensors
-from agents.rledit.hypernetwork import Hypernetwork, RunningNormaliser, moments_from, moments_state
+from agents.rledit.hypernetwork import Hypernetwork
+from agents.rledit.normaliser import RunningNormaliser, moments_from, moments_state
 from rledit_env.knowledge import EditRecord, load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.registry import cache_dir

@@ -27,7 +27,7 @@ def start_from_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = 
     """
     config = network.config
     statistics = key_statistics(lm, list(network.shapes), config.text, config.text_tokens, progress=progress_bar)
-    network.start_from_text(statistics.second_moments)
+    network.key_memory.start_from(statistics.second_moments)
 
 
 def turn_by_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = True) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import gymnasium as gym
 
 from agents.files import read_tensors
-from agents.rledit.hypernetwork import moments_state
 from agents.rledit.moments import MissingMomentsWarning
+from agents.rledit.normaliser import moments_state
 from agents.running.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_tensors, write_text
 

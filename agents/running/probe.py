@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.rledit.agent import RLEditAgent, RLEditConfig
-from agents.rledit.hypernetwork import Aggregation, HypernetworkConfig
+from agents.rledit.agent import RLEditAgent
+from agents.rledit.config import Aggregation, HypernetworkConfig, RLEditConfig
 from agents.running.editing import edit_stream
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.metrics import METRICS_VERSION, Metrics, evaluate

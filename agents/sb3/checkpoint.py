@@ -12,7 +12,15 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agents.files import TRAINING_STATE, agent_folder, built_from, known_best, read_tensors
+from agents.files import (
+    START_ANEW,
+    TRAINING_STATE,
+    agent_folder,
+    built_from,
+    known_best,
+    read_training_state,
+    under,
+)
 from agents.sb3.standard_state import load_training_state, training_state
 from agents.settings import setting_differences
 from rledit_env.files import write_tensors
@@ -65,19 +73,15 @@ def resume_run(folder: Path, agent: StandardAgent) -> Run:
         ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since;
             the agent is as it was.
     """
-    mend = "give another log_dir, or resume=False to start anew"
-    try:
-        tensors, metadata = read_tensors(folder / TRAINING_STATE)
-    except ValueError as error:
-        raise ValueError(f"{error}; {mend}") from error
+    tensors, metadata = read_training_state(folder / TRAINING_STATE)
     with built_from(folder):
         description, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
         # Earlier versions did not say these two: they counted on, and left nothing of a finished run.
         numbers = {"earlier": 0, "finished": False, **numbers}
         if different := _differences(folder, agent, description, numbers):
             raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
-                             f"give the same settings, {mend}")
-        best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")} or None
+                             f"give the same settings, give {START_ANEW}")
+        best = under("best/", tensors) or None
         run = Run(numbers["begun"], numbers["streams"], numbers["evaluated"], numbers["finished"], best)
         _load(agent, run, tensors, numbers)
         agent.best_score = known_best(description)
@@ -90,9 +94,7 @@ def _differences(
     folder: Path, agent: StandardAgent, description: Mapping[str, Any], numbers: Mapping[str, Any]
 ) -> list[str]:
     """In what a checkpoint's run differs from one that the agent can go on with."""
-    own_description = json.loads(json.dumps(agent.description()))
-    found = setting_differences(description, own_description)
-    different = [f"{name}: {old!r} there, {new!r} here" for name, old, new in found]
+    different = setting_differences(description, agent.description())
     before_it, own = numbers["earlier"] + numbers["begun"], agent.earlier_timesteps + agent.timesteps
     same = agent.unfinished_in == folder.parent
     if not same and own not in (0, before_it, numbers["earlier"] + numbers["timesteps"]):

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from agents.rledit.agent import RECOMMENDED, RLEditConfig
-    from agents.rledit.hypernetwork import AGGREGATIONS, HypernetworkConfig
+    from agents.rledit.config import AGGREGATIONS, RECOMMENDED, HypernetworkConfig, RLEditConfig
     from rledit_env.knowledge import HELD_OUT
     from rledit_env.lm.forward import TOKEN_CHOICES
 

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-import agents.rledit.agent
+import agents.rledit.trainer
 import agents.sb3.callbacks
 import rledit_env  # noqa: F401 - registers the environments
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, StandardAgent, StandardConfig
@@ -64,8 +64,8 @@ def test_the_best_checkpoint_is_the_best_within_the_bound(
         now[:] = [next(seen)]
         return Metrics(*[now[0][0]] * 4, exact_match=None, top1=0.0, taken=())
 
-    monkeypatch.setattr(agents.rledit.agent, "evaluate_sharded", scored)
-    monkeypatch.setattr(agents.rledit.agent, "divergence", lambda _: now[0][1])
+    monkeypatch.setattr(agents.rledit.trainer, "evaluate_sharded", scored)
+    monkeypatch.setattr(agents.rledit.trainer, "divergence", lambda _: now[0][1])
     config = RLEditConfig(HypernetworkConfig(rank=4), learning_rate=0.05, prior_batches=2, kl_bound=bound)
     agent = RLEditAgent(make(reward="efficacy", reward_gradient=True), config)
     policies: list[dict[str, torch.Tensor]] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agents import Hypernetwork, HypernetworkConfig
-from agents.rledit.hypernetwork import RunningNormaliser
+from agents.rledit.normaliser import RunningNormaliser
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.tiny import tiny_config
 

@@ -35,6 +35,8 @@ from agents import (
 from agents.base import run_stream
 from agents.hypernetworks.dafnet_network import DAFNetwork
 from agents.rledit.credit import CreditAccumulator
+from agents.rledit.trainer import update_policy
+from agents.rledit.trajectory import trajectory
 from agents.running.editors import EDITORS, configured, find_configs, load_configs
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
@@ -100,7 +102,7 @@ def test_adam_moves_the_step_size_itself_by_its_rate(agent, rate):
     parameter = agent.network.step_size_parameter
     with torch.no_grad():
         parameter.fill_(1e-6)
-    agent._update([[torch.full_like(p, float(p is parameter)) for p in agent._parameters()]])
+    update_policy(agent, [[torch.full_like(p, float(p is parameter)) for p in agent.network.learned_parameters()]])
     assert parameter.tolist() == pytest.approx([1e-6 - rate] * len(SHAPES), rel=1e-4)
     assert agent.network.step_sizes().tolist() == parameter.tolist()  # a negative one is taken as it is
     if rate == 1e-5:
@@ -206,7 +208,7 @@ def test_in_the_last_decoder_layer_only_answer_positions_are_taken_in(tiny_lm, m
     agent = MENDAgent(env, MENDConfig(network=mend_network(rank=2)))
     observation, _ = env.reset(seed=0)
     fact = env.current_batch()[0].edit
-    agent._observe(observation, adapt=True)
+    agent.observe(observation, adapt=True)
     assert len(observation["mask"]) == len(fact) > len(fact.targets)
     counts = {m: float(agent.network.normaliser_of(m).count) for m in agent.network.shapes}
     shared = {m: 2 if "down" not in m else 1 for m in counts}  # gate and up have one shape
@@ -224,7 +226,7 @@ def test_in_a_batch_mends_facts_get_the_updates_that_they_get_alone(tiny_lm, mak
     agent = MENDAgent(several, MENDConfig(network=mend_network(rank=4, step_size=0.1)))
     moved(agent.network)
     observation, _ = several.reset(seed=3)
-    agent._observe(observation, adapt=True)  # moments
+    agent.observe(observation, adapt=True)  # moments
     indices = several.stream.indices.tolist()
     assert len({len(record.edit.targets) for record in several.current_batch()}) > 1
     batch, _ = agent.predict(observation)
@@ -245,7 +247,7 @@ def test_alone_a_facts_gradient_is_that_of_its_mean_answer_token(tiny_lm, make_e
     env = make_env(model=tiny_lm(modules=MODULES), token="all", array_backend="torch", reward="none", batch_size=1)
     agent = MENDAgent(env, MENDConfig(network=mend_network(rank=2)))
     observation, _ = env.reset(seed=0)
-    scaled = agent._of_loss(observation["value_gradients"])
+    scaled = agent.of_loss(observation["value_gradients"])
     assert all(torch.equal(scaled[m], g) for m, g in observation["value_gradients"].items())
 
 
@@ -254,7 +256,7 @@ def test_dafnets_gradient_is_that_of_the_sum_over_answer_tokens(tiny_lm, make_en
     agent = DAFNetAgent(env, DAFNetConfig(DAFNetNetworkConfig(**SMALL)))
     observation, _ = env.reset(seed=0)
     answers = sum(len(record.edit.targets) for record in env.current_batch())
-    for m, scaled in agent._of_loss(observation["value_gradients"]).items():
+    for m, scaled in agent.of_loss(observation["value_gradients"]).items():
         torch.testing.assert_close(scaled, answers * observation["value_gradients"][m])
 
 
@@ -290,7 +292,7 @@ def test_the_weights_of_forty_facts_over_two_batches_sum_to_one(tiny_lm, make_en
     agent = DAFNetAgent(env, DAFNetConfig(DAFNetNetworkConfig(**SMALL, step_size=0.05)))
     moved(agent.network, 0.1)
     observation, _ = env.reset(seed=0)
-    agent._observe(observation, adapt=True)  # moments
+    agent.observe(observation, adapt=True)  # moments
     agent.reset()
     added: dict[str, list[Tensor]] = {m: [] for m in lm.module_shapes}
     observe = agent.network.observe_facts
@@ -398,7 +400,7 @@ def test_dafnet_goes_on_exactly_from_its_memory(tiny_lm, make_env):
     for one in (agent, other):
         moved(one.network)
     observation, _ = env.reset(seed=0)
-    agent._observe(observation, adapt=True)
+    agent.observe(observation, adapt=True)
     agent.reset()
     observation, *_ = env.step(agent.predict(observation)[0])
     other.load_memory({k: v.clone() for k, v in agent.memory().items()})
@@ -583,7 +585,7 @@ def test_one_adam_step_a_trajectory_changes_the_policy(paper_env):
     before = {n: p.detach().clone() for n, p in agent.network.named_parameters()}
     observation, _ = env.reset(seed=0)
     agent.network.observe(observation["keys"], observation["value_gradients"], adapt=True)
-    first = agent.network.factors(agent._observe(observation, adapt=False))
+    first = agent.network.factors(agent.observe(observation, adapt=False))
     agent.learn(env.episode_steps, progress_bar=False)
     assert agent.updates == 1
     steps = {n: (p.detach() - before[n]).abs() for n, p in agent.network.named_parameters()}
@@ -592,7 +594,7 @@ def test_one_adam_step_a_trajectory_changes_the_policy(paper_env):
     for name in ("step_size", "log_damping", "networks.0.up.0", "networks.0.shift.3", "networks.0.bias.0"):
         assert steps[name].max() > 5e-6, name
     agent.reset()
-    second = agent.network.factors(agent._observe(observation, adapt=False))
+    second = agent.network.factors(agent.observe(observation, adapt=False))
     for m in agent.network.shapes:
         # η went from 1e-6 to 1.1e-5 or −9e-6: another policy altogether
         ratio = float(update(second, m).norm() / update(first, m).norm())
@@ -629,25 +631,25 @@ def test_the_running_sum_is_clipped_after_every_step(paper_env):
     single = []  # each step's own gradient
     free = paper_agent(env, max_gradient_norm=1e9)
     moved(free.network, 0.05)
-    accumulate = free.network.accumulate
+    accumulate, parameters = free.network.accumulate, free.network.learned_parameters()
 
     def watched(*arguments):
-        before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in free._parameters()]
+        before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         accumulate(*arguments)
-        single.append(torch.cat([(p.grad - b).flatten() for p, b in zip(free._parameters(), before, strict=True)]))
+        single.append(torch.cat([(p.grad - b).flatten() for p, b in zip(parameters, before, strict=True)]))
 
     free.network.accumulate = watched
-    whole = torch.cat([g.flatten() for g in free._trajectory(env, seed=0)[0]])
+    whole = torch.cat([g.flatten() for g in trajectory(free, env, seed=0)[0]])
     assert len(single) == 3
     torch.testing.assert_close(whole, sum(single), rtol=1e-4, atol=1e-5 * float(whole.abs().max()))  # a sum, no mean
     usual = paper_agent(env, max_gradient_norm=1e9, clipping="update")
     moved(usual.network, 0.05)
-    mean = torch.cat([g.flatten() for g in usual._trajectory(env, seed=0)[0]])
+    mean = torch.cat([g.flatten() for g in trajectory(usual, env, seed=0)[0]])
     torch.testing.assert_close(whole, 3 * mean, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
     bound = 0.7 * float(single[0].norm())
     clipped = paper_agent(env, max_gradient_norm=bound)
     moved(clipped.network, 0.05)
-    found = torch.cat([g.flatten() for g in clipped._trajectory(env, seed=0)[0]])
+    found = torch.cat([g.flatten() for g in trajectory(clipped, env, seed=0)[0]])
     expected = torch.zeros_like(whole)
     for gradient in single:
         expected = expected + gradient

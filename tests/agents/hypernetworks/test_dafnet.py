@@ -13,6 +13,7 @@ from agents import DAFNetAgent, DAFNetConfig, DAFNetNetworkConfig, HypernetworkC
 from agents.base import run_stream
 from agents.hypernetworks.dafnet_network import DAFNetwork, FusionLayer, softmax_by_fact
 from agents.rledit.hypernetwork import Hypernetwork
+from agents.rledit.trajectory import trajectory
 from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
 
@@ -208,7 +209,7 @@ def test_the_gradient_does_not_depend_on_how_many_graphs_are_kept(training_env):
     for graph_bytes in (2**28, 0):
         agent = agent_of(training_env(), graph_bytes=graph_bytes)
         moved(agent.network.networks, 0.05)
-        results.append(torch.cat([g.flatten() for g in agent._trajectory(agent.env, seed=0)[0]]))
+        results.append(torch.cat([g.flatten() for g in trajectory(agent, agent.env, seed=0)[0]]))
     assert results[0].abs().max() > 0
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6 * float(results[0].abs().max()))
 

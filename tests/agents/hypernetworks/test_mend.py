@@ -24,7 +24,8 @@ from agents import (
 )
 from agents.base import run_stream
 from agents.hypernetworks.retraining import batchwise_reward
-from agents.rledit.hypernetwork import ResidualBlocks
+from agents.rledit.blocks import ResidualBlocks
+from agents.rledit.trajectory import trajectory
 from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
 from rledit_env.reward import Generalization, Locality, RewardConfig, ScoredBatch, score
@@ -241,13 +242,13 @@ def test_retraining_leaves_the_weights_and_the_streams_memory_bit_for_bit(edited
         pytest.skip("MEND solves no least squares")
     agent, env, observation = edited(name, 2, **settings)
     weights, parameters = env.lm.snapshot(), parameters_of(agent)
-    memory = {m: t.clone() for m, t in agent.network.memory.items()}
+    memory = {m: t.clone() for m, t in agent.network.key_memory.inverses.items()}
     assert any(not torch.equal(env.lm.weight(m), env.lm.original_weight(m)) for m in weights)
     agent.retrain()
     assert all(torch.equal(env.lm.weight(m), w) for m, w in weights.items())
     assert not torch.equal(parameters_of(agent), parameters)
     assert bool(memory) == bool(settings)
-    assert all(torch.equal(agent.network.memory[m], t) for m, t in memory.items())
+    assert all(torch.equal(agent.network.key_memory.inverses[m], t) for m, t in memory.items())
     env.step(agent.predict(observation)[0])  # the stream goes on
 
 
@@ -273,14 +274,13 @@ def test_the_network_is_retrained_on_the_current_weights_after_every_so_many_bat
     agent = trained("malmen", training_env("malmen", steps_per_batch=steps_per_batch), retrain_every=2, retrain_steps=1)
     env = training_env("malmen", num_batches=5, steps_per_batch=steps_per_batch, reward="none", reward_gradient=False)
     met = []
-    trajectory = agent._trajectory
     observation, _ = env.reset(seed=7)
 
-    def watched(train_env, seed, **reset):
+    def watched(editor, train_env, seed, **reset):
         met.append((env._step, env.lm.snapshot()))
-        return trajectory(train_env, seed, **reset)
+        return trajectory(editor, train_env, seed, **reset)
 
-    monkeypatch.setattr(agent, "_trajectory", watched)
+    monkeypatch.setattr("agents.hypernetworks.retraining.trajectory", watched)
     agent.reset()
     done = False
     while not done:

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from killing import import_paths
 from safetensors.torch import load_file
 from test_resume import environments, new_agent
 
 from agents import RLEditAgent
+from agents.rledit.checkpoint import training_state
 from agents.rledit.distributed import Processes, evaluate_sharded
 from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import ImpliedFact, load_knowledge
 from rledit_env.lm.editable import EditableLM
 
-ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {"eval_every": 1, "patience": 99, "progress_bar": False}
 
 
@@ -38,14 +39,13 @@ def launch(folder: Path, total_timesteps: int) -> None:
         "import sys, torch; from pathlib import Path; torch.set_num_threads(1); from test_distributed import *\n"
         "processes = Processes.started(); assert processes.count == 2\n"
         "agent = train(Path(sys.argv[1]), int(sys.argv[2]), processes)\n"
-        "states = processes.gathered({k: v for k, v in agent._training_state()[0].items()})\n"
+        "states = processes.gathered({k: v for k, v in training_state(agent)[0].items()})\n"
         "assert all(torch.equal(states[0][k], states[1][k]) for k in states[0]), 'the policies differ'\n"
         "torch.distributed.destroy_process_group()\n"
     )
     script = folder.with_name(f"{folder.name}.py")
     script.write_text(code)
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": import_paths(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     run = subprocess.run(
         [*command, str(folder), str(total_timesteps)], env=environment, capture_output=True, text=True, check=False
@@ -60,7 +60,7 @@ def test_two_gloo_processes_make_the_updates_of_one_with_two_trajectories(tmp_pa
     one = load_file(tmp_path / "one" / "last" / "training.safetensors")
     assert alone.updates == RLEditAgent.load(tmp_path / "two" / "last").updates == 3
     assert set(one) == set(two)
-    start = new_agent(environments()[0])._training_state()[0]
+    start = training_state(new_agent(environments()[0]))[0]
     assert any(not torch.equal(start[k], one[k]) for k in start), "something was learned"
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from agents.rledit.hypernetwork import AGGREGATIONS, Hypernetwork, HypernetworkConfig, RunningNormaliser, _ResidualBlock
+from agents.rledit.blocks import ResidualBlock
+from agents.rledit.config import AGGREGATIONS, HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork
+from agents.rledit.normaliser import RunningNormaliser
 from rledit_env.wrappers import ridge_keys
 
 SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
@@ -143,7 +146,7 @@ def test_a_residual_blocks_gradient_is_that_of_its_formula():
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 6), (6, 3), (3, 6), (6,), (2, 6), (2, 6)]
     arguments = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda *a: _ResidualBlock.apply(*a, a[1].detach(), a[2].detach()), arguments)
+    assert torch.autograd.gradcheck(lambda *a: ResidualBlock.apply(*a, a[1].detach(), a[2].detach()), arguments)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -231,7 +234,7 @@ def test_a_reset_clears_the_recursions_memory():
     first = net.factors(net.observe(*batch(5)))[0]
     assert not torch.equal(net.factors(net.observe(*batch(5)))[0]["a"], first["a"])
     net.reset()
-    assert net.memory == {}
+    assert net.key_memory.inverses == {}
     assert torch.equal(net.factors(net.observe(*batch(5)))[0]["a"], first["a"])
 
 
@@ -302,7 +305,7 @@ def test_the_recursion_starts_from_the_second_moment_of_the_keys_it_has_gathered
     net = network(aggregation="recursive", blocks=0, damping=0.7, prior=9.0)
     seen = [batch(rows, seed=seed)[0] for rows, seed in ((5, 1), (12, 2))]
     for keys in seen:
-        net.gather(keys)
+        net.key_memory.gather(keys)
     streamed = [batch(4, seed=seed) for seed in (3, 4)]
     for _ in range(2):  # the second stream starts where the first did
         net.reset()
@@ -324,15 +327,15 @@ def test_without_a_prior_or_before_anything_is_gathered_the_recursion_starts_fro
     assert not network(aggregation="least_squares", prior=9.0).wants_prior
     mine = not_yet.observe(keys, gradients).update_keys
     assert all(torch.equal(mine[m], expected[m]) for m in SHAPES)
-    not_yet.gather(keys)
+    not_yet.key_memory.gather(keys)
     assert not not_yet.wants_prior
 
 
 def test_a_prior_that_was_saved_is_the_same_when_loaded():
     net, other = (network(aggregation="recursive", prior=9.0) for _ in range(2))
-    net.gather(batch(20)[0])
-    other.load_prior_state(net.prior_state())
-    assert all(torch.equal(net.second_moments[m], other.second_moments[m]) for m in SHAPES)
+    net.key_memory.gather(batch(20)[0])
+    other.key_memory.load_prior_state(net.key_memory.prior_state())
+    assert all(torch.equal(net.key_memory.second_moments[m], other.key_memory.second_moments[m]) for m in SHAPES)
     assert not other.wants_prior
 
 

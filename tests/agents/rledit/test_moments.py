@@ -28,8 +28,9 @@ from agents import (
 from agents.base import used_rows
 from agents.files import TRAINING_STATE, read_tensors
 from agents.hypernetworks.dafnet import DAFNetConfig
-from agents.rledit.hypernetwork import Hypernetwork, RunningNormaliser, moments_state
+from agents.rledit.hypernetwork import Hypernetwork
 from agents.rledit.moments import MissingMomentsWarning, Moments, start_warm, take, training_moments
+from agents.rledit.normaliser import RunningNormaliser, moments_state
 from agents.running.add_moments import main
 from agents.running.editors import EDITORS
 from rledit_env import cli
@@ -182,7 +183,7 @@ def test_an_interrupted_training_goes_on_with_its_moments(env, tmp_path: Path):
     whole = RLEditAgent(env, config()).learn(6, **QUIET)
     RLEditAgent(env, config()).learn(3, log_dir=tmp_path, **QUIET)
     resumed = RLEditAgent(env, config()).learn(6, log_dir=tmp_path, **QUIET)
-    for mine, other in zip(whole._parameters(), resumed._parameters(), strict=True):
+    for mine, other in zip(whole.network.learned_parameters(), resumed.network.learned_parameters(), strict=True):
         torch.testing.assert_close(mine, other)
     with pytest.raises(ValueError, match=r"config.network.warm_up: True there, False here"):
         RLEditAgent(env, config(warm_up=False)).learn(9, log_dir=tmp_path, **QUIET)

@@ -15,19 +15,21 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from killing import assert_killed_runs_end_alike, die_at, forked
+from killing import assert_killed_runs_end_alike, die_at, forked, import_paths
 from safetensors.torch import load_file
 
 import rledit_env  # noqa: F401  (registers the environments)
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.files import read_tensors
+from agents.rledit.checkpoint import load_training_state, training_state
+from agents.rledit.trainer import update_policy
+from agents.rledit.trajectory import trajectory
 from rledit_env.files import MARKER, write_tensors
 from rledit_env.knowledge import load_knowledge
 from rledit_env.ledger import weights_hash
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 
-ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, Any] = {"total_timesteps": 12, "eval_every": 2, "patience": 99, "progress_bar": False}
 
 
@@ -54,7 +56,7 @@ def new_agent(env: gym.Env[Any, Any], policy_average: float = 0.0, **network: An
 
 def assert_same(one: RLEditAgent, other: RLEditAgent) -> None:
     """Network, moments, best score and counters agree."""
-    for left, right in ((one._training_state(), other._training_state()),):
+    for left, right in ((training_state(one), training_state(other)),):
         assert set(left[0]) == set(right[0])
         for name in left[0]:
             torch.testing.assert_close(left[0][name], right[0][name], rtol=1e-5, atol=1e-7, msg=name)
@@ -106,7 +108,7 @@ def test_a_run_under_a_bound_that_was_stopped_ends_as_the_uninterrupted_one(tmp_
     whole.learn(log_dir=tmp_path / "whole", eval_env=eval_env, callback=lambda n: multipliers.append(n["multiplier"]),
                 **SETTINGS)
     assert multipliers[0] == 0.0 and len(set(multipliers)) > 2, "each trajectory has a multiplier of its own"
-    assert env.unwrapped.multiplier.value == whole._training_state()[1]["multiplier"] > 0
+    assert env.unwrapped.multiplier.value == training_state(whole)[1]["multiplier"] > 0
     env, eval_env = environments(BOUNDED)
     with pytest.raises(KeyboardInterrupt):
         new_agent(Stop(env, at=8)).learn(log_dir=tmp_path / "cut", eval_env=eval_env, **SETTINGS)
@@ -117,20 +119,20 @@ def test_a_run_under_a_bound_that_was_stopped_ends_as_the_uninterrupted_one(tmp_
     assert_same(whole, going_on)
 
 
-def test_trajectories_make_the_multiplier_of_their_last_measures(tmp_path: Path) -> None:
+def test_trajectories_make_the_multiplier_of_their_last_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     env, _ = environments(BOUNDED)
     agent = new_agent(env)
     agent.config = replace(agent.config, trajectories_per_update=2)
     measured: list[float] = []
-    update, one = agent._trajectory, env.unwrapped.multiplier
+    one = env.unwrapped.multiplier
 
     def noting(*arguments: Any) -> Any:
-        gradient, numbers = update(*arguments)
+        gradient, numbers = trajectory(*arguments)
         measured.append(env.unwrapped.history[-1]["own_text"])
         assert numbers["constrained_at_end"] == measured[-1]
         return gradient, numbers
 
-    agent._trajectory = noting  # type: ignore[method-assign]
+    monkeypatch.setattr("agents.rledit.trainer.trajectory", noting)
     agent.learn(8, progress_bar=False)
     expected = 0.0
     for pair in (measured[:2], measured[2:]):
@@ -155,10 +157,8 @@ def test_a_killed_process_leaves_a_run_that_ends_as_the_uninterrupted_one(tmp_pa
         "kill = lambda numbers: os.kill(os.getpid(), signal.SIGKILL) if agent.updates == 5 else None\n"
         "agent.learn(log_dir=sys.argv[1], eval_env=eval_env, callback=kill, **SETTINGS)"
     )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "cut")], env={**os.environ, "PYTHONPATH": paths}, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": import_paths()}
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut")], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     going_on = new_agent(env)
     seen: list[int] = []
@@ -178,7 +178,7 @@ def train_and_die(folder: Path) -> str:
     agent = new_agent(env).learn(
         log_dir=folder, eval_env=eval_env, **{**SETTINGS, "eval_every": 3, "checkpoint_every": 1}
     )
-    tensors, counters = agent._training_state()
+    tensors, counters = training_state(agent)
     return weights_hash(dict(sorted(tensors.items()))) + json.dumps(counters)
 
 
@@ -194,19 +194,19 @@ def test_training_in_two_parts_is_training_in_one(tmp_path: Path) -> None:
     first = new_agent(env).learn(log_dir=tmp_path / "parts", eval_env=eval_env, **{**SETTINGS, "total_timesteps": 8})
     rest = {**SETTINGS, "total_timesteps": 4, "reset_num_timesteps": False}
     second = first.learn(log_dir=tmp_path / "parts", eval_env=eval_env, **rest)
-    assert (first._begun, whole._begun) == (8, 0)
-    second._begun = 0
+    assert (first.progress.begun, whole.progress.begun) == (8, 0)
+    second.progress.begun = 0
     assert_same(whole, second)
 
 
 def test_a_best_score_of_another_metrics_version_is_not_compared_with_new_ones() -> None:
     agent = new_agent(environments()[0])
     agent.best_score = 99.0
-    tensors, counters = agent._training_state()
-    agent._load_training_state(tensors, counters)
+    tensors, counters = training_state(agent)
+    load_training_state(agent, tensors, counters)
     assert agent.best_score == 99.0
     del counters["metrics_version"]  # as the first version of the metrics wrote it
-    agent._load_training_state(tensors, counters)
+    load_training_state(agent, tensors, counters)
     assert agent.best_score == -math.inf
 
 
@@ -233,7 +233,7 @@ def test_without_an_evaluation_checkpoints_are_written_all_the_same(tmp_path: Pa
 def test_the_last_policy_is_evaluated_even_if_its_turn_had_not_come(tmp_path: Path) -> None:
     env, eval_env = environments()
     agent = new_agent(env).learn(log_dir=tmp_path, eval_env=eval_env, **{**SETTINGS, "eval_every": 100})
-    assert agent._evaluated == 6
+    assert agent.progress.evaluated == 6
 
 
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path: Path) -> None:
@@ -337,9 +337,9 @@ def test_a_policy_gradient_that_is_not_finite_leaves_the_policy_as_it_was() -> N
     env, _ = environments()
     agent = new_agent(env)
     before = {k: v.clone() for k, v in agent.network.state_dict().items()}
-    spoilt = [torch.full_like(p, float("nan")) for p in agent._parameters()]
+    spoilt = [torch.full_like(p, float("nan")) for p in agent.network.learned_parameters()]
     with pytest.warns(UserWarning, match="gradient of update 1 is not finite"):
-        agent._update([spoilt])
+        update_policy(agent, [spoilt])
     assert all(torch.equal(before[k], v) for k, v in agent.network.state_dict().items())
 
 
@@ -358,10 +358,10 @@ def test_a_checkpoint_that_can_be_read_but_does_not_fit_leaves_the_agent_as_it_w
         tensors[name] = tensors[name][..., 1:].contiguous()
     write_tensors(path, tensors, {"training": json.dumps(counters)})
     agent = new_agent(env, normaliser="lifetime")
-    before, settings = agent._training_state()
+    before, settings = training_state(agent)
     with pytest.raises(ValueError, match="is damaged, or of another version"):
         agent.learn(**run)
-    after, settings_after = agent._training_state()
+    after, settings_after = training_state(agent)
     assert before.keys() == after.keys() and settings == settings_after
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.base import run_stream
 from agents.rledit.credit import CreditAccumulator
+from agents.rledit.trainer import evaluate_policy, update_policy
+from agents.rledit.trajectory import trajectory
 from rledit_env.files import MARKER
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
@@ -48,14 +50,14 @@ def config(
 
 
 def parameters_of(agent: RLEditAgent) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in agent._parameters()])
+    return torch.cat([p.detach().flatten() for p in agent.network.learned_parameters()])
 
 
 def moved(agent: RLEditAgent, by: float = 0.05) -> RLEditAgent:
     """With parameters away from their start."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in agent._parameters():
+        for parameter in agent.network.learned_parameters():
             parameter += by * torch.randn(parameter.shape, generator=generator)
     return agent
 
@@ -143,7 +145,7 @@ def test_learning_improves_the_return_on_held_out_streams(
     assert agent.updates == 25
     after = held_out_return(agent)
     assert after > before + gain
-    for start, end in zip(frozen._parameters(), agent._parameters(), strict=True):
+    for start, end in zip(frozen.network.learned_parameters(), agent.network.learned_parameters(), strict=True):
         assert torch.isfinite(end).all()
         assert torch.equal(start, end) == (start.ndim == 1 and len(start) == 4 and step_size_learning_rate == 0)
 
@@ -168,7 +170,7 @@ def test_the_gradient_does_not_depend_on_how_many_graphs_are_kept(training_env, 
         agent.config = dataclasses.replace(agent.config, graph_bytes=steps_kept * one)
         ran, factors = [], agent.network.factors
         monkeypatch.setattr(agent.network, "factors", lambda *a, f=factors, ran=ran: ran.append(a) or f(*a))
-        results.append(torch.cat([g.flatten() for g in agent._trajectory(agent.env, seed=0)[0]]))
+        results.append(torch.cat([g.flatten() for g in trajectory(agent, agent.env, seed=0)[0]]))
         passes.append(len(ran))
     assert passes[0] == 3 and passes[0] < passes[1] <= 6
     assert passes[2] == 3 + 3 * len(agent.network.shapes)  # no graph fits: the second pass goes module by module
@@ -210,12 +212,13 @@ def test_learning_first_gathers_the_prior_from_training_batches_and_saves_it_wit
     seen = [env.reset(seed=seed)[0]["keys"] for seed in (3, 4, 5)]
     for module in seen[0]:
         rows = torch.cat([keys[module] for keys in seen])
-        torch.testing.assert_close(agent.network.second_moments[module], rows.T @ rows / len(rows))
+        torch.testing.assert_close(agent.network.key_memory.second_moments[module], rows.T @ rows / len(rows))
     agent.save(tmp_path)
     loaded = RLEditAgent.load(tmp_path, env)
-    assert all(torch.equal(loaded.network.second_moments[m], agent.network.second_moments[m]) for m in seen[0])
+    loaded_memory, memory = loaded.network.key_memory, agent.network.key_memory
+    assert all(torch.equal(loaded_memory.second_moments[m], memory.second_moments[m]) for m in seen[0])
     agent.learn(4, progress_bar=False)
-    assert all(torch.equal(loaded.network.second_moments[m], agent.network.second_moments[m]) for m in seen[0])
+    assert all(torch.equal(loaded_memory.second_moments[m], memory.second_moments[m]) for m in seen[0])
 
 
 def test_every_trajectory_draws_its_own_facts(training_env, monkeypatch):
@@ -240,7 +243,7 @@ def test_calibration_keeps_the_factor_that_scores_best_and_stops_once_scores_fal
     scores = agent.calibrate(env, (0.2, 1.0, 0.5, 0.7, 0.35))
     assert scores == {1.0: 40.0, 0.7: 60.0, 0.5: 70.0, 0.35: 65.0}
     np.testing.assert_allclose(agent.network.log_step_size.detach().exp(), 0.05, rtol=1e-5)
-    assert not agent.network.memory
+    assert not agent.network.key_memory.inverses
 
 
 def test_calibration_goes_on_to_smaller_steps_while_the_model_breaks(training_env):
@@ -278,9 +281,9 @@ def test_step_sizes_are_scaled_by_positive_factors_only(training_env):
 def test_several_trajectories_an_update_are_averaged(training_env):
     agent = RLEditAgent(training_env(), config(max_gradient_norm=1e9))
     seen = []
-    agent.optimizer.step = lambda: seen.append([p.grad.clone() for p in agent._parameters()])
-    ones, threes = ([torch.full_like(p, v) for p in agent._parameters()] for v in (1.0, 3.0))
-    agent._update([ones, threes])
+    agent.optimizer.step = lambda: seen.append([p.grad.clone() for p in agent.network.learned_parameters()])
+    ones, threes = ([torch.full_like(p, v) for p in agent.network.learned_parameters()] for v in (1.0, 3.0))
+    update_policy(agent, [ones, threes])
     assert all((g == 2).all() for g in seen[0])
 
 
@@ -289,15 +292,15 @@ def test_the_gradient_is_clipped_and_one_that_is_not_finite_is_left_out(training
     norms = []
     step = agent.optimizer.step
     agent.optimizer.step = lambda: norms.append(
-        float(torch.stack([p.grad.norm() for p in agent._parameters()]).norm())
+        float(torch.stack([p.grad.norm() for p in agent.network.learned_parameters()]).norm())
     ) or step()
     before = parameters_of(agent)
-    agent._update([[torch.ones_like(p) for p in agent._parameters()]])
+    update_policy(agent, [[torch.ones_like(p) for p in agent.network.learned_parameters()]])
     assert norms == [pytest.approx(0.5, rel=1e-3)]
     after = parameters_of(agent)
     assert not torch.equal(before, after)
     with pytest.warns(UserWarning, match="not finite; this update is left out"):
-        agent._update([[torch.full_like(p, float("nan")) for p in agent._parameters()]])
+        update_policy(agent, [[torch.full_like(p, float("nan")) for p in agent.network.learned_parameters()]])
     assert torch.equal(after, parameters_of(agent)) and len(norms) == 1
 
 
@@ -404,20 +407,19 @@ def test_the_mean_of_the_policies_is_evaluated_and_held_and_the_last_one_learns(
 ):
     env, policies, evaluated = training_env(), [], []
     agent = RLEditAgent(env, config(learning_rate=0.05, policy_average=0.6))
-    update, evaluate = agent._update, agent._evaluate
 
     def updated(*arguments):
-        numbers = update(*arguments)
+        numbers = update_policy(*arguments)
         policies.append(parameters_of(agent))
         return numbers
 
     def judged(*arguments) -> bool:
         evaluated.append(parameters_of(agent))
-        evaluate(*arguments)
+        evaluate_policy(*arguments)
         return True
 
-    monkeypatch.setattr(agent, "_update", updated)
-    monkeypatch.setattr(agent, "_evaluate", judged)
+    monkeypatch.setattr("agents.rledit.trainer.update_policy", updated)
+    monkeypatch.setattr("agents.rledit.trainer.evaluate_policy", judged)
     eval_env = make_env(model=env.lm, reward="none", array_backend="torch") if held_out else None
     agent.learn(4 * env.episode_steps, eval_env=eval_env, eval_every=1, progress_bar=False, log_dir=tmp_path / "run")
     mean = (policies[0] + policies[1]) / 2  # as long as fewer updates than 1 / (1 - decay) have been made: all alike
@@ -444,13 +446,12 @@ def test_training_stops_early_when_nothing_gets_better(training_env, make_env, m
     agent = RLEditAgent(env, config())
     before = parameters_of(agent)
     scores = iter([True] + [False] * 99)
-    evaluate = agent._evaluate
 
     def judged(*arguments) -> bool:
         better = next(scores)
-        return evaluate(*arguments) if better else False
+        return evaluate_policy(*arguments) if better else False
 
-    monkeypatch.setattr(agent, "_evaluate", judged)
+    monkeypatch.setattr("agents.rledit.trainer.evaluate_policy", judged)
     agent.learn(300, eval_env=eval_env, eval_every=1, patience=3, progress_bar=False)
     assert agent.updates == 3
     assert torch.equal(before, parameters_of(agent))  # the best was the first

@@ -45,7 +45,7 @@ def network_of(aggregation: Any, **settings: Any) -> Hypernetwork:
         blocks=0, aggregation=aggregation, prior=30.0, prior_source="text", damping=0.7, warm_up=False, **settings
     )  # fmt: skip
     network = Hypernetwork(SHAPES, config).double()
-    network.start_from_text(moments_of_text())
+    network.key_memory.start_from(moments_of_text())
     network.reset()
     for normaliser in network.normalisers.values():
         normaliser.load({k: v.double() for k, v in normaliser.state().items()})
@@ -129,7 +129,7 @@ def test_the_prior_is_of_the_text_that_the_configuration_names(make: Any, tmp_pa
     agent = UltraEditAgent(env, UltraEditConfig(text_prior=5.0, text=str(file), text_tokens=512)).learn(0)
     lm = env.unwrapped.lm
     expected = key_statistics(lm, list(lm.module_shapes), file, 512, progress=False).second_moments
-    assert all(torch.equal(agent.network.second_moments[m], c) for m, c in expected.items())
+    assert all(torch.equal(agent.network.key_memory.second_moments[m], c) for m, c in expected.items())
     with pytest.raises(FileNotFoundError):
         UltraEditAgent(env, UltraEditConfig(text_prior=5.0, text=str(tmp_path / "none.txt"))).learn(0)
 
@@ -184,7 +184,7 @@ def test_what_cannot_have_a_prior_is_refused() -> None:
         HypernetworkConfig(text_tokens=3)
     network = Hypernetwork(SHAPES, HypernetworkConfig(prior_source="text"))
     with pytest.raises(ValueError, match=r"the second moment of b has shape None; it must be \(5, 5\)"):
-        network.start_from_text({"a": torch.eye(5)})
+        network.key_memory.start_from({"a": torch.eye(5)})
 
 
 # -- the outputs' curvature

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import agents.rledit.trainer
 import agents.running.comparison
 from agents.base import NotApplicable
 from agents.running.comparison import Comparison, Setting, Views, check_disjoint
@@ -199,17 +200,17 @@ def test_an_interruption_between_two_streams_keeps_the_first_and_restores_the_mo
 def test_a_training_that_was_interrupted_goes_on_and_ends_as_it_would_have(compare, tmp_path, monkeypatch):
     whole, cut = compare(tmp_path / "whole"), compare(tmp_path / "cut")
     whole.run(LEARNER, [0])
-    update = agents.rledit.agent.RLEditAgent._update
+    update = agents.rledit.trainer.update_policy
     calls = []
 
-    def interrupted(self, *arguments):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return update(self, *arguments)
+        return update(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("agents.rledit.agent.RLEditAgent._update", interrupted)
+        patch.setattr("agents.rledit.trainer.update_policy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cut.run(LEARNER, [0])
     assert cut.cell(LEARNER, 0) is None

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from agents.base import Agent
-from agents.rledit.agent import RLEditConfig
+from agents.rledit.config import RLEditConfig
 from agents.running.editors import (
     CONFIGS,
     EDITORS,

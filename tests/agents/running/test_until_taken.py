@@ -11,6 +11,7 @@ import torch
 from test_recording import AGENTS, Breaking, Interrupted, load, rledit
 
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_facts
+from agents.rledit.trajectory import trajectory
 from agents.running.editing import have_taken
 from rledit_env.env import LifelongEditEnv
 from rledit_env.ledger import EditLedger, LedgerError
@@ -126,7 +127,7 @@ def test_ledgers_of_fixed_presentations_say_nothing_of_presented_facts_and_forge
 
 
 @pytest.mark.parametrize("aggregation", ["mend", "least_squares", "recursive"])
-def test_training_counts_the_steps_that_were_taken(aggregation: str) -> None:
+def test_training_counts_the_steps_that_were_taken(aggregation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, facts = load()
     env = LifelongEditEnv(
         facts.kind, lm, data=facts, num_batches=3, batch_size=2, steps_per_batch=4, present_until=2e-3,
@@ -135,14 +136,13 @@ def test_training_counts_the_steps_that_were_taken(aggregation: str) -> None:
     network = HypernetworkConfig(rank=4, step_size=3e-2, aggregation=aggregation)
     agent = RLEditAgent(env, RLEditConfig(network=network, prior_batches=3, drift_limit=100.0))
     taken: list[int] = []
-    trajectory = agent._trajectory
 
     def noting(*arguments: Any) -> Any:
         result = trajectory(*arguments)
         taken.append(len(env.history))
         return result
 
-    agent._trajectory = noting  # type: ignore[method-assign]
+    monkeypatch.setattr("agents.rledit.trainer.trajectory", noting)
     agent.learn(20, progress_bar=False)
     assert agent.timesteps == sum(taken) >= 20 and sum(taken[:-1]) < 20
     assert all(3 <= steps <= 12 for steps in taken) and min(taken) < 12

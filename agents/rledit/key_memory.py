@@ -1,0 +1,140 @@
+"""The keys that least squares take account of beside a batch's own: a prior's, and those of the stream so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agents.rledit.normaliser import check_shape
+
+
+class KeyMemory:
+    """The system S = λI + c·C + Σ_{j≤t} u_jᵀ u_j of each module, with the prior C and the stream's keys u_j.
+
+    Args:
+        shapes: module → (d_in, d_out).
+        log_damping: log λ by module, (modules,): the network's parameter, whose device and type the memory has.
+        prior: c, how many keys C counts as.
+
+    Attributes:
+        second_moments: C by module, (d_in, d_in); empty until it is gathered or given.
+        inverses: S⁻¹ by module after the stream's latest batch, (d_in, d_in); empty at its start, and where batches are
+            not kept.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], log_damping: Tensor, prior: float) -> None:
+        self.widths = {m: d_in for m, (d_in, _) in shapes.items()}
+        self.log_damping, self.prior = log_damping, prior
+        self.second_moments: dict[str, Tensor] = {}
+        self.inverses: dict[str, Tensor] = {}
+        self._gathered = 0  # keys that the second moments are of
+        self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
+
+    def reset(self) -> None:
+        """Forget the stream's keys."""
+        self.inverses = {}
+
+    def solved_keys(self, module: str, u: Tensor, keep: bool) -> Tensor:
+        """ũ = u S⁻¹ (N, d_in) with these keys u (N, d_in) in S, by Woodbury's identity.
+
+        Args:
+            module: whose keys they are.
+            u: the keys.
+            keep: whether they stay in S.
+        """
+        inverse = self.inverses.get(module)
+        if inverse is None:
+            inverse = self._start(module).to(u.dtype)
+        projected = u @ inverse  # (N, d_in)
+        gram = projected @ u.T + torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
+        solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
+        if keep:
+            self.inverses[module] = inverse - projected.T @ solved
+        return solved
+
+    def _start(self, module: str) -> Tensor:
+        """S_0⁻¹, (d_in, d_in)."""
+        if module not in self._starts:
+            damping = float(self.log_damping[list(self.widths).index(module)].exp())
+            system = damping * torch.eye(self.widths[module], device=self.log_damping.device, dtype=torch.float64)
+            if module in self.second_moments:
+                system += self.prior * self.second_moments[module]
+            self._starts[module] = torch.cholesky_inverse(torch.linalg.cholesky(system)).to(self.log_damping.dtype)
+        return self._starts[module]
+
+    @torch.no_grad()
+    def gather(self, keys: Mapping[str, Tensor]) -> None:
+        """Take keys (N, d_in) by module into C, which a stream starts from at the next reset.
+
+        What was loaded with :meth:`load_prior_state` is replaced, not added to: it does not say how many keys it holds.
+        """
+        for module, u in keys.items():
+            earlier = self.second_moments.get(module, u.new_zeros(u.shape[1], u.shape[1]))
+            rows = self._gathered + len(u)
+            gram = u.T @ u
+            gram = (gram + gram.T) / 2  # what rounding leaves unsymmetric would not survive being saved
+            self.second_moments[module] = earlier * (self._gathered / rows) + gram / rows
+        self._gathered = rows
+        self._starts = {}
+
+    def start_from(self, second_moments: Mapping[str, Tensor]) -> None:
+        """Let streams start from these second moments of keys, from the next reset on.
+
+        Args:
+            second_moments: module → C (d_in, d_in), as `agents.key_statistics.key_statistics` gives them.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+        for module, d_in in self.widths.items():
+            check_shape(f"the second moment of {module}", second_moments.get(module), (d_in, d_in))
+        device, dtype = self.log_damping.device, self.log_damping.dtype
+        self.second_moments = {m: second_moments[m].to(device, dtype) for m in self.widths}
+        self._starts, self._gathered = {}, 0
+
+    def prior_state(self) -> dict[str, Tensor]:
+        """C as its upper triangle (d_in (d_in + 1) / 2,), under the names of all modules that share it, joined by "+"
+        (those that read the same input have the same keys)."""
+        state: dict[str, Tensor] = {}
+        for module, c in self.second_moments.items():
+            triangle = c[tuple(torch.triu_indices(*c.shape))]
+            same = next((names for names, other in state.items() if torch.equal(other, triangle)), None)
+            if same is None:
+                state[module] = triangle
+            else:
+                state[f"{same}+{module}"] = state.pop(same)
+        return state
+
+    def load_prior_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`prior_state`.
+
+        Raises:
+            ValueError: one is of no module of the network.
+        """
+        self.second_moments, self._starts, self._gathered = {}, {}, 0
+        device = self.log_damping.device
+        for names, triangle in state.items():
+            modules = names.split("+")
+            if unknown := set(modules) - set(self.widths):
+                raise ValueError(f"second moments are of {min(unknown)!r}, which is no module of this network")
+            d_in = self.widths[modules[0]]
+            c = torch.zeros(d_in, d_in, device=device)
+            c[tuple(torch.triu_indices(d_in, d_in))] = triangle.to(device)
+            self.second_moments |= dict.fromkeys(modules, c + c.triu(1).T)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the stream's keys have made of S⁻¹, as named tensors."""
+        return {f"memory.{m}": inverse for m, inverse in self.inverses.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`state`; others are left out.
+
+        Raises:
+            ValueError: one is of another shape.
+        """
+        inverses = {m: state[f"memory.{m}"] for m in self.widths if f"memory.{m}" in state}
+        for module, inverse in inverses.items():
+            check_shape(f"memory.{module}", inverse, (self.widths[module], self.widths[module]))
+        self.inverses = {m: inverse.to(self.log_damping.device) for m, inverse in inverses.items()}

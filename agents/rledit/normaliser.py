@@ -1,0 +1,137 @@
+"""Running moments of rows, which the network's inputs are normalised with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class RunningNormaliser:
+    """Running mean and variance of rows (Welford's update in batches).
+
+    Args:
+        width: of a row.
+        device: of the tensors.
+        start: moments that stand in for the rows that are missing from ``start_rows``.
+        start_rows: from so many rows on, the start counts no more.
+        variance, epsilon: see `HypernetworkConfig.normaliser_variance` and ``normaliser_epsilon`` there.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device | str = "cpu", start: RunningNormaliser | None = None,
+        start_rows: float = 0.0, variance: Literal["exact", "published"] = "exact", epsilon: float = 1e-8,
+    ) -> None:  # fmt: skip
+        self.start, self.start_rows, self.variance, self.epsilon = start, start_rows, variance, epsilon
+        self.count = torch.zeros((), device=device)
+        self.mean = torch.zeros(width, device=device)
+        self.squares = torch.zeros(width, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Take in rows (N, width)."""
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        squares = (rows - mean).square().sum(0)
+        if self.variance == "published":
+            squares = squares * (len(rows) / max(len(rows) - 1, 1))
+        self.count, self.mean, self.squares = self._with(len(rows), mean, squares)
+
+    def merge(self, other: RunningNormaliser) -> None:
+        """Take in the rows that other moments are of."""
+        if float(other.count):
+            self.count, self.mean, self.squares = self._with(other.count, other.mean, other.squares)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal standard deviation, (width,) each: of the rows taken in and of the start's."""
+        count, mean, squares = self.count, self.mean, self.squares
+        if self.start is not None:
+            rows = (self.start_rows - count).clamp(min=0)
+            weight = (rows - 1).clamp(min=0) / (self.start.count - 1)  # of its squares: the same variance in these rows
+            count, mean, squares = self._with(rows, self.start.mean, self.start.squares * weight)
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        return mean, 1 / (std + self.epsilon)
+
+    def _with(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and sum of squares of these rows and others."""
+        total = self.count + count
+        shift = mean - self.mean
+        both = self.squares + squares + shift.square() * self.count * count / total
+        return total, self.mean + shift * count / total, both
+
+    def to(self, device: torch.device) -> RunningNormaliser:
+        """The same moments on this device."""
+        other = RunningNormaliser(len(self.mean), device)
+        other.load(self.state())
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`state`."""
+        self.count, self.mean, self.squares = (state[k].to(self.mean.device) for k in ("count", "mean", "squares"))
+
+
+def moments_state(normalisers: Mapping[str, RunningNormaliser]) -> dict[str, Tensor]:
+    """Moments as tensors, by their names and their tensors' names, joined by a dot."""
+    return {f"{m}.{k}": v for m, n in normalisers.items() for k, v in n.state().items()}
+
+
+def moments_from(
+    state: Mapping[str, Tensor], prefix: str, widths: Mapping[str, int], device: torch.device
+) -> dict[str, RunningNormaliser]:
+    """The moments of these names and widths from tensors of :func:`moments_state`, with a prefix to their names.
+
+    Raises:
+        ValueError: one is missing or of another shape.
+    """
+    normalisers = {m: RunningNormaliser(width, device) for m, width in widths.items()}
+    for module, normaliser in normalisers.items():
+        for name, empty in normaliser.state().items():
+            check_shape(f"{prefix}{module}.{name}", state.get(f"{prefix}{module}.{name}"), tuple(empty.shape))
+        normaliser.load({name: state[f"{prefix}{module}.{name}"] for name in normaliser.state()})
+    return normalisers
+
+
+def shared_moments(
+    moments: Mapping[str, RunningNormaliser], widths: Mapping[str, int], names: Mapping[str, str], device: torch.device
+) -> dict[str, RunningNormaliser]:
+    """The moments of modules as those of the names under which modules share them.
+
+    Args:
+        moments: by module.
+        widths: module → of its rows, for all modules that are needed.
+        names: module → the name of its moments.
+        device: of the result.
+
+    Raises:
+        ValueError: they are of other modules than those, or of fewer than two rows.
+    """
+    given = {m: len(n.mean) for m, n in moments.items()}
+    if given != widths:
+        raise ValueError(
+            f"the moments are of {len(given)} modules such as {next(iter(given.items()), None)}, the network "
+            f"edits {len(widths)} such as {next(iter(widths.items()))} (d_in + d_out); gather them for those"
+        )
+    fewest = min(float(n.count) for n in moments.values())
+    if fewest < 2:
+        raise ValueError(f"the moments are of {fewest:g} rows; gather those of two facts or more")
+    merged: dict[str, RunningNormaliser] = {}
+    for module, rows in moments.items():
+        name = names[module]
+        if name in merged:
+            merged[name].merge(rows.to(device))
+        else:
+            merged[name] = rows.to(device)
+    return merged
+
+
+def check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor is there and has this shape."""
+    shape = None if tensor is None else tuple(tensor.shape)
+    if shape != wanted:
+        raise ValueError(f"{name} has shape {shape}; it must be {wanted}")

@@ -1,0 +1,207 @@
+"""A hypernetwork as a policy: it acts, and is saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
+from agents.facts import PresentedFacts
+from agents.files import agent_folder, under
+from agents.rledit.config import RLEditConfig
+from agents.rledit.hypernetwork import Hypernetwork, StepRecord
+from agents.rledit.normaliser import moments_state
+from agents.rledit.progress import Progress
+from agents.rledit.text_prior import turn_by_text
+from agents.settings import environment_settings
+from rledit_env.evaluation.metrics import METRICS_VERSION
+from rledit_env.files import write_tensors, write_text
+
+
+class HypernetworkPolicy(Agent):
+    """An agent whose updates a hypernetwork makes, with all that its training needs of it.
+
+    Args:
+        env, config, shapes, seed: as in `RLEditAgent`.
+
+    Attributes:
+        network: the hypernetwork.
+        optimizer: Adam, with its moments.
+        updates: how many policy updates it has made.
+        best_score: the best held-out score of its training; −inf before the first.
+        progress: how far its latest run of training has come.
+    """
+
+    name: ClassVar[str] = "rledit"  # what agent.json calls the class
+    config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
+    network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
+    # What the first format's network did where its file does not say it, beside the settings' own defaults.
+    first_format: ClassVar[Mapping[str, Any]] = {"warm_up": False}
+
+    def __init__(
+        self,
+        env: gym.Env | None = None,
+        config: RLEditConfig | None = None,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.env, self.config, self.seed = env, config or self.config_type(), seed
+        self.presented = PresentedFacts(env)
+        if shapes is None:
+            if env is None:
+                raise ValueError("give an environment or the edited modules' shapes")
+            shapes = module_shapes(env)
+        self.network = self.network_type(shapes, self.config.network, seed)
+        if env is not None:  # beside the LLM, so that no factor travels through the host
+            inner: Any = env.unwrapped
+            self.network.to(inner.lm.device)
+            self.network.normalisers = self.network.first_normalisers()
+        self.optimizer = self.make_optimizer()
+        self.updates = 0
+        self.timesteps = 0
+        self.best_score = -math.inf
+        self.progress = Progress()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """A new Adam with the configuration's learning rates."""
+        network, config = self.network, self.config
+        return torch.optim.Adam(
+            [
+                {"params": list(network.networks.parameters()), "lr": config.learning_rate},
+                {"params": [network.step_size_parameter, network.log_damping], "lr": config.step_size_learning_rate},
+            ]
+        )
+
+    # -- acting --------------------------------------------------------------------------------------------------
+
+    def set_env(self, env: gym.Env[Any, Any]) -> None:
+        require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
+        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+            self.network.forget_curvature()
+        super().set_env(env)
+        self.presented = PresentedFacts(env)
+
+    def reset(self) -> None:
+        self.network.reset()
+
+    def memory(self) -> dict[str, Tensor] | None:
+        return self.network.memory_state()
+
+    def load_memory(self, memory: Mapping[str, Tensor]) -> None:
+        self.network.load_memory_state(memory)
+
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+        """Update factors for an observation in either array backend; the policy is deterministic."""
+        if self.network.wants_curvature:
+            self.take_curvature(progress_bar=False)
+        record = self.observe(observation, adapt=False)
+        return self.action(observation, record, *self.network.factors(record)), None
+
+    def observe(self, observation: Any, adapt: bool) -> StepRecord:
+        """Take an observation into the network; ``adapt`` is whether it is one of training (`Hypernetwork.observe`)."""
+        keys, gradients = used_rows(observation, self.network.device)
+        return self.network.observe(keys, self.of_loss(gradients), adapt)
+
+    def of_loss(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """δ (N, d_out) by module of the loss in `HypernetworkConfig.loss`, given those of the batch's mean loss."""
+        loss, rows = self.config.network.loss, len(next(iter(gradients.values())))
+        if loss == "batch" or (loss == "rows" and self.network.training_moments):  # with which the network does so
+            return gradients
+        if loss == "rows":
+            return {m: rows * g for m, g in gradients.items()}
+        facts = self.presented.facts(rows)
+        answers = sum(fact.answers for fact in facts)
+        if loss == "sum":
+            return {m: answers * g for m, g in gradients.items()}
+        factors = [answers / fact.answers for fact in facts for _ in range(fact.rows)]
+        column = torch.tensor(factors, device=self.network.device)[:, None]  # (N, 1)
+        return {m: column.to(g.dtype) * g for m, g in gradients.items()}
+
+    def action(
+        self, observation: Any, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """The environment's action for the step's factors, in the array backend of the observation."""
+        return factor_action(observation, keys, values)
+
+    def take_curvature(self, progress_bar: bool) -> None:
+        """Let the network know the outputs' curvature of the environment's LLM.
+
+        Raises:
+            ValueError: there is no environment.
+        """
+        if self.env is None:
+            raise ValueError("output_curvature needs the environment's LLM; load the agent with env=…, or give it with "
+                             "set_env(env)")
+        inner: Any = self.env.unwrapped
+        turn_by_text(self.network, inner.lm, progress_bar)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the network, its normalisers and its memory as safetensors, and its configuration as JSON.
+
+        Args:
+            path: a folder, made if need be.
+            dtype: of the blocks' weights in the file; ``torch.bfloat16`` halves it.
+        """
+        blocks = {f"network.{k}" for k, _ in self.network.named_parameters() if k.startswith("networks.")}
+        tensors = {k: v.to(dtype) if k in blocks else v for k, v in self._saved_tensors().items()}
+        stream = {f"stream.{k}": v for k, v in self.network.memory_state().items()}
+        self.write(Path(path), tensors | stream)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write an agent with these tensors and this one's description into a folder."""
+        agent_folder(folder)
+        write_tensors(folder / "agent.safetensors", tensors)
+        write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
+
+    def description(self) -> dict[str, Any]:
+        """What the file ``agent.json`` says: the configuration, the counters and what it was trained with."""
+        return {
+            "agent": self.name,
+            "format": 1,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "shapes": {m: list(s) for m, s in self.network.shapes.items()},
+            "updates": self.updates,
+            "timesteps": self.timesteps,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "metrics_version": METRICS_VERSION,
+            "environment": environment_settings(self.env),
+        }
+
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        """The parameters, and what streams start from."""
+        parameters = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        prior = {f"prior.{m}": v for m, v in self.network.key_memory.prior_state().items()}
+        prior |= {f"lifetime.{k}": v.clone() for k, v in self.network.lifetime.items()}
+        return parameters | prior | {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """Copies of what a policy consists of between two streams: the parameters, and moments that outlive streams."""
+        tensors = self._saved_tensors()
+        if self.config.network.normaliser == "lifetime":
+            tensors |= {f"stream.{k}": v for k, v in self.network.memory_state().items() if k[:11] == "normaliser."}
+        return {k: v.detach().clone() for k, v in tensors.items()}
+
+    def load_policy_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of :meth:`policy_state` or of a saved agent; a stream they do not hold begins anew."""
+        self.network.load_state_dict(under("network.", tensors))
+        self.network.key_memory.load_prior_state(under("prior.", tensors))
+        self.network.load_moments(under("moments.", tensors))
+        if self.config.network.normaliser == "continued":
+            self.network.load_lifetime(under("lifetime.", tensors))
+        stream = under("stream.", tensors)
+        if stream:
+            self.network.load_memory_state(stream)
+        else:
+            self.network.reset()

@@ -1,0 +1,313 @@
+"""The training loop: policy updates on whole trajectories, evaluation, early stopping and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agents.base import run_stream
+from agents.files import TRAINING_STATE, run_folder
+from agents.logs import log, summary_writer
+from agents.rledit.checkpoint import (
+    load_training_state,
+    multiplier_of,
+    resume,
+    training_state,
+    write_checkpoint,
+)
+from agents.rledit.distributed import Processes, evaluate_sharded
+from agents.rledit.policy import HypernetworkPolicy
+from agents.rledit.trajectory import AT_END, forget_states, trajectory
+from agents.rledit.warm_up import warm_up
+from agents.selection import divergence, within_bound
+
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The arguments of `RLEditAgent.learn`."""
+
+    total_timesteps: int
+    callback: Callback | None
+    progress_bar: bool
+    reset_num_timesteps: bool
+    log_dir: str | Path | None
+    eval_env: gym.Env | None
+    eval_every: int
+    patience: int
+    eval_seed: int
+    checkpoint_every: int
+    resume: bool
+    processes: Processes | None
+
+
+class Trainer:
+    """Trains an agent for one run.
+
+    Args:
+        agent: it is changed: its policy, its optimiser, its counters and its progress.
+        run: what is asked for.
+
+    Raises:
+        ValueError: the agent's environment does not give what training needs, or several processes would have moments
+            of their own.
+    """
+
+    def __init__(self, agent: HypernetworkPolicy, run: TrainingRun) -> None:
+        self.agent, self.run = agent, run
+        self.env = training_env(agent.env)
+        agent.progress = replace(agent.progress, waited=0, evaluated=None)
+        self.processes = run.processes or Processes()
+        kind = agent.config.network.normaliser
+        if self.processes.count > 1 and kind != "stream":
+            raise ValueError(f"normaliser is {kind!r}, but every process would have moments of its own streams; give "
+                             "normaliser='stream', or train in one process")
+        first = self.processes.first  # the others write no files and show nothing
+        self.folder = Path(run.log_dir) if run.log_dir is not None and first else None
+        self.shows = run.progress_bar and first
+
+    def train(self) -> None:
+        """Begin the run, or go on with it, and finish it; Ctrl-C writes the state after the last finished update.
+
+        Raises:
+            ValueError: the folder holds a run with other settings.
+            FileExistsError: it holds a file that would be overwritten and that no training wrote.
+        """
+        agent, run = self.agent, self.run
+        self._begin()
+        try:
+            self._prepare()
+            self._judge()
+            while agent.timesteps < self.end and not self._stops_early():
+                numbers = self._update()
+                self._judge()
+                if agent.updates % run.checkpoint_every == 0:
+                    write_checkpoint(agent, self.folder, self.state)
+                stop = run.callback is not None and run.callback(numbers) is False
+                if any(self.processes.gathered(stop)):
+                    break
+            self._judge(at_end=True)
+        except KeyboardInterrupt:
+            # Whatever was half done is dropped: what counts is the state after the last finished update.
+            load_training_state(agent, *self.state)
+            write_checkpoint(agent, self.folder, self.state)
+            raise
+        finally:
+            self.bar.close()
+            for writer in (self.writer, self.step_writer):
+                if writer is not None:
+                    writer.close()
+        self._finish()
+
+    def _begin(self) -> None:
+        """Begin a run, or take up the one in the folder; open the logs."""
+        agent, run = self.agent, self.run
+        found, begins = self._take_up()
+        if begins:
+            agent.timesteps = 0 if run.reset_num_timesteps else agent.timesteps
+            agent.progress.begun, agent.progress.mean = agent.timesteps, {}
+        agent.progress.finished = False
+        begun = agent.progress.begun
+        self.end = begun + run.total_timesteps
+        if self.folder is not None:
+            run_folder(self.folder)
+        self.writer = summary_writer(self.folder, agent.updates)
+        self.step_writer = summary_writer(self.folder and self.folder / "steps", agent.timesteps)
+        self.bar = tqdm(total=run.total_timesteps, initial=agent.timesteps - begun, unit="step", disable=not self.shows)
+        self.state = training_state(agent)  # after the last finished update
+        if begins and found:  # or a process killed before its first checkpoint would find the finished run
+            write_checkpoint(agent, self.folder, self.state)
+
+    def _take_up(self) -> tuple[bool, bool]:
+        """Let the agent be as the run in the folder left it, if there is one: whether it was found, and whether a new
+        run begins after it all the same."""
+        agent, processes = self.agent, self.processes
+        own = agent.updates  # before what the folder holds
+        found = False
+        if self.folder is not None and self.run.resume:
+            path = self.folder / "last" / TRAINING_STATE
+            found = path.exists()
+            if found:
+                resume(agent, path)
+        found_by_first = processes.from_first(found)
+        if found_by_first:
+            state = processes.from_first(training_state(agent) if processes.first else None)
+            if not processes.first:
+                load_training_state(agent, *state)
+        return found, not found_by_first or (agent.progress.finished and own == agent.updates)
+
+    def _prepare(self) -> None:
+        """Give the network what it starts from, where it has not got it yet."""
+        agent, network = self.agent, self.agent.network
+        if network.wants_curvature:
+            agent.take_curvature(self.shows)
+        if network.wants_prior or network.wants_moments:
+            warm_up(agent, self.env, network.wants_prior, network.wants_moments, self.shows)
+
+    def _stops_early(self) -> bool:
+        return self.run.eval_env is not None and self.agent.progress.waited >= self.run.patience
+
+    def _update(self) -> dict[str, float]:
+        """One policy update on the trajectories that it takes; its numbers."""
+        agent, processes = self.agent, self.processes
+        inner: Any = self.env.unwrapped
+        gradients: list[list[Tensor]] = []
+        measured: list[float] = []  # what the reward's constraint is on, at the trajectories' ends
+        numbers: dict[str, float] = {}
+        left = math.ceil((self.end - agent.timesteps) / (inner.episode_steps * processes.count))
+        count = min(agent.config.trajectories_per_update, left)
+        first = processes.rank * count
+        for place in range(first, first + count):
+            gradient, numbers = trajectory(agent, self.env, agent.seed + agent.updates * 1000 + place)
+            gradients.append(gradient)
+            measured += [numbers[AT_END]] if AT_END in numbers else []
+            self._count_steps()
+        numbers = _averaged(processes.gathered(numbers)) | update_policy(agent, gradients, processes)
+        measured = [value for values in processes.gathered(measured) for value in values]
+        multiplier = multiplier_of(agent)
+        if multiplier is not None and measured:  # dual ascent of the reward's constraint
+            multiplier.update(float(np.mean(measured)))
+        self.state = training_state(agent)
+        self.bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
+        log(self.writer, "train", numbers, agent.updates)
+        return numbers
+
+    def _count_steps(self) -> None:
+        """Log and count the steps of the trajectory just taken, those of all processes."""
+        inner: Any = self.env.unwrapped
+        for step, numbers in enumerate(inner.history):
+            log(self.step_writer, "step", numbers, self.agent.timesteps + step + 1)
+        if inner.present_until is not None:  # a stream's steps are only known at its end
+            steps = sum(self.processes.gathered(len(inner.history)))
+        else:
+            steps = inner.episode_steps * self.processes.count
+        self.agent.timesteps += steps
+        self.bar.update(steps)
+
+    def _judge(self, at_end: bool = False) -> None:
+        """Evaluate the policy where it is due, and write a checkpoint."""
+        agent, run = self.agent, self.run
+        due = at_end or agent.updates % run.eval_every == 0 or agent.progress.evaluated is None
+        if run.eval_env is None or not due or agent.progress.evaluated == agent.updates:
+            return
+        with _holding_mean(agent):
+            better = evaluate_policy(agent, run.eval_env, run.eval_seed, self.writer, self.processes)
+        progress = agent.progress
+        progress.waited = 0 if better or progress.evaluated is None else progress.waited + 1
+        progress.evaluated = agent.updates
+        self.state = training_state(agent)
+        write_checkpoint(agent, self.folder, self.state)
+
+    def _finish(self) -> None:
+        """Write down that the run is finished; the agent holds the best policy, or the mean of its policies."""
+        agent = self.agent
+        progress = agent.progress
+        if self._stops_early():
+            tqdm.write(f"stopped early at update {agent.updates}: no better score in {progress.waited} evaluations")
+        progress.finished = True
+        tensors, counters = self.state
+        write_checkpoint(agent, self.folder, (tensors, {**counters, "finished": True}))
+        if progress.best is not None:
+            agent.load_policy_state(progress.best)
+        elif progress.mean:
+            agent.load_policy_state(progress.with_mean(tensors))
+
+
+def training_env(env: gym.Env | None) -> gym.Env:
+    """The environment, which must give what training needs.
+
+    Raises:
+        ValueError: there is none, or it does not.
+    """
+    if env is None:
+        raise ValueError("this agent has no environment to learn in; load it with env=…, or give it with "
+                         "set_env(env)")
+    inner: Any = env.unwrapped
+    if inner.array_backend != "torch" or not inner.reward_gradient:
+        raise ValueError(
+            "the environment must be made with array_backend='torch' and reward_gradient=True, so that a "
+            "trajectory can be differentiated"
+        )
+    if inner.reward_config is None:
+        raise ValueError("the environment was made with reward='none', which leaves nothing to learn from")
+    return env
+
+
+def update_policy(
+    agent: HypernetworkPolicy, gradients: Sequence[Sequence[Tensor]], processes: Processes | None = None
+) -> dict[str, float]:
+    """One step of Adam on the mean of the trajectories' gradients, those of the other processes among them."""
+    parameters, norm_bound = agent.network.learned_parameters(), agent.config.max_gradient_norm
+    own = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
+    for parameter, gradient in zip(parameters, (processes or Processes()).mean(own), strict=True):
+        parameter.grad = gradient
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, norm_bound))
+    if math.isfinite(norm):
+        agent.optimizer.step()
+    else:
+        warnings.warn(f"the policy gradient of update {agent.updates + 1} is not finite; this update is left out, "
+                      "and the policy stays as it was", stacklevel=2)
+    agent.optimizer.zero_grad()
+    agent.updates += 1
+    agent.progress.take_into_mean(agent.network, agent.config.policy_average)
+    return {"gradient_norm": norm}
+
+
+def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
+    """Score the policy on the held-out stream and keep it if it is the best so far; whether it is. Every process edits
+    the stream, which is one chain of steps, and scores its share of the facts."""
+    forget_states(eval_env)
+    with agent.presented.by(eval_env):
+        _, info = run_stream(eval_env, agent, seed=seed)
+    inner: Any = eval_env.unwrapped
+    metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
+    score = -math.inf if info["diverged"] else metrics.mean
+    numbers = {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]}
+    if agent.config.kl_bound is not None:
+        numbers["kl"] = divergence(inner.lm)
+        score = within_bound(score, numbers["kl"], agent.config.kl_bound)
+    log(writer, "eval", numbers, agent.updates)
+    if processes.first:
+        tqdm.write(
+            f"update {agent.updates}: held-out efficacy {metrics.efficacy:.1f}, generalization "
+            f"{metrics.generalization:.1f}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, top-1 "
+            f"{metrics.top1:.1f}, drift {info['drift']:.3f}"
+            + (f", KL {numbers['kl']:.3f}" if "kl" in numbers else "")
+        )
+    if score <= agent.best_score:
+        return False
+    agent.best_score = score
+    agent.progress.best = agent.policy_state()
+    return True
+
+
+@contextmanager
+def _holding_mean(agent: HypernetworkPolicy) -> Iterator[None]:
+    """Within it the network has the running mean of its parameters, where there is one."""
+    if not agent.progress.mean:
+        yield
+        return
+    learning = agent.policy_state()
+    agent.load_policy_state(agent.progress.with_mean(learning))
+    try:
+        yield
+    finally:
+        agent.load_policy_state(learning)
+
+
+def _averaged(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over those that have it."""
+    names = {name for one in numbers for name in one}
+    return {name: float(np.mean([one[name] for one in numbers if name in one])) for name in sorted(names)}

@@ -1,0 +1,47 @@
+"""What a network is given before its first stream: second moments of keys, and moments of training facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+from tqdm.auto import trange
+
+from agents.base import used_rows
+from agents.rledit.moments import Moments, take
+from agents.rledit.policy import HypernetworkPolicy
+from agents.rledit.text_prior import start_from_text
+from agents.rledit.trajectory import forget_states
+
+
+def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
+    """Give the network its prior from text; show it some training batches, the first of as many streams, for what is of
+    facts.
+
+    Args:
+        agent: whose network.
+        env: of training facts.
+        prior: whether it is given the prior on keys.
+        moments: whether it is given the moments of training facts.
+        progress_bar: show one.
+    """
+    inner: Any = env.unwrapped
+    if prior and agent.config.network.has_text_prior:
+        start_from_text(agent.network, inner.lm, progress_bar)
+        prior = False
+    if not prior and not moments:
+        return
+    batches = agent.config.prior_batches
+    gathered: Moments = {}
+    forget_states(env)
+    for i in trange(batches, desc="moments of training facts", unit="batch", disable=not progress_bar, leave=False):
+        observation, _ = env.reset(seed=agent.seed * batches + i)
+        keys, gradients = used_rows(observation, agent.network.device)
+        if not observation["mask"].any():  # all of the batch's facts have taken already
+            continue
+        if prior:
+            agent.network.key_memory.gather(keys)
+        if moments:
+            take(gathered, keys, gradients)
+    if moments:
+        agent.network.start_from(gathered)
