@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.rledit.hypernetwork import Hypernetwork, HypernetworkConfig, StepRecord
+from agents.rledit.config import HypernetworkConfig
+from agents.rledit.hypernetwork import Hypernetwork, StepRecord
 
 
 @dataclass(frozen=True)
