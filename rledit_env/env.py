@@ -479,7 +479,7 @@ class LifelongEditEnv(Copied, gym.Env):
         action = {part: self._with_noise(tensors) for part, tensors in action.items()}
         if self.recorder is None and "accumulated" not in action:
             change = self.lm.add if "updates" in action else self.lm.apply
-            self._undo = change(**action, sparing=self.reward_gradient)  # the most memory is held for gradients
+            self._undo = change(**action)
             return action
         before = self.lm.snapshot()
         self._undo = partial(self.lm.restore, before)
