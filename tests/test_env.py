@@ -239,12 +239,12 @@ def interrupt_at(monkeypatch, owner, name, call):
 
 @pytest.mark.parametrize("action_of", [fine_tuning, dense_update, accumulated_change])
 @pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("where", ["score", "trace", "_presented"])
+@pytest.mark.parametrize("where", ["score", "trace", "presented"])
 def test_a_step_that_is_interrupted_changes_nothing_and_can_be_taken_again(
     make_env, monkeypatch, where, gradient, action_of
 ):
     env = make_env(reward_gradient=gradient, action_noise_std=1e-3)
-    owner = {"score": env_module, "trace": env.lm, "_presented": env}[where]
+    owner = {"score": env_module, "trace": env.lm, "presented": env.episode}[where]
     steps = []
     for interrupted in (False, False, True):  # the first time nothing is cached, which changes last bits
         observation, _ = env.reset(seed=0)
@@ -429,12 +429,12 @@ def test_a_rejected_dense_action_is_named_and_changes_neither_weights_nor_stream
     env.reset(seed=0)
     env.step({"updates": dense(env)})
     last = list(env.lm.module_shapes)[-1]
-    weights, state, step = env.lm.snapshot(), env.np_random.bit_generator.state, env._step
+    weights, state, step = env.lm.snapshot(), env.np_random.bit_generator.state, env.position
     pattern = rf"action\['{form}'\].*" + message.replace("{m}", last.replace(".", r"\."))
     with pytest.raises(ValueError, match=pattern):
         env.step({form: change(dense(env), last)})
     assert all(torch.equal(weights[m], env.lm.weight(m)) for m in weights)
-    assert env.np_random.bit_generator.state == state and env._step == step
+    assert env.np_random.bit_generator.state == state and env.position == step
     write = env.lm.add if form == "updates" else env.lm.replace
     with pytest.raises(ValueError, match=form):
         write(change(dense(env), last))
