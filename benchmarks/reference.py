@@ -24,7 +24,8 @@ from rledit_env.lm.forward import Passage
 from rledit_env.lm.kernels.gates import FastGate
 from rledit_env.lm.kernels.norms import FastNorm
 from rledit_env.lm.kernels.products import FastConv1D, FastLinear
-from rledit_env.reward import RewardConfig, ScoredBatch
+from rledit_env.reward import RewardConfig
+from rledit_env.scoring import ScoredBatch
 
 
 @dataclass(frozen=True)

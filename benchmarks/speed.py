@@ -38,7 +38,8 @@ from rledit_env.files import write_text
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.placement import resolve_device
 from rledit_env.reporting import text_table, versions
-from rledit_env.reward import RewardConfig, ScoredBatch, backtracked
+from rledit_env.reward import RewardConfig, backtracked
+from rledit_env.scoring import ScoredBatch
 
 EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model
 GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
@@ -157,12 +158,12 @@ class Stepper:
     @property
     def edits(self) -> Sequence[Any]:
         """The current batch's edit passages."""
-        return [record.edit for record in self.inner._records(self.steps)]
+        return [record.edit for record in self.inner.episode.records(self.steps)]
 
     def batches(self, config: RewardConfig) -> list[ScoredBatch]:
         """What the exact reward of the current step scores."""
         earlier = backtracked(self.steps, config, self.inner.np_random)
-        return [self.inner._scored(self.steps - i, w) for i, w in {0: 1.0, **earlier}.items()]
+        return [self.inner.episode.scored(self.steps - i, w) for i, w in {0: 1.0, **earlier}.items()]
 
 
 def made_network(args: Args, lm: EditableLM) -> Hypernetwork:

@@ -70,9 +70,9 @@ class Copied:
                 "it with the model's name or folder, or copy it in this process: copy.deepcopy(env). An agent in it is "
                 "written by its save(folder)"
             )
-        return _made_again, (type(self), dict(self.arguments), self.spec), self._state()
+        return _made_again, (type(self), dict(self.arguments), self.spec), self.pickled_state()
 
-    def _state(self) -> dict[str, Any]:
+    def pickled_state(self) -> dict[str, Any]:
         """What a pickle keeps beside the arguments, for ``__setstate__``."""
         raise NotImplementedError
 

@@ -1,13 +1,12 @@
 """The reward: −(L(B_t, W_t) + L_back + L_reg), Eq. 6–10, from replaceable components.
 
-A component says which passages of a record it looks at and what an answer position costs. All components of the
-current batch and of the backtracked ones are weighed together, so that one pass over length-sorted passages gives the
-whole reward and its gradient.
+A component says which passages of a record it looks at and what an answer position costs; `rledit_env.scoring` scores
+batches by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from rledit_env.answering import Ending, OtherQuestions, Preference
 from rledit_env.encoding import EncodedRecord
-from rledit_env.lm.editable import AnswerStates, EditableLM
-from rledit_env.lm.forward import Passage, at_least_float32
-from rledit_env.lm.loading.placement import release_free_memory
+from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
 from rledit_env.preservation import Constraint, Continuation, OwnText
 
@@ -291,34 +289,6 @@ def resolve_reward(reward: RewardConfig | str | None) -> RewardConfig | None:
     raise ValueError(f"reward is {reward!r}; give None or 'paper', 'efficacy', 'none', or a RewardConfig")
 
 
-@dataclass(frozen=True)
-class ScoredBatch:
-    """A batch as the reward sees it.
-
-    Attributes:
-        records: its facts.
-        choices: their fixed choices in [0, 1).
-        weight: of its L(B, W).
-        texts: the passages of each `TextComponent`, by the component's name (see :func:`with_texts`).
-        extra: what components weigh here beside their weights in the configuration, by name: a constraint's multiplier.
-    """
-
-    records: Sequence[EncodedRecord]
-    choices: Sequence[float]
-    weight: float
-    texts: Mapping[str, Sequence[Passage]] = field(default_factory=dict)
-    extra: Mapping[str, float] = field(default_factory=dict)
-
-
-def with_texts(
-    lm: EditableLM, batch: ScoredBatch, config: RewardConfig, earlier: bool, rng: np.random.Generator
-) -> ScoredBatch:
-    """The batch with its texts at a step; nothing is drawn where no component asks for it."""
-    parts = ((name, part) for name, (_, part) in config.components.items() if isinstance(part, TextComponent))
-    texts = {name: part.draw(lm, batch.records, batch.choices, earlier, rng) for name, part in parts}
-    return replace(batch, texts=texts)
-
-
 def backtracked(step: int, config: RewardConfig, rng: np.random.Generator) -> dict[int, float]:
     """Which earlier batches are scored at batch ``step`` (0-based), and their weights: {i: μ^i}, i steps back.
 
@@ -332,158 +302,3 @@ def backtracked(step: int, config: RewardConfig, rng: np.random.Generator) -> di
     drawn = rng.choice(depth, size=samples, p=weights / weights.sum()) + 1
     counts = {int(i): int(n) for i, n in zip(*np.unique(drawn, return_counts=True), strict=True)}
     return {i: n * float(weights.sum()) / samples for i, n in counts.items()}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Losses of scored batches.
-
-    Attributes:
-        basic: batch by batch, component name → its unweighted mean.
-        weighted: batch by batch, weight · Σ_components (weight + extra weight) · mean.
-        gradient: module → gradient of ``total`` with respect to W, (d_out, d_in) in the edited weights' precision,
-            or None.
-    """
-
-    basic: list[dict[str, float]]
-    weighted: list[float]
-    gradient: dict[str, Tensor] | None
-
-    @property
-    def total(self) -> float:
-        """Σ_batches weight · Σ_components weight · mean."""
-        return sum(self.weighted)
-
-
-NO_SCORES = Scores([], [], None)
-
-
-def score(
-    lm: EditableLM, batches: Sequence[ScoredBatch], config: RewardConfig, gradient: bool,
-    before: Mapping[str, Tensor] | None = None,
-) -> Scores:  # fmt: skip
-    """Losses of batches at the current weights and, if asked for, the gradient of their weighted sum.
-
-    Args:
-        lm: the LLM.
-        batches: what is scored.
-        config: how.
-        gradient: whether to take the gradient.
-        before: module → W_{t−1}, needed where the configuration :attr:`~RewardConfig.looks_back`.
-    """
-    return score_streams(lm, [batches], config, gradient, before)[0]
-
-
-def score_streams(
-    lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool,
-    before: Mapping[str, Tensor] | None = None,
-) -> list[Scores]:  # fmt: skip
-    """:func:`score` of several streams in one pass.
-
-    Request s meets the weights of stream s, where ``lm`` holds several (see `rledit_env.lm.streams`); each stream's
-    gradient is that of its own weighted sum.
-    """
-    batches = [batch for theirs in requests for batch in theirs]
-    if not batches:
-        return [NO_SCORES] * len(requests)
-    names = list(config.components)
-    passages: list[Passage] = []
-    slot: list[int] = []  # batch · components + component of each passage
-    for b, batch in enumerate(batches):
-        for c, name in enumerate(names):
-            found = _passages(config.components[name][1], name, batch)
-            passages.extend(found)
-            slot.extend([b * len(names) + c] * len(found))
-    stream_of_batch = [s for s, theirs in enumerate(requests) for _ in theirs]
-    streams = [stream_of_batch[place // len(names)] for place in slot]
-    slots = torch.tensor(slot, dtype=torch.long)
-    lengths = torch.tensor([len(p.targets) for p in passages], dtype=torch.long)
-    # At least 1, for a component that finds nothing to score in a batch: its mean is then 0.
-    tokens = torch.bincount(slots.repeat_interleave(lengths), minlength=len(batches) * len(names)).clamp(min=1).double()
-    weight = torch.tensor(
-        [b.weight * (config.components[n][0] + b.extra.get(n, 0.0)) for b in batches for n in names],
-        dtype=torch.float64,
-    )
-    coefficient = (weight / tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
-    referenced = [i for i, s in enumerate(slot) if config.components[names[s % len(names)]][1].needs_reference]
-    reference: dict[int, Tensor] = {}
-    if config.looks_back:
-        backward = [i for i in referenced if isinstance(config.components[names[slot[i] % len(names)]][1], Locality)]
-        reference |= zip(backward, _states_before(lm, [passages[i] for i in backward], before), strict=True)
-        referenced = [i for i in referenced if i not in reference]
-    chunks: Iterable[tuple[list[int], AnswerStates]]
-    if gradient:
-        several = sum(map(len, passages)) > lm.max_tokens_per_pass
-        if several and lm.device.type == "cpu" and lm.dtype.itemsize >= 4:  # the step's most is held from here on
-            release_free_memory()
-        theirs = lm.reference_states([passages[i] for i in referenced])
-        chunks = _passes(lm, passages, streams, [s % len(names) for s in slot])
-    else:  # final states are small: all of them are held
-        states, theirs = lm.states_beside_reference(passages, streams, referenced)
-        chunks = [(list(range(len(passages))), states)]
-    reference |= zip(referenced, theirs, strict=True)
-
-    sums = torch.zeros(len(tokens), dtype=lm.edit_dtype, device=lm.device)
-    with lm.collecting(gradient) as gradients:
-        for chunk, states in chunks:
-            position_slot = slots[chunk].to(lm.device)[states.owner]
-            position_component = position_slot % len(names)
-            chunk_loss = torch.zeros((), dtype=lm.edit_dtype, device=lm.device)
-            for c, name in enumerate(names):
-                rows = (position_component == c).nonzero()[:, 0]
-                if not len(rows):
-                    continue
-                component = config.components[name][1]
-                beside = None
-                if component.needs_reference:
-                    beside = torch.cat([reference[i] for i in chunk if slot[i] % len(names) == c])
-                losses = at_least_float32(component.loss(lm, states.hidden[rows], states.targets[rows], beside))
-                sums.index_add_(0, position_slot[rows], losses.detach())
-                chunk_loss = chunk_loss + (coefficient[position_slot[rows]] * losses).sum()
-            if gradient:
-                chunk_loss.backward()
-    means = (sums.cpu().double() / tokens).view(len(batches), len(names))
-    basic = [dict(zip(names, row.tolist(), strict=True)) for row in means]
-    weighted = (means * weight.view_as(means)).sum(1).tolist()
-    scores, first = [], 0
-    for s, request in enumerate(requests):
-        own = slice(first, first := first + len(request))
-        scores.append(Scores(basic[own], weighted[own], gradients[s] or None))
-    return scores
-
-
-def _states_before(
-    lm: EditableLM, passages: Sequence[Passage], before: Mapping[str, Tensor] | None
-) -> list[Tensor]:
-    """Final states (answer tokens, d) of each passage at the weights of before the step; the current ones are kept."""
-    if before is None:
-        raise ValueError("locality_reference is 'previous', which needs the weights of before the step: use a single "
-                         "environment, or locality_reference='original'")
-    with lm.preserved():
-        lm.restore(before)
-        states = lm.answer_states(passages)
-    return list(states.hidden.split([len(p.targets) for p in passages]))
-
-
-def _passages(component: Component | TextComponent, name: str, batch: ScoredBatch) -> list[Passage]:
-    """What a component scores of a batch."""
-    if isinstance(component, TextComponent):
-        if name not in batch.texts:
-            raise ValueError(f"the batch has no texts for the component {name!r}; draw them: with_texts(…)")
-        return list(batch.texts[name])
-    pairs = zip(batch.records, batch.choices, strict=True)
-    return [passage for record, choice in pairs for passage in component.passages(record, choice)]
-
-
-def _passes(
-    lm: EditableLM, passages: Sequence[Passage], streams: Sequence[int], component: Sequence[int]
-) -> Iterator[tuple[list[int], AnswerStates]]:
-    """:meth:`EditableLM.answer_chunks`, each component's passages by themselves if they fill some passes: its output
-    head's product then has more rows."""
-    if sum(map(len, passages)) < 4 * lm.max_tokens_per_pass:
-        yield from lm.answer_chunks(passages, streams)
-        return
-    for c in sorted(set(component)):
-        members = [i for i, theirs in enumerate(component) if theirs == c]
-        for chunk, states in lm.answer_chunks([passages[i] for i in members], [streams[i] for i in members]):
-            yield [members[i] for i in chunk], states

@@ -10,10 +10,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rledit_env.lm.editable import Trace
+from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.weights import NotFiniteError
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
+Action = dict[str, dict[str, Tensor]]  # an accepted action, or the change that it made: its parts, each by module
 
 
 def _unbounded(*shape: int) -> spaces.Box:
@@ -88,6 +89,24 @@ def numpy_observation(observation: Mapping[str, Any], rows: int) -> dict[str, An
         "edit_loss": observation["edit_loss"].cpu().numpy(),
         "progress": observation["progress"].cpu().numpy(),
     }
+
+
+def arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary of tensors, or of such dictionaries, as NumPy arrays."""
+    return {k: arrays(t) if isinstance(t, Mapping) else t.cpu().numpy() for k, t in tensors.items()}
+
+
+def action_tensors(action: Any, lm: EditableLM, padded_rows: int, used_rows: int) -> Action:
+    """An action of any form as tensors on the LLM's device in the edited weights' precision.
+
+    Raises:
+        ValueError: as :func:`unpack_action` and `EditableLM.matrices`.
+    """
+    for form in ("updates", "accumulated"):
+        if isinstance(action, Mapping) and set(action) == {form}:
+            return {form: lm.matrices(action[form], f"action[{form!r}]")}
+    keys, values = unpack_action(action, lm.module_shapes, padded_rows, used_rows, lm.device, lm.edit_dtype)
+    return {"keys": keys, "values": values}
 
 
 def unpack_action(

@@ -14,11 +14,12 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from rledit_env.copying import Copied, SharedArguments
-from rledit_env.env import Action, LifelongEditEnv
+from rledit_env.env import LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
 from rledit_env.nesting import BOTH, Part, check_raw
-from rledit_env.reward import NO_SCORES, Scores, score_streams
+from rledit_env.scoring import NO_SCORES, Scores, score_streams
+from rledit_env.spaces import Action
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 
@@ -86,7 +87,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         )
         template = LifelongEditEnv(kind, **arguments)
         self.num_envs = num_envs
-        self.envs = [template._sibling(StreamLM(template.lm)) for _ in range(num_envs)]
+        self.envs = [template.sibling(StreamLM(template.lm)) for _ in range(num_envs)]
         self.metadata = {**template.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = template.render_mode
         self.single_observation_space = template.observation_space
@@ -99,9 +100,9 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self._observations: list[dict[str, Any]] = [{}] * num_envs  # each stream's latest, as tensors without padding
         self._ended = np.zeros(num_envs, dtype=np.bool_)
 
-    def _state(self) -> dict[str, Any]:
+    def pickled_state(self) -> dict[str, Any]:
         latest = self._observations, self._ended
-        return {"latest": latest, "environments": [env._state() for env in self.envs]}
+        return {"latest": latest, "environments": [env.pickled_state() for env in self.envs]}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._observations, self._ended = state["latest"]
@@ -153,10 +154,10 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         infos: dict[str, Any] = {}
         for i in chosen:
             own = {**options, "indices": indices[i]} if by_stream else options
-            infos = self._add_info(infos, self.envs[i]._begin(seeds[i], own), i)
+            infos = self._add_info(infos, self.envs[i].begin(seeds[i], own), i)
             self._ended[i] = False
         for i, trace in self._traces(chosen).items():
-            self._observations[i] = self.envs[i]._observe(trace)
+            self._observations[i] = self.envs[i].episode.observe(trace)
         return self._batched(), infos
 
     def _reset_mask(self, mask: Any) -> list[int]:
@@ -187,43 +188,46 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         renewed = [i for i in range(self.num_envs) if self._ended[i] and mode is AutoresetMode.NEXT_STEP]
         stepping = [i for i in range(self.num_envs) if i not in renewed]
         accepted = {i: self._accept(i, actions) for i in stepping}
-        made = {i: self.envs[i]._transition(accepted[i]) for i in stepping}
-        for i, trace in self._traces([i for i in stepping if self.envs[i]._may_repeat]).items():
-            self.envs[i]._checked = trace
+        episodes = [env.episode for env in self.envs]
+        changes = {i: episodes[i].apply(accepted[i]) for i in stepping}
+        for i, trace in self._traces([i for i in stepping if episodes[i].may_repeat]).items():
+            episodes[i].checked = trace
         scores = self._scores(stepping)
-        outcomes = {i: self.envs[i]._rewarded(made[i], scores[i]) for i in stepping}
+        outcomes = {i: episodes[i].reward(changes[i], scores[i]) for i in stepping}
 
         infos: dict[str, Any] = {}
-        begun = {i: self.envs[i]._begin() for i in renewed}  # infos of new episodes
+        begun = {i: self.envs[i].begin() for i in renewed}  # infos of new episodes
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
 
         def conclude(i: int, trace: Trace | None) -> None:
             nonlocal infos
-            env = self.envs[i]
-            observation, rewards[i], info = env._conclude(*outcomes[i], trace)
-            env._undo = None
+            observation, rewards[i], info = episodes[i].conclude(*outcomes[i], trace)
+            if self.render_mode == "human":
+                self.envs[i].render()
+            episodes[i].forget_before()
             info = self._padded(info)
-            ended[i] = env._over
+            ended[i] = episodes[i].over
             if ended[i] and mode is AutoresetMode.SAME_STEP:
-                infos = self._add_info(infos, {"final_obs": env._presented(observation), "final_info": info}, i)
-                begun[i] = env._begin()
+                last = {"final_obs": episodes[i].presented(observation), "final_info": info}
+                infos = self._add_info(infos, last, i)
+                begun[i] = self.envs[i].begin()
             else:
                 self._observations[i] = observation
                 infos = self._add_info(infos, info, i)
 
         concluded: set[int] = set()
         for i in stepping:
-            checked = self.envs[i]._take_checked()
-            if self.envs[i]._over or checked is not None:
-                conclude(i, None if self.envs[i]._over else checked)
+            checked = episodes[i].take_checked()
+            if episodes[i].over or checked is not None:
+                conclude(i, None if episodes[i].over else checked)
                 concluded.add(i)
         begun_or_left = [i for i in range(self.num_envs) if i in begun or i not in concluded]
-        waiting = [i for i in begun_or_left if not self.envs[i]._over]
+        waiting = [i for i in begun_or_left if not episodes[i].over]
         while waiting:  # a second time where the next batch shows that an update broke the model, and all begins anew
             new = set(begun)
             for i, trace in self._traces(waiting).items():
                 if i in new:
-                    self._observations[i] = self.envs[i]._observe(trace)
+                    self._observations[i] = self.envs[i].episode.observe(trace)
                 else:
                     conclude(i, trace)
             waiting = [i for i in begun if i not in new]
@@ -235,7 +239,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
     def _accept(self, i: int, actions: Any) -> Action:
         """Stream i's action; raises, with nothing changed, for what its `step` would reject."""
         try:
-            return self.envs[i]._accept(self._own(i, actions))
+            return self.envs[i].accept(self._own(i, actions))
         except ValueError as error:
             raise ValueError(f"stream {i}: {error}") from error
 
@@ -256,7 +260,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
                     f"{self.num_envs} streams"
                 )
             padded = part in ("keys", "values") and array.ndim == 3 and array.shape[1] == shown
-            return array[i][: self.envs[i]._rows] if padded else array[i]
+            return array[i][: self.envs[i].episode.rows] if padded else array[i]
 
         return {
             part: {m: row(part, m, value) for m, value in by.items()} if isinstance(by, Mapping) else by
@@ -268,13 +272,13 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if not streams:
             return {}
         joint = together([self._lm(i) for i in streams])
-        token = self.envs[0].token
-        return dict(zip(streams, joint.trace_batches([self.envs[i]._edits() for i in streams], token), strict=True))
+        edits = [self.envs[i].episode.edits() for i in streams]
+        return dict(zip(streams, joint.trace_batches(edits, self.envs[0].token), strict=True))
 
     def _scores(self, streams: Sequence[int]) -> dict[int, Scores]:
         """What the rewards of some streams look at, scored in one pass."""
         config = self.envs[0].reward_config
-        requests = {i: self.envs[i]._scored_now() for i in streams}
+        requests = {i: self.envs[i].episode.batches_to_score() for i in streams}
         scores = dict.fromkeys(streams, NO_SCORES)
         asked = [i for i in streams if requests[i]]
         if asked and config is not None:

@@ -14,7 +14,8 @@ from rledit_env.answering import PAIR, Ending, OtherQuestions, Preference, endin
 from rledit_env.answers import is_exact
 from rledit_env.encoding import encode
 from rledit_env.evaluation.metrics import evaluate
-from rledit_env.reward import RewardConfig, ScoredBatch, score, with_texts
+from rledit_env.reward import RewardConfig
+from rledit_env.scoring import ScoredBatch, score, with_texts
 
 COMPONENTS = {
     "edit": Preference("edit"), "paraphrases": Preference(), "unrelated": Preference("unrelated", margin=0.3),

@@ -83,7 +83,6 @@ def test_an_update_that_breaks_the_llm_is_taken_back_bit_for_bit(dtype: str) -> 
     assert info["diverged"]
     assert all(torch.equal(weight, before[m]) for m, weight in env.unwrapped.lm.snapshot().items())
     undo = env.unwrapped.lm.apply(**fine_tuning(observation))
-    assert undo.nbytes < sum(weight.nbytes for weight in before.values())
     undo()
     assert all(torch.equal(weight, before[m]) for m, weight in env.unwrapped.lm.snapshot().items())
 

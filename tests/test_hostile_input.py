@@ -191,11 +191,11 @@ def test_an_odd_action_is_applied_or_refused_and_then_nothing_has_changed(
         action = data.draw(JSON)
     weights, rng = env.lm.snapshot(), env.np_random.bit_generator.state
     if refused(lambda: env.step(action)):
-        assert env._step == 0 and env.np_random.bit_generator.state == rng
+        assert env.position == 0 and env.np_random.bit_generator.state == rng
         assert all(torch.equal(env.lm.weight(m), w) for m, w in weights.items())
     else:
         assert all(bool(torch.isfinite(env.lm.weight(m)).all()) for m in weights)
-        assert env._step == 1
+        assert env.position == 1
 
 
 @cases(150)

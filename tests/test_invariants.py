@@ -135,7 +135,7 @@ def test_2_a_dense_update_is_the_same_step_as_factors_that_give_it(tiny_lm, make
                 action = {"accumulated": total}
             observation, reward, *_ = env.step(action)
             rewards.append(reward)
-        assert env._over
+        assert env.episode.over
         results.append((rewards, env.lm.snapshot()))
     for rewards, weights in results[1:]:
         assert rewards == pytest.approx(results[0][0], rel=1e-5 if dtype == torch.float32 else 1e-2)
@@ -562,7 +562,7 @@ def test_8_a_rejected_action_leaves_weights_stream_and_random_state_as_they_were
         used = int(observation["mask"].sum())
         env.step({part: {m: f[:used] for m, f in fs.items()} for part, fs in random_action(env, seed=1).items()})
         action = random_action(env, seed=2)
-        used = env._rows
+        used = env.episode.rows
         return env, {part: {m: f[:used] for m, f in fs.items()} for part, fs in action.items()}
 
     env, good = begin()

@@ -67,7 +67,7 @@ def test_the_facts_that_have_taken_are_left_out_and_the_batch_ends_with_the_last
     closed: set[int] = set()
     while not done:
         batch = env.position // 6
-        passages = [record.edit for record in env._records(batch)]
+        passages = [record.edit for record in env.episode.records(batch)]
         with torch.no_grad():
             least = [float(full_logits(env.lm, p).softmax(-1).gather(1, torch.tensor(p.targets)[:, None]).min())
                      for p in passages]
@@ -190,7 +190,7 @@ def test_an_interrupted_step_leaves_the_presented_facts_as_they_were(until, monk
     env = until(reward="paper")
     at(env, 2)
     before = env.position, env.presented_facts()
-    observation = env._observe(env.lm.trace(env._edits(), env.token))
+    observation = env.episode.observe(env.episode.trace())
 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
@@ -199,8 +199,8 @@ def test_an_interrupted_step_leaves_the_presented_facts_as_they_were(until, monk
         patch.setattr(env_module, "score", interrupted)
         with pytest.raises(KeyboardInterrupt):
             env.step(tuned(observation))
-    assert (env.position, env.presented_facts()) == before and env._checked is None
-    assert same(env._observe(env.lm.trace(env._edits(), env.token)), observation)
+    assert (env.position, env.presented_facts()) == before and env.episode.checked is None
+    assert same(env.episode.observe(env.episode.trace()), observation)
 
 
 @pytest.mark.parametrize("reward", ["none", "paper"])

@@ -14,7 +14,8 @@ import torch
 from rledit_env.encoding import encode
 from rledit_env.evaluation.general.self_text import OPENINGS, REWARD_OPENINGS, self_text
 from rledit_env.preservation import Constraint, Continuation, Multiplier, OwnText
-from rledit_env.reward import RewardConfig, ScoredBatch, score, with_texts
+from rledit_env.reward import RewardConfig
+from rledit_env.scoring import ScoredBatch, score, with_texts
 
 SMALL = {"own_text": (2.0, OwnText(passages=3, tokens=6, pool=8)), "continuation": (0.5, Continuation(2, 5))}
 
@@ -216,7 +217,7 @@ def test_without_such_components_no_random_number_is_drawn(make_env):
         states.append(env.np_random.bit_generator.state)
     rng = np.random.default_rng()
     rng.bit_generator.state = states[0]
-    assert with_texts(env.lm, env._scored(0, 1.0), RewardConfig(), False, rng).texts == {}
+    assert with_texts(env.lm, env.episode.scored(0, 1.0), RewardConfig(), False, rng).texts == {}
     assert states[0] == states[1] == rng.bit_generator.state
 
 

@@ -15,13 +15,12 @@ from rledit_env.reward import (
     Efficacy,
     Generalization,
     RewardConfig,
-    ScoredBatch,
     backtracked,
     frobenius_penalty,
     pick,
     resolve_reward,
-    score,
 )
+from rledit_env.scoring import ScoredBatch, score
 
 
 def reference_losses(lm, original, full_logits, records) -> dict[str, torch.Tensor]:
@@ -167,11 +166,11 @@ def test_one_of_several_paraphrases_is_picked_evenly():
 def test_a_step_is_scored_with_the_same_choices_throughout_an_episode(make_env, uneven_facts, monkeypatch):
     env = make_env("counterfact", data=uneven_facts, num_batches=4, batch_size=1)
     env.reset(seed=0)
-    first = [env._scored(b, 1.0).choices for b in range(4)]
-    assert [env._scored(b, 1.0).choices for b in range(4)] == first
+    first = [env.episode.scored(b, 1.0).choices for b in range(4)]
+    assert [env.episode.scored(b, 1.0).choices for b in range(4)] == first
     assert len({c for [c] in first}) == 4
     env.reset()
-    assert [env._scored(b, 1.0).choices for b in range(4)] != first
+    assert [env.episode.scored(b, 1.0).choices for b in range(4)] != first
 
 
 # -- backtracking
@@ -217,7 +216,7 @@ def test_a_sampled_reward_scores_one_earlier_batch_with_the_whole_weight(make_en
         for step in range(3):
             *_, info = env.step(random_action(env, seed=step))
         parts[reward.backtracking_samples] = info["backtracking"]
-        encoded = [score(env.lm, [env._scored(b, 1.0)], reward, False).total for b in (1, 0)]
+        encoded = [score(env.lm, [env.episode.scored(b, 1.0)], reward, False).total for b in (1, 0)]
     assert parts[None] == pytest.approx(0.9 * encoded[0] + 0.81 * encoded[1], rel=1e-5)
     assert min(abs(parts[1] - 1.71 * loss) for loss in encoded) < 1e-4
 

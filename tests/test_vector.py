@@ -177,7 +177,7 @@ def without(infos: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
 def test_a_stream_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_anew(both, monkeypatch):
     vector, _ = both(autoreset_mode=AutoresetMode.SAME_STEP, num_batches=3)
     observations, _ = vector.reset(seed=0)
-    observe, calls = vector.envs[1]._observe, []
+    observe, calls = vector.envs[1].episode.observe, []
 
     def broken(trace):
         observation = observe(trace)
@@ -186,7 +186,7 @@ def test_a_stream_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_ane
             observation["edit_loss"] = torch.full((1,), float("nan"))
         return observation
 
-    monkeypatch.setattr(vector.envs[1], "_observe", broken)
+    monkeypatch.setattr(vector.envs[1].episode, "observe", broken)
     observations, rewards, terminations, _, infos = vector.step(fine_tuning(observations))
     assert terminations.tolist() == [False, True, False]
     assert rewards[1] == -1000 and (rewards[[0, 2]] > -1000).all()

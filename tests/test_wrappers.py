@@ -299,7 +299,8 @@ def test_the_zero_flat_action_edits_nothing_and_one_along_the_gradient_beats_its
     losses = []
     for sign in (-1.0, 0.0, 1.0):
         env.reset(seed=0)
-        observation = env.unwrapped._presented(env.unwrapped._observe(env.unwrapped.lm.trace(env.unwrapped._edits())))
+        episode = env.unwrapped.episode
+        observation = episode.presented(episode.observe(episode.trace()))
         rows = {"keys": observation["keys"], "values": observation["value_gradients"]}
         factors = {
             part: {m: f / np.maximum(np.abs(f).max(), 1e-9) for m, f in by.items()} for part, by in rows.items()

@@ -134,7 +134,7 @@ class StreamLM(EditableLM):
 
 
 def together(streams: Sequence[StreamLM]) -> EditableLM:
-    """The streams as one LM, to be given to :meth:`EditableLM.trace_batches` and `rledit_env.reward.score_streams`.
+    """The streams as one LM, to be given to :meth:`EditableLM.trace_batches` and `rledit_env.scoring.score_streams`.
 
     Their s-th batch or request then meets the weights of ``streams[s]``. Nothing is copied.
 

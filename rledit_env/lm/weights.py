@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pickle import PicklingError
 from typing import Any
@@ -94,10 +93,8 @@ class EditedWeights:
         """The pre-trained weight W₀ (d_out, d_in), float32; not a copy: read only."""
         return self._original[name]
 
-    def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor], sparing: bool = True) -> Undo:
+    def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[[], None]:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out).
-
-        ``sparing``: whether what takes it back spares memory; a copy of the weights takes half the time.
 
         Returns:
             What takes it back, as long as no other change came after.
@@ -106,13 +103,10 @@ class EditedWeights:
             RuntimeError: factors do not fit a weight; none has changed.
         """
         like = next(iter(self._master.values()))
-        updates = {n: partial(_product, values[n].to(like), keys[n].to(like)) for n in self._modules}
-        return self._add(updates, sparing)
+        return self._add((n, values[n].to(like).t() @ keys[n].to(like)) for n in self._modules)
 
-    def add(self, updates: Mapping[str, Any], sparing: bool = True) -> Undo:
+    def add(self, updates: Mapping[str, Any]) -> Callable[[], None]:
         """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
-
-        ``sparing``: as for :meth:`apply`.
 
         Returns:
             What takes it back, as long as no other change came after.
@@ -120,19 +114,20 @@ class EditedWeights:
         Raises:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
-        return self._add({n: partial(_same, u) for n, u in self.matrices(updates, "updates").items()}, sparing)
+        return self._add(self.matrices(updates, "updates").items())
 
     @torch.no_grad()
-    def _add(self, updates: Mapping[str, Callable[[], Tensor]], sparing: bool) -> Undo:
-        changes: dict[str, _Change] = {}
+    def _add(self, updates: Iterable[tuple[str, Tensor]]) -> Callable[[], None]:
+        before: dict[str, Tensor] = {}
         try:
-            for name, update in updates.items():
-                changes[name] = _Change.made(self._master[name], update, sparing)
+            for name, update in updates:
+                before[name] = self._master[name].clone()
+                self._master[name] += update
                 self._refresh(name, self._modules[name])
         except BaseException:  # such as Ctrl-C, or a device without memory for the next one
-            self._take_back(changes)
+            self._put_back(before)
             raise
-        return Undo(self, changes)
+        return partial(self._put_back, before)
 
     @torch.no_grad()
     def replace(self, accumulated: Mapping[str, Any]) -> None:
@@ -186,24 +181,21 @@ class EditedWeights:
             checked[name] = matrix
         return checked
 
-    @torch.no_grad()
-    def _take_back(self, changes: Mapping[str, _Change]) -> None:
-        for name, change in changes.items():
-            change.take_back(self._master[name])
-            self._refresh(name, self._modules[name])
-
     def _refresh(self, name: str, module: nn.Module) -> None:
         oriented = self._oriented(module)
         if oriented.data_ptr() != self._master[name].data_ptr():
             oriented.data.copy_(self._master[name])
 
-    @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Tensor] | None = None) -> None:
         """Put back a snapshot, or the pre-trained weights, bit for bit."""
         wanted = self._original if snapshot is None else snapshot
-        for name, module in self._modules.items():
-            self._master[name].copy_(wanted[name])
-            self._refresh(name, module)
+        self._put_back({name: wanted[name] for name in self._modules})
+
+    @torch.no_grad()
+    def _put_back(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self._master[name].copy_(weight)
+            self._refresh(name, self._modules[name])
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the edited weights, float32 (d_out, d_in)."""
@@ -246,97 +238,3 @@ class EditedWeights:
     def drift(self) -> dict[str, float]:
         """‖W_t − W₀‖ / ‖W₀‖ by module (Frobenius)."""
         return {n: float((self._master[n] - self._original[n]).norm()) / self._norms[n] for n in self._modules}
-
-
-class Undo:
-    """Takes an update of edited weights back, bit for bit, without a copy of what was before if it is to spare memory.
-
-    Where W' − ΔW is W again, nothing is kept; for a typical update these are 98 of 100 numbers. The others, whose sum
-    was rounded, are kept as they were.
-    """
-
-    def __init__(self, weights: EditedWeights, changes: Mapping[str, _Change]) -> None:
-        self._weights, self._changes = weights, changes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it keeps, beside the update itself."""
-        return sum(change.nbytes for change in self._changes.values())
-
-    def __call__(self) -> None:
-        """Put the weights back.
-
-        Raises:
-            RuntimeError: the weights are not those that the update made, or this machine did not make the update again
-                as it was.
-        """
-        self._weights._take_back(self._changes)
-
-
-@dataclass(frozen=True)
-class _Change:
-    """One weight's part of an :class:`Undo`.
-
-    Attributes:
-        update: makes ΔW (d_out, d_in) once more.
-        places: of the numbers kept, counted row by row; None if all are.
-        numbers: the weights that were there.
-        check: :func:`_checksum` of all that were.
-    """
-
-    update: Callable[[], Tensor]
-    places: Tensor | None
-    numbers: Tensor
-    check: int
-
-    @classmethod
-    def made(cls, weight: Tensor, update: Callable[[], Tensor], sparing: bool) -> _Change:
-        """Add ΔW to a weight (d_out, d_in); where that fails, the weight is as it was."""
-        change, before = update(), weight.clone()
-        try:
-            weight += change
-            if not sparing:
-                return cls(update, None, before, 0)
-            rows, columns = (_bits(weight - change) != _bits(before)).nonzero(as_tuple=True)
-            if 3 * len(rows) > before.numel():  # a number that is kept takes three times its bytes, with its place
-                return cls(update, None, before, 0)
-            return cls(update, rows * weight.shape[1] + columns, before[rows, columns], _checksum(before))
-        except BaseException:
-            weight.copy_(before)
-            raise
-
-    def take_back(self, weight: Tensor) -> None:
-        """Subtract it from a weight."""
-        if self.places is None:
-            weight.copy_(self.numbers)
-            return
-        weight -= self.update()
-        width = weight.shape[1]
-        weight[self.places // width, self.places % width] = self.numbers
-        if _checksum(weight) != self.check:
-            raise RuntimeError(
-                "the weights before the update cannot be had again bit for bit: they were changed by something else "
-                "since, or this machine does not repeat a matrix product (torch.use_deterministic_algorithms)"
-            )
-
-    @property
-    def nbytes(self) -> int:
-        return self.numbers.nbytes + (0 if self.places is None else self.places.nbytes)
-
-
-def _product(values: Tensor, keys: Tensor) -> Tensor:
-    """ṽᵀũ (d_out, d_in)."""
-    return values.t() @ keys
-
-
-def _same(update: Tensor) -> Tensor:
-    return update
-
-
-def _bits(numbers: Tensor) -> Tensor:
-    """The same bits as whole numbers: −0 is not 0, and what is no number is itself."""
-    return numbers.view(torch.int64 if numbers.dtype == torch.float64 else torch.int32)
-
-
-def _checksum(numbers: Tensor) -> int:
-    return int(_bits(numbers).sum(dtype=torch.int64))

@@ -33,7 +33,7 @@ def history(lm: EditableLM, facts: KnowledgeDataset) -> list[dict[str, float]]:
     env = LifelongEditEnv("zsre", lm, data=facts, num_batches=2, batch_size=2, array_backend="torch",
                           reward_gradient=True)
     observation, _ = env.reset(seed=0)
-    while not env._over:
+    while not env.episode.over:
         values = {m: -0.1 * g for m, g in observation["value_gradients"].items()}
         observation, *_ = env.step({"keys": observation["keys"], "values": values})
     return env.history

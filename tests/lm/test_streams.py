@@ -13,7 +13,8 @@ from rledit_env.evaluation.metrics import evaluate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import TOKEN_CHOICES
 from rledit_env.lm.streams import StreamLM, together
-from rledit_env.reward import RewardConfig, ScoredBatch, score, score_streams
+from rledit_env.reward import RewardConfig
+from rledit_env.scoring import ScoredBatch, score, score_streams
 
 ARCHITECTURES = ["tiny-llama", "tiny-mistral", "tiny-gemma2", "tiny-gemma3", "tiny-qwen2", "tiny-qwen3", "tiny-gpt2"]
 

@@ -660,9 +660,9 @@ def test_the_running_sum_is_clipped_after_every_step(paper_env):
 
 def previous_kl(lm: EditableLM, env, before: dict[str, Tensor]) -> float:
     """Mean KL(p_{W_{t−1}} ‖ p_{W_t}) at the answer positions of the current batch's unrelated pairs."""
-    batch = env._step // env.steps_per_batch - 1
-    choices = env._choices[env._indices(batch)]
-    pairs = zip(env._records(batch), choices, strict=True)
+    batch = env.episode.batch - 1
+    choices = env.episode.choices[env.episode.places(batch)]
+    pairs = zip(env.episode.records(batch), choices, strict=True)
     passages = [p for record, choice in pairs for p in Locality().passages(record, choice)]
     now = lm.answer_states(passages).hidden
     with lm.preserved():

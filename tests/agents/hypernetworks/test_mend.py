@@ -28,7 +28,8 @@ from agents.rledit.blocks import ResidualBlocks
 from agents.rledit.trajectory import trajectory
 from agents.running.editors import EDITORS
 from rledit_env.knowledge import load_knowledge
-from rledit_env.reward import Generalization, Locality, RewardConfig, ScoredBatch, score
+from rledit_env.reward import Generalization, Locality, RewardConfig
+from rledit_env.scoring import ScoredBatch, score
 
 MODULES = "model.layers.[2-3].mlp.{gate,up}_proj"
 MEND, MALMEN = EDITORS["mend"], EDITORS["malmen"]
@@ -185,7 +186,7 @@ def test_the_training_reward_is_the_batchs_own_editing_loss_from_the_original_we
     agent = trained("mend", env)
     observation, _ = env.reset(seed=3)
     assert all(torch.equal(env.lm.weight(m), env.lm.original_weight(m)) for m in env.lm.module_shapes)
-    batch = ScoredBatch(env.current_batch(), env._choices.tolist(), 1.0)
+    batch = ScoredBatch(env.current_batch(), env.episode.choices.tolist(), 1.0)
     _, reward, terminated, _, info = env.step(agent.predict(observation)[0])
     losses = score(env.lm, [batch], config, gradient=False).basic[0]
     assert terminated
@@ -277,7 +278,7 @@ def test_the_network_is_retrained_on_the_current_weights_after_every_so_many_bat
     observation, _ = env.reset(seed=7)
 
     def watched(editor, train_env, seed, **reset):
-        met.append((env._step, env.lm.snapshot()))
+        met.append((env.position, env.lm.snapshot()))
         return trajectory(editor, train_env, seed, **reset)
 
     monkeypatch.setattr("agents.hypernetworks.retraining.trajectory", watched)
@@ -287,7 +288,7 @@ def test_the_network_is_retrained_on_the_current_weights_after_every_so_many_bat
         before = env.lm.snapshot()
         action, _ = agent.predict(observation)
         for step, weights in met[-agent.config.trajectories_per_update :]:
-            if step == env._step:
+            if step == env.position:
                 assert all(torch.equal(weights[m], w) for m, w in before.items())
         observation, _, done, _, _ = env.step(action)
     per_update = agent.config.trajectories_per_update

@@ -292,7 +292,7 @@ def test_an_update_that_breaks_the_llm_is_taken_back_bit_for_bit(mode: str, rewa
         _, _, terminated, _, info = env.step(agent.predict(observation)[0])
         assert info["batch"] == 1 and not info["diverged"] and not terminated
     elif mode == "skip":
-        clean = env.lm.trace(env._edits(), env.token)
+        clean = env.lm.trace(env.episode.edits(), env.token)
         assert all(torch.equal(shown["keys"][m], clean.keys[m]) for m in clean.keys), "seen at the weights put back"
         _, _, terminated, _, info = env.step(agent.predict(shown)[0])
         assert info["batch"] == 2 and not info["diverged"] and terminated

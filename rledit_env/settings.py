@@ -1,0 +1,64 @@
+"""EpisodeSettings: what an environment was asked for, checked, beside the model and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.reward import RewardConfig
+
+RENDER_MODES = ["ansi", "human", "rgb_array"]
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """The settings of an environment's episodes; `LifelongEditEnv`'s arguments of the same names say what they mean.
+
+    Attributes:
+        reward_config: the reward; None for none.
+
+    Raises:
+        ValueError: a setting has a value that it cannot have.
+    """
+
+    token: str
+    array_backend: Literal["numpy", "torch"]
+    on_divergence: Literal["end", "skip", "raise"]
+    steps_per_batch: int
+    present_until: float | None
+    action_noise_std: float
+    render_mode: str | None
+    reward_gradient: bool
+    reward_config: RewardConfig | None
+
+    def __post_init__(self) -> None:
+        probability = not isinstance(self.present_until, bool) and (
+            self.present_until is None or 0 < self.present_until < 1
+        )
+        for name, holds, wanted in (
+            ("token", self.token in TOKEN_CHOICES, f"one of {', '.join(TOKEN_CHOICES)}"),
+            ("array_backend", self.array_backend in ("numpy", "torch"), "'numpy' or 'torch'"),
+            ("on_divergence", self.on_divergence in ("end", "skip", "raise"), "'end', 'skip' or 'raise'"),
+            ("steps_per_batch", self.steps_per_batch >= 1, "1 or more"),
+            ("present_until", probability, "a probability above 0 and below 1, or None"),
+            ("action_noise_std", self.action_noise_std >= 0, "0 or more"),
+            ("render_mode", self.render_mode in (None, *RENDER_MODES), f"None or one of {RENDER_MODES}"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give {wanted}")
+
+    @property
+    def shows_answers(self) -> bool:
+        """Whether the LLM's answers before and after each step are shown."""
+        return self.render_mode in ("ansi", "human")
+
+    @property
+    def batch_stride(self) -> int:
+        """One in so many batches is scored."""
+        return self.reward_config.batch_stride if self.reward_config is not None else 1
+
+    @property
+    def floor(self) -> float:
+        """The reward of a step that breaks the LLM."""
+        return self.reward_config.floor if self.reward_config is not None else 0.0
