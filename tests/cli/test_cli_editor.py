@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from agents import UltraEditAgent, find_agent, load_agent, strength
+from agents import UltraEditAgent, find_agent, load_agent
+from agents.running import strength
 from agents.running.editors import EDITORS, training_free_editors
 from rledit_env import cli
 from rledit_env.cli import editing
