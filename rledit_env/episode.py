@@ -18,7 +18,7 @@ from torch import Tensor
 from rledit_env import render, spaces
 from rledit_env.encoding import EncodedDataset, EncodedRecord
 from rledit_env.knowledge import KnowledgeStream
-from rledit_env.ledger.store import Recorder
+from rledit_env.ledger import Recorder
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.weights import NotFiniteError
