@@ -222,14 +222,14 @@ class LifelongEditEnv(Copied, gym.Env):
     multiplier = OfEpisode[Multiplier | None]()
     recorder = OfEpisode[Recorder | None]()
     history = OfEpisode[list[dict[str, float]]]()
-    _np_random = OfEpisode[np.random.Generator]("random")  # type: ignore[assignment]
+    _np_random = OfEpisode[np.random.Generator]("random")
     token = OfSettings[str]()
     array_backend = OfSettings[Literal["numpy", "torch"]]()
     on_divergence = OfSettings[Literal["end", "skip", "raise"]]()
     steps_per_batch = OfSettings[int]()
     present_until = OfSettings[float | None]()
     action_noise_std = OfSettings[float]()
-    render_mode = OfSettings[str | None]()  # type: ignore[assignment]
+    render_mode = OfSettings[str | None]()
     reward_gradient = OfSettings[bool]()
     reward_config = OfSettings[RewardConfig | None]()
 
