@@ -122,7 +122,7 @@ def run(args: Args) -> dict[str, Any]:
         steps_per_batch=args.steps_per_batch, array_backend="torch",
     )  # fmt: skip
     if args.agent:
-        agent: Any = load_agent(find_agent(args.agent), env)
+        agent: Any = load_agent(find_agent(args.agent, args.kind), env)
     else:
         agent = RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(blocks=0, step_size=args.step_size)))
     agent.reset()
