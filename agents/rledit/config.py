@@ -167,6 +167,10 @@ class RLEditConfig:
         clipping: of what: "update", the mean gradient of an update, divided by the trajectory's steps; or "running
             sum", the sum over the trajectory's steps, again after each of them (see :func:`rledit_paper`).
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
+        batches_per_update: the policy learns along a stream, from the return of so many batches at a time, and goes on
+            with the stream: long streams then cost an update no more than short ones do, and the policy meets what
+            an LLM of many edits is like. What a batch does to the return of later ones is not seen beyond that many.
+            None: one update for whole trajectories, as in the paper.
         discount: γ.
         prior_batches: batches of training facts that the recursion's prior C, unless it is of text, and the moments
             that streams start from are gathered from before the first update (see `HypernetworkConfig.prior` and
@@ -191,6 +195,7 @@ class RLEditConfig:
     step_size_learning_rate: float = 4e-2
     max_gradient_norm: float = 1.0
     trajectories_per_update: int = 1
+    batches_per_update: int | None = None
     discount: float = 1.0
     prior_batches: int = 40
     drift_limit: float | None = 0.6
@@ -208,6 +213,14 @@ class RLEditConfig:
             raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
         if not 0 <= self.policy_average < 1:
             raise ValueError(f"policy_average is {self.policy_average}; give a decay from 0 to below 1")
+        along = self.batches_per_update
+        if along is not None and (type(along) is not int or along < 1):
+            raise ValueError(f"batches_per_update is {along!r}; give a whole number from 1, or None for whole "
+                             "trajectories")
+        if along is not None and self.trajectories_per_update != 1:
+            raise ValueError(f"batches_per_update is {along} and trajectories_per_update {self.trajectories_per_update}"
+                             ", but a policy that learns along a stream learns from one at a time; give "
+                             "trajectories_per_update=1")
 
 
 def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:

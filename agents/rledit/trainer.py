@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ class Trainer:
         agent.progress = replace(agent.progress, waited=0, evaluated=None)
         self.processes = run.processes or Processes()
         kind = agent.config.network.normaliser
+        along = agent.config.batches_per_update is not None
+        if self.processes.count > 1 and along:
+            raise ValueError(f"batches_per_update is {agent.config.batches_per_update}, but each of several processes "
+                             "would change the policy along a stream of its own; give batches_per_update=None, or "
+                             "train in one process")
+        self.learn = partial(improve_policy, agent) if along else None
         if self.processes.count > 1 and kind != "stream":
             raise ValueError(f"normaliser is {kind!r}, but every process would have moments of its own streams; give "
                              "normaliser='stream', or train in one process")
@@ -170,7 +177,7 @@ class Trainer:
         count = min(agent.config.trajectories_per_update, left)
         first = processes.rank * count
         for place in range(first, first + count):
-            gradient, numbers = trajectory(agent, self.env, agent.seed + agent.updates * 1000 + place)
+            gradient, numbers = trajectory(agent, self.env, agent.seed + agent.updates * 1000 + place, self.learn)
             gradients.append(gradient)
             measured += [numbers[AT_END]] if AT_END in numbers else []
             self._count_steps()
@@ -249,9 +256,16 @@ def update_policy(
     agent: HypernetworkPolicy, gradients: Sequence[Sequence[Tensor]], processes: Processes | None = None
 ) -> dict[str, float]:
     """One step of Adam on the mean of the trajectories' gradients, those of the other processes among them."""
-    parameters, norm_bound = agent.network.learned_parameters(), agent.config.max_gradient_norm
     own = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
-    for parameter, gradient in zip(parameters, (processes or Processes()).mean(own), strict=True):
+    norm = improve_policy(agent, (processes or Processes()).mean(own))
+    agent.updates += 1
+    return {"gradient_norm": norm}
+
+
+def improve_policy(agent: HypernetworkPolicy, policy_gradient: Sequence[Tensor]) -> float:
+    """One step of Adam, and the running mean of the policies after it; the gradient's norm before it is clipped."""
+    parameters, norm_bound = agent.network.learned_parameters(), agent.config.max_gradient_norm
+    for parameter, gradient in zip(parameters, policy_gradient, strict=True):
         parameter.grad = gradient
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, norm_bound))
     if math.isfinite(norm):
@@ -260,9 +274,8 @@ def update_policy(
         warnings.warn(f"the policy gradient of update {agent.updates + 1} is not finite; this update is left out, "
                       "and the policy stays as it was", stacklevel=2)
     agent.optimizer.zero_grad()
-    agent.updates += 1
     agent.progress.take_into_mean(agent.network, agent.config.policy_average)
-    return {"gradient_norm": norm}
+    return norm
 
 
 def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:

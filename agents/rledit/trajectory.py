@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from agents.rledit.credit import CreditAccumulator
 from agents.rledit.hypernetwork import StepRecord
 from agents.rledit.policy import HypernetworkPolicy
 
+Learn = Callable[[list[Tensor]], object]
 AT_END = "constrained_at_end"  # a trajectory's number: the component under a bound, last scored
 
 
 def trajectory(
-    agent: HypernetworkPolicy, env: gym.Env, seed: int, **reset: Any
+    agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None = None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
     """One stream: the policy gradient (negative, for descent) and the trajectory's numbers.
 
@@ -28,21 +29,28 @@ def trajectory(
         agent: whose policy acts.
         env: an environment that gives the reward's gradient.
         seed, reset: for the environment's ``reset``.
+        learn: takes the policy gradient of each `RLEditConfig.batches_per_update` batches but the stream's last ones,
+            and may change the policy, which then goes on with the stream; None takes the stream as a whole.
+
+    Returns:
+        The gradient of the whole stream, or of its last batches; the numbers are always the whole stream's.
     """
     with agent.presented.by(env):
-        return _differentiated(agent, env, seed, **reset)
+        return _differentiated(agent, env, seed, learn, **reset)
 
 
 def _differentiated(
-    agent: HypernetworkPolicy, env: gym.Env, seed: int, **reset: Any
+    agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
     network, config = agent.network, agent.config
+    inner: Any = env.unwrapped
     forget_states(env)
     observation, _ = env.reset(seed=seed, **reset)
     network.reset()
     credit = CreditAccumulator(config.credit, network.learns_keys, network.shrinks)
     records: list[StepRecord] = []
     infos: list[dict[str, float]] = []
+    steps_until_learning = inner.steps_per_batch * (config.batches_per_update or 0)
     total, done, kept = 0.0, False, 0
     while not done:
         record = agent.observe(observation, adapt=True)
@@ -56,7 +64,7 @@ def _differentiated(
         observation, reward, terminated, truncated, info = env.step(action)
         done = terminated or truncated
         if info["diverged"]:
-            warnings.warn(f"the LLM broke at step {len(records)} of a training stream; that step is left out of "
+            warnings.warn(f"the LLM broke at step {len(infos)} of a training stream; that step is left out of "
                           "the gradient. Lower the step size or drift_limit", stacklevel=2)
             break
         credit.add(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
@@ -65,13 +73,16 @@ def _differentiated(
         infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
         total += float(reward)
         if config.drift_limit is not None and info["drift"] > config.drift_limit and not done:
-            warnings.warn(f"drift {info['drift']:.2f} passed drift_limit at step {len(records)}: the trajectory is "
+            warnings.warn(f"drift {info['drift']:.2f} passed drift_limit at step {len(infos)}: the trajectory is "
                           "cut here, before the LLM breaks", stacklevel=2)
             break
-    if not records:
-        return [torch.zeros_like(p) for p in network.learned_parameters()], {"return": float(reward), "steps": 0.0}
+        if learn and steps_until_learning and inner.position % steps_until_learning == 0 and not done:
+            learn(policy_gradient(agent, records, credit))
+            records, kept = [], 0
+    if not infos:
+        return no_gradient(agent), {"return": float(reward), "steps": 0.0}
     numbers = _numbers(env, infos, total) | {"step_size": float(network.step_sizes().detach().mean())}
-    return policy_gradient(agent, records, credit), numbers
+    return policy_gradient(agent, records, credit) if records else no_gradient(agent), numbers
 
 
 def _numbers(env: gym.Env, infos: Sequence[dict[str, float]], total: float) -> dict[str, float]:
@@ -103,6 +114,11 @@ def policy_gradient(
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     agent.optimizer.zero_grad()
     return gradient
+
+
+def no_gradient(agent: HypernetworkPolicy) -> list[Tensor]:
+    """The policy gradient of a trajectory of no steps."""
+    return [torch.zeros_like(p) for p in agent.network.learned_parameters()]
 
 
 def forget_states(env: gym.Env) -> None:

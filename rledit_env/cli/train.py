@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -30,6 +31,13 @@ from rledit_env.outputs import growing
 if TYPE_CHECKING:
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
+
+
+# The options that are settings of `HypernetworkConfig`, by its names.
+NETWORK_OPTIONS = (
+    "rank", "blocks", "aggregation", "step_size", "damping", "prior", "prior_source", "text", "text_tokens",
+    "normaliser", "warm_up", "precision",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="score every step, not only a batch's last presentation (slower)")
 
     group = parser.add_argument_group("the network")
+    group.add_argument("--start", metavar="RUN",
+                       help="begin with the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
+                       "instead of an untrained one; its network is what it is, so that no other option of this group "
+                       "can be given")
+    group.add_argument("--start-scale", type=float, default=1.0, metavar="FACTOR",
+                       help="multiply that policy's step sizes")
     group.add_argument("--aggregation", choices=AGGREGATIONS, default=network.aggregation,
                        help="how rows become an update; least_squares is the paper's")
     group.add_argument("--rank", type=int, default=network.rank, help="inner width of a residual block")
@@ -114,6 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="Adam's, of the step sizes' and dampings' logarithms")
     group.add_argument("--max-gradient-norm", type=float, default=config.max_gradient_norm)
     group.add_argument("--trajectories-per-update", type=int, default=config.trajectories_per_update)
+    group.add_argument("--batches-per-update", type=int, metavar="B",
+                       help="learn along a stream, from the return of B batches at a time (default: once a stream)")
     group.add_argument("--discount", type=float, default=config.discount)
     group.add_argument("--policy-average", type=float, default=config.policy_average, metavar="DECAY",
                        help="evaluate and keep a running mean of the policy over the updates, such as 0.9; 0: none")
@@ -156,17 +172,17 @@ def run(options: argparse.Namespace) -> int:
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
     reward = _reward(options)
-    network = HypernetworkConfig(
-        rank=options.rank, blocks=options.blocks, aggregation=options.aggregation, step_size=options.step_size,
-        damping=options.damping, prior=options.prior, prior_source=options.prior_source, text=options.text,
-        text_tokens=options.text_tokens, normaliser=options.normaliser,
-        warm_up=options.warm_up, precision=options.precision,
-    )
+    start = _start(options)
+    if start is None:
+        network = HypernetworkConfig(**{name: getattr(options, name) for name in NETWORK_OPTIONS})
+    else:
+        network = RLEditAgent.load(start).config.network
     config = RLEditConfig(
         network=network, credit=options.credit, learning_rate=options.learning_rate,
         step_size_learning_rate=options.step_size_learning_rate, max_gradient_norm=options.max_gradient_norm,
         trajectories_per_update=options.trajectories_per_update, discount=options.discount, kl_bound=options.kl_bound,
         drift_limit=options.drift_limit, policy_average=options.policy_average,
+        batches_per_update=options.batches_per_update,
     )
     say_loading(options.model)
     lm = EditableLM.load(
@@ -190,6 +206,9 @@ def run(options: argparse.Namespace) -> int:
         options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **editing
     )
     agent = RLEditAgent(env, config, seed=options.seed)
+    if start is not None:
+        agent.load_policy_state(RLEditAgent.load(start, env).policy_state())
+        agent.scale_step_sizes(options.start_scale)
 
     size = sum(p.numel() for p in agent.network.parameters())
     print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
@@ -199,6 +218,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"streams   {options.num_batches} × {options.batch_size} facts, {most}{options.steps_per_batch} steps a "
           f"batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
+    if start is not None:
+        print(f"start     {start}, step sizes × {options.start_scale:g}")
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
     run_folder(options.out, options.command_line)
     horizon = options.num_batches * options.steps_per_batch
@@ -233,6 +254,30 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
     if options.select_on == "eval":
         return whole, load_knowledge(kind, options.data, "eval", options.on_error)
     return held_out(whole)
+
+
+def _start(options: argparse.Namespace) -> Path | None:
+    """The folder of the agent that training begins with, if it is to begin with one.
+
+    Raises:
+        ValueError: an option says otherwise what its network is, or there is none whose step sizes could be scaled.
+    """
+    from agents import HypernetworkConfig, find_agent
+
+    if options.start is None:
+        if options.start_scale != 1:
+            raise ValueError(f"--start-scale is {options.start_scale:g}, but no agent is started from; give --start "
+                             "RUN, or set the first step sizes by --step-size")
+        return None
+    if not 0 < options.start_scale < float("inf"):
+        raise ValueError(f"--start-scale is {options.start_scale:g}; give a positive number")
+    default = HypernetworkConfig()
+    for name in NETWORK_OPTIONS:
+        if getattr(options, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {getattr(options, name)}, but the network is that of --start {options.start}; "
+                             f"leave {flag} out, or train an agent from the beginning without --start")
+    return find_agent(options.start, kind_of(options.env))
 
 
 def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDataset:

@@ -47,10 +47,12 @@ def environments(reward: RewardConfig | None = None) -> tuple[gym.Env[Any, Any],
     return env, gym.make("RLEdit-ZsRE-v0", model=env.unwrapped.lm, data=held_out, reward="none", **common)
 
 
-def new_agent(env: gym.Env[Any, Any], policy_average: float = 0.0, **network: Any) -> RLEditAgent:
+def new_agent(
+    env: gym.Env[Any, Any], policy_average: float = 0.0, batches_per_update: int | None = None, **network: Any
+) -> RLEditAgent:
     settings = {"rank": 4, "step_size": 3e-3, "aggregation": "least_squares", **network}
     config = RLEditConfig(network=HypernetworkConfig(**settings), learning_rate=0.05, prior_batches=2,
-                          policy_average=policy_average)
+                          policy_average=policy_average, batches_per_update=batches_per_update)
     return RLEditAgent(env, config, seed=3)
 
 
@@ -78,7 +80,9 @@ class Stop(gym.Wrapper[Any, Any, Any, Any]):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"normaliser": "lifetime"}, {"policy_average": 0.5}], ids=["plain", "lifetime", "averaged"]
+    "settings",
+    [{}, {"normaliser": "lifetime"}, {"policy_average": 0.5}, {"policy_average": 0.5, "batches_per_update": 1}],
+    ids=["plain", "lifetime", "averaged", "along the stream"],
 )
 def test_a_run_stopped_by_ctrl_c_in_a_stream_ends_as_the_uninterrupted_one(
     tmp_path: Path, settings: dict[str, Any]

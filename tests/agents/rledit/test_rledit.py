@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.base import run_stream
 from agents.rledit.credit import CreditAccumulator
-from agents.rledit.trainer import evaluate_policy, update_policy
+from agents.rledit.trainer import evaluate_policy, improve_policy, update_policy
 from agents.rledit.trajectory import trajectory
 from rledit_env.files import MARKER
 from rledit_env.knowledge import load_knowledge
@@ -433,6 +434,36 @@ def test_the_mean_of_the_policies_is_evaluated_and_held_and_the_last_one_learns(
     torch.testing.assert_close(parameters_of(last), means[-1])
     if not held_out:
         torch.testing.assert_close(parameters_of(agent), means[-1])
+
+
+@pytest.mark.parametrize("presented", [1, 2])
+def test_a_policy_learns_along_a_stream_from_a_few_batches_at_a_time(training_env, presented):
+    env = training_env(num_batches=5, steps_per_batch=presented)
+    settings = {"learning_rate": 0.05, "policy_average": 0.6}
+    agent = RLEditAgent(env, config(**settings, batches_per_update=2))
+    agent.gather_moments(env, progress_bar=False)
+    own_only = RLEditAgent(env, config(**settings, credit="step", batches_per_update=2))
+    own_only.load_policy_state(agent.policy_state())
+    whole, numbers = trajectory(own_only, env, 0)
+    parts: list[list[torch.Tensor]] = []
+    last, same_numbers = trajectory(own_only, env, 0, parts.append)
+    assert len(parts) == 2 and numbers == same_numbers  # two batches, two batches, and one that is returned
+    for one, two, three, all_five in zip(*parts, last, whole, strict=True):  # the mean over steps, where none looks ahead
+        torch.testing.assert_close((2 * one + 2 * two + three) / 5, all_five, rtol=1e-3, atol=1e-6)
+    agent.learn(env.episode_steps, progress_bar=False)
+    assert (agent.updates, agent.timesteps, agent.progress.mean_updates) == (1, env.episode_steps, 3)
+    by_hand = RLEditAgent(env, config(**settings, batches_per_update=2))
+    by_hand.load_policy_state(own_only.policy_state())
+    last, _ = trajectory(by_hand, env, 0, partial(improve_policy, by_hand))
+    improve_policy(by_hand, last)
+    torch.testing.assert_close(agent.progress.mean, by_hand.progress.mean)
+
+
+def test_learning_along_a_stream_is_for_one_stream_at_a_time():
+    with pytest.raises(ValueError, match="batches_per_update is 0; give a whole number from 1, or None for whole"):
+        RLEditConfig(batches_per_update=0)
+    with pytest.raises(ValueError, match="batches_per_update is 2 and trajectories_per_update 3, but"):
+        RLEditConfig(batches_per_update=2, trajectories_per_update=3)
 
 
 def test_a_mean_of_policies_needs_a_decay_below_one():
