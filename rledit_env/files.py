@@ -237,7 +237,7 @@ def _check_folder(path: Path, named: str | Path) -> None:
         return
     if path.is_dir() and any(path.samefile(folder) for folder in (here, *here.parents)):
         what = "is" if path.samefile(here) else "holds"
-        raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder of its own, inside it say")
+        raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder inside it")
 
 
 def _described(marker: Marker) -> str:

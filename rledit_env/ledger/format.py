@@ -113,10 +113,10 @@ class Entry:
             shapes: module → (d_in, d_out).
         """
         if self.kind not in ("edit", "rollback", "undo") or not re.fullmatch("[0-9a-f]{64}", self.weights_after):
-            return "its kind or its hash is none"
+            return "its kind or its hash is not valid"
         numbers = (self.batch, self.presentation, *self.facts)
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(self.norm, (int, float)):
-            return "its batch, its facts or its norm are no numbers"
+            return "its batch, its facts or its norm are not numbers"
         shown = self.presented
         if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
             return f"it presented {list(shown)} of {len(self.facts)} facts"
@@ -173,7 +173,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no ledger (no {HEADER}); give the folder that --ledger named")
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise LedgerError(f"{path} has {path.stat().st_size} bytes, more than any ledger's header; it is none")
+        raise LedgerError(f"{path} has {path.stat().st_size} bytes, more than a ledger's header can have")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
@@ -205,7 +205,7 @@ def checked_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.is_symlink() or not path.is_file():
             raise LedgerError(f"{place}: it is no regular file")
         if path.stat().st_size > MAX_ENTRY_BYTES:
-            raise LedgerError(f"{place}: it has {path.stat().st_size} bytes, more than an entry can")
+            raise LedgerError(f"{place}: it has {path.stat().st_size} bytes, more than an entry can have")
         if sha256_of(path) != digest:
             raise LedgerError(f"{place}: its content has another checksum (it was changed or cut short); the entries "
                               "before it are usable")

@@ -262,7 +262,7 @@ class EditLedger:
                     raise LedgerError(
                         f"entry {index} ({self.folder / self.names[index]}) leads to other weights here than those "
                         f"recorded; the {index} entries before it are usable. If its file is whole (verify without the "
-                        "model), this machine computes otherwise: use the same device, and the same number of threads"
+                        "model), the numbers differ on this machine: use the same device and number of threads"
                     )
             except LedgerError as error:
                 self.names, self.damage = self.names[:index], str(error)
@@ -312,7 +312,7 @@ class EditLedger:
         if self._lock is None:
             raise LedgerError(f"{self.folder} is open for reading only; lock() it first")
         if self.damage:
-            raise LedgerError(f"{self.damage}; go on with resume, which puts the damaged part aside")
+            raise LedgerError(f"{self.damage}; resume the ledger, which moves the damaged part aside")
         index, state = len(self), state or RunState()
         if state.memory is not None:
             self._memory_names.append(self._write(f"memory-{index:08d}-", state.memory, {"index": str(index)}))
