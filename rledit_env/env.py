@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
-from rledit_env.copying import Copied, SharedArguments
 from rledit_env.contexts import LONGEST, Contexts
+from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
 from rledit_env.episode import EditEpisode

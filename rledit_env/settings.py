@@ -50,8 +50,8 @@ class EpisodeSettings:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {wanted}")
         if self.contexts and self.token == "all":
-            raise ValueError(f"contexts is {self.contexts} and token is 'all', which would observe the contexts' tokens, "
-                             "too; give 'answer', 'subject' or 'subject+answer', or contexts=0")
+            raise ValueError(f"contexts is {self.contexts} and token is 'all', which would observe the contexts' "
+                             "tokens, too; give 'answer', 'subject' or 'subject+answer', or contexts=0")
 
     @property
     def shows_answers(self) -> bool:

@@ -87,14 +87,15 @@ def test_a_fact_has_taken_when_it_has_behind_every_text(tiny_lm, make_env, facts
 
 
 def test_an_environment_with_contexts_is_sound():
-    env = gym.make("RLEdit-CounterFact-v0", model="tiny-llama", num_batches=2, batch_size=2, token="subject", contexts=1)
+    settings = {"num_batches": 2, "batch_size": 2, "token": "subject", "contexts": 1}
+    env = gym.make("RLEdit-CounterFact-v0", model="tiny-llama", **settings)
     assert env.observation_space["mask"].shape == (4,)
     check_env(env.unwrapped, skip_render_check=True)
 
 
 def test_the_vector_environment_presents_contexts_too():
-    settings = dict(model="tiny-llama", data=load_knowledge("counterfact"), num_batches=2, batch_size=2,
-                    token="subject", contexts=1, dtype="float32")  # fmt: skip
+    settings = {"model": "tiny-llama", "data": load_knowledge("counterfact"), "num_batches": 2, "batch_size": 2,
+                "token": "subject", "contexts": 1, "dtype": "float32"}  # fmt: skip
     single = gym.make("RLEdit-CounterFact-v0", **settings)
     many = LifelongEditVectorEnv("counterfact", num_envs=2, **settings)
     expected, _ = single.reset(seed=5)

@@ -26,6 +26,7 @@ from rledit_env.cli.command import (
     metrics_argument,
     model_name,
     model_source,
+    option_or,
     override_arguments,
     probability,
     progress_bar,

@@ -218,8 +218,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
     most = "at most " if options.present_until else ""
     behind = f" and behind {options.contexts} contexts" if options.contexts else ""
-    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} steps a "
-          f"batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
+    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} "
+          f"steps a batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     if start is not None:
         print(f"start     {start}, step sizes × {options.start_scale:g}")
