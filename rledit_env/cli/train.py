@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "and it is recorded with the agent (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
                        help="until which probability it is presented then (default: --present-until)")
+    group.add_argument("--edit-contexts", type=int, metavar="K",
+                       help="behind how many texts it is presented then (default: --contexts)")
     chat_argument(group, "every fact")
 
     group = parser.add_argument_group("the reward")
@@ -200,6 +202,7 @@ def run(options: argparse.Namespace) -> int:
     editing = common | {
         "steps_per_batch": options.edit_steps_per_batch or options.steps_per_batch,
         "present_until": option_or(options.edit_present_until, options.present_until) or None,
+        "contexts": option_or(options.edit_contexts, options.contexts),
     }
     streams = {"data": training, "num_batches": options.num_batches, "reward": reward, "reward_gradient": True}
     env = gym.make(options.env, **streams, **common)
