@@ -172,8 +172,8 @@ class LifelongEditEnv(Copied, gym.Env):
       times at most (see "Episode End"). None: always `steps_per_batch` times.
     * `contexts`: K: each fact is presented K + 1 times at once, plainly and behind K short texts that the LLM wrote
       before it was edited (such as "An essay on trains and how they. "), as ROME and MEMIT do. The observation has the
-      rows of all of them, and `edit_loss` and the gradient are those of the mean over all. With `present_until` each is
-      looked at for itself, and a fact has taken when all have.
+      rows of all of them, and `edit_loss` and the gradient are those of the mean over all. With `present_until` a
+      fact has taken where it has behind its plain prompt.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:

@@ -218,9 +218,8 @@ class EditEpisode:
         self.open_facts = None
         if trace is not None:
             if self.settings.present_until is not None:
-                untaken = self._untaken(trace)
-                self.open_facts = self._facts_of(untaken)
-                trace = trace if untaken.all() else trace.of(torch.from_numpy(untaken))
+                self.open_facts = self._untaken(trace)
+                trace = trace if self.open_facts.all() else trace.of(torch.from_numpy(self._edits_of(self.open_facts)))
             observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
@@ -234,16 +233,14 @@ class EditEpisode:
         return spaces.numpy_observation(observation, self.max_tokens)
 
     def _untaken(self, trace: Trace) -> np.ndarray:
-        """Which passages of the traced batch have not taken, (n·(K+1),) bool; where a loss is no number, none has."""
+        """Which facts of the traced batch have not taken, (n,) bool; where a loss is no number, none has."""
         assert self.settings.present_until is not None
-        taken = trace.hardest.cpu().double().numpy() <= -math.log(self.settings.present_until)
+        taken = trace.hardest[: self.stream.batch_size].cpu().double().numpy() <= -math.log(self.settings.present_until)
         return ~taken if math.isfinite(trace.loss) else np.ones_like(taken)
 
-    def _facts_of(self, passages: np.ndarray) -> np.ndarray:
-        """Which facts have a passage of these, (n,) bool."""
-        n = self.stream.batch_size
-        behind: np.ndarray = passages[n:].reshape(n, self.settings.contexts).any(1)
-        return passages[:n] | behind
+    def _edits_of(self, facts: np.ndarray) -> np.ndarray:
+        """Which of :meth:`edits` are of these facts (n,) bool; (n·(K+1),) bool."""
+        return np.concatenate([facts, facts.repeat(self.settings.contexts)])
 
     # -- a step, in its order ------------------------------------------------------------------------------------
 
