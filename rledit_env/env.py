@@ -27,7 +27,7 @@ from rledit_env.preservation import Multiplier
 from rledit_env.reward import RewardConfig, resolve_reward
 from rledit_env.scoring import NO_SCORES, Scores, score
 from rledit_env.settings import RENDER_MODES, EpisodeSettings
-from rledit_env.spaces import Action
+from rledit_env.updates import Update
 
 T = TypeVar("T")
 
@@ -365,9 +365,9 @@ class LifelongEditEnv(Copied, gym.Env):
         """
         update = self.accept(action)
         with self.episode.all_or_nothing() as episode:
-            change = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
+            made = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
             scores = self._scores()  # L(B_t, W_t), L(B_{t−i}, W_t)
-            reward, info = episode.reward(change, scores)  # r_t
+            reward, info = episode.reward(made, scores)  # r_t
             observation, reward, info = episode.conclude(reward, info, self._next_trace())  # s_{t+1}
             if self.render_mode == "human":
                 self.render()
@@ -381,8 +381,8 @@ class LifelongEditEnv(Copied, gym.Env):
         self.lm.holder = ref(self)
         return info
 
-    def accept(self, action: Any) -> Action:
-        """The action as tensors; raises, with nothing changed, for what `step` rejects."""
+    def accept(self, action: Any) -> Update:
+        """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         if self.episode.over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
         self._check_held()

@@ -19,7 +19,7 @@ from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
 from rledit_env.nesting import BOTH, Part, check_raw
 from rledit_env.scoring import NO_SCORES, Scores, score_streams
-from rledit_env.spaces import Action
+from rledit_env.updates import Update
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 
@@ -236,8 +236,8 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self._ended = ended
         return self._batched(), rewards, ended.copy(), np.zeros_like(ended), infos
 
-    def _accept(self, i: int, actions: Any) -> Action:
-        """Stream i's action; raises, with nothing changed, for what its `step` would reject."""
+    def _accept(self, i: int, actions: Any) -> Update:
+        """Stream i's update; raises, with nothing changed, for what its `step` would reject."""
         try:
             return self.envs[i].accept(self._own(i, actions))
         except ValueError as error:
