@@ -16,7 +16,7 @@ from rledit_env.lm.editable import EditableLM
 
 Penalty = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]  # of factors ũ and ṽ by module; differentiable
 Parts = dict[str, dict[str, Tensor]]  # part → module → tensor: the form of an action, and of a gradient for it
-Kind = TypeVar("Kind", bound="Update")
+SameKind = TypeVar("SameKind", bound="Update")
 
 
 def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
@@ -42,21 +42,37 @@ class Update(ABC):
         """Its tensors by "part.module", as a ledger's entry has them; :func:`from_tensors` reads them."""
         return {f"{part}.{module}": t for part, by_module in self.parts().items() for module, t in by_module.items()}
 
-    def map(self: Kind, function: Callable[[Tensor], Tensor]) -> Kind:
+    def map(self: SameKind, function: Callable[[Tensor], Tensor]) -> SameKind:
         """The update with what a function makes of each of its tensors, in order."""
         return replace(self, **{  # type: ignore[type-var]  # each kind is a dataclass
             part: {m: function(t) for m, t in by_module.items()} for part, by_module in self.parts().items()
         })  # fmt: skip
 
+    def misfit(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+        """What of it does not fit modules of these shapes (d_in, d_out), if anything.
+
+        Raises:
+            KeyError: it is of other modules.
+        """
+        for part, by_module in self.parts().items():
+            for m, tensor in by_module.items():
+                if tuple(tensor.shape) != self._shape(part, *shapes[m]) or not tensor.is_floating_point():
+                    return f"{part} of {m} has shape {tuple(tensor.shape)}"
+        return None
+
+    def _shape(self, part: str, d_in: int, d_out: int) -> tuple[int, int]:
+        """Of a part's tensors for a module."""
+        return d_out, d_in
+
     @abstractmethod
-    def apply(self: Kind, lm: EditableLM) -> tuple[Kind, Callable[[], None]]:
+    def apply(self: SameKind, lm: EditableLM) -> tuple[SameKind, Callable[[], None]]:
         """Change an LLM's weights, or none if that fails.
 
         Returns:
             The update as :meth:`made`, and what takes it back as long as no other change came after.
         """
 
-    def made(self: Kind, lm: EditableLM, before: Mapping[str, Tensor]) -> Kind:
+    def made(self: SameKind, lm: EditableLM, before: Mapping[str, Tensor]) -> SameKind:
         """The update that has been applied, with what :meth:`penalty` has to know of the change that it made.
 
         Args:
@@ -103,6 +119,13 @@ class RankOne(Update):
     PARTS = "keys", "values"
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
+
+    def misfit(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+        differ = "keys and values are of different modules" if set(self.keys) != set(self.values) else None
+        return super().misfit(shapes) or differ
+
+    def _shape(self, part: str, d_in: int, d_out: int) -> tuple[int, int]:
+        return len(next(iter(self.keys.values()))), d_in if part == "keys" else d_out
 
     def apply(self, lm: EditableLM) -> tuple[RankOne, Callable[[], None]]:
         return self, lm.apply(self.keys, self.values)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rledit_env.files import sha256_of
-from rledit_env.updates import RankOne, Update, from_tensors
+from rledit_env.updates import Update, from_tensors
 
 LEDGER = "edit ledger"  # what its folder is called in the marker
 HEADER = "ledger.json"
@@ -115,19 +115,7 @@ class Entry:
         shown = self.presented
         if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
             return f"it presented {list(shown)} of {len(self.facts)} facts"
-        if self.kind == "rollback":
-            return None
-        update = self.update
-        rows = {len(t) for t in update.tensors().values()} if isinstance(update, RankOne) else set()
-        for part, by_module in update.parts().items():
-            for module, tensor in by_module.items():
-                d_in, d_out = shapes[module]
-                shape = {"keys": (len(tensor), d_in), "values": (len(tensor), d_out)}.get(part, (d_out, d_in))
-                if tuple(tensor.shape) != shape or not tensor.is_floating_point() or len(rows) > 1:
-                    return f"{part} of {module} has shape {tuple(tensor.shape)}"
-        if isinstance(update, RankOne) and set(update.keys) != set(update.values):
-            return "keys and values are of different modules"
-        return None
+        return None if self.kind == "rollback" else self.update.misfit(shapes)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from rledit_env.ledger import EditLedger, LedgerError, change_norm, weights_hash
 from rledit_env.ledger.format import ENTRY_NAME
 from rledit_env.lm.editable import EditableLM
-from rledit_env.updates import Dense, RankOne, Replacement, Update
+from rledit_env.updates import NOTHING, Dense, RankOne, Replacement, Update
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ def test_a_rolled_back_update_is_not_in_the_weights(lm: EditableLM, tmp_path: Pa
     states = fill(tmp_path / "l", lm)
     ledger = EditLedger(tmp_path / "l")
     ledger.lock()
-    ledger.append("rollback", {}, states[3], 3)
+    ledger.append("rollback", NOTHING, states[3], 3)
     ledger.close()
     ledger = EditLedger(tmp_path / "l")
     assert ledger.verify(lm) is None
