@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 from weakref import ref
 
 import gymnasium as gym
@@ -14,13 +13,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
+from rledit_env.attributes import EpisodeAttributes
 from rledit_env.copying import Copied, SharedArguments
-from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
+from rledit_env.encoding import EncodedDataset, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
 from rledit_env.episode import EditEpisode
 from rledit_env.evaluation.metrics import Metrics, evaluate
-from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.ledger import Recorder
+from rledit_env.knowledge import KnowledgeDataset, KnowledgeStream, load_knowledge
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.loading.given import check_given, editable_lm
 from rledit_env.preservation import Multiplier
@@ -29,36 +28,8 @@ from rledit_env.scoring import NO_SCORES, Scores, score
 from rledit_env.settings import RENDER_MODES, EpisodeSettings
 from rledit_env.updates import Update
 
-T = TypeVar("T")
 
-
-class OfEpisode(Generic[T]):
-    """An attribute of an environment that its episode holds; each copy of the environment has an episode of its own."""
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = self.name or name
-
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode, self.name)  # type: ignore[return-value]
-
-    def __set__(self, env: Any, value: T) -> None:
-        setattr(env.episode, self.name, value)
-
-
-class OfSettings(OfEpisode[T]):
-    """An attribute of an environment that its episode's settings hold."""
-
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode.settings, self.name)  # type: ignore[return-value]
-
-    def __set__(self, env: Any, value: T) -> None:
-        env.episode.settings = replace(env.episode.settings, **{self.name: value})
-
-
-class LifelongEditEnv(Copied, gym.Env):
+class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     """Lifelong knowledge editing of a language model as a Markov decision process (RLEdit, ICML 2025).
 
     ## Description
@@ -214,24 +185,6 @@ class LifelongEditEnv(Copied, gym.Env):
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
-
-    lm = OfEpisode[EditableLM]()
-    encoded = OfEpisode[EncodedDataset]()
-    stream = OfEpisode[KnowledgeStream]()
-    max_tokens = OfEpisode[int]()
-    multiplier = OfEpisode[Multiplier | None]()
-    recorder = OfEpisode[Recorder | None]()
-    history = OfEpisode[list[dict[str, float]]]()
-    _np_random = OfEpisode[np.random.Generator]("random")
-    token = OfSettings[str]()
-    array_backend = OfSettings[Literal["numpy", "torch"]]()
-    on_divergence = OfSettings[Literal["end", "skip", "raise"]]()
-    steps_per_batch = OfSettings[int]()
-    present_until = OfSettings[float | None]()
-    action_noise_std = OfSettings[float]()
-    render_mode = OfSettings[str | None]()
-    reward_gradient = OfSettings[bool]()
-    reward_config = OfSettings[RewardConfig | None]()
 
     def __init__(
         self,
@@ -403,38 +356,6 @@ class LifelongEditEnv(Copied, gym.Env):
         return None if self.episode.over else self.episode.take_checked() or self.episode.trace()
 
     # -- looking -------------------------------------------------------------------------------------------------
-
-    @property
-    def episode_steps(self) -> int:
-        """Steps of a whole episode; with ``present_until``, the most that it can have."""
-        return self.episode.steps
-
-    def current_batch(self) -> list[EncodedRecord]:
-        """The facts now presented, as passages (with their text in `record`), in the stream's order: with
-        ``present_until``, those of the batch that have not taken.
-
-        Raises:
-            gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
-        """
-        if self.episode.over:
-            raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
-        records = self.episode.records(self.episode.batch)
-        return [records[i] for i in self.presented_facts()]
-
-    def presented_facts(self) -> list[int]:
-        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
-        return self.episode.presented_facts()
-
-    @property
-    def position(self) -> int:
-        """The place in the episode: that of the batch, times ``steps_per_batch``, plus the presentation, from 0. It is
-        the number of steps taken, unless batches have ended early (``present_until``)."""
-        return self.episode.position
-
-    def edited_records(self) -> list[EditRecord]:
-        """The facts edited so far, in order."""
-        batches = -(-self.position // self.steps_per_batch)
-        return [record for batch in range(batches) for record in self.stream.batch(batch)]
 
     def evaluate(self, generate: bool = True, metrics: str = "paper") -> Metrics:
         """The metrics on all facts edited so far, at the current weights; printed in one line.
