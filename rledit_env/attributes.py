@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import gymnasium as gym
-import numpy as np
 
 from rledit_env.encoding import EncodedDataset, EncodedRecord
 from rledit_env.episode import EditEpisode
@@ -61,7 +60,6 @@ class EpisodeAttributes:
     multiplier = OfEpisode[Multiplier | None]()
     recorder = OfEpisode[Recorder | None]()
     history = OfEpisode[list[dict[str, float]]]()
-    _np_random = OfEpisode[np.random.Generator]("random")
     token = OfSettings[str]()
     array_backend = OfSettings[Literal["numpy", "torch"]]()
     on_divergence = OfSettings[Literal["end", "skip", "raise"]]()

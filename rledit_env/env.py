@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
-from rledit_env.attributes import EpisodeAttributes
+from rledit_env.attributes import EpisodeAttributes, OfEpisode
 from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
@@ -185,6 +185,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
+    _np_random = OfEpisode[np.random.Generator]("random")
 
     def __init__(
         self,

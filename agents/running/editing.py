@@ -163,11 +163,11 @@ class _Stream:
             in_flight: holds the update of this step where it was recorded already, to be taken again as it was.
         """
         inner, recorder = self.inner, self.recorder
-        if in_flight is None:
+        if in_flight is not None and in_flight.update is not None:
+            action, norm = in_flight.update.parts(), in_flight.norm
+        else:
             action = act(self.agent, observation)
             norm = inner.accept(action).norm(inner.lm)
-        else:
-            action, norm = in_flight.update.parts(), in_flight.norm
         if recorder is not None:
             recorder.step, recorder.norm = self.step, norm
             # With present_until a batch may end before it has been presented so often.
