@@ -19,6 +19,7 @@ from agents.running.recording import LedgerRecorder, Position, Taken
 from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
+from rledit_env.interface import editing_env
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
@@ -141,10 +142,9 @@ class _Stream:
         self, env: gym.Env, agent: Agent, log: EditLog, progress: Callable[[int], Any] | None, ledger: EditLedger | None
     ) -> None:
         self.env, self.agent, self.log, self.progress = env, agent, log, progress
-        inner: Any = env.unwrapped
-        self.inner = inner
+        self.inner = editing_env(env)
         self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
-        self.recorder = LedgerRecorder(ledger, inner, agent, self.first) if ledger is not None else None
+        self.recorder = LedgerRecorder(ledger, self.inner, agent, self.first) if ledger is not None else None
         self.step = 0  # the next one's place in the stream
 
     def take_up(self) -> Position:
