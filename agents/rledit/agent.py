@@ -34,7 +34,7 @@ class RLEditAgent(HypernetworkPolicy):
         seed: of the initial parameters and of the training streams.
     """
 
-    def learn(  # public, and called as in Stable-Baselines3: its arguments are not gathered in one
+    def learn(  # noqa: PLR0913  called as in Stable-Baselines3: its arguments are not gathered in one
         self,
         total_timesteps: int,
         callback: Callback | None = None,

@@ -111,7 +111,7 @@ class StandardAgent(Agent):
         action, _ = self.model.predict(self.view.observation(observation), deterministic=deterministic)
         return self.scaled.factors(observation, action), None
 
-    def learn(
+    def learn(  # noqa: PLR0913  called as in Stable-Baselines3: its arguments are not gathered in one
         self,
         total_timesteps: int,
         callback: Callback | None = None,
