@@ -94,7 +94,8 @@ def null_space(second_moment: Tensor, threshold: float) -> Tensor:
     Raises:
         ValueError: there is none.
     """
-    eigenvalues, vectors = torch.linalg.eigh(second_moment)
+    decomposed: tuple[Tensor, Tensor] = torch.linalg.eigh(second_moment)
+    eigenvalues, vectors = decomposed
     inside = eigenvalues < threshold
     if not inside.any():
         raise ValueError(

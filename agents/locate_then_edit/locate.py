@@ -278,7 +278,8 @@ class LocateAgent(Agent):
 
 def rescaled(solved: Tensor, norm: float) -> Tensor:
     """Vectors (F, d) with their directions, at one norm (NAS)."""
-    return solved * (norm / solved.norm(dim=1, keepdim=True))
+    length: Tensor = solved.norm(dim=1, keepdim=True)
+    return solved * (norm / length)
 
 
 def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:

@@ -147,7 +147,8 @@ def checksum(weight: Tensor) -> Tensor:
 
 def restrained(change: Tensor, largest: float, base: float) -> Tensor:
     """A matrix whose singular values σ above ``largest`` are made log_base(σ / largest) + largest, if that is less."""
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    decomposed: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(change, full_matrices=False)
+    left, values, right = decomposed
     if values[0] <= largest:
         return change
     small = torch.minimum((values / largest).log() / math.log(base) + largest, values)
