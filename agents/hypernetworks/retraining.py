@@ -15,7 +15,7 @@ from agents.rledit.config import RLEditConfig
 from agents.rledit.normaliser import moments_state
 from agents.rledit.trainer import training_env, update_policy
 from agents.rledit.trajectory import trajectory
-from rledit_env.interface import editing_env
+from rledit_env.interface import EditingEnv, editing_env
 from rledit_env.reward import Generalization, Locality, RewardConfig
 
 
@@ -90,8 +90,8 @@ class BatchwiseAgent(RLEditAgent):
             ValueError: a retraining is due, and the agent has no environment to learn in.
         """
         if self._editing and self.config.retrain_every > 0:
-            training = editing_env(training_env(self.retraining_env))
-            edited: Any = training.lm.holder and training.lm.holder()  # the environment whose stream is under way
+            holder = editing_env(training_env(self.retraining_env)).lm.holder
+            edited: EditingEnv | None = None if holder is None else holder()  # whose stream is under way
             due = 0 if edited is None else edited.position // edited.steps_per_batch // self.config.retrain_every
             if due > self._retrained:
                 self.retrain()

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class PRUNEAgent(MEMITAgent):
     name = "prune"
     config_class = PRUNEConfig
 
-    def __init__(self, env: Any, config: PRUNEConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: gym.Env[Any, Any], config: PRUNEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._largest: dict[str, float] = {}
         # By module: what the last restraint took off, and the one before; checksums of the weights as the last update
