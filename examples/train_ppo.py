@@ -77,16 +77,7 @@ def returns(env: gym.Env[Any, Any], agent: Agent, seeds: range) -> list[float]:
     return [run_stream(env, agent, seed=seed)[0] for seed in tqdm(seeds, leave=False, desc="streams", disable=None)]
 
 
-def show(tested: dict[str, list[float]], learned_from: dict[str, int], name: str) -> None:
-    """Print everybody's returns, and by how much RLEdit's are above those of ``name``."""
-    print(reporting.text_table(*reporting.return_table(tested, learned_from)))
-    if "RLEdit" in tested:
-        above = np.subtract(tested["RLEdit"], tested[name])
-        interval = "{:+.1f} to {:+.1f}".format(*reporting.bootstrap_interval(above))
-        print(f"above {name}, stream by stream: RLEdit by {above.mean():+.1f} ({interval})")
-
-
-def main(args: Args) -> None:
+def main(args: Args) -> None:  # noqa: PLR0915  an example is read from top to bottom
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     try_or_exit([growing("--out", args.out, "run of train_ppo", ("random_search/", f"{args.algorithm}/", "rledit/"))])
     args.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +133,11 @@ def main(args: Args) -> None:
     levels = {who: float(np.mean(returns(held_out, everybody[who], on_curve))) for who in flat}
     source = held_out.unwrapped.dataset.source
     print(f"Returns on {args.test_streams} held-out streams; {source}")
-    show(tested, learned_from, name)
+    print(reporting.text_table(*reporting.return_table(tested, learned_from)))
+    if args.rledit_steps:
+        above = np.subtract(tested["RLEdit"], tested[name])
+        interval = "{:+.1f} to {:+.1f}".format(*reporting.bootstrap_interval(above))
+        print(f"above {name}, stream by stream: RLEdit by {above.mean():+.1f} ({interval})")
     (args.out / "returns.json").write_text(json.dumps(tested, indent=1) + "\n")
     lead = (f"{name}, which scales a base rule by what {len(agent.model.observation_space.low)} features say, beside "
             f"what it has to beat: {lm.name}, {args.num_batches} batches of {args.batch_size} facts a stream.")
