@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import gymnasium as gym
+
+from rledit_env.interface import editing_env
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PresentedFacts:
         if self.env is None:
             raise ValueError("this agent asks its environment which facts are presented; load it with env=… or give it "
                              "with set_env(env)")
-        inner: Any = self.env.unwrapped
+        inner = editing_env(self.env)
         mend = "name the environment that it edits in with set_env(env)"
         holder = inner.lm.holder() if inner.lm.holder is not None else None
         if holder is not None and holder is not inner:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 
-from rledit_env.evaluation.general.self_text import self_drift
 from rledit_env.lm.editable import EditableLM
 from rledit_env.preservation import OwnText
+from rledit_env.self_text import self_drift
 
 TEXT = OwnText(pool=32, seed=1)  # neither the texts that a reward draws, nor those that a result is reported on
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from rledit_env.interface import editing_env
 from rledit_env.reward import RewardConfig
 
 
@@ -16,7 +17,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
     """What of the environment a policy depends on, for the record."""
     if env is None:
         return None
-    inner: Any = env.unwrapped
+    inner = editing_env(env)
     return {
         # The unwrapped environment's own spec: a wrapper's is a deep copy, the LLM in it included.
         "id": inner.spec.id if inner.spec is not None else None,

@@ -26,11 +26,11 @@ from agents import agent_settings, edit_stream, find_agent, load_agent
 from rledit_env.answers import is_exact, took
 from rledit_env.cli.editing import MAX_PRESENTATIONS, PRESENT_UNTIL
 from rledit_env.env import LifelongEditEnv
-from rledit_env.evaluation.general.self_text import OPENINGS, self_drift, self_text
 from rledit_env.evaluation.metrics import continuations
 from rledit_env.files import write_text
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
+from rledit_env.self_text import OPENINGS, self_drift, self_text
 
 TEXTS = 8  # of the model's own, which show what else changed
 

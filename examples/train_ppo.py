@@ -77,7 +77,7 @@ def returns(env: gym.Env[Any, Any], agent: Agent, seeds: range) -> list[float]:
     return [run_stream(env, agent, seed=seed)[0] for seed in tqdm(seeds, leave=False, desc="streams", disable=None)]
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> None:  # noqa: PLR0915  an example is read from top to bottom
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     try_or_exit([growing("--out", args.out, "run of train_ppo", ("random_search/", f"{args.algorithm}/", "rledit/"))])
     args.out.mkdir(parents=True, exist_ok=True)

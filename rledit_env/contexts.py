@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from rledit_env.evaluation.general.self_text import REWARD_OPENINGS, self_text
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.self_text import REWARD_OPENINGS, self_text
 
 TEXTS = 32  # different texts, which a stream's facts take in turn
 TOKENS = 5  # that the LLM writes after an opening

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from rledit_env.interface import EditingEnv, editing_env
+
 Part = Literal["observation", "action"]
 BOTH: tuple[Part, ...] = ("observation", "action")
 
 
-def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> Any:
+def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> EditingEnv:
     """The `LifelongEditEnv` inside wrappers that leave its observations and actions as they are.
 
     Args:
@@ -29,7 +31,7 @@ def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agen
     if not hasattr(inner, "lm"):
         raise ValueError(f"{inner} is no environment of this package; give {reader} one such as RLEdit-CounterFact-v0")
     check_raw(env, reader, reads, agent=agent)
-    return inner
+    return editing_env(env)
 
 
 def check_single(env: Any, reader: str) -> None:

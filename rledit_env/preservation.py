@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rledit_env.encoding import EncodedRecord
-from rledit_env.evaluation.general.self_text import REWARD_OPENINGS, self_text, until_end
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence
+from rledit_env.self_text import REWARD_OPENINGS, self_text, until_end
 
 NOTHING = -1  # fills up rows of token ids in the cache
 

@@ -180,7 +180,8 @@ def curves(history: Sequence[Mapping[str, float]], episode_steps: int) -> np.nda
         axes = figure.add_subplot(grid[index // columns, index % columns])
         _panel(axes, name, [step.get(name, math.nan) for step in history], episode_steps, index // columns == rows - 1)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    picture: np.ndarray = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return picture
 
 
 def _panel(axes: Any, name: str, values: Sequence[float], episode_steps: int, lowest: bool) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rledit_env.encoding import encode
-from rledit_env.evaluation.general.self_text import OPENINGS, REWARD_OPENINGS, self_text
 from rledit_env.preservation import Constraint, Continuation, Multiplier, OwnText
 from rledit_env.reward import RewardConfig
 from rledit_env.scoring import ScoredBatch, score, with_texts
+from rledit_env.self_text import OPENINGS, REWARD_OPENINGS, self_text
 
 SMALL = {"own_text": (2.0, OwnText(passages=3, tokens=6, pool=8)), "continuation": (0.5, Continuation(2, 5))}
 

@@ -16,6 +16,7 @@ from agents.base import Agent
 from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.interface import editing_env
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
@@ -125,7 +126,7 @@ class FTLAgent(Agent):
         """
         if self.env is None:
             raise ValueError("this agent fine-tunes the environment's LLM; load it with env=…")
-        inner: Any = self.env.unwrapped
+        inner = editing_env(self.env)
         passages = [record.edit for record in inner.current_batch()]
         numpy = inner.array_backend == "numpy"
         updates = constrained_fine_tuning(inner.lm, passages, self._modules(inner.lm), self.config)

@@ -17,6 +17,7 @@ from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig, DAFNetwork
 from agents.rledit.agent import RLEditAgent
 from agents.rledit.config import HypernetworkConfig, RLEditConfig
 from agents.rledit.hypernetwork import Hypernetwork, StepRecord
+from rledit_env.interface import editing_env
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ class DAFNetAgent(RLEditAgent):
         if record.retained is None:
             return super().action(observation, record, keys, values)
         assert self.presented.env is not None  # it has said which facts are presented
-        inner: Any = self.presented.env.unwrapped
+        lm = editing_env(self.presented.env).lm
         updates = {}
         for m, share in record.retained.items():
-            added = (inner.lm.weight(m) - inner.lm.original_weight(m)).to(keys[m])  # (d_out, d_in)
+            added = (lm.weight(m) - lm.original_weight(m)).to(keys[m])  # (d_out, d_in)
             updates[m] = values[m].T @ keys[m] - (1 - share) * added
         if isinstance(observation["mask"], np.ndarray):
             return {"updates": {m: update.cpu().numpy() for m, update in updates.items()}}

@@ -124,7 +124,7 @@ class FusionLayer(nn.Module):
         n, past = facts.shape[1], earlier.shape[1]
         query = self.score_query(facts).unflatten(2, (self.score_heads, -1)).transpose(1, 2)
         key = self.score_key(torch.cat([earlier, facts], 1)).unflatten(2, (self.score_heads, -1)).transpose(1, 2)
-        scores = query @ key.mT / math.sqrt(query.shape[-1])  # (M, heads, n, P + n)
+        scores: Tensor = query @ key.mT / math.sqrt(query.shape[-1])  # (M, heads, n, P + n)
         later = torch.ones(n, past + n, dtype=torch.bool, device=facts.device).triu(past + 1)
         return scores.masked_fill(later, -math.inf).softmax(3).diagonal(past, 2, 3).mean(1)
 
@@ -137,7 +137,8 @@ class FusionLayer(nn.Module):
         )  # (M, heads, n or P + n, width of a head)
         allowed = torch.ones(n, past + n, dtype=torch.bool, device=facts.device).tril(past)
         taken = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        return self.across(taken.transpose(1, 2).flatten(2))
+        across: Tensor = self.across(taken.transpose(1, 2).flatten(2))
+        return across
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

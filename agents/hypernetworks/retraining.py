@@ -15,6 +15,7 @@ from agents.rledit.config import RLEditConfig
 from agents.rledit.normaliser import moments_state
 from agents.rledit.trainer import training_env, update_policy
 from agents.rledit.trajectory import trajectory
+from rledit_env.interface import EditingEnv, editing_env
 from rledit_env.reward import Generalization, Locality, RewardConfig
 
 
@@ -89,8 +90,8 @@ class BatchwiseAgent(RLEditAgent):
             ValueError: a retraining is due, and the agent has no environment to learn in.
         """
         if self._editing and self.config.retrain_every > 0:
-            training: Any = training_env(self.retraining_env).unwrapped
-            edited: Any = training.lm.holder and training.lm.holder()  # the environment whose stream is under way
+            holder = editing_env(training_env(self.retraining_env)).lm.holder
+            edited: EditingEnv | None = None if holder is None else holder()  # whose stream is under way
             due = 0 if edited is None else edited.position // edited.steps_per_batch // self.config.retrain_every
             if due > self._retrained:
                 self.retrain()
@@ -99,8 +100,8 @@ class BatchwiseAgent(RLEditAgent):
 
     def retrain(self) -> None:
         """Train the network for ``retrain_steps`` updates on the LLM's weights as they are; they stay as they are."""
-        env: Any = training_env(self.retraining_env)
-        lm = env.unwrapped.lm
+        env = training_env(self.retraining_env)
+        lm = editing_env(env).lm
         network = self.network
         if self._trained is None:
             self._trained = (self.policy_state(), self.optimizer, self.updates)

@@ -22,6 +22,7 @@ from agents.rledit.normaliser import moments_state
 from agents.rledit.text_prior import start_from_text, turn_by_text
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
+from rledit_env.interface import editing_env
 
 # What agents of the first format did, whose files do not say it.
 FIRST_FORMAT: dict[str, Any] = {
@@ -110,13 +111,12 @@ class UltraEditAgent(Agent):
             shapes = module_shapes(env)
         self.network = Hypernetwork(shapes, self.config.network())
         if env is not None:
-            inner: Any = env.unwrapped
-            self.network.to(inner.lm.device)
+            self.network.to(editing_env(env).lm.device)
         self.network.reset()
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
-        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+        if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
         super().set_env(env)
 
@@ -150,10 +150,12 @@ class UltraEditAgent(Agent):
         network = self.network
         wanted = {"text_prior": network.wants_prior, "output_curvature": network.wants_curvature,
                   "warm_up": network.wants_moments}  # fmt: skip
-        if any(wanted.values()) and self.env is None:
+        if not any(wanted.values()):
+            return self
+        if self.env is None:
             name = next(name for name, wants in wanted.items() if wants)
             raise ValueError(f"{name} needs the environment's LLM; make the agent with env=…")
-        inner: Any = self.env.unwrapped if self.env is not None else None
+        inner = editing_env(self.env)
         if network.wants_prior:
             start_from_text(network, inner.lm, progress_bar)
             network.reset()

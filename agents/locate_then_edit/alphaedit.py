@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class AlphaEditAgent(MEMITAgent):
     name = "alphaedit"
     config_class = AlphaEditConfig
 
-    def __init__(self, env: Any, config: AlphaEditConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: gym.Env[Any, Any], config: AlphaEditConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._bases: dict[str, Tensor] = {}
 
@@ -94,7 +95,8 @@ def null_space(second_moment: Tensor, threshold: float) -> Tensor:
     Raises:
         ValueError: there is none.
     """
-    eigenvalues, vectors = torch.linalg.eigh(second_moment)
+    decomposed: tuple[Tensor, Tensor] = torch.linalg.eigh(second_moment)
+    eigenvalues, vectors = decomposed
     inside = eigenvalues < threshold
     if not inside.any():
         raise ValueError(

@@ -277,7 +277,8 @@ class LocateAgent(Agent):
 
 def rescaled(solved: Tensor, norm: float) -> Tensor:
     """Vectors (F, d) rescaled to one norm (NAS)."""
-    return solved * (norm / solved.norm(dim=1, keepdim=True))
+    length: Tensor = solved.norm(dim=1, keepdim=True)
+    return solved * (norm / length)
 
 
 def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:

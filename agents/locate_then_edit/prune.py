@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class PRUNEAgent(MEMITAgent):
     name = "prune"
     config_class = PRUNEConfig
 
-    def __init__(self, env: Any, config: PRUNEConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: gym.Env[Any, Any], config: PRUNEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._largest: dict[str, float] = {}
         # By module: the excess after the last update and before it; checksums of the weights after it ("left") and
@@ -149,7 +150,8 @@ def checksum(weight: Tensor) -> Tensor:
 
 def restrained(change: Tensor, largest: float, base: float) -> Tensor:
     """The matrix with log_base(σ / largest) + largest for each singular value σ above ``largest``, if that is less."""
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    decomposed: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(change, full_matrices=False)
+    left, values, right = decomposed
     if values[0] <= largest:
         return change
     small = torch.minimum((values / largest).log() / math.log(base) + largest, values)

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 
@@ -18,6 +17,7 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.trainer import Callback, Trainer, TrainingRun
 from agents.rledit.warm_up import warm_up
 from agents.selection import divergence, within_bound
+from rledit_env.interface import editing_env
 
 
 class RLEditAgent(HypernetworkPolicy):
@@ -34,7 +34,7 @@ class RLEditAgent(HypernetworkPolicy):
         seed: of the initial parameters and of the training streams.
     """
 
-    def learn(  # public, and called as in Stable-Baselines3: its arguments are not gathered in one
+    def learn(  # noqa: PLR0913  called as in Stable-Baselines3: its arguments are not gathered in one
         self,
         total_timesteps: int,
         callback: Callback | None = None,
@@ -116,7 +116,7 @@ class RLEditAgent(HypernetworkPolicy):
             far the divergence is beyond ``kl_bound``, as a negative number, where it is.
         """
         bound = self.config.kl_bound if kl_bound is None else kl_bound
-        inner: Any = env.unwrapped
+        inner = editing_env(env)
         start = self.network.step_size_parameter.detach().clone()
         scores: dict[float, float] = {}
         best = 1.0

@@ -42,5 +42,6 @@ def inverse_curvature(curvature: Tensor, damping: float) -> Tensor:
 def turned(values: Tensor, turns: Tensor) -> Tensor:
     """Each vᵢ (M, N, d_out) multiplied by its module's matrix (M, d_out, d_out), with the norm that it had."""
     rows = values @ turns
-    length = rows.norm(dim=2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    return rows * (values.norm(dim=2, keepdim=True) / length)
+    length: Tensor = rows.norm(dim=2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    scale: Tensor = values.norm(dim=2, keepdim=True) / length
+    return rows * scale

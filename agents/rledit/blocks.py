@@ -72,7 +72,7 @@ class ResidualBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # autograd sees tensors only where each is an argument of its own
+    def forward(  # noqa: PLR0913  autograd sees tensors only where each is an argument of its own
         ctx: Any, z: Tensor, down: Tensor, up: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, run_down: Tensor,
         run_up: Tensor,
     ) -> Tensor:  # fmt: skip

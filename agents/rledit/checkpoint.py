@@ -26,6 +26,7 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.progress import Progress
 from agents.settings import setting_differences
 from rledit_env.files import write_tensors
+from rledit_env.interface import editing_env
 from rledit_env.preservation import Multiplier
 
 POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # what the names of a policy's tensors begin with
@@ -77,7 +78,7 @@ def load_training_state(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor]
 
 def multiplier_of(agent: HypernetworkPolicy) -> Multiplier | None:
     """The multiplier of the reward's constraint, if it has one."""
-    return None if agent.env is None else agent.env.unwrapped.multiplier  # type: ignore[attr-defined]
+    return None if agent.env is None else editing_env(agent.env).multiplier
 
 
 def resume(agent: HypernetworkPolicy, path: Path) -> None:

@@ -120,11 +120,18 @@ class HypernetworkConfig:
     step_size_parameter: Literal["log", "direct"] = "log"
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 known = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {', '.join(choices)}"
                 raise ValueError(f"{name} is {value!r}; give {known}")
+
+    def _check_numbers(self) -> None:
         if type(self.rank) is not int or type(self.blocks) is not int or self.blocks < 0:
             raise ValueError(f"rank is {self.rank!r} and blocks are {self.blocks!r}; give whole numbers, blocks from 0")
         for name in ("step_size", "damping", "rank", "normaliser_epsilon"):
@@ -134,13 +141,15 @@ class HypernetworkConfig:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
         if not self.output_curvature >= 0:
             raise ValueError(f"output_curvature is {self.output_curvature}; give 0 (none) or more, such as 0.1")
-        if self.output_curvature and self.aggregation == "mend":
-            raise ValueError(f"output_curvature is {self.output_curvature} and aggregation is 'mend', which solves no "
-                             "least squares; give 'least_squares' or 'recursive', or output_curvature=0")
         if type(self.text_tokens) is not int or self.text_tokens < 64:
             raise ValueError(f"text_tokens is {self.text_tokens!r}; give a whole number from 64")
         if not self.warm_up_rows >= 2:
             raise ValueError(f"warm_up_rows is {self.warm_up_rows}; give 2 or more, or warm_up=False for none")
+
+    def _check_combinations(self) -> None:
+        if self.output_curvature and self.aggregation == "mend":
+            raise ValueError(f"output_curvature is {self.output_curvature} and aggregation is 'mend', which solves no "
+                             "least squares; give 'least_squares' or 'recursive', or output_curvature=0")
         if self.has_text_prior and self.aggregation == "mend":
             raise ValueError("prior_source is 'text' and aggregation is 'mend', which solves no least squares that a "
                              "prior could enter; give 'least_squares' or 'recursive', or prior=0")

@@ -277,31 +277,37 @@ class Hypernetwork(nn.Module):
         recursive = self.config.aggregation == "recursive"
         inputs: dict[str, Tensor] = {}
         update_keys: dict[str, Tensor] = {}
-        units: dict[str, tuple[Tensor, Tensor]] = {}
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
         for group, members in self.groups.items():
-            normalised, means, deviations = [], [], []
+            normalised = []
             for module in members if takes and together else ():
                 self.normaliser_of(module).update(taken[module])
             for module in members:
                 if takes and not together:
                     self.normaliser_of(module).update(taken[module])
-                mean, scale = self.normaliser_of(module).moments()
+                mean, scale = moments[module] = self.normaliser_of(module).moments()
                 z = (rows[module] - mean) * scale
-                if self.config.output_units == "input":
-                    share = torch.ones_like(mean)
-                    share[self.shapes[module][0] :] /= rows_in_loss
-                    means.append(mean * share)
-                    deviations.append(share / scale)
                 normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
                 if not self.learns_keys:
                     update_keys[module] = self.key_memory.solved_keys(module, keys[module], keep=recursive)
             inputs[group] = torch.stack(normalised)
-            if means:
-                units[group] = torch.stack(means), torch.stack(deviations)
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
         used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
+        units = self._units(moments, rows_in_loss) if self.config.output_units == "input" else {}
         return StepRecord(dict(keys), inputs, update_keys, used=used, units=units)
+
+    def _units(
+        self, moments: Mapping[str, tuple[Tensor, Tensor]], rows_in_loss: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """`StepRecord.units`, given what each module's rows were normalised with."""
+        units = {}  # (M, d_in + d_out) each
+        for group, members in self.groups.items():
+            share = torch.ones_like(moments[members[0]][0])
+            share[self.shapes[members[0]][0] :] /= rows_in_loss
+            means, scales = (torch.stack(parts) for parts in zip(*(moments[m] for m in members), strict=True))
+            units[group] = means * share, share / scales
+        return units
 
     def factors(
         self, record: StepRecord, modules: Collection[str] | None = None

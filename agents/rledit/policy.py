@@ -24,6 +24,7 @@ from agents.rledit.text_prior import turn_by_text
 from agents.settings import environment_settings
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_tensors, write_text
+from rledit_env.interface import editing_env
 
 
 class HypernetworkPolicy(Agent):
@@ -61,8 +62,7 @@ class HypernetworkPolicy(Agent):
             shapes = module_shapes(env)
         self.network = self.network_type(shapes, self.config.network, seed)
         if env is not None:  # beside the LLM, so that no factor travels through the host
-            inner: Any = env.unwrapped
-            self.network.to(inner.lm.device)
+            self.network.to(editing_env(env).lm.device)
             self.network.normalisers = self.network.first_normalisers()
         self.optimizer = self.make_optimizer()
         self.updates = 0
@@ -84,7 +84,7 @@ class HypernetworkPolicy(Agent):
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
-        if self.env is None or env.unwrapped.lm is not self.env.unwrapped.lm:  # type: ignore[attr-defined]
+        if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
         super().set_env(env)
         self.presented = PresentedFacts(env)
@@ -141,8 +141,7 @@ class HypernetworkPolicy(Agent):
         if self.env is None:
             raise ValueError("output_curvature needs the environment's LLM; load the agent with env=…, or give it with "
                              "set_env(env)")
-        inner: Any = self.env.unwrapped
-        turn_by_text(self.network, inner.lm, progress_bar)
+        turn_by_text(self.network, editing_env(self.env).lm, progress_bar)
 
     # -- files ---------------------------------------------------------------------------------------------------
 

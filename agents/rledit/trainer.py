@@ -32,6 +32,7 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.trajectory import AT_END, forget_states, trajectory
 from agents.rledit.warm_up import warm_up
 from agents.selection import divergence, within_bound
+from rledit_env.interface import editing_env
 
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -169,7 +170,7 @@ class Trainer:
     def _update(self) -> dict[str, float]:
         """One policy update on the trajectories that it takes; its numbers."""
         agent, processes = self.agent, self.processes
-        inner: Any = self.env.unwrapped
+        inner = editing_env(self.env)
         gradients: list[list[Tensor]] = []
         measured: list[float] = []  # what the reward's constraint is on, at the trajectories' ends
         numbers: dict[str, float] = {}
@@ -193,7 +194,7 @@ class Trainer:
 
     def _count_steps(self) -> None:
         """Log and count the steps of the trajectory just taken, those of all processes."""
-        inner: Any = self.env.unwrapped
+        inner = editing_env(self.env)
         for step, numbers in enumerate(inner.history):
             log(self.step_writer, "step", numbers, self.agent.timesteps + step + 1)
         if inner.present_until is not None:  # a stream's steps are only known at its end
@@ -241,7 +242,7 @@ def training_env(env: gym.Env | None) -> gym.Env:
     if env is None:
         raise ValueError("this agent has no environment to learn in; load it with env=…, or give it with "
                          "set_env(env)")
-    inner: Any = env.unwrapped
+    inner = editing_env(env)
     if inner.array_backend != "torch" or not inner.reward_gradient:
         raise ValueError(
             "the environment must be made with array_backend='torch' and reward_gradient=True, so that a "
@@ -284,7 +285,7 @@ def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, wri
     forget_states(eval_env)
     with agent.presented.by(eval_env):
         _, info = run_stream(eval_env, agent, seed=seed)
-    inner: Any = eval_env.unwrapped
+    inner = editing_env(eval_env)
     metrics = evaluate_sharded(processes, inner.lm, inner.edited_records(), inner.dataset.kind)
     score = -math.inf if info["diverged"] else metrics.mean
     numbers = {k: v for k, v in metrics.as_dict().items() if v is not None} | {"drift": info["drift"]}

@@ -15,6 +15,7 @@ from torch import Tensor
 from agents.rledit.credit import CreditAccumulator
 from agents.rledit.hypernetwork import StepRecord
 from agents.rledit.policy import HypernetworkPolicy
+from rledit_env.interface import editing_env
 
 Learn = Callable[[list[Tensor]], object]
 AT_END = "constrained_at_end"  # a trajectory's number: the component under a bound, last scored
@@ -43,7 +44,7 @@ def _differentiated(
     agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
     network, config = agent.network, agent.config
-    inner: Any = env.unwrapped
+    inner = editing_env(env)
     forget_states(env)
     observation, _ = env.reset(seed=seed, **reset)
     network.reset()
@@ -87,11 +88,11 @@ def _differentiated(
 
 def _numbers(env: gym.Env, infos: Sequence[dict[str, float]], total: float) -> dict[str, float]:
     """A trajectory's numbers, given its steps' and its return."""
-    inner: Any = env.unwrapped
     numbers = {k: float(np.mean([i[k] for i in infos if k in i])) for k in infos[-1]}
     numbers |= {"return": total, "steps": float(len(infos)), "drift": infos[-1]["drift"]}
-    if inner.multiplier is not None:
-        component = inner.multiplier.constraint.component
+    multiplier = editing_env(env).multiplier
+    if multiplier is not None:
+        component = multiplier.constraint.component
         constrained = [i[component] for i in infos if component in i]
         numbers |= {AT_END: constrained[-1]} if constrained else {}
     return numbers
@@ -124,6 +125,6 @@ def no_gradient(agent: HypernetworkPolicy) -> list[Tensor]:
 def forget_states(env: gym.Env) -> None:
     """Drop the LLM's cached states: what a passage's were computed together with changes their last bits, and a run
     that is taken up from a checkpoint, with nothing cached, must end as the uninterrupted one, bit for bit."""
-    lm = env.unwrapped.lm  # type: ignore[attr-defined]
+    lm = editing_env(env).lm
     lm.prefix_cache.clear()
     lm.reference_cache.clear()

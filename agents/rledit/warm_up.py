@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gymnasium as gym
 from tqdm.auto import trange
 
@@ -12,6 +10,7 @@ from agents.rledit.moments import Moments, take
 from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.text_prior import start_from_text
 from agents.rledit.trajectory import forget_states
+from rledit_env.interface import editing_env
 
 
 def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
@@ -25,9 +24,8 @@ def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool,
         moments: whether it is given the moments of training facts.
         progress_bar: show one.
     """
-    inner: Any = env.unwrapped
     if prior and agent.config.network.has_text_prior:
-        start_from_text(agent.network, inner.lm, progress_bar)
+        start_from_text(agent.network, editing_env(env).lm, progress_bar)
         prior = False
     if not prior and not moments:
         return

@@ -24,6 +24,7 @@ from agents.running.saved import agent_settings, find_agent, load_agent
 from rledit_env.evaluation.general.scored_text import drifts, scored_texts
 from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics, evaluate
 from rledit_env.files import write_text
+from rledit_env.interface import editing_env
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -240,9 +241,8 @@ class Comparison:
                 eval_env = self._env(lm, selection, training.select_batches, self.setting.batch_size, settings)
             if training.calibrate_batches:
                 longer = self._env(lm, selection, training.calibrate_batches, self.setting.batch_size, settings)
-            inner: Any = env.unwrapped
             agent.learn(
-                training.trajectories * inner.episode_steps, callback=clock, progress_bar=self.progress_bar,
+                training.trajectories * editing_env(env).episode_steps, callback=clock, progress_bar=self.progress_bar,
                 log_dir=folder, eval_env=eval_env, eval_every=training.eval_every, patience=training.patience,
             )  # fmt: skip
             if longer is not None:
@@ -256,7 +256,7 @@ class Comparison:
 
     def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
         """Edit one stream and score all its facts at the end, those too that came after the LLM broke."""
-        inner: Any = env.unwrapped
+        inner = editing_env(env)
         inner.lm.prefix_cache.clear()
         inner.lm.reference_cache.clear()
         agent.reset()

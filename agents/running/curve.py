@@ -15,6 +15,7 @@ from agents.base import Agent
 from agents.running.comparison import Comparison, Setting
 from agents.running.editors import Editor, with_strength
 from agents.selection import divergence
+from rledit_env.interface import editing_env
 from rledit_env.knowledge import KnowledgeStream, held_out
 
 BOUNDS = (0.05, 0.1, 0.3, 1.0)  # nats a token
@@ -141,8 +142,8 @@ class Curve(Comparison):
 
     def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
         measured = super()._measure(editor, agent, env, seed)
-        inner: Any = env.unwrapped
-        return {**measured, SELECTION_KL: _finite(divergence(inner.lm)), "stream": self._stream()}
+        kl = _finite(divergence(editing_env(env).lm))
+        return {**measured, SELECTION_KL: kl, "stream": self._stream()}
 
     def _stream(self) -> dict[str, Any]:
         setting = self.setting

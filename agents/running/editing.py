@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import gymnasium as gym
 import numpy as np
@@ -19,10 +19,22 @@ from agents.running.recording import LedgerRecorder, Position, Taken
 from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
+from rledit_env.interface import editing_env
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Watched(TypedDict, total=False):
+    """What follows a run of :func:`edit_facts`: arguments of :func:`edit_stream`."""
+
+    progress: Callable[[int], Any] | None
+    ledger: EditLedger | None
+    guard: DriftGuard | None
 
 
 @dataclass
@@ -140,10 +152,9 @@ class _Stream:
         self, env: gym.Env, agent: Agent, log: EditLog, progress: Callable[[int], Any] | None, ledger: EditLedger | None
     ) -> None:
         self.env, self.agent, self.log, self.progress = env, agent, log, progress
-        inner: Any = env.unwrapped
-        self.inner = inner
+        self.inner = editing_env(env)
         self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
-        self.recorder = LedgerRecorder(ledger, inner, agent, self.first) if ledger is not None else None
+        self.recorder = LedgerRecorder(ledger, self.inner, agent, self.first) if ledger is not None else None
         self.step = 0  # the next one's place in the stream
 
     def take_up(self) -> Position:
@@ -218,19 +229,18 @@ def _last_facts(log: EditLog) -> str:
     return f"facts {last.start + 1} to {last.stop}"
 
 
-def edit_facts(
+def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment's own names
     lm: EditableLM,
     agent: Agent,
     facts: KnowledgeDataset,
     batch_size: int = 20,
     token: str = "answer",
     steps_per_batch: int = 1,
-    progress: Callable[[int], Any] | None = None,
-    ledger: EditLedger | None = None,
-    guard: DriftGuard | None = None,
-    on_divergence: Literal["end", "skip", "raise"] = "end",
+    *,
     present_until: float | None = None,
     contexts: int = 0,
+    on_divergence: Literal["end", "skip", "raise"] = "end",
+    **watched: Unpack[Watched],
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
@@ -244,9 +254,8 @@ def edit_facts(
         batch_size: facts a batch.
         token: as in :class:`~rledit_env.env.LifelongEditEnv`.
         steps_per_batch: as there.
-        progress: called after every batch with the number of its facts.
-        ledger, guard: as for :func:`edit_stream`.
-        on_divergence, present_until, contexts: as in :class:`~rledit_env.env.LifelongEditEnv`.
+        present_until, contexts, on_divergence: as there.
+        watched: progress, ledger and guard, as for :func:`edit_stream`.
     """
     log, before = EditLog(), agent.env
     whole = len(facts) // batch_size
@@ -261,7 +270,7 @@ def edit_facts(
             )
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
             agent.set_env(env)  # editors that read the facts themselves must read these
-            edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
+            edit_stream(env, agent, log, seed=0, options=options, **watched)
     finally:
         if before is None:
             agent.env = None

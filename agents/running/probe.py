@@ -149,7 +149,8 @@ class Probe:
             raise ValueError(
                 f"{self.path} holds scores of other settings ({', '.join(different)}); name another folder"
             )
-        return stored["cells"]
+        cells: dict[str, dict[str, float]] = stored["cells"]
+        return cells
 
     def run(self, progress: Callable[[int, int], Any] | None = None) -> ProbeResult:
         """Compute whatever is missing.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from rledit_env.env import LifelongEditEnv
+from rledit_env.interface import EditingEnv
 from rledit_env.ledger import (
     EditLedger,
     Entry,
@@ -69,7 +69,7 @@ class LedgerRecorder:
         first_batch: the number in the run of the stream's first batch.
     """
 
-    def __init__(self, ledger: EditLedger, env: LifelongEditEnv, agent: Agent, first_batch: int = 0) -> None:
+    def __init__(self, ledger: EditLedger, env: EditingEnv, agent: Agent, first_batch: int = 0) -> None:
         self.ledger, self.env, self.agent, self.first_batch = ledger, env, agent, first_batch
         self.step, self.norm = 0, 0.0  # the place in the stream, and its next update's norm; set by who steps it
         self.cursor = len(ledger)  # the next entry; those before len(ledger) are compared with
@@ -169,7 +169,7 @@ class LedgerRecorder:
         last, env = self._last, self.env
         assert last is not None
         try:
-            self.env.np_random.bit_generator.state = dict(last.random or {})
+            env.np_random.bit_generator.state = dict(last.random or {})
             if last.torch_random is not None:
                 torch.set_rng_state(last.torch_random)
         except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:

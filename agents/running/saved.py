@@ -13,6 +13,7 @@ from agents.base import Agent, module_shapes
 from agents.files import built_from, read_description
 from agents.running.editors import EDITORS
 from agents.sb3 import RandomSearchAgent, StandardAgent
+from rledit_env.interface import editing_env
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -81,8 +82,7 @@ def _check_modules(folder: str | Path, env: gym.Env) -> None:
     """Raise ValueError where an agent knows the shapes of its modules, and the environment's are others."""
     shapes = {m: tuple(shape) for m, shape in (agent_settings(folder).get("shapes") or {}).items()}
     if shapes and shapes != module_shapes(env):
-        inner: Any = env.unwrapped
-        raise ValueError(_other_model(folder, inner.lm.name, module_shapes(env)))
+        raise ValueError(_other_model(folder, editing_env(env).lm.name, module_shapes(env)))
 
 
 def _other_model(folder: str | Path, model: str, found: Mapping[str, tuple[int, int]] | None = None) -> str:

@@ -14,12 +14,12 @@ from agents.running.editing import edit_facts
 from agents.running.editors import Editor, configured_step_size, with_step_size
 from rledit_env.answers import took
 from rledit_env.env import LifelongEditEnv
-from rledit_env.evaluation.general.self_text import REWARD_OPENINGS, self_drift, self_text
 from rledit_env.evaluation.guard import DriftGuard
 from rledit_env.evaluation.metrics import continuations, top1_by_record
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.self_text import REWARD_OPENINGS, self_drift, self_text
 
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6

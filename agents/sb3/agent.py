@@ -30,6 +30,7 @@ from agents.sb3.features import Standardised
 from agents.settings import environment_settings
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_tensors, write_text
+from rledit_env.interface import editing_env
 from rledit_env.nesting import environment_inside
 from rledit_env.preservation import Multiplier
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
@@ -110,7 +111,7 @@ class StandardAgent(Agent):
         action, _ = self.model.predict(self.view.observation(observation), deterministic=deterministic)
         return self.scaled.factors(observation, action), None
 
-    def learn(
+    def learn(  # noqa: PLR0913  called as in Stable-Baselines3: its arguments are not gathered in one
         self,
         total_timesteps: int,
         callback: Callback | None = None,
@@ -189,8 +190,7 @@ class StandardAgent(Agent):
         """Raise ValueError where measuring the zero action would take all steps."""
         if self.relative is None or self.relative.baseline_steps or total_timesteps == 0:
             return
-        inner: Any = self.scaled.unwrapped
-        needed = self.relative.streams * inner.episode_steps
+        needed = self.relative.streams * editing_env(self.scaled).episode_steps
         if total_timesteps <= needed:
             raise ValueError(
                 f"total_timesteps is {total_timesteps}, but measuring the zero action takes {needed} steps "
@@ -213,8 +213,7 @@ class StandardAgent(Agent):
     @property
     def multiplier(self) -> Multiplier | None:
         """Of the reward's constraint; None where it has none."""
-        inner: Any = self.scaled.unwrapped
-        return inner.multiplier
+        return editing_env(self.scaled).multiplier
 
     @property
     def timesteps(self) -> int:  # type: ignore[override]

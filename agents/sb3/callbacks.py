@@ -17,6 +17,7 @@ from agents.base import run_stream
 from agents.logs import log, summary_writer
 from agents.sb3.checkpoint import Run, write_checkpoint
 from agents.selection import divergence, within_bound
+from rledit_env.interface import editing_env
 
 if TYPE_CHECKING:
     from agents.sb3.agent import StandardAgent
@@ -112,7 +113,7 @@ class TrainingCallback(BaseCallback):
         self.run.evaluated = self.num_timesteps
         looking_on = copy.copy(self.agent)
         looking_on.set_env(self.eval_env)
-        inner: Any = self.eval_env.unwrapped
+        inner = editing_env(self.eval_env)
         with inner.lm.preserved():  # a training stream may be under way on the same LLM
             total, info = run_stream(self.eval_env, looking_on, seed=self.eval_seed)
             metrics = inner.evaluate(generate=False)

@@ -18,6 +18,7 @@ from agents.files import agent_folder, built_from, check_counters, read_descript
 from agents.sb3.config import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.interface import editing_env
 from rledit_env.nesting import environment_inside
 from rledit_env.wrappers import ScaledUpdate
 
@@ -79,7 +80,7 @@ class RandomSearchAgent(Agent):
         Raises:
             ValueError: too few steps for two actions.
         """
-        inner: Any = self.scaled.unwrapped
+        inner = editing_env(self.scaled)
         streams = -(-total_timesteps // inner.episode_steps)
         if streams < 2:
             raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
@@ -116,7 +117,7 @@ class RandomSearchAgent(Agent):
     def _mean_return(self, action: np.ndarray, seeds: list[int], bar: Any) -> float:
         """The mean return of always taking an action, over the streams of these seeds."""
         self.action = action
-        inner: Any = self.scaled.unwrapped
+        inner = editing_env(self.scaled)
         returns = []
         for seed in seeds:
             returns.append(run_stream(self.scaled.env, self, seed=seed)[0])

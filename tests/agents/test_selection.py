@@ -15,9 +15,9 @@ import agents.sb3.callbacks
 import rledit_env  # noqa: F401 - registers the environments
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, StandardAgent, StandardConfig
 from agents.selection import TEXT, divergence, within_bound
-from rledit_env.evaluation.general.self_text import self_text
 from rledit_env.evaluation.metrics import Metrics
 from rledit_env.preservation import OwnText
+from rledit_env.self_text import self_text
 
 MODULES = "model.layers.[1-2].mlp.up_proj"
 

@@ -174,7 +174,8 @@ class Editor:
         place = f"editor {self.name!r}, train.reward"
         if isinstance(constraint := numbers.get("constraint"), Mapping):
             numbers["constraint"] = changed(Constraint(), constraint, f"{place}.constraint")
-        return changed(RewardConfig(), numbers, place)
+        config: RewardConfig = changed(RewardConfig(), numbers, place)
+        return config
 
     def description(self) -> dict[str, Any]:
         """All that its results depend on, as JSON holds it; classes and functions by their names."""
@@ -184,7 +185,8 @@ class Editor:
         described = {k: v for k, v in asdict(self).items() if k not in left_out}
         described |= {"agent": self.agent.__name__, "config": getattr(self.config, "__name__", None)}
         trainer = self.trainer.description() if self.trainer else None
-        return json.loads(json.dumps({**described, "trainer": trainer}))
+        written: dict[str, Any] = json.loads(json.dumps({**described, "trainer": trainer}))
+        return written
 
 
 def configured_step_size(editor: Editor) -> float:

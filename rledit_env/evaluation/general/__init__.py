@@ -2,8 +2,8 @@
 
 from rledit_env.evaluation.general.ability import GeneralAbility, GeneralEvery
 from rledit_env.evaluation.general.scored_text import chat_text, drifts, human_text, scored_texts
-from rledit_env.evaluation.general.self_text import SelfDrift, self_drift, self_text
 from rledit_env.evaluation.general.tasks import TASKS, Example, TaskData, TaskScore, load_tasks, score_task
+from rledit_env.self_text import SelfDrift, self_drift, self_text
 
 __all__ = [
     "TASKS",

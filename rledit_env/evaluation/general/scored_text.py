@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rledit_env.evaluation.general.self_text import OPENINGS, SelfDrift, self_drift, self_text
 from rledit_env.lm.chat import ChatTemplate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.self_text import OPENINGS, SelfDrift, self_drift, self_text
 
 NAMES = {"self": "own text", "human": "human text", "chat": "chat answers"}
 """Kinds of text: key in results → name in tables."""

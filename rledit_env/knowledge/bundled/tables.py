@@ -127,7 +127,7 @@ NAMED_IN = {"fr": "french", "de": "german", "es": "spanish", "it": "italian"}
 
 def country_name(code: str, countries: dict[str, Any]) -> str:
     """The common English name of a country, without its article."""
-    return ENGLISH_NAMES.get(code, countries[code]["name"])
+    return str(ENGLISH_NAMES.get(code, countries[code]["name"]))
 
 
 def with_article(name: str) -> str:
