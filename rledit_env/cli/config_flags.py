@@ -32,22 +32,22 @@ class ConfigFlags:
     default: Callable[[argparse.Namespace], Any] | None = None
 
     @property
-    def names(self) -> list[str]:
-        """The fields that are flags."""
-        return [f.name for f in fields(self.config) if f.name not in self.leave_out]
+    def hints(self) -> dict[str, Any]:
+        """The types of the fields that are flags, by name."""
+        hints = get_type_hints(self.config) | dict(self.types)
+        return {f.name: hints[f.name] for f in fields(self.config) if f.name not in self.leave_out}
 
     @property
-    def flags(self) -> set[str]:
+    def flags(self) -> list[str]:
         """The flags as they are written."""
-        options = {name.replace("_", "-") for name in self.names}
-        return {f"--{option}" for option in options} | {f"--no-{option}" for option in options}
+        options = [(name.replace("_", "-"), hint) for name, hint in self.hints.items()]
+        return [f"--{option}" for option, _ in options] + [f"--no-{option}" for option, hint in options if hint is bool]
 
     def unchecked(self, options: argparse.Namespace) -> Any:
         """A dataclass of the flags' fields with their defaults. It takes any value of the right type: what the
         configuration itself refuses is said by the command."""
         default = self.default(options) if self.default is not None else self.config()
-        types = get_type_hints(self.config) | dict(self.types)
-        members = [(name, types[name], field(default=getattr(default, name))) for name in self.names]
+        members = [(name, hint, field(default=getattr(default, name))) for name, hint in self.hints.items()]
         about, heading, attributes = _plain(self.config.__doc__ or "").partition("Attributes:")
         docstring = f"{self.about or about}\n\n{heading}{attributes}"
         return make_dataclass(self.config.__name__, members, namespace={"__doc__": docstring})
@@ -94,15 +94,27 @@ class CommandParser(argparse.ArgumentParser):
 
     def _split(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         """The generated flags with their values, and the other arguments."""
-        flags = set().union(*(config.flags for config in self.configs.values()))
+        flags = [flag for config in self.configs.values() for flag in config.flags]
         generated: list[str] = []
         others: list[str] = []
         into = others
         for argument in arguments:
             if re.match(r"--?[A-Za-z]", argument):
-                into = generated if argument.split("=")[0] in flags else others
+                flag, *value = argument.split("=", 1)
+                flag = self._in_full(flag, [*flags, *self._option_string_actions])
+                argument = "=".join([flag, *value])
+                into = generated if flag in flags else others
             into.append(argument)
         return generated, others
+
+    def _in_full(self, flag: str, known: Sequence[str]) -> str:
+        """A flag that may be abbreviated, as argparse has it: by its first letters, where only one flag has them."""
+        meant = [one for one in known if one.startswith(flag)]
+        if flag in known or not flag.startswith("--") or not meant:
+            return flag
+        if len(meant) > 1:
+            self.error(f"ambiguous option: {flag} could match {', '.join(meant)}")
+        return meant[0]
 
     def _by_tyro(self, options: argparse.Namespace, arguments: Sequence[str], add_help: bool) -> Any:
         """What tyro makes of the generated flags: a dataclass a title."""

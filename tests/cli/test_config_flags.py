@@ -76,8 +76,15 @@ def test_no_two_flags_of_a_command_have_one_name() -> None:
     for command in REQUIRED:
         (commands,) = (a for a in cli.build_parser(command)._actions if isinstance(a, argparse._SubParsersAction))
         parser = commands.choices[command]
-        names = [a.dest for a in parser._actions] + [name for c in parser.configs.values() for name in c.names]
+        names = [a.dest for a in parser._actions] + [name for c in parser.configs.values() for name in c.hints]
         assert len(names) == len(set(names))
+
+
+def test_a_flag_may_be_abbreviated_where_one_flag_alone_begins_so(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse("train", "--agg=mend", "--num-b", "3", "--no-warm", "--kl-r", "2")
+    assert (options.aggregation, options.num_batches, options.warm_up, options.kl_rate) == ("mend", 3, False, 2.0)
+    assert cli.main(["train", *REQUIRED["train"], "--kl", "0.1"]) == 2
+    assert "ambiguous option: --kl could match --kl-bound, --kl-rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
