@@ -79,7 +79,8 @@ class CommandParser(argparse.ArgumentParser):
         generated, others = self._split(args)
         options, unknown = super().parse_known_args(others, namespace)
         for values in vars(self._by_tyro(options, generated, add_help=False)).values():
-            vars(options).update(vars(values))
+            for name, value in vars(values).items():
+                setattr(options, name, value)
         return options, unknown
 
     def format_help(self) -> str:
@@ -120,19 +121,18 @@ class CommandParser(argparse.ArgumentParser):
         """What tyro makes of the generated flags: a dataclass a title."""
         import tyro
 
-        members = []
-        for title, config in self.configs.items():
-            unchecked = config.unchecked(options)
-            members.append((title, tyro.conf.OmitArgPrefixes[unchecked], field(default_factory=unchecked)))
-        return tyro.cli(make_dataclass("Settings", members), prog=self.prog, args=arguments, add_help=add_help)
+        classes = {title: config.unchecked(options) for title, config in self.configs.items()}
+        members = [(title, one, field(default_factory=one)) for title, one in classes.items()]
+        settings, flat = make_dataclass("Settings", members), (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(settings, prog=self.prog, args=arguments, add_help=add_help, config=flat)
 
     def _generated_help(self) -> str:
         """tyro's help of the generated flags."""
         defaults = argparse.Namespace(**{action.dest: action.default for action in self._actions})
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             self._by_tyro(defaults, ["--help"], add_help=True)
-        _, _, sections = text.getvalue().partition("show this help message and exit")
-        return "\n".join(line.rstrip() for line in sections.splitlines()).strip("\n")
+        _, _, sections = text.getvalue().partition("show this help message and exit")  # argparse's says that
+        return "\n".join(line.rstrip() for line in sections.splitlines()[1:]).strip("\n")
 
 
 def _plain(docstring: str) -> str:
