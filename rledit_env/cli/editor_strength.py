@@ -89,7 +89,8 @@ def _probed(
 
         probe = StrengthProbe(lm, editor, few, settings["token"], settings["batch_size"], bound,
                               guarded=options.drift_bound is not None, progress=advance,
-                              present_until=settings.get("present_until"))
+                              present_until=settings.get("present_until"),
+                              contexts=settings.get("contexts", 0))
         chosen = options.steps_per_batch is not None or options.max_presentations is not None
         search = probe.search((settings["steps_per_batch"],) if chosen else editor.presentations)
     _say_search(search)

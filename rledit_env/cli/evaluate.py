@@ -27,6 +27,7 @@ from rledit_env.cli.command import (
     metrics_argument,
     model_name,
     model_source,
+    option_or,
     override_arguments,
     probability,
     progress_bar,
@@ -177,6 +178,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str,
         "token": options.token or trained.get("token", "answer"),
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
         "present_until": _until(options, trained),
+        "contexts": option_or(options.contexts, trained.get("contexts", 0)),
     }
 
 

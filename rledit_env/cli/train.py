@@ -77,6 +77,8 @@ def _stream_arguments(parser: CommandParser) -> None:
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers this probability, and "
                        "--steps-per-batch times at most (default: always that often)")
+    group.add_argument("--contexts", type=int, default=0, metavar="K",
+                       help="present each fact plainly and behind K short texts that the model writes, all at once")
     group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
                        help="how often a batch is presented when the trained agent edits; the selection does so, too, "
                        "and it is recorded with the agent (default: --steps-per-batch)")
@@ -182,7 +184,8 @@ class Streams:
         options = self.options
         return gym.make(
             options.env, model=self.lm, data=data, num_batches=num_batches, batch_size=options.batch_size,
-            token=options.token, array_backend="torch", disable_env_checker=True, **presentation, **more,
+            token=options.token, contexts=options.contexts, array_backend="torch", disable_env_checker=True,
+            **presentation, **more,
         )  # fmt: skip
 
 
@@ -282,8 +285,9 @@ def _say_inputs(streams: Streams, agent: RLEditAgent, start: Path | None) -> Non
           f"{options.batch_size}")
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
     most = "at most " if options.present_until else ""
-    print(f"streams   {options.num_batches} × {options.batch_size} facts, {most}{options.steps_per_batch} steps a "
-          f"batch, token {options.token}, reward {options.reward}{keeping_terms(streams.reward)}")
+    behind = f" and behind {options.contexts} contexts" if options.contexts else ""
+    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} "
+          f"steps a batch, token {options.token}, reward {options.reward}{keeping_terms(streams.reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(agent.config))}")
     if start is not None:
         print(f"start     {start}, step sizes × {options.start_scale:g}")

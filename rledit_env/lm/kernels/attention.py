@@ -1,4 +1,4 @@
-"""Attention of short sequences, padded or end to end in one row."""
+"""Attention of short sequences, padded or packed in one row."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "short_float32"
 SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
-LIKE = 0.5  # packed sequences attend together whose lengths differ by no more than this factor
-# PyTorch's kernels for a GPU but cuDNN's, which plans for every new length anew: 1.4 ms a call on a Hopper.
+LIKE = 0.5  # packed sequences attend together if the shortest has at least this share of the longest's tokens
+# PyTorch's kernels for a GPU except cuDNN's, which makes a plan for every new length: 1.4 ms a call on a Hopper.
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tokens of a row lie in groups of sequences padded to their longest.
+    """Index maps between the tokens of a packed row and groups of sequences, each padded to its longest.
+
+    A place is a cell of a padded group, counted sequence by sequence.
 
     Attributes:
-        groups: of each, its sequences; the longest's tokens; which token of the row is in each place, as a slice where
-            they follow each other, and some token in padding; and which places are padding.
-        copies: token by token, its places, counted through all groups.
-        firsts: where in ``copies`` each token's places begin; None where every token has one.
+        groups: for each, the number of its sequences; the length that they are padded to; the token of the row in each
+            place, as a slice where these are consecutive (padding has some token); and the places that are padding.
+        copies: the places of each token, token after token, counted through all groups.
+        firsts: for each token, where its places begin in ``copies``; None where every token has one place.
     """
 
     groups: list[tuple[int, int, slice | Tensor, Tensor]]
@@ -43,7 +45,7 @@ class _Places:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
-        """Of groups of sequences, given as the places of their tokens in the row."""
+        """The maps for groups of sequences, each given by the indices of its tokens in the row."""
         found: list[tuple[int, int, slice | Tensor, Tensor]] = []
         tokens, held = [], []
         for members in groups:
@@ -62,7 +64,7 @@ class _Places:
         return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
 
     def to(self, device: torch.device) -> _Places:
-        """The same for tensors of a device."""
+        """The same maps, for tensors on a device."""
         groups = [
             (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
             for count, longest, source, padding in self.groups
@@ -71,25 +73,26 @@ class _Places:
 
 
 def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
-    """How many of each sequence's tokens lie with no earlier one; they follow, in the row, all that lies before them.
+    """How many tokens of each sequence belong to no earlier one; in the row they come after all earlier sequences.
 
     Args:
-        paths: places of each sequence's tokens in the row.
+        paths: for each sequence, the indices of its tokens in the row.
     """
     ends = list(accumulate((path[-1] + 1 for path in paths), max))
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 class Packing:
-    """Sequences that lie end to end in one row, and attend each to itself.
+    """Sequences packed in one row, each of which attends only to itself.
 
-    Those of similar length attend together, padded to the longest of them: the row's tokens are put in their place
-    in (b, heads, l, d) and taken from there again. A token that several sequences begin with is a key of each of them,
-    and a query of the first.
+    Sequences of similar length attend together, padded to the longest of them: the row's tokens are copied into one
+    tensor (b, heads, l, d) a group, and the results copied back. A token of a shared prefix is a key of every sequence
+    that has it, and a query of the first.
 
     Args:
-        lengths: of the sequences, in their order.
-        paths: places of each sequence's tokens in the row, as `Layout.paths`; None: one after the other.
+        lengths: tokens of each sequence.
+        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None: no prefix is shared,
+            and the sequences follow one another.
     """
 
     def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
@@ -103,7 +106,7 @@ class Packing:
 
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
-        """Groups of sequences of similar length: the places of their tokens, and how many of these are another's."""
+        """Groups of sequences of similar length: their tokens' indices, and how many of these an earlier one has."""
         found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
         order = sorted(found, key=lambda one: -len(one[0]))
         groups = []
@@ -114,7 +117,7 @@ class Packing:
         return groups
 
     def _on(self, device: torch.device) -> tuple[_Places, _Places]:
-        """Where queries and keys lie, for tensors of a device."""
+        """The maps of queries and of keys, for tensors on a device."""
         if device not in self._placed:
             keys = _Places.of([[path for path, _ in group] for group in self._groups])
             queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
@@ -122,14 +125,14 @@ class Packing:
         return self._placed[device]
 
     def ends(self, device: torch.device) -> Tensor:
-        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32; of sequences that share
-        nothing."""
+        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32. Only for sequences that share
+        no prefix."""
         self._ends = self._ends.to(device)
         return self._ends
 
     def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
-        """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d) of queries or keys; padding is
-        zero if asked for, and some number otherwise."""
+        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) a group, in at least float32. With ``keys`` the
+        row holds keys or values, whose sequences include shared prefixes; with ``zero`` padding is zero."""
         _, heads, length, width = row.shape
         tokens = row.transpose(1, 2).reshape(length, heads * width)
         dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
@@ -139,13 +142,13 @@ class Packing:
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
             part = part.view(batch, longest, heads, width).transpose(1, 2)
-            # Where the precision stays, `to` leaves the order, too.
+            # `to` leaves the memory order as it is where the precision stays.
             parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
         return parts
 
     def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
-        """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``. A token that
-        is in several places is their sum."""
+        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``. A token in
+        several places gets the sum of them; padding of the row is zero."""
         _, heads, _, width = parts[0].shape
         places = self._on(parts[0].device)[keys]
         precision = dtype if places.firsts is None else parts[0].dtype
@@ -160,7 +163,7 @@ class Packing:
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
     def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
-        """What is added to the scores (b, K, r · L) of a group: −∞ where a key is later than the query."""
+        """The mask that is added to a group's scores (b, K, r · L): −∞ where a key comes after the query."""
         kind = (*((group, len(key)) if self.shares else ()), query.shape[1], key.shape[1], query.dtype)
         if kind not in self._masks:
             self._masks[kind] = self._shared_mask(group, query, key) if self.shares else _causal_mask(query, key)
@@ -168,7 +171,7 @@ class Packing:
 
     def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
         members = self._groups[group]
-        length = self._on(key.device)[0].groups[group][1]  # queries of a sequence, of r heads
+        length = self._on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
         first = torch.tensor([[shared] for _, shared in members], device=key.device)
         last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
         unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
@@ -182,7 +185,7 @@ _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 @contextmanager
 def packed(packing: Packing | None) -> Iterator[None]:
-    """Within it, :func:`short_attention` takes a row for sequences that lie so in it."""
+    """Within it, :func:`short_attention` reads a row as sequences packed in this way; None: as one sequence."""
     token = _packing.set(packing)
     try:
         yield
@@ -201,12 +204,15 @@ def short_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in plain matrix products for short sequences, causal or by a mask, in float32, returned in the query's
-    precision; everything else is PyTorch's scaled dot product attention, in float32 too.
+    """Attention of short sequences in plain matrix products, causal or by a mask.
 
-    The sequences of edits have some dozen tokens. PyTorch's kernel, made for long ones, takes 1.7 times as long on them
-    in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16. That
-    is on a CPU; on a GPU it is PyTorch's kernels in the query's precision, those of packed sequences too if they can.
+    It is computed in float32 and returned in the query's precision. What does not fit (longer sequences, dropout, other
+    masks) goes to PyTorch's scaled dot product attention, in float32, too.
+
+    The sequences of edits have a dozen tokens or so. PyTorch's kernel, made for long ones, takes 1.7 times as long on
+    them in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16.
+    That is on a CPU. On a GPU PyTorch's kernels are used, in the query's precision; packed sequences use its flash
+    attention where that can take them.
 
     Args:
         query: (B, heads, L, d).
@@ -256,12 +262,13 @@ def short_attention(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(s · q kᵀ + mask) v with its gradient written out; q is (b, r · L, d), r queries a key; k, v (b, K, d).
+    """softmax(s · q kᵀ + mask) v with its gradient written out.
 
-    Without a mask (B or 1, 1, L, K), of B sequences with b / B key-value heads each, it is causal.
+    q is (b, r · L, d), the r query heads of a key-value head one after the other; k and v are (b, K, d). A mask is
+    (B or 1, 1, L, K) bool, of B sequences with b / B key-value heads each; without one the attention is causal.
 
-    The scores are held as (b, K, r · L): PyTorch's softmax over the last axis takes ten times as long for a dozen
-    numbers as for rows that fill the processor's vectors, but over another axis it fills them with many queries.
+    The scores are held as (b, K, r · L), keys first. PyTorch's softmax over the last axis takes ten times as long for
+    a dozen numbers as for rows that fill the processor's vectors; over another axis it fills them with many queries.
     """
 
     @staticmethod
@@ -271,7 +278,7 @@ class _ShortAttention(torch.autograd.Function):
         else:
             scores = torch.bmm(key, query.mT).mul_(scale)
             batch, length = len(seen), seen.shape[2]
-            # All heads of a sequence, and of all sequences with one mask, as (…, K, r, L).
+            # The heads of a sequence, or of all sequences where they have one mask, as (…, K, r, L).
             by_sequence = scores.view(batch, -1, key.shape[1], query.shape[1] // length, length)
             by_sequence.masked_fill_(~seen.mT.unsqueeze(3), torch.finfo(scores.dtype).min)
             weights = scores.softmax(1)
@@ -287,8 +294,8 @@ class _ShortAttention(torch.autograd.Function):
 
 
 class _PackedAttention(torch.autograd.Function):
-    """The same of sequences in one row: query (1, heads, N, d), key, value (1, key-value heads, N, d), each group of
-    them (see :class:`Packing`) by itself."""
+    """Causal attention of packed sequences: query (1, heads, N, d), key and value (1, key-value heads, N, d). Each
+    group (see :class:`Packing`) is computed by itself, as in :class:`_ShortAttention`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -320,7 +327,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
-    """Whether PyTorch's flash attention takes a row (1, heads, N, d) of packed sequences."""
+    """Whether PyTorch's flash attention can take this row (1, heads, N, d) of packed sequences."""
     return (
         query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
         and query.shape[1] % key.shape[1] == 0 and query.shape[2] == packing.tokens and not packing.shares
@@ -329,7 +336,7 @@ def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
 
 
 def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
-    """What :class:`_PackedAttention` gives, by PyTorch's flash attention."""
+    """The result of :class:`_PackedAttention`, computed by PyTorch's flash attention."""
     ends, longest = packing.ends(query.device), packing.longest
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
     output = torch.ops.aten._flash_attention_forward(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scale)
@@ -338,7 +345,7 @@ def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, p
 
 @cache
 def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and GPU have the kernel, and it gives what :class:`_PackedAttention` does."""
+    """Whether this PyTorch and GPU have the kernel, and it gives the results of :class:`_PackedAttention`."""
     packing = Packing([3, 17, 9])
     numbers = torch.randn(4, 29, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     query, key, value = numbers[None], numbers[None, :2], numbers[None, 2:]
@@ -372,19 +379,19 @@ def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
 def _gradients(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value of the output's."""
+    """Gradients of query, key and value, given the output's."""
     for_weights = torch.bmm(value, cotangent.mT)
     for_scores = torch._softmax_backward_data(for_weights, weights, 1, weights.dtype).mul_(scale)
     return torch.bmm(for_scores.mT, key), torch.bmm(for_scores, query), torch.bmm(weights, cotangent)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """PyTorch's mask; none for packed sequences, which are kept apart without."""
+    """PyTorch's mask; None for packed sequences, which :class:`Packing` keeps apart."""
     return sdpa_mask(*args, **kwargs) if _packing.get() is None else None
 
 
 def prefer_fast_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU or a GPU use :func:`short_attention` where it uses PyTorch's."""
+    """Let a model on a CPU or a GPU use :func:`short_attention` instead of PyTorch's attention."""
     if model.device.type in ("cpu", "cuda") and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, short_attention)
         AttentionMaskInterface.register(NAME, _mask)

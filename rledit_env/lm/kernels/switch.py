@@ -1,4 +1,4 @@
-"""All faster ways to compute what a model's modules compute, put in together."""
+"""Switches all kernels on for a model, and off again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rledit_env.lm.kernels.products import prefer_fast_products
 
 
 def prefer_fast_modules(model: PreTrainedModel) -> Callable[[], None]:
-    """Let a model compute by the faster ways that suit it; returns what puts its own back."""
+    """Let a model use all kernels that suit it; returns a function that puts its own modules back."""
     classes = [(module, type(module)) for module in model.modules()]
     attention = model.config._attn_implementation
     prefer_fast_attention(model)
