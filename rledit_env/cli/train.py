@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
     check_paths(options, growing("--out", options.out, RUN, RUN_PARTS))
     training, selection = _training_data(options)
     _check_numbers(options)
+    held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
     reward = reward_of(options)
     start = _start(options)
@@ -126,9 +127,9 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.chat:
         training, selection = (_in_chat(facts, lm, options.chat) for facts in (training, selection))
-    streams = Streams(options, lm, training, selection, reward)
+    streams = Streams(options, lm, training, selection, held, reward)
     env = streams.to_learn_from(_presentation(options))
-    eval_env = streams.to_select_on(streams.selection_batches)
+    eval_env = streams.to_select_on(held)
     longer = streams.to_select_on(options.calibrate_num_batches) if options.calibrate_num_batches else None
     agent = _agent(env, config, options, start)
     _say_inputs(streams, agent, start)
@@ -155,6 +156,7 @@ class Streams:
         lm: the model.
         training: the facts to learn from.
         selection: the facts that select the checkpoint.
+        selection_batches: batches of the stream that they are edited in.
         reward: what is learned from.
     """
 
@@ -162,14 +164,8 @@ class Streams:
     lm: EditableLM
     training: KnowledgeDataset
     selection: KnowledgeDataset
+    selection_batches: int
     reward: RewardConfig
-
-    @property
-    def selection_batches(self) -> int:
-        """Batches of the stream that selects the checkpoint."""
-        options = self.options
-        there_are = len(self.selection) // options.batch_size
-        return options.eval_num_batches or max(1, min(2 * options.num_batches, there_are))
 
     def to_learn_from(self, presentation: Mapping[str, Any]) -> Any:
         """The environment of the training streams."""
