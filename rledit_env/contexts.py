@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from weakref import WeakKeyDictionary
 
 from rledit_env.evaluation.general.self_text import REWARD_OPENINGS, self_text
 from rledit_env.knowledge import EditRecord
@@ -10,8 +10,9 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
 TEXTS = 32  # different texts, which a stream's facts take in turn
-TOKENS = 10  # that the LLM writes after an opening
-LONGEST = 200  # bytes of a text, its opening included; what is longer is cut
+TOKENS = 5  # that the LLM writes after an opening
+LONGEST = 400  # bytes of a text, its opening included; what is longer is cut
+_written: WeakKeyDictionary[EditableLM, list[str]] = WeakKeyDictionary()  # by model: they take seconds
 
 
 class Contexts:
@@ -28,14 +29,19 @@ class Contexts:
     def __init__(self, lm: EditableLM, count: int) -> None:
         self.lm, self.count = lm, count
 
-    @cached_property
+    @property
     def texts(self) -> list[str]:
         """The texts, each with the full stop and the space that end it."""
+        if self.lm not in _written:
+            _written[self.lm] = self._write()
+        return _written[self.lm]
+
+    def _write(self) -> list[str]:
         written = self_text(self.lm, REWARD_OPENINGS[-TEXTS:], TOKENS)
         texts = self.lm.tokenizer.batch_decode(
             [[*p.input_ids, p.targets[-1]] for p in written], skip_special_tokens=True
         )
-        return [" ".join(text.split())[:LONGEST].rstrip(" .") + ". " for text in texts]
+        return [" ".join(text.split())[: LONGEST // 4].rstrip(" .") + ". " for text in texts]
 
     def passages(self, record: EditRecord, place: int) -> list[Passage]:
         """A fact's edit behind each of its K texts.
@@ -44,8 +50,9 @@ class Contexts:
             record: the fact.
             place: its place in the stream, which says which texts are its own.
         """
-        texts = [self.texts[(place * self.count + k) % len(self.texts)] for k in range(self.count)]
-        return [self._behind(record, text) for text in texts]
+        texts = self.texts
+        own = [texts[(place * self.count + k) % len(texts)] for k in range(self.count)]
+        return [self._behind(record, text) for text in own]
 
     def _behind(self, record: EditRecord, text: str) -> Passage:
         prompt = record.prompt[: record.lead] + text + record.prompt[record.lead :]

@@ -69,20 +69,20 @@ def test_a_text_comes_after_the_words_of_a_chat_template(env):
     assert passage.subject_position == expected.subject_position
 
 
-def test_a_fact_has_taken_when_it_has_behind_every_text(tiny_lm, make_env, facts):
+def test_a_fact_has_taken_when_it_has_behind_its_plain_prompt(tiny_lm, make_env, facts):
     env = make_env(kind="counterfact", model=tiny_lm(), data=facts("counterfact", 12), contexts=2, present_until=0.5,
                    steps_per_batch=4, **SETTINGS)  # fmt: skip
     env.reset(seed=0)
     trace = env.episode.trace()
-    trace.hardest[:] = 0.1  # taken
-    trace.hardest[3 + 2 * 1 + 1] = 1.0  # but the second fact behind its second text
+    trace.hardest[:3] = torch.tensor([0.1, 1.0, 0.1])  # the second one has not
+    trace.hardest[3:] = 1.0
     observation = env.episode.observe(trace)
     assert env.presented_facts() == [1] and len(env.current_batch()) == 1
-    assert len(observation["mask"]) == 1
-    trace.hardest[2] = 1.0
-    env.episode.observe(trace)
-    assert env.presented_facts() == [1, 2]
-    trace.hardest[:] = 0.1
+    expected = trace.of(torch.tensor([False, True, False, False, False, True, True, False, False]))
+    assert len(observation["mask"]) == 3  # its plain prompt, and those behind both texts
+    for name in env.lm.module_shapes:
+        torch.testing.assert_close(observation["keys"][name], expected.keys[name])
+    trace.hardest[:3] = 0.1
     assert len(env.episode.observe(trace)["mask"]) == 0 and env.presented_facts() == []
 
 

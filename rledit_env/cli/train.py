@@ -84,6 +84,8 @@ def _stream_arguments(parser: CommandParser) -> None:
                        "and it is recorded with the agent (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
                        help="until which probability it is presented then (default: --present-until)")
+    group.add_argument("--edit-contexts", type=int, metavar="K",
+                       help="behind how many texts it is presented then (default: --contexts)")
     chat_argument(group, "every fact")
 
 
@@ -180,17 +182,17 @@ class Streams:
         options = self.options
         return gym.make(
             options.env, model=self.lm, data=data, num_batches=num_batches, batch_size=options.batch_size,
-            token=options.token, contexts=options.contexts, array_backend="torch", disable_env_checker=True,
-            **presentation, **more,
+            token=options.token, array_backend="torch", disable_env_checker=True, **presentation, **more,
         )  # fmt: skip
 
 
 def _presentation(options: argparse.Namespace, editing: bool = False) -> dict[str, Any]:
-    """How often a batch is presented in training, or when the trained agent edits."""
-    steps, until = options.steps_per_batch, options.present_until
+    """How a batch is presented in training, or when the trained agent edits."""
+    steps, until, contexts = options.steps_per_batch, options.present_until, options.contexts
     if editing:
         steps, until = options.edit_steps_per_batch or steps, option_or(options.edit_present_until, until)
-    return {"steps_per_batch": steps, "present_until": until or None}
+        contexts = option_or(options.edit_contexts, contexts)
+    return {"steps_per_batch": steps, "present_until": until or None, "contexts": contexts}
 
 
 def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, KnowledgeDataset]:
