@@ -24,7 +24,7 @@ from tqdm import tqdm
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import agent_settings, edit_stream, find_agent, load_agent
 from rledit_env.answers import is_exact, took
-from rledit_env.cli.editing import MAX_PRESENTATIONS, PRESENT_UNTIL
+from rledit_env.cli.editor_options import MAX_PRESENTATIONS, PRESENT_UNTIL
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.metrics import continuations
 from rledit_env.files import write_text

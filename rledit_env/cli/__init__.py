@@ -20,6 +20,7 @@ import gymnasium as gym
 
 from rledit_env.cli import compare, edit, evaluate, fetch, ledger, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
+from rledit_env.cli.config_flags import CommandParser
 from rledit_env.outputs import PathError
 
 COMMANDS = (
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser(given[0] if given else None)
     try:
         options = parser.parse_args(given)
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse or tyro has said why
         return int(stop.code or 0)
     except PathError as error:  # an argument is no path
         warn(f"rledit {given[0]}: error: {error}")
@@ -86,7 +87,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         prog="rledit", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"rledit-env {_own_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
     for one in COMMANDS:
         sub = commands.add_parser(
             one.name, help=one.summary, description=one.description, epilog=f"{one.examples}\n{EXIT_CODES}",

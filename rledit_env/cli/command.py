@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 if TYPE_CHECKING:
+    from rledit_env.cli.config_flags import CommandParser
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
 
@@ -27,7 +28,7 @@ class Command:
     summary: str
     description: str
     examples: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    add_arguments: Callable[[CommandParser], None]
     run: Callable[[argparse.Namespace], int]
     interrupted: Callable[[argparse.Namespace], str]
 

@@ -67,10 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents.running.comparison import Comparison, Setting, Views, check_disjoint
     from agents.running.editors import chosen_editors, configured, find_configs, load_configs
     from rledit_env.evaluation.metrics import check_metrics
-    from rledit_env.knowledge import KnowledgeStream, load_knowledge
 
     check_positive(options, "batches", "batch_size", "seeds")
     curve.check(options)
@@ -84,6 +82,29 @@ def run(options: argparse.Namespace) -> int:
         check_text_is_no_prior(options, editor.configuration())
     parts = (SETTINGS, *TABLES, "cells/", "trained/", *((*curve.FILES, "curve/") if options.curve else ()))
     check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors, kind))
+    comparison = _comparison(options, editors)
+    test = comparison.setting.test
+    _check_folder(options, test.source)
+
+    def say_inputs() -> None:
+        wanted = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
+        print(f"data     {test.source} ({test.split}): {wanted}", *skipped_rows(test))
+        print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
+
+    compared = curve.run if options.curve else _compare
+    return compared(options, comparison, editors, say_inputs)
+
+
+def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Comparison:
+    """The comparison that the options ask for.
+
+    Raises:
+        ValueError: there are not enough facts, or some are both trained on and scored.
+    """
+    from agents.running.comparison import Comparison, Setting, Views, check_disjoint
+    from rledit_env.knowledge import KnowledgeStream, load_knowledge
+
+    kind = kind_of(options.env)
     test = load_knowledge(kind, options.data, "eval", options.on_error)
     KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
 
@@ -101,17 +122,14 @@ def run(options: argparse.Namespace) -> int:
         None if options.text is None else Path(options.text),
     )
     views = Views(options.model, options.dtype, options.device, **model_source(options))
-    comparison = Comparison(setting, views, options.out)
-    _check_folder(options, test.source)
+    return Comparison(setting, views, options.out)
 
-    def say_inputs() -> None:
-        wanted = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
-        print(f"data     {test.source} ({test.split}): {wanted}", *skipped_rows(test))
-        print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
 
-    if options.curve:
-        return curve.run(options, comparison, editors, say_inputs)
-    seeds = range(options.seeds)
+def _compare(
+    options: argparse.Namespace, comparison: Comparison, editors: list[Editor], say_inputs: Callable[[], None]
+) -> int:
+    """Compute the cells that are missing, and write the tables."""
+    seeds, source = range(options.seeds), comparison.setting.test.source
     # Every cell is read, so that one that cannot be gone on from is refused before anything is computed.
     missing = [e for e in editors if None in [comparison.cell(e, seed) for seed in seeds]]
     say_inputs()
@@ -123,10 +141,10 @@ def run(options: argparse.Namespace) -> int:
         warn(f"[{number}/{len(missing)}] {editor.title}")
         if not attempt(options, editor.title, lambda: comparison.run(editor, seeds)):  # noqa: B023
             failed.append(editor.name)
-        _write_tables(options, _rows(comparison, editors, seeds), test.source)
+        _write_tables(options, _rows(comparison, editors, seeds), source)
     rows = _rows(comparison, editors, seeds)
-    print(_tables(options, rows, test.source)["table.txt"], flush=True)
-    _write_tables(options, rows, test.source)
+    print(_tables(options, rows, source)["table.txt"], flush=True)
+    _write_tables(options, rows, source)
     for row in rows:
         if row.not_applicable:
             reason = next(c["not_applicable"] for c in row.cells if "not_applicable" in c)

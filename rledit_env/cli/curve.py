@@ -6,7 +6,7 @@ import argparse
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import FAILED, OK, warn
@@ -158,11 +158,44 @@ def run(
         editors: as they are configured.
         say_inputs: says what is edited and scored, once nothing stands in the way.
     """
-    from dataclasses import replace
+    from agents.running.curve import SEED
 
+    this = _run(options, comparison, editors)
+    curve, longer = this.curve, this.longer
+    this.check_cells()
+    unknown = [editor for editor in editors if curve.points(editor) is None]
+    points = sum(len(curve.variants(editor)) for editor in editors)
+    say_inputs()
+    print(f"editors  {', '.join(editor.name for editor in editors)}")
+    print(f"curve    {points} points on {options.curve_batches} × {options.batch_size} of {curve.setting.test.source}; "
+          f"{len(unknown)} editors to run", flush=True)
+    failed = _compute(this, "points", curve, [(editor.name, curve.variants(editor)) for editor in unknown], [SEED])
+    picked = this.missing(comparison, this.picked())
+    failed += _compute(this, "picks", comparison, [(v.label, [v]) for v in picked], this.seeds)
+    if longer is not None:
+        best = this.missing(longer, this.best())
+        failed += _compute(this, "longer", longer, [(v.label, [v]) for v in best], this.seeds)
+    print(_write(this)["curve.txt"], flush=True)
+    for editor in editors:
+        reasons = [p.cell["not_applicable"] for p in curve.points(editor) or () if "not_applicable" in p.cell]
+        if reasons:
+            print(f"{editor.title}: not applicable, {reasons[0]}")
+    print(f"written: {', '.join(str(options.out / name) for name in FILES)}; every number is in {curve.out}/cells and "
+          f"{options.out}/cells")
+    if failed:
+        warn(f"failed: {', '.join(failed)}; the same command tries them again")
+        return FAILED
+    return OK
+
+
+def _run(options: argparse.Namespace, comparison: Comparison, editors: Sequence[Editor]) -> Run:
+    """The run that the options ask for.
+
+    Raises:
+        ValueError: there are not enough facts for its streams.
+    """
     from agents.running.comparison import Comparison
-    from agents.running.curve import SEED, Curve
-    from rledit_env.cli.compare import attempt, begin
+    from agents.running.curve import Curve
     from rledit_env.knowledge import KnowledgeStream
 
     setting = comparison.setting
@@ -176,46 +209,29 @@ def run(
         folder = options.out / f"then-{options.then_batches}"
         longer = Comparison(replace(setting, num_batches=options.then_batches), comparison.views, folder,
                             trainer=comparison)  # fmt: skip
-    this = Run(options, comparison, curve, longer, editors)
-    this.check_cells()
-    failed: list[str] = []
+    return Run(options, comparison, curve, longer, editors)
 
-    def work(title: str, on: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]) -> None:
-        """Compute the cells of these editors' variants, one editor after the other."""
-        if jobs:
-            begin(options, comparison)
-        for number, (name, variants) in enumerate(jobs, start=1):
-            warn(f"{title} [{number}/{len(jobs)}] {name}")
 
-            def compute(variants: Sequence[Editor] = variants) -> None:
-                for variant in variants:
-                    on.run(variant, seeds)
+def _compute(
+    run: Run, title: str, on: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]
+) -> list[str]:
+    """Compute the cells of these editors' variants, one editor after the other; the names of those that failed."""
+    from rledit_env.cli.compare import attempt, begin
 
-            if not attempt(options, name, compute):
-                failed.append(name)
-            _write(this, pictures=on is curve)
+    failed = []
+    if jobs:
+        begin(run.options, run.comparison)
+    for number, (name, variants) in enumerate(jobs, start=1):
+        warn(f"{title} [{number}/{len(jobs)}] {name}")
 
-    unknown = [editor for editor in editors if curve.points(editor) is None]
-    points = sum(len(curve.variants(editor)) for editor in editors)
-    say_inputs()
-    print(f"editors  {', '.join(editor.name for editor in editors)}")
-    print(f"curve    {points} points on {options.curve_batches} × {options.batch_size} of {curve.setting.test.source}; "
-          f"{len(unknown)} editors to run", flush=True)
-    work("points", curve, [(editor.name, curve.variants(editor)) for editor in unknown], [SEED])
-    work("picks", comparison, [(v.label, [v]) for v in this.missing(comparison, this.picked())], this.seeds)
-    if longer is not None:
-        work("longer", longer, [(v.label, [v]) for v in this.missing(longer, this.best())], this.seeds)
-    print(_write(this)["curve.txt"], flush=True)
-    for editor in editors:
-        reasons = [p.cell["not_applicable"] for p in curve.points(editor) or () if "not_applicable" in p.cell]
-        if reasons:
-            print(f"{editor.title}: not applicable, {reasons[0]}")
-    print(f"written: {', '.join(str(options.out / name) for name in FILES)}; every number is in {curve.out}/cells and "
-          f"{options.out}/cells")
-    if failed:
-        warn(f"failed: {', '.join(failed)}; the same command tries them again")
-        return FAILED
-    return OK
+        def compute(variants: Sequence[Editor] = variants) -> None:
+            for variant in variants:
+                on.run(variant, seeds)
+
+        if not attempt(run.options, name, compute):
+            failed.append(name)
+        _write(run, pictures=on is run.curve)
+    return failed
 
 
 def _distinct(editors: Iterable[Editor]) -> list[Editor]:

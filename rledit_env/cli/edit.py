@@ -9,7 +9,7 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,8 @@ from rledit_env.cli.command import (
     to_stderr,
     warn,
 )
-from rledit_env.cli.editing import (
-    Editing,
-    check_editor,
-    editor_arguments,
-    presentation_arguments,
-    trained_agent,
-    training_free,
-)
+from rledit_env.cli.editing import Editing, trained_agent, training_free
+from rledit_env.cli.editor_options import check_editor, editor_arguments, presentation_arguments
 from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.cli.results import (
     finite,
@@ -54,6 +48,8 @@ from rledit_env.cli.results import (
 from rledit_env.outputs import Output, PathError, whole
 
 if TYPE_CHECKING:
+    from agents import EditLog
+    from rledit_env.evaluation.metrics import Metrics
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.ledger import EditLedger
     from rledit_env.lm.editable import EditableLM
@@ -104,28 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents import edit_facts
-    from rledit_env.answers import MEANING
-    from rledit_env.evaluation.general import drifts, scored_texts
-    from rledit_env.evaluation.general.scored_text import source_of
-    from rledit_env.evaluation.guard import DriftGuard
-    from rledit_env.evaluation.metrics import METRICS_VERSION
+    from rledit_env.evaluation.general import scored_texts
     from rledit_env.knowledge.facts import load_facts
-    from rledit_env.reporting import versions
 
-    check_editor(options)
-    check_text(options)
-    if options.text is not None and not options.divergence:
-        raise ValueError("--text and --no-divergence exclude each other: the divergence is measured on the text")
-    check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
-    if options.lora_rank is not None:
-        check_positive(options, "lora_rank")
-    if options.resume and options.ledger is None:
-        raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
+    _check(options)
     given = load_facts(options.facts, options.kind, options.on_error)
     editing = training_free(options, given) if options.editor else trained_agent(options, given)
-    lm, facts, settings = editing.lm, editing.facts, editing.settings
-    notes = [*_notes(facts, settings["token"]), *editing.notes]
+    lm, facts = editing.lm, editing.facts
+    notes = [*_notes(facts, editing.settings["token"]), *editing.notes]
     for note in notes:
         print(f"note: {note}")
     sys.stdout.flush()
@@ -133,15 +115,7 @@ def run(options: argparse.Namespace) -> int:
     if options.divergence:
         to_stderr("writing the texts on which the divergence is measured …")
     texts = scored_texts(lm, options.text, passages=DIVERGENCE_PASSAGES) if options.divergence else {}
-    guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
-    ledger = _ledger(options, editing, facts.dataset) if options.ledger is not None else None
-    try:
-        with going_on("the same command with --resume"), progress_bar(len(facts.dataset), "editing") as bar:
-            log = edit_facts(lm, editing.agent, facts.dataset, progress=bar.update, ledger=ledger, guard=guard,
-                             on_divergence=options.on_divergence, **settings)
-    finally:
-        if ledger is not None:
-            ledger.close()
+    log = _edit(editing, options)
     if log.diverged or log.stopped:
         what = "broke the model" if log.diverged else "moved the model further than --drift-bound on held text"
         warn(f"the update of batch {len(log.batch_sizes)} {what}; nothing was written. {editing.mend}, or give fewer "
@@ -149,38 +123,8 @@ def run(options: argparse.Namespace) -> int:
         return FAILED
     records = list(facts.dataset)
     metrics, answers = score_facts(lm, records, facts.dataset.kind)
-    scores = rounded(metrics.as_dict())
-    if facts.without_paraphrases:
-        scores |= {"generalization": None, "mean": None}
-    if facts.without_unrelated:
-        scores |= {"specificity": None, "specificity_answer": None, "mean": None}
-    report: dict[str, Any] = {
-        "format": REPORT_FORMAT,
-        "facts_file": str(options.facts),
-        "data_source": facts.dataset.source,
-        **editing.report,
-        "metrics_version": METRICS_VERSION,
-        "metrics": scores,
-        "seconds_per_fact": log.seconds_per_fact,
-        "drift": log.drift,
-        "divergences": {text: drift.as_dict() for text, drift in drifts(lm, texts).items()},
-        "divergences_of": {"human": source_of(options.text)},
-        "settings": {**settings, "model": lm.name, "revision": lm.revision, "edit_modules": list(lm.module_shapes),
-                     "dtype": dtype_name(lm), "device": str(lm.device), "kind": facts.dataset.kind,
-                     "chat": options.chat},
-        "versions": versions(),
-        "notes": notes,
-        "taken": list(metrics.taken),
-        "taken_means": MEANING,
-        "not_taken": not_taken(records, metrics, answers),
-        "batches_without_effect": without_effect(log, metrics),
-        "presentations": presentations(log, settings),
-        "answers": [
-            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took, "presentations": count}
-            for r, answer, took, count in zip(records, answers, metrics.taken, log.presentations, strict=True)
-        ],
-    }
-    print_metrics(scores, log, print)
+    report = _report(editing, log, metrics, answers, texts, notes, options)
+    print_metrics(report["metrics"], log, print)
     print_divergences(report["divergences"], print)
     say_presentations(report["presentations"], records, print)
     name_untaken(report["not_taken"], len(records), metrics.exact_match, print, str(options.out / REPORT))
@@ -191,6 +135,81 @@ def run(options: argparse.Namespace) -> int:
     for saved in report["saved"].values():
         print(f"written: {options.out / saved['folder']}, {saved['what']}")
     return OK
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and paths that cannot be written, before anything is read."""
+    check_editor(options)
+    check_text(options)
+    if options.text is not None and not options.divergence:
+        raise ValueError("--text and --no-divergence exclude each other: the divergence is measured on the text")
+    check_paths(options, whole("--out", options.out, options.overwrite), *_ledger_output(options))
+    if options.lora_rank is not None:
+        check_positive(options, "lora_rank")
+    if options.resume and options.ledger is None:
+        raise ValueError("--resume goes on with a recorded run; name it with --ledger DIR")
+
+
+def _edit(editing: Editing, options: argparse.Namespace) -> EditLog:
+    """Edit the facts, with the ledger and the guard that are asked for."""
+    from agents import edit_facts
+    from rledit_env.evaluation.guard import DriftGuard
+
+    lm, facts = editing.lm, editing.facts.dataset
+    guard = DriftGuard(lm, options.drift_bound, options.on_drift) if options.drift_bound is not None else None
+    ledger = _ledger(options, editing, facts) if options.ledger is not None else None
+    try:
+        with going_on("the same command with --resume"), progress_bar(len(facts), "editing") as bar:
+            return edit_facts(lm, editing.agent, facts, progress=bar.update, ledger=ledger, guard=guard,
+                              on_divergence=options.on_divergence, **editing.settings)  # fmt: skip
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+def _report(
+    editing: Editing, log: EditLog, metrics: Metrics, answers: Sequence[str], texts: Mapping[str, Any],
+    notes: Sequence[str], options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """What edit_report.json says of an edit, but for what is saved."""
+    from rledit_env.answers import MEANING
+    from rledit_env.evaluation.general import drifts
+    from rledit_env.evaluation.general.scored_text import source_of
+    from rledit_env.evaluation.metrics import METRICS_VERSION
+    from rledit_env.reporting import versions
+
+    lm, facts, records = editing.lm, editing.facts, list(editing.facts.dataset)
+    scores = rounded(metrics.as_dict())
+    if facts.without_paraphrases:
+        scores |= {"generalization": None, "mean": None}
+    if facts.without_unrelated:
+        scores |= {"specificity": None, "specificity_answer": None, "mean": None}
+    return {
+        "format": REPORT_FORMAT,
+        "facts_file": str(options.facts),
+        "data_source": facts.dataset.source,
+        **editing.report,
+        "metrics_version": METRICS_VERSION,
+        "metrics": scores,
+        "seconds_per_fact": log.seconds_per_fact,
+        "drift": log.drift,
+        "divergences": {text: drift.as_dict() for text, drift in drifts(lm, texts).items()},
+        "divergences_of": {"human": source_of(options.text)},
+        "settings": {**editing.settings, "model": lm.name, "revision": lm.revision,
+                     "edit_modules": list(lm.module_shapes), "dtype": dtype_name(lm), "device": str(lm.device),
+                     "kind": facts.dataset.kind, "chat": options.chat},
+        "versions": versions(),
+        "notes": list(notes),
+        "taken": list(metrics.taken),
+        "taken_means": MEANING,
+        "not_taken": not_taken(records, metrics, answers),
+        "batches_without_effect": without_effect(log, metrics),
+        "presentations": presentations(log, editing.settings),
+        "answers": [
+            {"prompt": r.prompt, "target": r.target, "answer": answer, "took": took, "presentations": count}
+            for r, answer, took, count in zip(records, answers, metrics.taken, log.presentations, strict=True)
+        ],
+    }  # fmt: skip
 
 
 def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) -> None:

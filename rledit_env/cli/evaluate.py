@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
@@ -54,6 +55,14 @@ from rledit_env.cli.results import (
 )
 from rledit_env.outputs import PathError, result
 
+if TYPE_CHECKING:
+    from agents import EditLog
+    from rledit_env.evaluation.general import GeneralEvery
+    from rledit_env.evaluation.metrics import Metrics
+    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
+    from rledit_env.knowledge import EditRecord
+    from rledit_env.lm.chat import ChatTemplate
+
 RESULT_FORMAT = "rledit-result-1"
 
 
@@ -90,55 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents import agent_settings, edit_stream, find_agent, load_agent
-    from agents.running.saved import modules_of
-    from rledit_env.answers import MEANING
-    from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
-    from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
-    from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics
-    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
-    from rledit_env.lm.chat import ChatTemplate
-    from rledit_env.reporting import versions
+    from agents import edit_stream, find_agent, load_agent
 
-    check_metrics(options.metrics)
-    check_text(options)
-    sources = [] if options.general == ["none"] else options.general
-    if options.text is not None and "self" not in sources:
-        raise ValueError("--text is what 'self' of --general is measured on, too; add --general self, or leave it out")
-    if options.json not in (None, "-"):
-        check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
+    sources = _check(options)
     folder = find_agent(options.agent, kind_of(options.env) if options.env else None)
-    trained = agent_settings(folder)["environment"]
-    env_id = options.env or trained.get("id")
-    if not env_id:
-        raise ValueError(f"{folder} does not say which environment it was trained in; name one with --env")
-    check_positive(options, "retention_every", "general_limit")
-    if options.general_every is not None:
-        check_positive(options, "general_every")
-    settings = {
-        "model": model_name(options, trained, folder),
-        **model_source(options, trained),
-        "edit_modules": options.edit_modules or trained.get("edit_modules"),
-        "split": options.split,
-        "num_batches": options.num_batches,
-        "batch_size": options.batch_size,
-        "token": options.token or trained.get("token", "answer"),
-        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
-        "present_until": _until(options, trained),
-        "contexts": option_or(options.contexts, trained.get("contexts", 0)),
-    }
+    env_id, settings = _settings(options, folder)
     say_loading(settings["model"])
-    with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):
-        env = gym.make(
-            env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
-            reward="none", array_backend="torch", disable_env_checker=True, **settings,
-        )
+    env = _environment(options, env_id, settings, folder)
     inner: Any = env.unwrapped
-    template = ChatTemplate(inner.lm.tokenizer, inner.lm.name) if options.chat else None
-    if template is not None:  # before anything is edited
-        for record in inner.dataset:
-            for prompt in (record.prompt, *record.paraphrases):
-                template.check(prompt, record.origin)
+    template = _chat_template(inner) if options.chat else None
     agent = load_agent(folder, env)
     check_text_is_no_prior(options, getattr(agent, "config", None))
     agent.reset()
@@ -147,59 +116,17 @@ def run(options: argparse.Namespace) -> int:
         f"{len(inner.dataset):,} facts", *skipped_rows(inner.dataset))
     say(f"model  {inner.lm.name} ({dtype_name(inner.lm)}, {inner.lm.device}), {len(inner.lm.module_shapes)} modules")
     say(f"agent  {folder}")
-    retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
-    general = None
-    if sources:
-        ability = GeneralAbility(inner.lm, sources, options.general_shots, options.general_limit, options.seed,
-                                 options.text)
-        general = GeneralEvery(env, ability, options.general_every)
-    drift = DriftProbe(env)
-    callbacks = [probe for probe in (drift, retention, general) if probe is not None]
+    probes = _probes(options, env, sources)
     with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
-        log = edit_stream(env, agent, progress=bar.update, callbacks=callbacks, seed=options.seed)
-    records = inner.edited_records()
-    metrics, answers = score_facts(inner.lm, records, inner.dataset.kind, options.metrics)
-    before, shown = before_and_after(inner.lm, records, inner.dataset.kind, metrics, answers)
-    content = {
-        "format": RESULT_FORMAT,
-        "env": env_id,
-        "agent": str(folder),
-        "data_source": inner.dataset.source,
-        "command": options.command_line,
-        "metrics_version": METRICS_VERSION,
-        "metrics": rounded(metrics.as_dict()),
-        "before": rounded(before.as_dict()),
-        "seconds_per_fact": log.seconds_per_fact,
-        "drift": log.drift,
-        "diverged": log.diverged,
-        "settings": {**settings, "data": options.data, "seed": options.seed, "device": str(inner.lm.device),
-                     "dtype": dtype_name(inner.lm), "kind": inner.dataset.kind, "metrics": options.metrics,
-                     "chat": options.chat, "text": options.text},
-        "versions": versions(),
-        "taken": list(metrics.taken),
-        "taken_means": MEANING,
-        "not_taken": not_taken(records, metrics, answers),
-        "batches_without_effect": without_effect(log, metrics),
-        "answers": shown,
-        "batch_sizes": log.batch_sizes,
-        "update_norms": log.update_norms,
-        "module_drift": drift.by_module,
-    }
+        log = edit_stream(env, agent, progress=bar.update, callbacks=probes.callbacks, seed=options.seed)
+    edited = Edited(options, folder, env_id, settings, inner, log, inner.edited_records())
+    metrics, answers = score_facts(inner.lm, edited.records, inner.dataset.kind, options.metrics)
+    content = _content(edited, metrics, answers) | {"module_drift": probes.drift.by_module}
     print_metrics(content["metrics"], log, say)
     if template is not None:
-        with progress_bar(len(records), "asking in a chat") as bar:
-            chat = chat_scores(inner.lm, records, template, bar.update)
-        content["chat"] = {**rounded(chat.as_dict()), "taken": list(chat.taken), "taken_means": CHAT_MEANING,
-                           "answers": chat_answers(records, chat)}
-        print_chat(chat, say)
-    if retention is not None and retention.measured:
-        content["retention"] = retention.result.as_dict()
-        print_retention(retention.result, say)
-    if general is not None:
-        content["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
-                             "scores": {str(edited): scores for edited, scores in general.scores.items()}}
-        print_general(general.scores, say)
-    name_untaken(content["not_taken"], len(records), metrics.exact_match, say,
+        content["chat"] = _chat(edited, template, say)
+    content |= _say_probes(probes, options, say)
+    name_untaken(content["not_taken"], len(edited.records), metrics.exact_match, say,
                  options.json if options.json != "-" else None)
     warn_without_effect(content["batches_without_effect"], log)
     if options.json:
@@ -211,11 +138,192 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
+def _check(options: argparse.Namespace) -> list[str]:
+    """Refuse options that cannot be and paths that cannot be written; returns the sources of --general."""
+    from rledit_env.evaluation.metrics import check_metrics
+
+    check_metrics(options.metrics)
+    check_text(options)
+    sources: list[str] = [] if options.general == ["none"] else options.general
+    if options.text is not None and "self" not in sources:
+        raise ValueError("--text is what 'self' of --general is measured on, too; add --general self, or leave it out")
+    if options.json not in (None, "-"):
+        check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
+    return sources
+
+
+def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The environment's name, and its settings: those of the options, or else those that the agent in ``folder`` was
+    trained with.
+
+    Raises:
+        ValueError: the environment is named by neither, or an option is below 1.
+    """
+    from agents import agent_settings
+
+    trained = agent_settings(folder)["environment"]
+    env_id = options.env or trained.get("id")
+    if not env_id:
+        raise ValueError(f"{folder} does not say which environment it was trained in; name one with --env")
+    check_positive(options, "retention_every", "general_limit")
+    if options.general_every is not None:
+        check_positive(options, "general_every")
+    return env_id, {
+        "model": model_name(options, trained, folder),
+        **model_source(options, trained),
+        "edit_modules": options.edit_modules or trained.get("edit_modules"),
+        "split": options.split,
+        "num_batches": options.num_batches,
+        "batch_size": options.batch_size,
+        "token": options.token or trained.get("token", "answer"),
+        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
+        "present_until": _until(options, trained),
+        "contexts": option_or(options.contexts, trained.get("contexts", 0)),
+    }
+
+
 def _until(options: argparse.Namespace, trained: Mapping[str, Any]) -> float | None:
     """The probability at which a fact is no longer presented, if any."""
     if options.present_until is not None:
         return options.present_until or None
     return trained.get("present_until") if options.steps_per_batch is None else None
+
+
+def _environment(options: argparse.Namespace, env_id: str, settings: Mapping[str, Any], folder: Path) -> Any:
+    """The environment in which the agent in ``folder`` edits."""
+    from agents.running.saved import modules_of
+
+    with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):
+        return gym.make(
+            env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
+            reward="none", array_backend="torch", disable_env_checker=True, **settings,
+        )
+
+
+def _chat_template(env: Any) -> ChatTemplate:
+    """The model's chat template.
+
+    Raises:
+        ValueError: a fact does not fit it.
+    """
+    from rledit_env.lm.chat import ChatTemplate
+
+    template = ChatTemplate(env.lm.tokenizer, env.lm.name)
+    for record in env.dataset:
+        for prompt in (record.prompt, *record.paraphrases):
+            template.check(prompt, record.origin)
+    return template
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What is measured while a stream is edited; None: not asked for."""
+
+    drift: DriftProbe
+    retention: RetentionProbe | None
+    general: GeneralEvery | None
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """Those that there are, as `agents.edit_stream` takes them."""
+        return [probe for probe in (self.drift, self.retention, self.general) if probe is not None]
+
+
+def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Probes:
+    """The probes that are asked for; general ability on these ``sources``."""
+    from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
+    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
+
+    retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
+    general = None
+    if sources:
+        ability = GeneralAbility(env.unwrapped.lm, sources, options.general_shots, options.general_limit, options.seed,
+                                 options.text)  # fmt: skip
+        general = GeneralEvery(env, ability, options.general_every)
+    return Probes(DriftProbe(env), retention, general)
+
+
+def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., Any]) -> dict[str, Any]:
+    """Print what the probes measured; it as the result has it."""
+    content: dict[str, Any] = {}
+    retention, general = probes.retention, probes.general
+    if retention is not None and retention.measured:
+        content["retention"] = retention.result.as_dict()
+        print_retention(retention.result, say)
+    if general is not None:
+        content["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
+                             "scores": {str(edited): scores for edited, scores in general.scores.items()}}
+        print_general(general.scores, say)
+    return content
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A stream that an agent edited.
+
+    Attributes:
+        options: the command's.
+        folder: the agent's.
+        env_id: the environment's name.
+        settings: the environment's.
+        env: the environment.
+        log: what happened.
+        records: the facts, in order.
+    """
+
+    options: argparse.Namespace
+    folder: Path
+    env_id: str
+    settings: Mapping[str, Any]
+    env: Any
+    log: EditLog
+    records: Sequence[EditRecord]
+
+
+def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[str, Any]:
+    """The result's file, but for what probes and a chat add."""
+    from rledit_env.answers import MEANING
+    from rledit_env.evaluation.metrics import METRICS_VERSION
+    from rledit_env.reporting import versions
+
+    options, env, log, records = edited.options, edited.env, edited.log, edited.records
+    before, shown = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
+    return {
+        "format": RESULT_FORMAT,
+        "env": edited.env_id,
+        "agent": str(edited.folder),
+        "data_source": env.dataset.source,
+        "command": options.command_line,
+        "metrics_version": METRICS_VERSION,
+        "metrics": rounded(metrics.as_dict()),
+        "before": rounded(before.as_dict()),
+        "seconds_per_fact": log.seconds_per_fact,
+        "drift": log.drift,
+        "diverged": log.diverged,
+        "settings": {**edited.settings, "data": options.data, "seed": options.seed, "device": str(env.lm.device),
+                     "dtype": dtype_name(env.lm), "kind": env.dataset.kind, "metrics": options.metrics,
+                     "chat": options.chat, "text": options.text},
+        "versions": versions(),
+        "taken": list(metrics.taken),
+        "taken_means": MEANING,
+        "not_taken": not_taken(records, metrics, answers),
+        "batches_without_effect": without_effect(log, metrics),
+        "answers": shown,
+        "batch_sizes": log.batch_sizes,
+        "update_norms": log.update_norms,
+    }  # fmt: skip
+
+
+def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> dict[str, Any]:
+    """Ask the facts in a chat, print how often that gave the target, and return it as the result has it."""
+    from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
+
+    records = edited.records
+    with progress_bar(len(records), "asking in a chat") as bar:
+        chat = chat_scores(edited.env.lm, records, template, bar.update)
+    print_chat(chat, say)
+    return {**rounded(chat.as_dict()), "taken": list(chat.taken), "taken_means": CHAT_MEANING,
+            "answers": chat_answers(records, chat)}  # fmt: skip
 
 
 def _write(text: str, path: str) -> None:

@@ -17,6 +17,7 @@ from rledit_env.cli.command import (
     skipped_rows,
     warn,
 )
+from rledit_env.cli.config_flags import CommandParser, values_of
 from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
@@ -30,27 +31,14 @@ PICTURE_FORMS: tuple[Literal["png", "pdf"], ...] = ("png", "pdf")
 FILES = (SCORES_FILE, *(f"probe.{form}" for form in PICTURE_FORMS))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     from agents.running.probe import ProbeConfig
     from rledit_env.lm.forward import TOKEN_CHOICES
 
-    config = ProbeConfig()
     environment_arguments(parser, required=True, env="RLEdit-CounterFact-v0")
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR",
                         help="folder of the scores and pictures; what is there already is not computed again")
-    parser.add_argument("--step-sizes", type=float, nargs="+", default=list(config.step_sizes), help="tried for each")
-    parser.add_argument("--num-batches", type=int, default=config.num_batches, metavar="T", help="batches edited")
-    parser.add_argument("--batch-size", type=int, default=config.batch_size, metavar="n", help="facts a batch")
-    parser.add_argument("--steps-per-batch", type=int, default=config.steps_per_batch,
-                        help="how often a batch is presented; more of them want smaller step sizes")
-    parser.add_argument("--token", choices=TOKEN_CHOICES, default=config.token, help="positions whose keys are seen")
-    parser.add_argument("--run-lengths", type=int, nargs="*", default=list(config.run_lengths), help="layers in a run")
-    parser.add_argument("--layer-stride", type=int, default=config.layer_stride, metavar="k",
-                        help="try one in k layers alone")
-    parser.add_argument("--finalists", type=int, default=config.finalists, metavar="K",
-                        help=f"the best K are compared on {config.final_batches} × {config.final_batch_size} other "
-                             "facts, beside the modules edited by default; 0: no final")
-    parser.add_argument("--seed", type=int, default=config.seed, help="of the facts' choice")
+    parser.add_config("probe", ProbeConfig, types={"token": Literal[TOKEN_CHOICES]})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,11 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.lm.loading.registry import load_model
 
     check_paths(options, growing("--out", options.out, PROBE, FILES))
-    config = ProbeConfig(
-        step_sizes=tuple(options.step_sizes), num_batches=options.num_batches, batch_size=options.batch_size,
-        steps_per_batch=options.steps_per_batch, token=options.token, run_lengths=tuple(options.run_lengths),
-        layer_stride=options.layer_stride, finalists=options.finalists, seed=options.seed,
-    )
+    config = ProbeConfig(**values_of(options, ProbeConfig))
     facts = load_knowledge(kind_of(options.env), options.data, "train", options.on_error)
     say_loading(options.model)
     device = resolve_device(options.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,32 +26,46 @@ from rledit_env.cli.command import (
     say_loading,
     skipped_rows,
 )
+from rledit_env.cli.config_flags import CommandParser, values_of
 from rledit_env.cli.paths import check_paths, going_on, written_path
+from rledit_env.cli.training_reward import keeping_terms, reward_arguments, reward_of
 from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
+    from agents import RLEditAgent, RLEditConfig
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
+    from rledit_env.reward import RewardConfig
 
 
-# The options that are settings of `HypernetworkConfig`, by its names.
-NETWORK_OPTIONS = (
-    "rank", "blocks", "aggregation", "step_size", "damping", "prior", "prior_source", "text", "text_tokens",
-    "normaliser", "warm_up", "precision",
-)  # fmt: skip
+def add_arguments(parser: CommandParser) -> None:
+    from agents.rledit.config import HypernetworkConfig, RLEditConfig
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from agents.rledit.config import AGGREGATIONS, RECOMMENDED, HypernetworkConfig, RLEditConfig
-    from rledit_env.knowledge import HELD_OUT
-    from rledit_env.lm.forward import TOKEN_CHOICES
-
-    network, config = HypernetworkConfig(), RLEditConfig()
     environment_arguments(parser, required=True)
     parser.add_argument("--out", type=written_path, required=True, metavar="RUN",
                         help="the run's folder: best/, last/ and TensorBoard's logs")
     parser.add_argument("--no-resume", dest="resume", action="store_false",
                         help="start anew, even if RUN holds an interrupted run (which is otherwise continued)")
+    _stream_arguments(parser)
+    reward_arguments(parser)
+    group = parser.add_argument_group("a saved agent to begin with")
+    group.add_argument("--start", metavar="RUN",
+                       help="begin with the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
+                       "instead of an untrained one; its network is what it is, so that no network option can be given")
+    group.add_argument("--start-scale", type=float, default=1.0, metavar="FACTOR",
+                       help="multiply that policy's step sizes")
+    group = parser.add_argument_group("the training")
+    group.add_argument("--trajectories", type=int, default=40, help="training streams in all")
+    group.add_argument("--seed", type=int, default=0, help="of the initial network and the streams")
+    _selection_arguments(parser)
+    parser.add_config("learning", RLEditConfig, leave_out=("network",))
+    parser.add_config("network", HypernetworkConfig)
+
+
+def _stream_arguments(parser: CommandParser) -> None:
+    """How the facts are streamed and presented."""
+    from agents.rledit.config import RECOMMENDED
+    from rledit_env.lm.forward import TOKEN_CHOICES
 
     group = parser.add_argument_group("the stream")
     group.add_argument("--num-batches", type=int, default=10, metavar="T", help="batches of a training stream")
@@ -73,73 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="behind how many texts it is presented then (default: --contexts)")
     chat_argument(group, "every fact")
 
-    group = parser.add_argument_group("the reward")
-    group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
-                       help="the paper's; the paper's with a term for the edit prompt and one sampled earlier batch; "
-                       "or 'keeping', which also keeps the rest of the model: the data set's own comparisons, answers "
-                       "that end, and the model's own text")
-    group.add_argument("--efficacy-weight", type=float,
-                       help="of the loss on the edit prompt (default: 1.0, and 2.0 for --reward keeping)")
-    group.add_argument("--locality-weight", type=float,
-                       help="of the divergence on unrelated facts (default: 1.0, 0.6 for --reward paper, and 0.5, or "
-                       "4 on FEVER, for --reward keeping)")
-    group.add_argument("--own-text-weight", type=float,
-                       help="of the divergence on text that the model wrote before editing (default: 0, not scored; 60 "
-                       "on CounterFact and 20 otherwise with --reward keeping)")
-    group.add_argument("--continuation-weight", type=float, default=0.0,
-                       help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
-    group.add_argument("--kl-bound", type=float, metavar="NATS",
-                       help="hold the divergence on the model's own text at this many nats a token, by a Lagrange "
-                       "multiplier, and choose the best checkpoint among those within it")
-    group.add_argument("--kl-rate", type=float, default=1.0,
-                       help="the multiplier's rise an update for each nat above the bound (--kl-bound)")
-    group.add_argument("--every-step", action="store_true",
-                       help="score every step, not only a batch's last presentation (slower)")
 
-    group = parser.add_argument_group("the network")
-    group.add_argument("--start", metavar="RUN",
-                       help="begin with the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
-                       "instead of an untrained one; its network is what it is, so that no other option of this group "
-                       "can be given")
-    group.add_argument("--start-scale", type=float, default=1.0, metavar="FACTOR",
-                       help="multiply that policy's step sizes")
-    group.add_argument("--aggregation", choices=AGGREGATIONS, default=network.aggregation,
-                       help="how rows become an update; least_squares is the paper's")
-    group.add_argument("--rank", type=int, default=network.rank, help="inner width of a residual block")
-    group.add_argument("--blocks", type=int, default=network.blocks, help="residual blocks; 0 leaves only step sizes")
-    group.add_argument("--precision", choices=("float32", "bfloat16"), default=network.precision,
-                       help="of the blocks' matrix products")
-    group.add_argument("--step-size", type=float, default=network.step_size, help="initial step size of a module")
-    group.add_argument("--damping", type=float, default=network.damping, help="initial ridge of the least squares")
-    group.add_argument("--prior", type=float, default=network.prior,
-                       help="training facts' worth of keys that the recursion starts with")
-    group.add_argument("--prior-source", choices=["facts", "text"], default=network.prior_source,
-                       help="whose keys: of training facts, or of ordinary text, which keeps the rest of the model")
-    group.add_argument("--text", default=network.text, metavar="FILE",
-                       help="the text for --prior-source text: a file, or what the model writes itself")
-    group.add_argument("--text-tokens", type=int, default=network.text_tokens, help="how much of it")
-    group.add_argument("--normaliser", choices=("stream", "lifetime"), default=network.normaliser,
-                       help="whether the inputs' moments start anew with each stream")
-    group.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=network.warm_up,
-                       help="whether they start from moments of training facts, without which single facts do not take")
-
-    group = parser.add_argument_group("learning")
-    group.add_argument("--trajectories", type=int, default=40, help="training streams in all")
-    group.add_argument("--credit", choices=("trajectory", "step"), default=config.credit,
-                       help="the gradient of the whole return, or of each step's own reward")
-    group.add_argument("--learning-rate", type=float, default=config.learning_rate, help="Adam's, of the blocks")
-    group.add_argument("--step-size-learning-rate", type=float, default=config.step_size_learning_rate,
-                       help="Adam's, of the step sizes' and dampings' logarithms")
-    group.add_argument("--max-gradient-norm", type=float, default=config.max_gradient_norm)
-    group.add_argument("--trajectories-per-update", type=int, default=config.trajectories_per_update)
-    group.add_argument("--batches-per-update", type=int, metavar="B",
-                       help="learn along a stream, from the return of B batches at a time (default: once a stream)")
-    group.add_argument("--discount", type=float, default=config.discount)
-    group.add_argument("--policy-average", type=float, default=config.policy_average, metavar="DECAY",
-                       help="evaluate and keep a running mean of the policy over the updates, such as 0.9; 0: none")
-    group.add_argument("--drift-limit", type=float, default=config.drift_limit,
-                       help="a training stream is cut at this mean relative change of the weights")
-    group.add_argument("--seed", type=int, default=0, help="of the initial network and the streams")
+def _selection_arguments(parser: CommandParser) -> None:
+    """How the best checkpoint is chosen, and what is done with it."""
+    from rledit_env.knowledge import HELD_OUT
 
     group = parser.add_argument_group("selection of the best checkpoint")
     group.add_argument("--select-on", choices=("held-out", "eval"), default="held-out",
@@ -160,95 +112,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
     from agents.files import RUN, RUN_PARTS, run_folder
     from rledit_env.lm.editable import EditableLM
 
     check_paths(options, growing("--out", options.out, RUN, RUN_PARTS))
     training, selection = _training_data(options)
-    check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
-              "trajectories_per_update")
-    optional = ("calibrate_num_batches", "edit_steps_per_batch")
-    check_positive(options, *(name for name in optional if getattr(options, name) is not None))
-    _check_calibration(options)
+    _check_numbers(options)
     held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
     # What can be wrong without the model is found before it is loaded.
-    reward = _reward(options)
+    reward = reward_of(options)
     start = _start(options)
-    if start is None:
-        network = HypernetworkConfig(**{name: getattr(options, name) for name in NETWORK_OPTIONS})
-    else:
-        network = RLEditAgent.load(start).config.network
-    config = RLEditConfig(
-        network=network, credit=options.credit, learning_rate=options.learning_rate,
-        step_size_learning_rate=options.step_size_learning_rate, max_gradient_norm=options.max_gradient_norm,
-        trajectories_per_update=options.trajectories_per_update, discount=options.discount, kl_bound=options.kl_bound,
-        drift_limit=options.drift_limit, policy_average=options.policy_average,
-        batches_per_update=options.batches_per_update,
-    )
+    config = _config(options, start)
     say_loading(options.model)
     lm = EditableLM.load(
         options.model, options.edit_modules, options.dtype, options.device, **model_source(options)
     )
     if options.chat:
         training, selection = (_in_chat(facts, lm, options.chat) for facts in (training, selection))
-    common = {
-        "model": lm, "batch_size": options.batch_size, "token": options.token,
-        "steps_per_batch": options.steps_per_batch, "present_until": options.present_until or None,
-        "contexts": options.contexts, "array_backend": "torch", "disable_env_checker": True,
-    }
-    editing = common | {
-        "steps_per_batch": options.edit_steps_per_batch or options.steps_per_batch,
-        "present_until": option_or(options.edit_present_until, options.present_until) or None,
-        "contexts": option_or(options.edit_contexts, options.contexts),
-    }
-    streams = {"data": training, "num_batches": options.num_batches, "reward": reward, "reward_gradient": True}
-    env = gym.make(options.env, **streams, **common)
-    eval_env = gym.make(options.env, data=selection, num_batches=held, reward="none", **editing)
-    longer = options.calibrate_num_batches and gym.make(
-        options.env, data=selection, num_batches=options.calibrate_num_batches, reward="none", **editing
-    )
-    agent = RLEditAgent(env, config, seed=options.seed)
-    if start is not None:
-        agent.load_policy_state(RLEditAgent.load(start, env).policy_state())
-        agent.scale_step_sizes(options.start_scale)
-
-    size = sum(p.numel() for p in agent.network.parameters())
-    print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
-    print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
-    print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
-    most = "at most " if options.present_until else ""
-    behind = f" and behind {options.contexts} contexts" if options.contexts else ""
-    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} "
-          f"steps a batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
-    print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
-    if start is not None:
-        print(f"start     {start}, step sizes × {options.start_scale:g}")
-    print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
+    streams = Streams(options, lm, training, selection, held, reward)
+    env = streams.to_learn_from(_presentation(options))
+    eval_env = streams.to_select_on(held)
+    longer = streams.to_select_on(options.calibrate_num_batches) if options.calibrate_num_batches else None
+    agent = _agent(env, config, options, start)
+    _say_inputs(streams, agent, start)
     run_folder(options.out, options.command_line)
-    horizon = options.num_batches * options.steps_per_batch
     with going_on():
         agent.learn(
-            options.trajectories * horizon, log_dir=options.out, eval_env=eval_env, eval_every=options.eval_every,
-            patience=options.patience, resume=options.resume,
+            options.trajectories * options.num_batches * options.steps_per_batch, log_dir=options.out,
+            eval_env=eval_env, eval_every=options.eval_every, patience=options.patience, resume=options.resume,
             # A stream whose batches end early has fewer steps than it could have.
             callback=lambda _: agent.updates * options.trajectories_per_update < options.trajectories,
         )
     if longer is not None:
-        scores = agent.calibrate(longer, kl_bound=options.calibrate_kl_bound)
-        tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
-        facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
-        print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
-    if editing != common:
-        agent.set_env(gym.make(options.env, **streams, **editing))  # as it is recorded with the agent
-    agent.save(options.out / "best", getattr(torch, options.save_precision))
-    score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
-    print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
-    print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "
-          "--split eval --json result.json")
+        _calibrate(agent, longer, options)
+    _save(agent, streams)
     return OK
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The environments of a training.
+
+    Attributes:
+        options: the command's.
+        lm: the model.
+        training: the facts to learn from.
+        selection: the facts that select the checkpoint.
+        selection_batches: batches of the stream that they are edited in.
+        reward: what is learned from.
+    """
+
+    options: argparse.Namespace
+    lm: EditableLM
+    training: KnowledgeDataset
+    selection: KnowledgeDataset
+    selection_batches: int
+    reward: RewardConfig
+
+    def to_learn_from(self, presentation: Mapping[str, Any]) -> Any:
+        """The environment of the training streams."""
+        return self._make(self.training, self.options.num_batches, presentation, reward=self.reward,
+                          reward_gradient=True)  # fmt: skip
+
+    def to_select_on(self, num_batches: int) -> Any:
+        """An environment of the selection's facts, presented as the trained agent presents them."""
+        return self._make(self.selection, num_batches, _presentation(self.options, editing=True), reward="none")
+
+    def _make(self, data: KnowledgeDataset, num_batches: int, presentation: Mapping[str, Any], **more: Any) -> Any:
+        options = self.options
+        return gym.make(
+            options.env, model=self.lm, data=data, num_batches=num_batches, batch_size=options.batch_size,
+            token=options.token, array_backend="torch", disable_env_checker=True, **presentation, **more,
+        )  # fmt: skip
+
+
+def _presentation(options: argparse.Namespace, editing: bool = False) -> dict[str, Any]:
+    """How a batch is presented in training, or when the trained agent edits."""
+    steps, until, contexts = options.steps_per_batch, options.present_until, options.contexts
+    if editing:
+        steps, until = options.edit_steps_per_batch or steps, option_or(options.edit_present_until, until)
+        contexts = option_or(options.edit_contexts, contexts)
+    return {"steps_per_batch": steps, "present_until": until or None, "contexts": contexts}
 
 
 def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, KnowledgeDataset]:
@@ -260,6 +204,20 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
     if options.select_on == "eval":
         return whole, load_knowledge(kind, options.data, "eval", options.on_error)
     return held_out(whole)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    check_positive(options, "num_batches", "batch_size", "steps_per_batch", "trajectories", "eval_every", "patience",
+                   "trajectories_per_update")
+    optional = ("calibrate_num_batches", "edit_steps_per_batch")
+    check_positive(options, *(name for name in optional if getattr(options, name) is not None))
+    bound = options.calibrate_kl_bound
+    if bound is None:
+        return
+    if options.calibrate_num_batches is None:
+        raise ValueError("--calibrate-kl-bound is for --calibrate-num-batches T; give that, too")
+    if not 0 < bound < float("inf"):
+        raise ValueError(f"--calibrate-kl-bound is {bound:g}; give a positive number of nats")
 
 
 def _start(options: argparse.Namespace) -> Path | None:
@@ -278,12 +236,34 @@ def _start(options: argparse.Namespace) -> Path | None:
     if not 0 < options.start_scale < float("inf"):
         raise ValueError(f"--start-scale is {options.start_scale:g}; give a positive number")
     default = HypernetworkConfig()
-    for name in NETWORK_OPTIONS:
-        if getattr(options, name) != getattr(default, name):
+    for name, value in values_of(options, HypernetworkConfig).items():
+        if value != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {getattr(options, name)}, but the network is that of --start {options.start}; "
+            raise ValueError(f"{flag} is {value}, but the network is that of --start {options.start}; "
                              f"leave {flag} out, or train an agent from the beginning without --start")
     return find_agent(options.start, kind_of(options.env))
+
+
+def _config(options: argparse.Namespace, start: Path | None) -> RLEditConfig:
+    """How the agent is trained, with the network of the agent in ``start`` where it begins with one."""
+    from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
+
+    if start is None:
+        network = HypernetworkConfig(**values_of(options, HypernetworkConfig))
+    else:
+        network = RLEditAgent.load(start).config.network
+    return RLEditConfig(network=network, **values_of(options, RLEditConfig))
+
+
+def _agent(env: Any, config: RLEditConfig, options: argparse.Namespace, start: Path | None) -> RLEditAgent:
+    """The agent before its first update: untrained, or with the policy of the agent in ``start``."""
+    from agents import RLEditAgent
+
+    agent = RLEditAgent(env, config, seed=options.seed)
+    if start is not None:
+        agent.load_policy_state(RLEditAgent.load(start, env).policy_state())
+        agent.scale_step_sizes(options.start_scale)
+    return agent
 
 
 def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDataset:
@@ -294,48 +274,45 @@ def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDat
     return replace(facts, records=records, source=f"{facts.source}, {CHAT_FORMS[form]}")
 
 
-def _check_calibration(options: argparse.Namespace) -> None:
-    bound = options.calibrate_kl_bound
-    if bound is None:
-        return
-    if options.calibrate_num_batches is None:
-        raise ValueError("--calibrate-kl-bound is for --calibrate-num-batches T; give that, too")
-    if not 0 < bound < float("inf"):
-        raise ValueError(f"--calibrate-kl-bound is {bound:g}; give a positive number of nats")
+def _say_inputs(streams: Streams, agent: RLEditAgent, start: Path | None) -> None:
+    """What is trained on what, and where it goes."""
+    options, lm, training, selection = streams.options, streams.lm, streams.training, streams.selection
+    size = sum(p.numel() for p in agent.network.parameters())
+    print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
+    print(f"selection {selection.source}: {len(selection):,} facts, streams of {streams.selection_batches} × "
+          f"{options.batch_size}")
+    print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
+    most = "at most " if options.present_until else ""
+    behind = f" and behind {options.contexts} contexts" if options.contexts else ""
+    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} "
+          f"steps a batch, token {options.token}, reward {options.reward}{keeping_terms(streams.reward)}")
+    print(f"agent     {size:,} parameters, {json.dumps(_flat(agent.config))}")
+    if start is not None:
+        print(f"start     {start}, step sizes × {options.start_scale:g}")
+    print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
 
 
-def _reward(options: argparse.Namespace) -> Any:
-    from rledit_env.preservation import Constraint, Continuation, OwnText
-    from rledit_env.reward import RewardConfig
-
-    efficacy, locality = options.efficacy_weight, options.locality_weight
-    if options.reward == "keeping":
-        config = RewardConfig.keeping(kind_of(options.env))
-        weights = {"efficacy": efficacy, "locality": locality}
-        for name, weight in weights.items():
-            if weight is not None:
-                config = config.replace(name, weight, config.components[name][1])
-    elif options.reward == "paper":
-        config = RewardConfig.paper(0.6 if locality is None else locality)
-    else:
-        own = 1.0 if efficacy is None else efficacy
-        config = RewardConfig.with_efficacy(own, 1.0 if locality is None else locality)
-    if options.own_text_weight is not None:
-        text = config.components.get("own_text", (0.0, OwnText()))[1]
-        config = config.replace("own_text", options.own_text_weight, text)
-    if options.continuation_weight:
-        config = config.replace("continuation", options.continuation_weight, Continuation())
-    constraint = None if options.kl_bound is None else Constraint(bound=options.kl_bound, rate=options.kl_rate)
-    return replace(config, every_step=options.every_step, constraint=constraint)
+def _calibrate(agent: RLEditAgent, longer: Any, options: argparse.Namespace) -> None:
+    """Scale the step sizes to what suits longer streams best, and say what was tried."""
+    scores = agent.calibrate(longer, kl_bound=options.calibrate_kl_bound)
+    tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
+    facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
+    print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
 
 
-def _preserving(reward: Any) -> str:
-    """What of the reward keeps the rest of the model, in words."""
-    names = ("own_text", "continuation")
-    parts = [f"{n} × {reward.components[n][0]:g}" for n in names if reward.components.get(n, (0.0,))[0]]
-    if reward.constraint is not None:
-        parts.append(f"{reward.constraint.component} ≤ {reward.constraint.bound:g}")
-    return "".join(f", {part}" for part in parts)
+def _save(agent: RLEditAgent, streams: Streams) -> None:
+    """Save the trained agent, and say where it is and what to do with it."""
+    import torch
+
+    options = streams.options
+    editing = _presentation(options, editing=True)
+    if editing != _presentation(options):
+        agent.set_env(streams.to_learn_from(editing))  # as it is recorded with the agent
+    agent.save(options.out / "best", getattr(torch, options.save_precision))
+    score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
+    print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")
+    print(f"next: rledit evaluate --env {options.env} --agent {shlex.quote(str(options.out))} --data {options.data} "
+          "--split eval --json result.json")
 
 
 def interrupted(options: argparse.Namespace) -> str:
@@ -375,6 +352,9 @@ examples:
 
   # the paper's agent and reward
   rledit train --env RLEdit-ZsRE-v0 --aggregation least_squares --reward paper --out runs/paper
+
+  # any setting of the network, of the learning and of the reward
+  rledit train --env RLEdit-ZsRE-v0 --block mend --normaliser-scope shape --backtracking-depth 5 --out runs/mine
 
   # watch it
   tensorboard --logdir runs

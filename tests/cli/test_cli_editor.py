@@ -16,7 +16,7 @@ from agents import UltraEditAgent, find_agent, load_agent
 from agents.running import strength
 from agents.running.editors import EDITORS, training_free_editors
 from rledit_env import cli
-from rledit_env.cli import editing
+from rledit_env.cli import editing, editor_strength
 from rledit_env.env import LifelongEditEnv
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
@@ -198,7 +198,7 @@ def test_a_resumed_run_takes_the_strength_that_its_ledger_recorded_and_probes_no
     assert cli.main(arguments) == 0
     first, before = report(tmp_path)["editor"], weights(tmp_path / "out")
     (tmp_path / "ledger" / EditLedger(tmp_path / "ledger").names[-1]).unlink()  # as if interrupted after one batch
-    monkeypatch.setattr(editing, "_probed", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(editor_strength, "_probed", lambda *_: pytest.fail("probed again"))
     capsys.readouterr()
     assert cli.main([*arguments, "--resume", "--overwrite"]) == 0
     assert "going on after 1 recorded updates" in capsys.readouterr().out

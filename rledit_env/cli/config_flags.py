@@ -1,0 +1,148 @@
+"""Flags that tyro generates from configuration dataclasses, beside those that a command writes by hand for argparse."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class ConfigFlags:
+    """The flags of one configuration dataclass.
+
+    Attributes:
+        config: the dataclass; its docstring's Attributes section is the flags' help.
+        leave_out: the fields that are no flags.
+        types: other types than the dataclass's own, by field.
+        about: what the help says before the flags, instead of the docstring's first lines.
+        default: the configuration that flags which are not given are taken from, by the options that argparse parsed;
+            None: the dataclass's own defaults.
+    """
+
+    config: type
+    leave_out: Sequence[str] = ()
+    types: Mapping[str, Any] = field(default_factory=dict)
+    about: str | None = None
+    default: Callable[[argparse.Namespace], Any] | None = None
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """The types of the fields that are flags, by name."""
+        hints = get_type_hints(self.config) | dict(self.types)
+        return {f.name: hints[f.name] for f in fields(self.config) if f.name not in self.leave_out}
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags as they are written."""
+        options = [(name.replace("_", "-"), hint) for name, hint in self.hints.items()]
+        return [f"--{option}" for option, _ in options] + [f"--no-{option}" for option, hint in options if hint is bool]
+
+    def unchecked(self, options: argparse.Namespace) -> Any:
+        """A dataclass of the flags' fields with their defaults. It takes any value of the right type: what the
+        configuration itself refuses is said by the command."""
+        default = self.default(options) if self.default is not None else self.config()
+        members = [(name, hint, field(default=getattr(default, name))) for name, hint in self.hints.items()]
+        about, heading, attributes = _plain(self.config.__doc__ or "").partition("Attributes:")
+        docstring = f"{self.about or about}\n\n{heading}{attributes}"
+        return make_dataclass(self.config.__name__, members, namespace={"__doc__": docstring})
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser: argparse parses what was added by ``add_argument``, tyro what :meth:`add_config` added.
+
+    Both write into the one namespace, a configuration's fields by their names.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.configs: dict[str, ConfigFlags] = {}
+
+    def add_config(self, title: str, config: type, **more: Any) -> None:
+        """Add a flag for each field of a configuration dataclass.
+
+        Args:
+            title: a word under which the help shows them.
+            config: the dataclass.
+            more: see `ConfigFlags`.
+        """
+        self.configs[title] = ConfigFlags(config, **more)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.configs:
+            return super().parse_known_args(args, namespace)
+        generated, others = self._split(args)
+        options, unknown = super().parse_known_args(others, namespace)
+        for values in vars(self._by_tyro(options, generated, add_help=False)).values():
+            for name, value in vars(values).items():
+                setattr(options, name, value)
+        return options, unknown
+
+    def format_help(self) -> str:
+        if not self.configs:
+            return super().format_help()
+        examples, self.epilog = self.epilog, None
+        try:
+            by_hand = super().format_help()
+        finally:
+            self.epilog = examples
+        return f"{by_hand}\n{self._generated_help()}\n\n{examples}"
+
+    def _split(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The generated flags with their values, and the other arguments."""
+        flags = [flag for config in self.configs.values() for flag in config.flags]
+        generated: list[str] = []
+        others: list[str] = []
+        into = others
+        for argument in arguments:
+            if re.match(r"--?[A-Za-z]", argument):
+                flag, *value = argument.split("=", 1)
+                flag = self._in_full(flag, [*flags, *self._option_string_actions])
+                argument = "=".join([flag, *value])
+                into = generated if flag in flags else others
+            into.append(argument)
+        return generated, others
+
+    def _in_full(self, flag: str, known: Sequence[str]) -> str:
+        """A flag that may be abbreviated, as argparse has it: by its first letters, where only one flag has them."""
+        meant = [one for one in known if one.startswith(flag)]
+        if flag in known or not flag.startswith("--") or not meant:
+            return flag
+        if len(meant) > 1:
+            self.error(f"ambiguous option: {flag} could match {', '.join(meant)}")
+        return meant[0]
+
+    def _by_tyro(self, options: argparse.Namespace, arguments: Sequence[str], add_help: bool) -> Any:
+        """What tyro makes of the generated flags: a dataclass a title."""
+        import tyro
+
+        classes = {title: config.unchecked(options) for title, config in self.configs.items()}
+        members = [(title, one, field(default_factory=one)) for title, one in classes.items()]
+        settings, flat = make_dataclass("Settings", members), (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(settings, prog=self.prog, args=arguments, add_help=add_help, config=flat)
+
+    def _generated_help(self) -> str:
+        """tyro's help of the generated flags."""
+        defaults = argparse.Namespace(**{action.dest: action.default for action in self._actions})
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            self._by_tyro(defaults, ["--help"], add_help=True)
+        _, _, sections = text.getvalue().partition("show this help message and exit")  # argparse's says that
+        return "\n".join(line.rstrip() for line in sections.splitlines()[1:]).strip("\n")
+
+
+def _plain(docstring: str) -> str:
+    """A docstring without the documentation's markup, each attribute on a line of its own."""
+    text = re.sub(r"\n {8,}", " ", inspect.cleandoc(docstring))
+    text = re.sub(r":\w+:`", "`", text).replace("``", "`")
+    each = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*)$", re.MULTILINE)
+    return each.sub(lambda m: "\n".join(f"    {name}: {m[2]}" for name in m[1].split(", ")), text)
+
+
+def values_of(options: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The fields of a configuration that are flags, as the options say them."""
+    return {f.name: getattr(options, f.name) for f in fields(config) if f.name in options}
