@@ -180,7 +180,7 @@ class RLEditConfig:
             with the stream: long streams then cost an update no more than short ones do, and the policy meets what
             an LLM of many edits is like. What a batch does to the return of later ones is not seen beyond that many.
             None: one update for whole trajectories, as in the paper.
-        discount: γ.
+        discount: γ, what a reward counts for a step earlier; 1 for all alike.
         prior_batches: batches of training facts that the recursion's prior C, unless it is of text, and the moments
             that streams start from are gathered from before the first update (see `HypernetworkConfig.prior` and
             ``warm_up`` there).
