@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli import curve
+from rledit_env.cli.attempts import COMPARISON, SETTINGS, attempt, begin, check_folder
 from rledit_env.cli.command import (
     FAILED,
     OK,
@@ -22,7 +21,6 @@ from rledit_env.cli.command import (
     kind_of,
     metrics_argument,
     model_source,
-    say_loading,
     skipped_rows,
     text_argument,
     warn,
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from agents.running.editors import Editor
     from rledit_env.reporting.tables import Row
 
-COMPARISON = "comparison"  # what its folder is called in the marker
-SETTINGS = "comparison.json"
 TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
 
 
@@ -84,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors, kind))
     comparison = _comparison(options, editors)
     test = comparison.setting.test
-    _check_folder(options, test.source)
+    check_folder(options, test.source)
 
     def say_inputs() -> None:
         wanted = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
@@ -156,31 +152,6 @@ def _compare(
     return OK
 
 
-def begin(options: argparse.Namespace, comparison: Comparison) -> None:
-    """Load the model, unless that is done, and mark the folder."""
-    from rledit_env.files import mark, write_text
-    from rledit_env.reporting import versions
-
-    if comparison.views.loaded:
-        return
-    say_loading(options.model)
-    comparison.views.get(comparison.setting.edit_modules)
-    described = {**_described(options, comparison.setting.test.source), "versions": versions()}
-    options.out.mkdir(parents=True, exist_ok=True)
-    mark(options.out, COMPARISON, command=options.command_line)
-    write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
-
-
-def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) -> bool:
-    """Do some work and say what went wrong, if anything did; whether nothing did."""
-    try:
-        work()
-    except Exception as error:
-        if options.traceback or not isinstance(error, (ValueError, OSError)):
-            traceback.print_exc()
-        warn(f"{title} failed: {' '.join(str(error).split())}")
-        return False
-    return True
 
 
 def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
@@ -230,28 +201,6 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
 def _scored(options: argparse.Namespace) -> str:
     return "" if options.metrics == "paper" else f", with metrics {options.metrics!r}"
 
-
-def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
-    """What the folder's cells have in common, beside the editors' own settings."""
-    names = (
-        "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",
-        "metrics", "text",
-    )  # fmt: skip
-    return {name: getattr(options, name) for name in names} | {"source": source}
-
-
-def _check_folder(options: argparse.Namespace, source: str) -> None:
-    """Make sure that the cells in the folder are of this comparison.
-
-    Raises:
-        ValueError: they are of another one.
-    """
-    path = options.out / SETTINGS
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, value in _described(options, source).items():
-        if name in theirs and theirs[name] != value:
-            raise ValueError(f"{options.out} holds a comparison with {name} {theirs[name]!r}, not {value!r}; give "
-                             "another --out, or the same settings")
 
 
 def interrupted(options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rledit_env.cli.attempts import attempt, begin
 from rledit_env.cli.command import FAILED, OK, warn
 
 if TYPE_CHECKING:
@@ -216,8 +217,6 @@ def _compute(
     run: Run, title: str, on: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]
 ) -> list[str]:
     """Compute the cells of these editors' variants, one editor after the other; the names of those that failed."""
-    from rledit_env.cli.compare import attempt, begin
-
     failed = []
     if jobs:
         begin(run.options, run.comparison)

@@ -1,0 +1,67 @@
+"""A comparison's folder, and the attempts to compute its cells."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rledit_env.cli.command import say_loading, warn
+
+if TYPE_CHECKING:
+    from agents.running.comparison import Comparison
+
+COMPARISON = "comparison"  # what its folder is called in the marker
+SETTINGS = "comparison.json"
+
+
+def begin(options: argparse.Namespace, comparison: Comparison) -> None:
+    """Load the model, unless that is done, and mark the folder."""
+    from rledit_env.files import mark, write_text
+    from rledit_env.reporting import versions
+
+    if comparison.views.loaded:
+        return
+    say_loading(options.model)
+    comparison.views.get(comparison.setting.edit_modules)
+    described = {**_described(options, comparison.setting.test.source), "versions": versions()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    mark(options.out, COMPARISON, command=options.command_line)
+    write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
+
+
+def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) -> bool:
+    """Do some work and say what went wrong, if anything did; whether nothing did."""
+    try:
+        work()
+    except Exception as error:
+        if options.traceback or not isinstance(error, (ValueError, OSError)):
+            traceback.print_exc()
+        warn(f"{title} failed: {' '.join(str(error).split())}")
+        return False
+    return True
+
+
+def check_folder(options: argparse.Namespace, source: str) -> None:
+    """Make sure that the cells in the folder are of this comparison.
+
+    Raises:
+        ValueError: they are of another one.
+    """
+    path = options.out / SETTINGS
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in _described(options, source).items():
+        if name in theirs and theirs[name] != value:
+            raise ValueError(f"{options.out} holds a comparison with {name} {theirs[name]!r}, not {value!r}; give "
+                             "another --out, or the same settings")
+
+
+def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """What the folder's cells have in common, beside the editors' own settings."""
+    names = (
+        "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",
+        "metrics", "text",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names} | {"source": source}
