@@ -21,21 +21,29 @@ class Freeze:
         self._model = model
         self._training = [module for module in model.modules() if module.training]
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._dividing: list[Any] = [module for module in model.modules() if hasattr(module, "_rescale_layers")]
+        self._divided = [module.layers_are_rescaled for module in self._dividing]
         self._rescale_every = getattr(model.config, "rescale_every", None)
-        model.eval().requires_grad_(False)
-        for module in model.modules():
-            rescale: Any = getattr(module, "_rescale_layers", None)
-            if rescale is not None:
-                module.train()
-                rescale()  # takes an earlier division back
-                module.eval()
-                model.config.rescale_every = 0
+        model.requires_grad_(False)
+        self._set_divided(False)
+        if self._dividing:
+            model.config.rescale_every = 0
+        model.eval()
+
+    def _set_divided(self, divided: bool) -> None:
+        """Let the modules divide their weights, or take an earlier division back."""
+        for module in self._dividing:
+            module.train(not divided)
+            module._rescale_layers()
 
     def undo(self) -> None:
         """Give the model its modes back."""
+        self._set_divided(False)  # while it runs undivided, it takes itself for divided
+        if self._dividing:
+            self._model.config.rescale_every = self._rescale_every
+        self._set_divided(any(self._divided))
+        self._model.eval()
         for module in self._training:
             module.training = True
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        if self._rescale_every is not None:
-            self._model.config.rescale_every = self._rescale_every
