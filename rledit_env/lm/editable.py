@@ -94,15 +94,12 @@ class EditableLM:
             self._changes.append(fast)
         on_cpu = 384 if model.dtype.itemsize < 4 else 256
         max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
-        self.overwritten = own.overwritten
         self.text_cache = PrefixCache(cache_bytes // 64)  # token ids that θ₀ wrote
         caches = PrefixCache(cache_bytes), PrefixCache(cache_bytes)
-        self._compose(weights, Passes(forward, InModules(weights), max_tokens_per_pass, *caches))
-
-    def _compose(self, weights: EditedWeights, passes: Passes) -> None:
-        self.weights, self.passes = weights, passes
-        self.gradients = Gradients(passes, weights, self.overwritten)
-        self.decoder = Decoder(passes, self.tokens)
+        self.weights = weights
+        self.passes = Passes(forward, InModules(weights), max_tokens_per_pass, *caches)
+        self.gradients = Gradients(self.passes, weights, own.overwritten)
+        self.decoder = Decoder(self.passes, self.tokens)
 
     @classmethod
     def load(  # more than eight arguments: those of `from_pretrained`, under its names

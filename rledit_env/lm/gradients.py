@@ -66,7 +66,7 @@ class Gradients:
     """
 
     def __init__(self, passes: Passes, weights: EditedWeights, overwritten: Collection[str] = ()) -> None:
-        self._passes, self._weights, self._overwritten = passes, weights, frozenset(overwritten)
+        self._passes, self._weights, self.overwritten = passes, weights, frozenset(overwritten)
 
     def trace(self, passages: Sequence[Passage], token: str = "answer") -> Trace:
         """Keys and value gradients of the mean answer-token cross-entropy at the current weights.
@@ -157,7 +157,7 @@ class Gradients:
     def _watched(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
         """A module's output, which takes a gradient, and what the model goes on with: a copy, if it changes that."""
         output = output if output.requires_grad else output.requires_grad_()
-        return output, output.clone() if name in self._overwritten else output
+        return output, output.clone() if name in self.overwritten else output
 
     def _zero(self, name: str) -> Tensor:
         d_in, d_out = self._weights.module_shapes[name]

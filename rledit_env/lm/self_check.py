@@ -109,18 +109,20 @@ class OwnPass:
         if known is None and self._logits is None:  # tried with the other kind of modules only, and edited since
             self._logits = self._own_logits(model)
         for has_kernels, is_split in [known] if known else [way for way in _WAYS if optimize or not way[0]]:
-            fast = FastModules(model) if has_kernels else None
+            fast, is_chosen = FastModules(model) if has_kernels else None, False
             try:
                 found: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
                 if is_split:
                     found = SuffixForward(model, min(edited), max(edited), self.output)
                 if known or self._agrees(found, modules):
                     self._settle((has_kernels, is_split), name or self.kind, optimize)
+                    is_chosen = True
                     return found, fast
             except FAILURES as error:  # a model of another make
                 reason = None if is_split else error
-            if fast is not None:
-                fast.undo()
+            finally:
+                if fast is not None and not is_chosen:
+                    fast.undo()
         said = "" if reason is None else f" ({' '.join(str(reason).split())[:200]})"
         raise ValueError(
             f"{name or self.kind} ({self.kind}) cannot be edited: what it gives for a token depends on later tokens or "

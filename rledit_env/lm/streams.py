@@ -11,8 +11,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from rledit_env.lm.decoding import Decoder
 from rledit_env.lm.delegation import AttributeOf
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.gradients import Gradients
 from rledit_env.lm.passes import Passes
 from rledit_env.lm.routing import BesideModules
 from rledit_env.lm.weights import EditedWeights
@@ -35,11 +37,14 @@ class StreamLM(EditableLM):
     def __init__(self, shared: EditableLM, sets: Sequence[EditedWeights] | None = None) -> None:
         self.model, self.tokenizer, self.tokens = shared.model, shared.tokenizer, shared.tokens
         self.name, self.revision = shared.name, shared.revision
-        self.overwritten, self.text_cache = shared.overwritten, shared.text_cache
         self._changes = []  # the model is not its own to give back
         sets = [shared.weights.beside()] if sets is None else sets
         caches = shared.prefix_cache, shared.reference_cache
-        self._compose(sets[0], Passes(shared.forward, BesideModules(sets), shared.max_tokens_per_pass, *caches))
+        self.text_cache = shared.text_cache
+        self.weights = sets[0]
+        self.passes = Passes(shared.forward, BesideModules(sets), shared.max_tokens_per_pass, *caches)
+        self.gradients = Gradients(self.passes, self.weights, shared.gradients.overwritten)
+        self.decoder = Decoder(self.passes, self.tokens)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamLM:
         """Another one with the same edited weights, its own, over what this one shares."""

@@ -63,6 +63,7 @@ class SuffixForward:
 
     def __init__(self, model: PreTrainedModel, first_layer: int, last_edited: int, output: OutputHead) -> None:
         self.model, self.output = model, output
+        self._config = model.config.get_text_config()
         self.base, self.layers = decoder_layers(model)
         self.first_layer, self.last_edited = first_layer, last_edited
         self._attention = ""  # the name of a layer's attention, once needed
@@ -225,13 +226,12 @@ class SuffixForward:
         """Tokens of the longest passages that may lie end to end in one row; 0 where none may: where the attention is
         not (or no longer) `rledit_env.lm.kernels.attention`'s, which alone keeps them apart, or :attr:`packs` says so.
         """
-        return self.packs if self.model.config.get_text_config()._attn_implementation == NAME else 0
+        return self.packs if self._config._attn_implementation == NAME else 0
 
     @cached_property
     def packs(self) -> int:
         """:attr:`longest_packed` with that attention: 0 where the model, embeddings and all, does not give passages
         that lie so what it gives each alone (tried once, on this very model)."""
-        config = self.model.config.get_text_config()
         if any(hasattr(layer, "_hf_hook") for layer in self.layers):
             return 0
         # Of tokens that are all different, but for one beginning, which the row holds once where rows may.
@@ -250,7 +250,7 @@ class SuffixForward:
         # Token by token, since some have states a thousand times as large as the others'.
         tolerance = 0.1 if final.dtype in (torch.bfloat16, torch.float16) else 1e-3
         same = bool(((mine - whole).norm(dim=1) <= tolerance * whole.norm(dim=1)).all())
-        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        windows = [getattr(self._config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         return min([SHORT, *(w for w in windows if w)]) if same else 0
 
     def _numbers(self, layout: Layout) -> Tensor:
