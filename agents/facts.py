@@ -46,7 +46,8 @@ class PresentedFacts:
         """The facts of an observation with so many rows, in its order.
 
         Raises:
-            ValueError: the environment is not known, presents nothing, or its facts have other rows than these.
+            ValueError: the environment is not known, presents nothing or facts behind contexts, or its facts have other
+            rows than these.
         """
         if rows == 0:
             return []
@@ -62,6 +63,9 @@ class PresentedFacts:
             records = inner.current_batch()
         except gym.error.ResetNeeded as error:
             raise ValueError(f"the agent's environment presents no facts; {mend}") from error
+        if inner.contexts:
+            raise ValueError(f"this agent needs each fact's own rows, but the environment presents facts behind "
+                             f"{inner.contexts} contexts as well; make it with contexts=0")
         found = [FactRows(len(r.edit.chosen_positions(inner.token)), len(r.edit.targets)) for r in records]
         if sum(fact.rows for fact in found) != rows:
             raise ValueError(

@@ -30,6 +30,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
         "token": inner.token,
         "steps_per_batch": inner.steps_per_batch,
         "present_until": inner.present_until,
+        "contexts": inner.contexts,
         "num_batches": inner.stream.num_batches,
         "batch_size": inner.stream.batch_size,
         "reward": _reward_settings(inner.reward_config),
@@ -53,7 +54,10 @@ def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> l
     """The settings (not counters) in which a saved run's description differs from this agent's, in words."""
     mine = json.loads(json.dumps(mine))  # as it would be read from a file
     environment = theirs.get("environment") or {}
-    if environment.get("reward"):  # a run of an earlier version does not say what was not a setting then
+    if environment:  # a run of an earlier version does not say what was not a setting then
+        environment = {"contexts": 0, **environment}
+        theirs = {**theirs, "environment": environment}
+    if environment.get("reward"):
         reward = (_reward_settings(RewardConfig()) or {}) | environment["reward"]
         theirs = {**theirs, "environment": {**environment, "reward": reward}}
     different = []

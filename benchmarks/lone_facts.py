@@ -75,7 +75,7 @@ def edit(args: Args) -> list[dict[str, Any]]:
         batch = records[start : start + args.batch_size]
         env = LifelongEditEnv(
             args.kind, lm, data=replace(dataset, records=batch), num_batches=1, batch_size=len(batch), reward="none",
-            array_backend="torch", token=settings["token"], **presented,
+            array_backend="torch", token=settings["token"], contexts=settings.get("contexts", 0), **presented,
         )  # fmt: skip
         if not args.stream:
             agent.reset()

@@ -73,6 +73,9 @@ class Args:
     """But so many times at most."""
 
 
+SHOWN = ("token", "steps_per_batch", "present_until", "contexts")  # how an agent wants to see the facts
+
+
 def environment(lm: EditableLM, facts: KnowledgeDataset) -> LifelongEditEnv:
     """What an agent is built in; `edit_facts` makes its own for each part of the facts."""
     return LifelongEditEnv(facts.kind, lm, data=facts, num_batches=1, batch_size=1, reward="none",
@@ -124,9 +127,9 @@ def main(args: Args) -> None:
 
     prompts, targets = [fact.prompt for fact in facts], [fact.target for fact in facts]
     before = lm.generate(prompts, longest=targets)
+    shown = {name: settings[name] for name in SHOWN if name in settings}
     with tqdm(total=len(facts), desc="editing", unit="fact") as bar:
-        log = edit_facts(lm, agent, facts, args.batch_size, settings["token"], settings["steps_per_batch"],
-                         progress=bar.update, present_until=settings.get("present_until"))
+        log = edit_facts(lm, agent, facts, args.batch_size, progress=bar.update, **shown)
     if log.diverged:
         raise SystemExit("the update broke the model; nothing was written")
     after = lm.generate(prompts, longest=targets)

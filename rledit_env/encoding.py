@@ -50,13 +50,13 @@ class EncodedDataset:
             self._encoded[id(record)] = encode(self.lm, record)
         return self._encoded[id(record)]
 
-    def check_lengths(self) -> None:
-        """Raise for any passage that does not fit the model's context.
+    def check_lengths(self, before: int = 0) -> None:
+        """Raise for any passage that does not fit the model's context, with so many bytes of text before it.
 
         A text has at most as many tokens as UTF-8 bytes (plus the special ones), so only texts near the limit are
         tokenised here.
         """
-        limit = self.lm.context_length - 8
+        limit = self.lm.context_length - 8 - before
         for index, record in enumerate(self.dataset.records):
             prompts = [record.prompt, *record.paraphrases]
             texts = [(p, record.target) for p in prompts] + [(u.prompt, u.answer) for u in record.unrelated]

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
+from rledit_env.contexts import LONGEST, Contexts
 from rledit_env.copying import Copied, SharedArguments
 from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
@@ -169,6 +170,10 @@ class LifelongEditEnv(Copied, gym.Env):
     * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
     * `present_until`: a probability below 1: a batch is presented until all its facts have taken, and `steps_per_batch`
       times at most (see "Episode End"). None: always `steps_per_batch` times.
+    * `contexts`: K: each fact is presented K + 1 times at once, plainly and behind K short texts that the LLM wrote
+      before it was edited (such as "An essay on trains and how they. "), as ROME and MEMIT do. The observation has the
+      rows of all of them, and `edit_loss` and the gradient are those of the mean over all. With `present_until` a
+      fact has taken where it has behind its plain prompt.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:
@@ -228,6 +233,7 @@ class LifelongEditEnv(Copied, gym.Env):
     on_divergence = OfSettings[Literal["end", "skip", "raise"]]()
     steps_per_batch = OfSettings[int]()
     present_until = OfSettings[float | None]()
+    contexts = OfSettings[int]()
     action_noise_std = OfSettings[float]()
     render_mode = OfSettings[str | None]()
     reward_gradient = OfSettings[bool]()
@@ -258,11 +264,12 @@ class LifelongEditEnv(Copied, gym.Env):
         on_divergence: Literal["end", "skip", "raise"] = "end",
         tokenizer: PreTrainedTokenizerBase | None = None,
         present_until: float | None = None,
+        contexts: int = 0,
     ) -> None:
         self.arguments = SharedArguments({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         settings = EpisodeSettings(
-            token, array_backend, on_divergence, steps_per_batch, present_until, action_noise_std, render_mode,
-            reward_gradient, resolve_reward(reward),
+            token, array_backend, on_divergence, steps_per_batch, present_until, contexts, action_noise_std,
+            render_mode, reward_gradient, resolve_reward(reward),
         )  # fmt: skip
         check_given(model, tokenizer, edit_modules, dtype, device)
         constraint = settings.reward_config.constraint if settings.reward_config is not None else None
@@ -274,15 +281,15 @@ class LifelongEditEnv(Copied, gym.Env):
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         lm = editable_lm(model, tokenizer, edit_modules, dtype, device, **source)
         encoded = EncodedDataset(lm, self.dataset)
-        encoded.check_lengths()
-        needed = largest_batch(encoded.traced_positions(token), batch_size)
+        encoded.check_lengths(LONGEST if contexts else 0)
+        needed = (1 + contexts) * largest_batch(encoded.traced_positions(token), batch_size)
         if max_tokens is not None and max_tokens < needed:
             raise ValueError(
                 f"max_tokens is {max_tokens}, but a batch of {batch_size} facts of {self.dataset.source} can have "
                 f"{needed} traced positions (token={token!r}); give max_tokens={needed} or None"
             )
         rows = needed if max_tokens is None else max_tokens
-        self.episode = EditEpisode(lm, encoded, stream, settings, rows, multiplier)
+        self.episode = EditEpisode(lm, encoded, stream, settings, rows, multiplier, Contexts(lm, contexts))
         self.observation_space = spaces.observation_space(lm.module_shapes, rows)
         self.action_space = spaces.action_space(lm.module_shapes, rows)
 

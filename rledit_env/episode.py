@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rledit_env import render, spaces
+from rledit_env.contexts import Contexts
 from rledit_env.encoding import EncodedDataset, EncodedRecord
 from rledit_env.knowledge import KnowledgeStream
 from rledit_env.ledger import Recorder
@@ -54,6 +55,7 @@ class EditEpisode:
         settings: of the environment.
         max_tokens: rows of a padded observation.
         multiplier: of the reward's constraint, or None.
+        contexts: which facts are presented behind, beside their plain prompts.
 
     Attributes:
         recorder: None, or what is told of every update before it takes effect.
@@ -80,9 +82,11 @@ class EditEpisode:
         settings: EpisodeSettings,
         max_tokens: int,
         multiplier: Multiplier | None,
+        contexts: Contexts,
     ) -> None:
         self.lm, self.encoded, self.stream = lm, encoded, stream
         self.settings, self.max_tokens, self.multiplier = settings, max_tokens, multiplier
+        self.contexts = contexts
         self.recorder: Recorder | None = None
         self.random: np.random.Generator = None  # type: ignore[assignment]
         self.history: list[dict[str, float]] = []
@@ -110,7 +114,7 @@ class EditEpisode:
     def sibling(self, lm: EditableLM) -> EditEpisode:
         """Another one of the same settings and facts, on another LLM of the same modules, that has not begun."""
         stream = KnowledgeStream(self.stream.dataset, self.stream.num_batches, self.stream.batch_size)
-        return EditEpisode(lm, self.encoded, stream, self.settings, self.max_tokens, self.multiplier)
+        return EditEpisode(lm, self.encoded, stream, self.settings, self.max_tokens, self.multiplier, self.contexts)
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
@@ -184,8 +188,14 @@ class EditEpisode:
         return [self.encoded[i] for i in self.stream.indices[self.places(batch)]]
 
     def edits(self) -> list[Passage]:
-        """The current batch's edits, whose gradient is observed."""
-        return [record.edit for record in self.records(self.batch)]
+        """What of the current batch is presented and its gradient observed: the edits behind their prompts as they are,
+        n of them, and after these, where there are contexts, each fact's K edits behind those."""
+        plain = [record.edit for record in self.records(self.batch)]
+        if not self.settings.contexts:
+            return plain
+        first = self.places(self.batch).start
+        records = enumerate(self.stream.batch(self.batch), first)
+        return plain + [passage for place, record in records for passage in self.contexts.passages(record, place)]
 
     def presented_facts(self) -> list[int]:
         """Places of the facts that are presented in their batch, from 0."""
@@ -209,7 +219,7 @@ class EditEpisode:
         if trace is not None:
             if self.settings.present_until is not None:
                 self.open_facts = self._untaken(trace)
-                trace = trace if self.open_facts.all() else trace.of(torch.from_numpy(self.open_facts))
+                trace = trace if self.open_facts.all() else trace.of(torch.from_numpy(self._edits_of(self.open_facts)))
             observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
@@ -225,8 +235,12 @@ class EditEpisode:
     def _untaken(self, trace: Trace) -> np.ndarray:
         """Which facts of the traced batch have not taken, (n,) bool; where a loss is no number, none has."""
         assert self.settings.present_until is not None
-        taken = trace.hardest.cpu().double().numpy() <= -math.log(self.settings.present_until)
+        taken = trace.hardest[: self.stream.batch_size].cpu().double().numpy() <= -math.log(self.settings.present_until)
         return ~taken if math.isfinite(trace.loss) else np.ones_like(taken)
+
+    def _edits_of(self, facts: np.ndarray) -> np.ndarray:
+        """Which of :meth:`edits` are of these facts (n,) bool; (n·(K+1),) bool."""
+        return np.concatenate([facts, facts.repeat(self.settings.contexts)])
 
     # -- a step, in its order ------------------------------------------------------------------------------------
 

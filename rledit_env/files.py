@@ -1,4 +1,4 @@
-"""Files and folders that come into being whole or not at all, and the marker that says what rledit wrote."""
+"""Files and folders that are written whole or not at all, and the marker that says what rledit wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MARKER = ".rledit.json"  # in every folder that rledit writes
 MARKER_FORMAT = "rledit-folder-1"
 FIGURES = "figures"  # what a folder of pictures is called in its marker
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what desktops put into folders that somebody has looked at
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # files that desktops add to a folder that was opened
 GENERATOR = '<meta name="generator" content="rledit-env">'  # in every page that rledit writes
 
 
@@ -31,11 +31,11 @@ class Marker:
     """What a folder's marker says.
 
     Attributes:
-        what: the folder is, such as "edited model" or "training run".
-        command: which command line wrote it, if one did.
-        whole: it was written in one piece, so that it can be replaced in one piece; other folders grow, and are never
-            replaced.
-        files: what rledit wrote in it, as paths relative to it; a folder's end with a slash.
+        what: what the folder is, such as "edited model" or "training run".
+        command: the command line that wrote it, if there was one.
+        whole: whether it was written in one piece, so that it can be replaced in one piece. Folders that grow, such as
+            a training run's, are never replaced.
+        files: what rledit wrote in it, as paths relative to it; folders end with a slash.
     """
 
     what: str
@@ -47,9 +47,9 @@ class Marker:
 def mark(
     folder: str | Path, what: str, *, command: str | None = None, whole: bool = False, files: Iterable[str] = ()
 ) -> None:
-    """Put the marker into a folder, which must be there: it says that rledit wrote these files.
+    """Write the marker of an existing folder, which says that rledit wrote these files.
 
-    What an earlier marker says that the folder is remains, and so do its files.
+    An earlier marker's ``what`` and files are kept; the new files are added to them.
 
     Raises:
         OSError: as :func:`write_bytes`.
@@ -65,7 +65,7 @@ def mark(
 
 
 def read_marker(folder: str | Path) -> Marker | None:
-    """A folder's marker, or None if there is none that can be read."""
+    """A folder's marker; None if there is none, or it cannot be read."""
     content = _json_at(Path(folder) / MARKER)
     if content.get("format") != MARKER_FORMAT:
         return None
@@ -76,9 +76,9 @@ def read_marker(folder: str | Path) -> Marker | None:
 
 
 def foreign_in(folder: str | Path) -> Path | None:
-    """Something in a folder that rledit did not write as a part of it, or None if there is nothing.
+    """The path of something in a folder that rledit did not write there; None if there is nothing of the kind.
 
-    A part of a folder is what its marker names, a result or a page that was added later, and pictures.
+    rledit's own are what the folder's marker names, results and pages that were added later, and folders of pictures.
     """
     folder = Path(folder)
     marker = read_marker(folder)
@@ -101,7 +101,7 @@ def foreign_in(folder: str | Path) -> Path | None:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a file says of itself that rledit wrote it, or is nobody's work."""
+    """Whether a file's content says that rledit wrote it, or it is one of ``LITTER``."""
     if path.is_symlink() or not path.is_file():
         return False
     if path.name in LITTER:
@@ -119,7 +119,7 @@ def is_own_page(path: str | Path) -> bool:
 
 
 def _json_at(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """The object in a JSON file; an empty one where the file holds none."""
     with suppress(OSError, ValueError, RecursionError):
         if path.is_file():  # reading a pipe would wait
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -134,12 +134,12 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
     """Make sure that a folder may be written in one piece.
 
     Args:
-        folder: of any name; a symbolic link stands for what it leads to.
-        overwrite: replace what is there, if rledit wrote it in one piece, and all of it.
+        folder: its path; a symbolic link is followed.
+        overwrite: whether a folder may be replaced that rledit wrote in one piece and that holds nothing else.
 
     Raises:
-        FileExistsError: there is a file of that name; or a folder that is not empty and is not to be replaced; or it
-            is the current folder, or holds it.
+        FileExistsError: there is a file of that name; or a folder that is not empty and may not be replaced; or it is
+            the current folder or one above it.
     """
     path = Path(os.path.realpath(folder))
     _check_folder(path, folder)
@@ -167,11 +167,11 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def check_growing(folder: str | Path, what: str) -> None:
-    """Make sure that a folder may be begun as this (see :class:`Marker`), or gone on with; nothing in it is deleted.
+    """Make sure that a folder that grows may be begun or continued as a ``what``; nothing in it is deleted.
 
     Raises:
-        FileExistsError: there is a file of that name, or a folder that is something else; or it is the current folder,
-            or holds it.
+        FileExistsError: there is a file of that name, or a folder that is something else; or it is the current folder
+            or one above it.
     """
     path = Path(os.path.realpath(folder))
     _check_folder(path, folder)
@@ -194,7 +194,7 @@ def check_result(path: str | Path, form: str) -> None:
     """Make sure that a JSON file of this ``format`` may be written.
 
     Raises:
-        FileExistsError: there is a file that is none of them.
+        FileExistsError: there is a file that is no such result.
     """
     path = Path(path)
     if path.exists() and path.stat().st_size and _json_at(path).get("format") != form:
@@ -215,10 +215,10 @@ def check_page(path: str | Path) -> None:
 
 
 def check_part(path: str | Path) -> None:
-    """Make sure that a file may be written which a folder's marker names.
+    """Make sure that a file of a marked folder may be written.
 
     Raises:
-        FileExistsError: there is a file that the marker does not name.
+        FileExistsError: the file is there, and the folder's marker does not name it.
     """
     path = Path(path)
     marker = read_marker(path.parent)
@@ -228,16 +228,16 @@ def check_part(path: str | Path) -> None:
 
 
 def _check_folder(path: Path, named: str | Path) -> None:
-    """Refuse a file, and the current folder or one that holds it; ``path`` is resolved."""
+    """Refuse a file, the current folder and those above it; ``path`` is resolved."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{named} is a file; name a folder")
     try:
         here = Path.cwd()
-    except FileNotFoundError:  # it was deleted meanwhile
+    except FileNotFoundError:  # the current folder was deleted meanwhile
         return
     if path.is_dir() and any(path.samefile(folder) for folder in (here, *here.parents)):
         what = "is" if path.samefile(here) else "holds"
-        raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder of its own, inside it say")
+        raise FileExistsError(f"{named} {what} the current folder ({here}); name a folder inside it")
 
 
 def _described(marker: Marker) -> str:
@@ -255,7 +255,7 @@ def whole_folder(
     """A temporary folder beside ``folder`` to write in, renamed to it at the end; an error leaves nothing behind.
 
     Args:
-        folder: a symbolic link stands for what it leads to.
+        folder: its path; a symbolic link is followed.
         overwrite: as for :func:`check_free`.
         what, command: for the folder's marker, see :class:`Marker`.
 
@@ -265,7 +265,7 @@ def whole_folder(
     """
     check_free(folder, overwrite)
     path = Path(os.path.realpath(folder))
-    token = secrets.token_hex(4)  # what a killed process left is in nobody's way; in a container all have the same id
+    token = secrets.token_hex(4)  # leftovers of a killed process do not collide; process ids would, in containers
     work = path.with_name(f".{path.name}.partial-{token}")
     replaced = path.with_name(f".{path.name}.replaced-{token}")
     with _named_if_unwritable(folder):
@@ -275,11 +275,11 @@ def whole_folder(
         with _named_if_unwritable(folder):
             yield work
             mark(work, what, command=command, whole=True, files=_listed(work))
-            for file in work.rglob("*"):  # some writers make private files; these are as readable as any new file
+            for file in work.rglob("*"):  # some libraries write private files; these get a new file's usual rights
                 if file.is_file():
                     file.chmod(work.stat().st_mode & 0o666)
                     sync(file)
-        check_free(folder, overwrite)  # somebody may have put something there meanwhile
+        check_free(folder, overwrite)  # something may have been put there meanwhile
         with _named_if_unwritable(folder):
             if path.exists():
                 path.rename(replaced)
@@ -296,7 +296,7 @@ def whole_folder(
 
 @contextmanager
 def _named_if_unwritable(folder: str | Path) -> Iterator[None]:
-    """Within it, what the system or safetensors say of writing is an OSError that names the folder and the mend."""
+    """Within it, errors of writing become an OSError that names the folder and what to do."""
     from safetensors import SafetensorError
 
     try:
@@ -309,13 +309,13 @@ def _named_if_unwritable(folder: str | Path) -> Iterator[None]:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Everything below a folder, as a marker names it."""
+    """All paths below a folder, as its marker lists them."""
     paths = (path for path in folder.rglob("*") if path.parent != folder or path.name != MARKER)
     return [path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "") for path in paths]
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, making its folder if need be; a symbolic link stands for what it leads to.
+    """Write a text file whole, making its folder if need be; a symbolic link is followed.
 
     Raises:
         OSError: as :func:`write_bytes`.
@@ -326,7 +326,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole; its folder must be there. It is on the disk, not on its way there, when this returns.
+    """Write a file whole; its folder must be there. The file is on the disk when this returns.
 
     Raises:
         OSError: the disk is full, or the folder may not be written; what was there before still is.
@@ -353,14 +353,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 
 def partial_of(path: str | Path) -> Path:
-    """Where a file is written before it takes its place: what a process that was killed meanwhile leaves."""
+    """The temporary path that a file is written to before it is renamed; a killed process leaves it behind."""
     path = Path(path)
-    return path.with_name(f".{path.name}.partial")  # one name: these can be large
+    return path.with_name(f".{path.name}.partial")  # always the same name, so that large leftovers do not pile up
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write in, which takes the place of ``path`` once it is safe on the disk."""
+    """A path to write to, which is renamed to ``path`` once its content is on the disk."""
     partial = partial_of(path)
     try:
         yield partial

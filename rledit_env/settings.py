@@ -27,6 +27,7 @@ class EpisodeSettings:
     on_divergence: Literal["end", "skip", "raise"]
     steps_per_batch: int
     present_until: float | None
+    contexts: int
     action_noise_std: float
     render_mode: str | None
     reward_gradient: bool
@@ -42,11 +43,15 @@ class EpisodeSettings:
             ("on_divergence", self.on_divergence in ("end", "skip", "raise"), "'end', 'skip' or 'raise'"),
             ("steps_per_batch", self.steps_per_batch >= 1, "1 or more"),
             ("present_until", probability, "a probability above 0 and below 1, or None"),
+            ("contexts", type(self.contexts) is int and self.contexts >= 0, "a whole number from 0"),
             ("action_noise_std", self.action_noise_std >= 0, "0 or more"),
             ("render_mode", self.render_mode in (None, *RENDER_MODES), f"None or one of {RENDER_MODES}"),
         ):
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give {wanted}")
+        if self.contexts and self.token == "all":
+            raise ValueError(f"contexts is {self.contexts} and token is 'all', which would observe the contexts' "
+                             "tokens, too; give 'answer', 'subject' or 'subject+answer', or contexts=0")
 
     @property
     def shows_answers(self) -> bool:

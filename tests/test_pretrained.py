@@ -66,6 +66,8 @@ def test_the_command_that_a_shipped_agent_comes_from_says_how_it_was_trained(wor
     for name in ("token", "num_batches", "batch_size"):
         assert environment[name] == getattr(options, name)
     assert environment["steps_per_batch"] == (options.edit_steps_per_batch or options.steps_per_batch)
+    contexts = options.contexts if options.edit_contexts is None else options.edit_contexts
+    assert environment.get("contexts", 0) == contexts
     assert environment["present_until"] == (options.edit_present_until or options.present_until)
     for name in ("prior", "prior_source", "precision", "rank", "blocks", "step_size"):
         assert network[name] == getattr(options, name)
@@ -76,7 +78,7 @@ def test_the_command_that_a_shipped_agent_comes_from_says_how_it_was_trained(wor
 def edited(kind: str, **settings: Any) -> tuple[Metrics, Metrics, float]:
     """Scores after and before 60 bundled facts, edited as the shipped agent was trained to, and the KL that it cost."""
     own = agent_settings(find_agent("default", kind))["environment"]
-    shown = {name: own[name] for name in ("token", "steps_per_batch", "present_until")}
+    shown = {name: own[name] for name in ("token", "steps_per_batch", "present_until", "contexts") if name in own}
     env = gym.make(
         f"rledit_env:{IDS[kind]}", split="eval", num_batches=3, batch_size=20, reward="none", array_backend="torch",
         edit_modules=own["edit_modules"], disable_env_checker=True, **shown | settings,
@@ -113,7 +115,8 @@ def test_single_facts_take_each_alone_from_the_pretrained_weights():
     for facts in (load_knowledge("counterfact", [EXAMPLE]), load_knowledge("counterfact", split="eval")):
         for record in facts.records[:5]:
             one = replace(facts, records=(record,))
-            edit_facts(lm, agent, one, 1, settings["token"], 40, present_until=0.8)
+            shown = {"token": settings["token"], "steps_per_batch": 40, "present_until": 0.8}
+            edit_facts(lm, agent, one, 1, **shown, contexts=settings.get("contexts", 0))
             [answer] = continuations(lm, [record])
             taken.append(took(answer, record.target))
     assert len(taken) == 6 and taken[0] and sum(taken) >= 5

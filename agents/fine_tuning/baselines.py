@@ -1,4 +1,4 @@
-"""What every editor is measured against: no edit at all, and the plain fine-tuning gradient."""
+"""The baselines: no edit at all, and the plain fine-tuning gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rledit_env.nesting import environment_inside
 
 
 class NoEditAgent(Agent):
-    """Changes nothing: the scores of the LLM as it is.
+    """Changes nothing, so that its scores are the unedited LLM's.
 
     Args:
         env: the environment.
@@ -35,7 +35,7 @@ class NoEditAgent(Agent):
         return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
-        """The update of no module."""
+        """An update of no module."""
         return {"updates": {}}, None
 
     def learn(
@@ -46,7 +46,7 @@ class NoEditAgent(Agent):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write its name."""
+        """Write the agent's name."""
         _write(path, self, {})
 
     @classmethod
@@ -57,7 +57,7 @@ class NoEditAgent(Agent):
 
 @dataclass(frozen=True)
 class FineTuningConfig:
-    """The fine-tuning gradient's numbers.
+    """The settings of `FineTuningAgent`.
 
     Attributes:
         step_size: η.
@@ -71,7 +71,7 @@ class FineTuningConfig:
 
 
 class FineTuningAgent(Agent):
-    """The plain gradient of what is observed: ΔW = −η δᵀu.
+    """One step along the observed gradient: ΔW = −η δᵀu.
 
     Args:
         env: the environment.

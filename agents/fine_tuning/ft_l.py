@@ -1,4 +1,4 @@
-"""FT-L and FT-M: fine-tuning of one weight within a box (Zhu et al., 2021; Zhang et al., 2024)."""
+"""FT-L and FT-M: fine-tuning of one weight, each entry within ε (Zhu et al., 2021; Zhang et al., 2024)."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ Self = TypeVar("Self", bound="FTLAgent")
 
 @dataclass(frozen=True)
 class FTLConfig:
-    """FT-L's numbers; the defaults are those published for GPT-2 XL with ROME (Meng et al., NeurIPS 2022).
+    """FT-L's settings; the defaults are those published for GPT-2 XL with ROME (Meng et al., NeurIPS 2022).
 
     Attributes:
         module: name or glob of the edited modules to fine-tune; None is the last of the environment's.
         objective: the loss of a fact with target tokens y₁ … y_T after the prompt x, by the published names:
 
             - "prompt_last", FT-L's: −mean_t log p(y_t | x). Every target token is predicted from the prompt's last
-              position, as if it came first.
+              position, as if it were the first.
             - "target_new", FT-M's: −mean_t log p(y_t | x, y_<t), teacher-forced.
             - "pooled", ours, the loss of earlier versions: as "target_new", but the mean is taken over the target
               tokens of all facts together, so that a fact with a longer target weighs more.
         steps: rounds over the batch, at most.
         learning_rate: Adam's. There is no weight decay, as published.
-        epsilon: the most that an entry of W may move (L∞). Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J and Mistral-7B;
-            ``math.inf`` is no limit, as published for Llama-3.
-        around: what ε is measured from: "current", the weight at the batch's start, as in ROME's FT+L and what followed
-            it, or "original", W₀, as Zhu et al. constrain a single round of fine-tuning: the whole stream then shares
-            the budget.
+        epsilon: ε, how far an entry of W may move at most (L∞). Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J and
+            Mistral-7B; ``math.inf`` is no limit, as published for Llama-3.
+        around: from where ε is measured: "current", the weight at the batch's start, as in ROME's FT+L and its
+            successors, or "original", W₀, as in Zhu et al.'s single round of fine-tuning: the whole stream then shares
+            one ε.
         loss_goal: no step is taken where the loss is below this, and the rounds end once their mean loss is.
         batch_size: facts of an Adam step; a round over more takes several, in order. ROME's code has 64, EasyEdit's
             files 1 for most models. None takes all facts at once.
@@ -80,7 +80,7 @@ class FTLConfig:
 
 @dataclass(frozen=True)
 class FTMConfig(FTLConfig):
-    """FT-M's numbers: FT-L's, with the teacher-forced loss."""
+    """FT-M's settings: FT-L's, with the teacher-forced loss."""
 
     objective: Literal["prompt_last", "target_new", "pooled"] = "target_new"
 
@@ -93,16 +93,16 @@ class FTLAgent(Agent):
     weight at the batch's start (or W₀, see `FTLConfig.around`). FT-L predicts all target tokens from the prompt's last
     position, so that a target of several tokens cannot be learned as a sequence. FT-M (`FTMAgent`) is teacher-forced.
 
-    As published: the loss, the mean per fact, Adam, the numbers, the projection after every step, the end. Ours: tokens
-    that the published code adds to a target by accident (the beginning-of-text token that Llama's tokenizer writes
-    before it, and padding where the tokenizer knows no unknown token) are left out.
+    As published: the loss, the mean per fact, Adam and its numbers, the projection after every step, when it stops.
+    Ours: tokens that the published code adds to a target by accident (the beginning-of-text token that Llama's
+    tokenizer writes before it, and padding where the tokenizer has no unknown token) are left out.
 
-    It asks the environment for the LLM and the facts of the batch, and leaves the LLM as it was, bit for bit; its
+    The agent reads the LLM and the batch's facts from the environment, and leaves the LLM as it was, bit for bit; its
     action is the dense update.
 
     Args:
         env: the environment that it edits in.
-        config: its numbers.
+        config: its settings.
         seed: unused, since nothing is random.
     """
 
@@ -143,7 +143,7 @@ class FTLAgent(Agent):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers as JSON."""
+        """Write the settings as JSON."""
         folder = agent_folder(path)
         description = {
             "agent": self.name, "format": FORMAT, "seed": self.seed, "config": asdict(self.config),
@@ -188,13 +188,13 @@ class FTMAgent(FTLAgent):
 def constrained_fine_tuning(
     lm: EditableLM, passages: Sequence[Passage], modules: Sequence[str], config: FTLConfig
 ) -> dict[str, Tensor]:
-    """ΔW (d_out, d_in) by module that the fine-tuning ends with; the LLM's weights are what they were, bit for bit.
+    """The total ΔW (d_out, d_in) of the fine-tuning, by module; the LLM's weights are put back, bit for bit.
 
     Args:
         lm: the LLM.
-        passages: the edits of the batch; none gives no change.
+        passages: the edits of the batch; without any, ΔW is zero.
         modules: names of the edited modules to fine-tune.
-        config: the numbers.
+        config: the settings.
     """
     start = lm.snapshot()
     changes = {m: torch.zeros_like(start[m]) for m in modules}
@@ -208,7 +208,7 @@ def constrained_fine_tuning(
             for part in parts:
                 loss, gradients = _loss_and_gradients(lm, part, modules, config.objective)
                 total += loss * len(part) / len(passages)
-                if not loss >= config.loss_goal:  # reached, or the model broke
+                if not loss >= config.loss_goal:  # the goal is reached, or the model broke (NaN)
                     continue
                 for m, change in changes.items():
                     change.grad = gradients[m]

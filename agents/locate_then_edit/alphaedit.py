@@ -36,13 +36,13 @@ class AlphaEditConfig(LocateConfig):
 
 
 class AlphaEditAgent(MEMITAgent):
-    """AlphaEdit: MEMIT's shares R, written by ΔW = R K₁ᵀP (K_pK_pᵀP + K₁K₁ᵀP + ridge·I)⁻¹ (Eq. 14), P the projection on
-    the null space of the preserved keys' second moment C and K_p the keys of earlier batches.
+    """AlphaEdit writes MEMIT's shares R by ΔW = R K₁ᵀP (K_pK_pᵀP + K₁K₁ᵀP + ridge·I)⁻¹ (Eq. 14), P the projection on
+    the null space of the preserved keys' second moment C, and K_p the keys of earlier batches.
 
-    With an orthonormal basis U of the null space, P = UUᵀ, this is least squares in the coordinates k ↦ Uᵀk:
-    ΔW = R (K₁ᵀU) (Uᵀ(K_pK_pᵀ + K₁K₁ᵀ)U + ridge·I)⁻¹ Uᵀ, a symmetric system of the null space's size. It is at the same
-    time the recursion of recursive least squares (see `MEMITAgent`) in these coordinates, with ``ridge`` as its anchor
-    to W₀; there is nothing for the recursion plug-in to add.
+    With an orthonormal basis U of the null space, P = UUᵀ, this is least squares in the coordinates Uᵀk:
+    ΔW = R (K₁ᵀU) (Uᵀ(K_pK_pᵀ + K₁K₁ᵀ)U + ridge·I)⁻¹ Uᵀ, a symmetric system of the null space's size. That is already
+    the recursion of `MEMITAgent` in these coordinates, with ``ridge`` as its anchor to W₀. So there is no AlphaEdit
+    with the recursion plug-in.
 
     As published: the values, the keys (half plain prompt, half contexts), the null space by a threshold on C's
     eigenvalues, the earlier batches' keys and the ridge. Ours: float64 where the published code solves in float32.
@@ -62,14 +62,14 @@ class AlphaEditAgent(MEMITAgent):
         self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
-        """Compute what is needed once, the null spaces included."""
+        """Compute contexts, key statistics, NAS's norm and the null spaces."""
         super().learn(total_timesteps, callback, progress_bar)
         for module in self.modules:
             self.basis(module)
         return self
 
     def basis(self, module: str) -> Tensor:
-        """U, (d_in, m) float64.
+        """The basis U of a module's null space, (d_in, m) float64.
 
         Raises:
             ValueError: the null space is empty.

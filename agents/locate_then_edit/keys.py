@@ -1,4 +1,4 @@
-"""Keys of facts: the modules' inputs at their subjects, and the contexts that prompts are seen after."""
+"""Keys of facts, the modules' inputs at their subjects, and the contexts that are put before prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int
 
     Args:
         lm: the LLM.
-        count: of texts.
-        lengths: tokens of a text, its beginning included; the first lengths get one text more where ``count`` cannot
-            be shared equally.
-        seed: of what is drawn.
+        count: the number of texts.
+        lengths: tokens of a text, its first word included; each length gets an equal share of the texts, the first ones
+            get one more where ``count`` is no multiple.
+        seed: of the sampling.
     """
     if count == 0:
         return []
@@ -40,7 +40,7 @@ def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int
             continue
         starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(share)])
         with lm.original_weights():
-            # From the five likeliest tokens, as the published code does: the texts are to be ordinary ones.
+            # Sampled from the five likeliest tokens, as in the published code, for ordinary texts.
             ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
         texts += lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
@@ -53,8 +53,8 @@ def subject_keys(
     kind: str,
     updates: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Each fact's key by module (F, d_in), and the states (F, d) that leave the last module's layer at the plain
-    prompt's subject.
+    """Each fact's key, (F, d_in) by module, and the states (F, d) after the last module's layer, at the subject of the
+    plain prompt.
 
     Args:
         lm: the LLM at its current weights.
@@ -74,9 +74,9 @@ def subject_keys(
 
 
 def averaged(keys: Tensor, kind: str) -> Tensor:
-    """One key (d_in,) from those of the plain prompt, which comes first, and of C contexts: (1 + C, d_in).
+    """One key (d_in,) from the plain prompt's, k₀, and those with C contexts before it: (1 + C, d_in).
 
-    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), and k₀ where there is no context; "mean", "prompt": the mean of all.
+    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), or k₀ where there is no context; "mean", "prompt": the mean of all.
     """
     if kind == "balanced" and len(keys) > 1:
         return (keys[0] + keys[1:].mean(0)) / 2

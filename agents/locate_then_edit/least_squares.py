@@ -1,4 +1,4 @@
-"""Least squares for updates: their factors, and the dense matrices of factors."""
+"""Updates by least squares: their factors, and factors as dense matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ROME, MEMIT, PRUNE, RECT and AlphaEdit share: the settings, and the agent that finds values and is saved."""
+"""LocateAgent, the base class of ROME, MEMIT, PRUNE, RECT and AlphaEdit, and their common settings."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ Self = TypeVar("Self", bound="LocateAgent")
 
 @dataclass(frozen=True)
 class LocateConfig:
-    """What all locate-then-edit methods have to be told.
+    """The settings of all locate-then-edit methods.
 
     Attributes:
         value: how the facts' values are found.
-        contexts: texts that the LLM writes, before which each prompt is seen beside alone. MEMIT, PRUNE, RECT and
-            AlphaEdit are published with 5, ROME with 20.
-        context_lengths: their tokens; with several lengths, each is that of an equal share of the contexts. Published:
-            10; ROME: 5 and 10.
+        contexts: how many texts the LLM writes as contexts; each prompt is used alone and after each context. MEMIT,
+            PRUNE, RECT and AlphaEdit are published with 5, ROME with 20.
+        context_lengths: tokens of a context; of several lengths each is used for an equal share of the contexts.
+            Published: 10; ROME: 5 and 10.
         key: k*, the module's input at the subject's last token:
 
             - "balanced": half the key of the prompt alone, half the mean over the contexts, as in the published code
               of MEMIT, PRUNE, RECT and AlphaEdit.
-            - "mean": the mean over the prompt alone and after each context, all equal, as ROME's paper has it. (It was
-              every editor's key before.)
-            - "prompt": the prompt alone. v* reaches the prompt itself only as far as its key is like k*, so that a
-              single edit takes most surely with this one.
-            - "mixed": for ROME only, see there.
-        corpus: what the key statistics are gathered from: "generated", text of the LLM's own, or a text file. (The
-            published code reads 100,000 articles of Wikipedia.)
-        corpus_tokens: how much of it.
-        norm_anchor: NAS (arXiv 2602.02543): every v* is rescaled to ``‖v*‖``'s mean in the original model, which the
-            method takes over some facts, without the largest 5 %.
-        anchor_facts: how many; the first of the environment's data set.
+            - "mean": the mean over the prompt alone and after each context, all equal, as in ROME's paper. (In the
+              first version it was every editor's key.)
+            - "prompt": the key of the prompt alone. W k = v* holds for the prompt only as far as its own key is like
+              k*, so that a single edit takes most surely with this one.
+            - "mixed": for ROME only, see `ROMEConfig`.
+        corpus: the text that the second moments of keys are taken over: "generated", written by the LLM, or the path of
+            a text file. (The published code reads 100,000 articles of Wikipedia.)
+        corpus_tokens: how many tokens of it.
+        norm_anchor: NAS (arXiv 2602.02543): rescale every v* to the mean of ``‖v*‖`` over some facts in the original
+            model, without the largest 5 %.
+        anchor_facts: how many facts that mean is over: the first of the environment's data set.
 
     Raises:
         ValueError: a value is out of its range.
@@ -89,11 +89,10 @@ class LocateConfig:
 
 
 class LocateAgent(Agent):
-    """An editor without training that finds each fact's value by optimisation and solves for the weights.
+    """An editor without training: it finds each fact's value by optimisation and then solves for the weights.
 
-    It asks the environment for the LLM (`env.unwrapped.lm`) and for the facts (`env.unwrapped.current_batch()`), and
-    changes neither. What is computed once (contexts, key statistics, NAS's norm) is computed by :meth:`learn`, or by
-    the first :meth:`predict`.
+    It reads the LLM (`env.unwrapped.lm`) and the facts (`env.unwrapped.current_batch()`) and changes neither. Contexts,
+    key statistics and NAS's norm are computed once, by :meth:`learn` or the first :meth:`predict`.
 
     Args:
         env: a `LifelongEditEnv` whose edited modules are the last projections of MLPs, such as
@@ -123,16 +122,16 @@ class LocateAgent(Agent):
         self.contexts: list[str] | None = None
         self.statistics: KeyStatistics | None = None
         self.anchor_norm: float | None = None
-        self.one_off_seconds = 0.0  # what is computed once took
+        self.one_off_seconds = 0.0  # how long the computations that are made once took
         self.key_moments: dict[str, Tensor] = {}
 
     @classmethod
     def default_modules(cls, lm: EditableLM) -> list[str]:
-        """What to edit in an LLM for which nothing is published: see :func:`default_output_projections`."""
+        """The modules to edit in an LLM for which none are published: see :func:`default_output_projections`."""
         return default_output_projections(lm)
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
-        """Edit in this environment from now on. What was computed once is kept, unless the LLM is another one.
+        """Edit in this environment from now on. Contexts and statistics are kept, unless the LLM is another one.
 
         Raises:
             NotApplicable: none of its facts has a subject that occurs in its prompt.
@@ -148,7 +147,7 @@ class LocateAgent(Agent):
         self.key_moments = {}
 
     def memory(self) -> dict[str, Tensor]:
-        """The second moments of the stream's keys, where the editor keeps them."""
+        """The second moments of the stream's keys so far, if the editor keeps them."""
         return dict(self.key_moments)
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
@@ -161,7 +160,7 @@ class LocateAgent(Agent):
         self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
-        """Compute what is needed once; nothing is trained, and no environment step is taken."""
+        """Compute contexts, key statistics and NAS's norm; nothing is trained, and no environment step is taken."""
         started = time.perf_counter()
         if self.contexts is None:
             self.contexts = write_contexts(self.lm, self.config.contexts, self.config.context_lengths, self.seed)
@@ -170,7 +169,7 @@ class LocateAgent(Agent):
             self.statistics = key_statistics(
                 self.lm, self.modules, self.config.corpus, self.config.corpus_tokens, progress=progress_bar
             )
-            self.one_off_seconds += self.statistics.seconds  # also where they were kept from an earlier run
+            self.one_off_seconds += self.statistics.seconds  # counted even if an earlier run computed them
             started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
             records = [r for r in self.inner.dataset.records if r.subject_span]
@@ -210,7 +209,7 @@ class LocateAgent(Agent):
         """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, ΔW = ṽᵀũ."""
 
     def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
-        """Factors, where the observation has as many rows, else the dense updates."""
+        """The update as factors if they have as many rows as the observation, else as dense updates."""
         rows = len(next(iter(keys.values())))
         if self.inner.array_backend == "torch" and len(observation["mask"]) == rows:
             return {"keys": keys, "values": values}
@@ -219,7 +218,7 @@ class LocateAgent(Agent):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the settings, what was computed once (the statistics stay in the cache), and the stream's memory."""
+        """Write the settings, contexts, NAS's norm and the stream's memory; key statistics stay in the cache."""
         folder = agent_folder(path)
         description = {
             "agent": self.name,
@@ -236,7 +235,7 @@ class LocateAgent(Agent):
 
     @classmethod
     def load(cls: type[Self], path: str | Path, env: gym.Env[Any, Any] | None = None) -> Self:
-        """The agent in a folder that :meth:`save` wrote; one of the first format edits as it did.
+        """The agent in a folder that :meth:`save` wrote; agents of the first format edit as they did then.
 
         Raises:
             FileNotFoundError: there is no agent there.
@@ -268,8 +267,8 @@ class LocateAgent(Agent):
 
     @classmethod
     def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A configuration of the first format, in today's words: all editors then had one length of contexts, an Adam
-        step after each loss, and the KL after the essence."""
+        """A configuration of the first format as one of today's. All editors had one length of contexts, an Adam step
+        after each loss, and the KL of the token after the essence prompt."""
         old = dict(settings)
         length, value = old.pop("context_length"), dict(old["value"])
         value |= {"steps": value["steps"] + 1, "kl": "essence"}
@@ -277,10 +276,10 @@ class LocateAgent(Agent):
 
 
 def rescaled(solved: Tensor, norm: float) -> Tensor:
-    """Vectors (F, d) with their directions, at one norm (NAS)."""
+    """Vectors (F, d) rescaled to one norm (NAS)."""
     return solved * (norm / solved.norm(dim=1, keepdim=True))
 
 
 def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:
-    """Mean without the largest of them, of which the share ``kept`` stays."""
+    """The mean of the smallest numbers, of which the share ``kept`` is taken."""
     return float(numbers.sort().values[: max(1, round(kept * len(numbers)))].mean())

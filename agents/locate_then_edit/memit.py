@@ -32,17 +32,18 @@ class MEMITConfig(LocateConfig):
 
 
 class MEMITAgent(LocateAgent):
-    """MEMIT: values are found at the last edited layer L; each layer l, from the lowest up, takes its share of what is
-    left, R = (z − h_L) / (L − l + 1), by ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (Eq. 14–20; here facts are rows: ΔW = Rᵀũ,
-    ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed anew for each layer, under the updates of the layers below. As in the
-    published code, a key is half the plain prompt's and half the contexts' mean, and h_L is the plain prompt's.
+    """MEMIT finds values z at the last edited layer L and spreads them over the layers. Each layer l, from the lowest
+    up, takes its share of what is left, R = (z − h_L) / (L − l + 1), by ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (Eq. 14–20; here facts
+    are rows: ΔW = Rᵀũ, ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed anew for each layer, with the updates of the
+    layers below. As in the published code, a key is half the plain prompt's and half the contexts' mean, and h_L is the
+    plain prompt's.
 
     With ``recursion`` the system is λC + anchor·I + Σ KᵀK over this and all earlier batches, that of recursive least
-    squares: the sequence of updates is then the solution for all facts so far of
-    min Σ‖W k − v‖² + anchor ‖W − W₀‖² + λ tr((W − W₀) C (W − W₀)ᵀ), instead of a new problem at each batch.
+    squares. The updates then solve one problem for all facts so far,
+    min Σ‖W k − v‖² + anchor ‖W − W₀‖² + λ tr((W − W₀) C (W − W₀)ᵀ), instead of a new one for each batch.
 
-    In models that normalise an MLP's output before adding it (Gemma 2 and 3), the layers' shares are in the units of
-    the residual stream, though the weight's output is not.
+    In models that normalise an MLP's output before adding it (Gemma 2 and 3), the layers' shares have the scale of the
+    residual stream, which the weight's output does not have.
 
     Args:
         env, config, seed: see `LocateAgent`.
@@ -67,7 +68,7 @@ class MEMITAgent(LocateAgent):
         return update_keys, shares
 
     def update_keys(self, module: str, keys: Tensor) -> Tensor:
-        """ũ (N, d_in) for keys (N, d_in), both float64; takes the keys into the memory."""
+        """ũ (N, d_in) for keys (N, d_in), both float64; the keys are added to the memory."""
         config = self.config
         system = config.covariance_weight * self.second_moment(module)
         if config.recursion:

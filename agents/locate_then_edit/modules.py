@@ -1,4 +1,4 @@
-"""Which modules locate-then-edit takes: the last projections of MLPs."""
+"""The modules that locate-then-edit methods edit: the last projections of MLPs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rledit_env.lm.editable import EditableLM
 
 
 def output_projections(lm: EditableLM) -> list[str]:
-    """The edited modules, if they are fit for locate-then-edit: one a layer, each giving as many numbers as the
-    residual stream has.
+    """The edited modules, checked for locate-then-edit: at most one a layer, each with outputs as wide as the residual
+    stream.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are of another kind.
     """
     modules = list(lm.module_shapes)
     width = lm.model.config.get_text_config().hidden_size
@@ -28,7 +28,7 @@ def output_projections(lm: EditableLM) -> list[str]:
 
 
 def default_output_projections(lm: EditableLM) -> list[str]:
-    """The last projections of the MLPs whose widening projections an LLM edits by default.
+    """The last projections of those MLPs whose first projections are edited by default.
 
     Args:
         lm: the LLM, with its default modules edited (:func:`rledit_env.lm.loading.registry.default_edit_modules`).
@@ -37,11 +37,11 @@ def default_output_projections(lm: EditableLM) -> list[str]:
         ValueError: a block has no such projection.
     """
     width = lm.model.config.get_text_config().hidden_size
-    found: dict[str, str] = {}  # the block that holds it → the projection
+    found: dict[str, str] = {}  # MLP → its last projection
     for widening, (_, inner) in lm.module_shapes.items():
         block = widening.rpartition(".")[0]
         for name, module in lm.model.get_submodule(block).named_children():
-            # One that makes gate and up at once is twice as wide.
+            # A first projection that computes gate and up at once is twice as wide.
             if linear_shape(module) in ((inner, width), (inner // 2, width)):
                 found[block] = f"{block}.{name}"
     if not found:

@@ -16,7 +16,7 @@ from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
 from rledit_env.ledger import updated
 
 SUMS = ("raw", "restrained")
-_PARTS = ("excess", "excess_before", "left", "found")  # of PRUNEAgent's memory
+_PARTS = ("excess", "excess_before", "left", "found")  # see PRUNEAgent
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class PRUNEConfig(MEMITConfig):
     """PRUNE's settings beside MEMIT's.
 
     Attributes:
-        base: α of the logarithm that singular values are restrained by. The published code offers e, 2, 1.5 and 1.2.
-        adds_to: the sum that the next update is computed on and added to: "raw", that of MEMIT's updates as they are,
-            as published, or "restrained", the copy that was made of it. With the latter each batch restrains again
-            what was restrained before, so that old edits shrink; it is what this package did before.
+        base: α of the logarithm that restrains singular values. The published code offers e, 2, 1.5 and 1.2.
+        adds_to: the sum that the next update is added to, and computed with: "raw", that of MEMIT's updates as they
+            are, as published; or "restrained", the restrained copy of it. With the latter each batch restrains again
+            what was restrained before, so that old edits shrink; that was this package's first way.
 
     Raises:
         ValueError: a value is out of its range.
@@ -45,20 +45,21 @@ class PRUNEConfig(MEMITConfig):
 
 
 class PRUNEAgent(MEMITAgent):
-    """PRUNE: singular values σ of the sum of MEMIT's updates above σ_max, the largest of W₀, are restrained to
-    log_α(σ) − log_α(σ_max) + σ_max (Eq. 8), so that the edited weight's condition number is.
+    """PRUNE restrains the sum of MEMIT's updates: of its singular values σ, those above σ_max, the largest of W₀,
+    become log_α(σ) − log_α(σ_max) + σ_max (Eq. 8). That bounds the condition number of the edited weight.
 
     As published, edits are made one after the other without restraint, and a copy of their sum is restrained once at
-    the end. Here the end is not known: after every batch the LLM gets W₀ plus the restrained copy of the raw sum so
-    far, and the next batch is edited in the LLM with the raw sum. So the LLM is after each batch what the published
+    the end. Here the end is not known. So the LLM gets W₀ plus a restrained copy of the raw sum after every batch, and
+    the next batch is edited with W₀ plus the raw sum in its place. After each batch the LLM is then what the published
     code gives for the stream up to there.
 
-    Ours: the logarithm grows faster than σ itself while σ < 1 / ln α (5.5), and singular values that it would enlarge
-    are left as they are.
+    Ours: the logarithm grows faster than σ itself while σ < 1 / ln α (5.5). Singular values that it would enlarge stay
+    as they are.
 
-    The raw sum is W − W₀ + excess, where the excess is what the restraint has taken off; it is kept (see
-    :meth:`memory`) with a checksum of the weights. Where the environment took the last update back, the excess is that
-    of before; where the LLM was changed by something else, the sum begins with what the LLM then holds.
+    The agent remembers the excess, the part of the raw sum that the restraint took off: raw sum = W − W₀ + excess. With
+    it go checksums of the weights, since it is only right for these (see :meth:`excess`): for those that the last
+    update made; if the environment took that update back, the excess before it counts; if anything else changed the
+    LLM, there is none, and the raw sum starts with W − W₀.
 
     Args:
         env, config, seed: see `LocateAgent`.
@@ -70,8 +71,8 @@ class PRUNEAgent(MEMITAgent):
     def __init__(self, env: Any, config: PRUNEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._largest: dict[str, float] = {}
-        # By module: what the last restraint took off, and the one before; checksums of the weights as the last update
-        # leaves them, and as it found them.
+        # By module: the excess after the last update and before it; checksums of the weights after it ("left") and
+        # before it ("found").
         self._parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
 
     def reset(self) -> None:
@@ -79,7 +80,7 @@ class PRUNEAgent(MEMITAgent):
         self._parts = {part: {} for part in _PARTS}
 
     def memory(self) -> dict[str, Tensor]:
-        """The keys' second moments, if any, and what the raw sum is found from: module by module, as "PART:MODULE"."""
+        """The keys' second moments, if any, and the parts that give the raw sum, named "PART:MODULE"."""
         parts = {f"{part}:{m}": tensor for part, by in self._parts.items() for m, tensor in by.items()}
         return {**super().memory(), **parts}
 
@@ -96,7 +97,8 @@ class PRUNEAgent(MEMITAgent):
         self._parts = parts
 
     def excess(self) -> dict[str, Tensor]:
-        """Raw sum less W − W₀, (d_out, d_in) by module, in the LLM as it is now; no module where it is zero."""
+        """The raw sum minus W − W₀, (d_out, d_in) by module, for the LLM's present weights; empty where there is
+        none."""
         now = self._checksums()
         for checksums, excess in (("left", "excess"), ("found", "excess_before")):
             known = self._parts[checksums]
@@ -115,7 +117,7 @@ class PRUNEAgent(MEMITAgent):
         return action, state
 
     def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
-        """{"accumulated": restrained copy of the raw sum with MEMIT's update}, where the LLM holds the raw sum."""
+        """{"accumulated": restrained copy of the raw sum, MEMIT's update included}; the LLM now holds the raw sum."""
         accumulated, excess, left = {}, {}, {}
         for module, update in dense(keys, values).items():
             original = self.lm.original_weight(module)
@@ -140,13 +142,13 @@ class PRUNEAgent(MEMITAgent):
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """A number of int64 for each row of a weight (d_out, d_in), from the row's bits; exact on every device."""
+    """An int64 checksum of the bits of each row of a weight (d_out, d_in); the same on every device."""
     bits = torch.int64 if weight.dtype == torch.float64 else torch.int32
     return weight.contiguous().view(bits).sum(1, dtype=torch.int64)
 
 
 def restrained(change: Tensor, largest: float, base: float) -> Tensor:
-    """A matrix whose singular values σ above ``largest`` are made log_base(σ / largest) + largest, if that is less."""
+    """The matrix with log_base(σ / largest) + largest for each singular value σ above ``largest``, if that is less."""
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     if values[0] <= largest:
         return change

@@ -33,9 +33,9 @@ class RECTConfig(MEMITConfig):
 
 
 class RECTAgent(MEMITAgent):
-    """RECT: of each of MEMIT's updates, only the entries with the largest relative change |ΔW / W| are made (section
-    5), the others are zero. As in the code published with AlphaEdit, MEMIT's updates are computed whole, layer by
-    layer, and masked at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
+    """RECT keeps only those entries of MEMIT's updates whose relative change |ΔW / W| is largest (section 5), and makes
+    the others zero. As in the code published with AlphaEdit, MEMIT's updates are computed whole, layer by layer, and
+    masked at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
 
     Args:
         env, config, seed: see `LocateAgent`.

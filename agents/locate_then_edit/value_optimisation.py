@@ -1,8 +1,8 @@
 """ROME's value optimisation (Meng et al., NeurIPS 2022, Eq. 4), for all facts of a batch at once.
 
-For each fact, a vector δ is added to the output m of an MLP's last projection at the subject's last token, such that
-the LLM answers with the new target; v* = m + δ is the value that the weight is then made to give. Only the tokens from
-the subject's last one on are run, and only the layers from the edited one up (`rledit_env.lm.continued`).
+For each fact, a vector δ is added to the output m of an MLP's last projection at the subject's last token and optimised
+until the LLM answers with the new target. v* = m + δ is the value that the edited weight is to give for the fact's key.
+Only tokens from the subject's last one on are run, and only layers from the edited one up (`rledit_env.lm.continued`).
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ KL_TERMS = ("subject", "essence")
 class ValueConfig:
     """How v* is found. Defaults are those published for GPT-J with ROME.
 
-    The loss of a fact is mean −log p(target) over its target tokens and prompts (each prompt weighs the same), plus
+    The loss of a fact is the mean of −log p(target) over its target tokens and prompts (prompts weigh the same), plus
     ``kl_weight`` · KL, plus ``weight_decay`` · ‖δ‖ / ‖r‖², as in the published code of ROME, MEMIT and AlphaEdit.
 
     Attributes:
-        steps: times that the loss is computed, at most. An Adam step follows each but the last, as in the published
-            code: its ``v_num_grad_steps: 25`` takes 24. A fact whose loss falls below ``loss_threshold`` ends earlier.
+        steps: how often the loss is computed, at most. An Adam step follows each time but the last, as in the published
+            code, whose ``v_num_grad_steps: 25`` takes 24. A fact whose loss falls below ``loss_threshold`` ends
+            earlier.
         learning_rate: Adam's.
         weight_decay: weight of ‖δ‖ / ‖r‖² in the loss.
         kl_weight: weight of the KL divergence between the LLM with δ and the LLM before.
         clamp: ‖δ‖ is at most this many times ‖r‖.
         loss_threshold: see ``steps``.
-        relative_to: what r is at the prompt's subject: "output", m itself, as in ROME, or "state", the state that
-            leaves the layer, as in MEMIT and AlphaEdit.
+        relative_to: which vector at the prompt's subject is r: "output", m itself, as in ROME, or "state", the layer's
+            output state, as in MEMIT and AlphaEdit.
         kl: which divergence. "subject", as published: KL(new ‖ old) of the next token at the subject's last token in
             "{subject} is a", the token where δ is added. "essence", ours: KL(old ‖ new) of the token after
             "{subject} is a".
@@ -81,7 +82,7 @@ class Request:
 
     Attributes:
         rewrites: the prompt with its new target, alone and after each context.
-        essence: "{subject} is a", whose next tokens should stay.
+        essence: "{subject} is a", whose next tokens should not change.
     """
 
     rewrites: tuple[Passage, ...]
@@ -90,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Values:
-    """What was found for F facts.
+    """The values of F facts.
 
     Attributes:
         initial: m, the module's output at the prompt's subject, (F, d_out), at least float32.
@@ -111,9 +112,9 @@ class Values:
 
 
 def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] = ()) -> Request:
-    """The passages of a fact. In a chat template, a context comes right before the prompt's own words.
+    """The passages of a fact. In a chat template, a context is put right before the prompt's own words.
 
-    Contexts that mention the subject are left out, which is ours: the published code keeps them.
+    Ours: contexts that mention the subject are left out; the published code keeps them.
 
     Raises:
         NotApplicable: the fact has no subject, or its prompt does not contain it.
@@ -126,7 +127,7 @@ def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] =
             f"is {subject!r} and the prompt {record.prompt!r}; take facts with subjects (ZsRE, CounterFact)"
         )
     if not record.lead and record.prompt.startswith(lm.text.special_tokens):
-        contexts = ()  # in a chat that the user has written out, nothing is known to be the prompt's own words
+        contexts = ()  # in a chat that the user wrote out, the prompt's own words are not known
     leads = ["", *(f"{c}. " for c in contexts if subject not in c)]
     prompts = [record.prompt[: record.lead] + lead + record.prompt[record.lead :] for lead in leads]
     spans = [(span[0] + len(lead), span[1] + len(lead)) for lead in leads]
@@ -139,7 +140,7 @@ def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] =
 
 
 def up_to_subject(essence: Passage) -> Passage:
-    """The essence up to its subject's last token, whose state then predicts its only target."""
+    """The essence cut after its subject's last token, which then predicts the passage's only target."""
     position = essence.subject_position
     assert position is not None
     return Passage(essence.input_ids[: position + 1], essence.targets[:1], position)
@@ -152,15 +153,15 @@ def optimise_values(
     config: ValueConfig,
     progress: Callable[[int], Any] | None = None,
 ) -> Values:
-    """v* of F facts at one module, under the LLM's current weights; facts do not depend on each other.
+    """v* of F facts at one module, with the LLM's current weights; facts do not depend on each other.
 
-    Memory is that of one pass (`EditableLM.max_tokens_per_pass`), whatever F is.
+    The memory is that of one forward pass (`EditableLM.max_tokens_per_pass`), whatever F is.
 
     Args:
         lm: the LLM, which is not changed.
         module: a linear module whose output is added to the residual stream, such as an MLP's last.
         requests: the facts.
-        config: how.
+        config: the settings.
         progress: called with the number of facts done since the last call.
     """
     if config.kl == "subject":
@@ -199,7 +200,8 @@ def _chunks(requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]
 
 
 def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: ValueConfig) -> Values:
-    """One Adam for all these facts; those that are done rest, and are dropped from the passes once they are half."""
+    """Optimise all these facts by one Adam. Facts that are done stay, and are dropped from the forward passes once they
+    are half of them."""
     count, width = len(requests), lm.module_shapes[module][1]
     delta = torch.zeros(count, width, device=lm.device, dtype=lm.edit_dtype)
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
@@ -241,7 +243,7 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
 
 
 class _Pass:
-    """Passages of some facts, ready to be run with vectors added at their subjects."""
+    """The passages of some facts, which are run with vectors added at their subjects."""
 
     def __init__(self, lm: EditableLM, module: str, requests: Sequence[Request]) -> None:
         self.site, self.width = lm.model.get_submodule(module), lm.module_shapes[module][1]
@@ -262,8 +264,8 @@ class _Pass:
         self.targets = torch.tensor([t for p in rewrites for t in p.targets], device=device)
 
     def _states(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Final states (P, d) at the answer positions, the essences' last, with δ (F, d_out) added; and the module's
-        outputs at the plain prompts' subjects before that, (F, d_out)."""
+        """Final states (P, d) at the answer positions, those of the essences last, with δ (F, d_out) added; and the
+        module's outputs at the plain prompts' subjects without δ, (F, d_out)."""
         seen: list[Tensor] = []
 
         def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -283,8 +285,8 @@ class _Pass:
 
     @torch.no_grad()
     def at_rest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """With nothing added: the module's outputs at the subjects (F, d_out), the states that leave its layer there
-        (F, d), and the essences' final states (F, d)."""
+        """With nothing added: the module's outputs at the subjects (F, d_out), its layer's output states there (F, d),
+        and the essences' final states (F, d)."""
         left: list[Tensor] = []
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -299,7 +301,7 @@ class _Pass:
         return initial, left[0], states[len(self.targets) :]
 
     def losses(self, delta: Tensor, reference: Tensor, config: ValueConfig) -> tuple[Tensor, Tensor]:
-        """Loss of each fact without the weight decay (F,), and its gradient for δ (F, d_out)."""
+        """The loss of each fact without the weight decay, (F,), and its gradient with respect to δ, (F, d_out)."""
         with torch.enable_grad():
             leaf = delta.detach().requires_grad_()
             states, _ = self._states(leaf)

@@ -240,6 +240,7 @@ def edit_facts(
     guard: DriftGuard | None = None,
     on_divergence: Literal["end", "skip", "raise"] = "end",
     present_until: float | None = None,
+    contexts: int = 0,
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
@@ -255,7 +256,7 @@ def edit_facts(
         steps_per_batch: as there.
         progress: called after every batch with the number of its facts.
         ledger, guard: as for :func:`edit_stream`.
-        on_divergence, present_until: as in :class:`~rledit_env.env.LifelongEditEnv`.
+        on_divergence, present_until, contexts: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
     log, before = EditLog(), agent.env
     whole = len(facts) // batch_size
@@ -266,7 +267,7 @@ def edit_facts(
             env = LifelongEditEnv(
                 facts.kind, lm, data=facts, num_batches=batches, batch_size=size, token=token, reward="none",
                 steps_per_batch=steps_per_batch, array_backend="torch", on_divergence=on_divergence,
-                present_until=present_until,
+                present_until=present_until, contexts=contexts,
             )
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
             agent.set_env(env)  # editors that read the facts themselves must read these

@@ -117,6 +117,7 @@ class StrengthProbe:
         seconds: after which no further trial is begun; the first `LEAST` are made in any case.
         progress: called with every trial.
         present_until: as in `LifelongEditEnv`, as the run will be: the numbers of presentations are then the most.
+        contexts: as there.
     """
 
     lm: EditableLM
@@ -129,6 +130,7 @@ class StrengthProbe:
     seconds: float = SECONDS
     progress: Callable[[Trial], Any] | None = None
     present_until: float | None = None
+    contexts: int = 0
 
     def search(self, presentations: Sequence[int]) -> StrengthSearch:
         """Find the smallest step size with which all facts take, for each number of presentations of a batch.
@@ -175,7 +177,7 @@ class StrengthProbe:
             guard = DriftGuard(self.lm, self.bound, "stop") if self.guarded else None
             log = edit_facts(
                 self.lm, agent, self.facts, self.batch_size, self.token, steps_per_batch, guard=guard,
-                present_until=self.present_until,
+                present_until=self.present_until, contexts=self.contexts,
             )
         if log.diverged or log.stopped:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)

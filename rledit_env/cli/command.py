@@ -70,6 +70,8 @@ def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> 
     group.add_argument("--edit-modules", nargs="+", metavar="GLOB", help="modules to edit")
     group.add_argument("--token", choices=TOKEN_CHOICES, help="positions that the agent sees")
     group.add_argument("--steps-per-batch", type=int, help="how often a batch is presented")
+    group.add_argument("--contexts", type=int, metavar="K",
+                       help="present each fact behind K short texts, too, which the model writes (0: none)")
     _hardware_arguments(parser, dtype)
 
 

@@ -259,6 +259,7 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
         ValueError: it presents a batch once, and is to present it until its facts have taken.
     """
     recorded = _recorded_settings(options)
+    contexts = option_or(options.contexts, (own if recorded is None else recorded).get("contexts", 0))
     until, count = options.present_until, option_or(options.steps_per_batch, own.get("steps_per_batch", 1))
     if until is None and recorded is not None:
         until = recorded.get("present_until", 0.0)
@@ -276,6 +277,7 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
         "token": options.token or own.get("token", "answer"),
         "steps_per_batch": count,
         **({"present_until": until} if until else {}),
+        **({"contexts": contexts} if contexts else {}),
         "batch_size": min(option_or(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
@@ -410,7 +412,8 @@ def _probed(
 
         probe = StrengthProbe(lm, editor, few, settings["token"], settings["batch_size"], bound,
                               guarded=options.drift_bound is not None, progress=advance,
-                              present_until=settings.get("present_until"))
+                              present_until=settings.get("present_until"),
+                              contexts=settings.get("contexts", 0))
         chosen = options.steps_per_batch is not None or options.max_presentations is not None
         search = probe.search((settings["steps_per_batch"],) if chosen else editor.presentations)
     _say_search(search)

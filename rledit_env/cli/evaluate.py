@@ -26,6 +26,7 @@ from rledit_env.cli.command import (
     metrics_argument,
     model_name,
     model_source,
+    option_or,
     override_arguments,
     probability,
     progress_bar,
@@ -124,6 +125,7 @@ def run(options: argparse.Namespace) -> int:
         "token": options.token or trained.get("token", "answer"),
         "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
         "present_until": _until(options, trained),
+        "contexts": option_or(options.contexts, trained.get("contexts", 0)),
     }
     say_loading(settings["model"])
     with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):

@@ -62,11 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers this probability, and "
                        "--steps-per-batch times at most (default: always that often)")
+    group.add_argument("--contexts", type=int, default=0, metavar="K",
+                       help="present each fact plainly and behind K short texts that the model writes, all at once")
     group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
                        help="how often a batch is presented when the trained agent edits; the selection does so, too, "
                        "and it is recorded with the agent (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
                        help="until which probability it is presented then (default: --present-until)")
+    group.add_argument("--edit-contexts", type=int, metavar="K",
+                       help="behind how many texts it is presented then (default: --contexts)")
     chat_argument(group, "every fact")
 
     group = parser.add_argument_group("the reward")
@@ -193,11 +197,12 @@ def run(options: argparse.Namespace) -> int:
     common = {
         "model": lm, "batch_size": options.batch_size, "token": options.token,
         "steps_per_batch": options.steps_per_batch, "present_until": options.present_until or None,
-        "array_backend": "torch", "disable_env_checker": True,
+        "contexts": options.contexts, "array_backend": "torch", "disable_env_checker": True,
     }
     editing = common | {
         "steps_per_batch": options.edit_steps_per_batch or options.steps_per_batch,
         "present_until": option_or(options.edit_present_until, options.present_until) or None,
+        "contexts": option_or(options.edit_contexts, options.contexts),
     }
     streams = {"data": training, "num_batches": options.num_batches, "reward": reward, "reward_gradient": True}
     env = gym.make(options.env, **streams, **common)
@@ -215,8 +220,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"selection {selection.source}: {len(selection):,} facts, streams of {held} × {options.batch_size}")
     print(f"model     {lm.name} ({dtype_name(lm)}, {lm.device}), {len(lm.module_shapes)} modules: {_modules(lm)}")
     most = "at most " if options.present_until else ""
-    print(f"streams   {options.num_batches} × {options.batch_size} facts, {most}{options.steps_per_batch} steps a "
-          f"batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
+    behind = f" and behind {options.contexts} contexts" if options.contexts else ""
+    print(f"streams   {options.num_batches} × {options.batch_size} facts{behind}, {most}{options.steps_per_batch} "
+          f"steps a batch, token {options.token}, reward {options.reward}{_preserving(reward)}")
     print(f"agent     {size:,} parameters, {json.dumps(_flat(config))}")
     if start is not None:
         print(f"start     {start}, step sizes × {options.start_scale:g}")

@@ -1,4 +1,4 @@
-"""Edits asked for as users of chat models ask: through the chat template."""
+"""Scores of edits that are asked for through the chat template, as users of chat models ask."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CHAT_MEANING = (f"a fact took in a chat if the model's greedy answer to the prom
 
 @dataclass(frozen=True)
 class ChatScores:
-    """What an LLM answers in a chat, in percent: each record's score, then the mean over records.
+    """Scores of an LLM's answers in a chat, in percent: each record's score, then the mean over records.
 
     Attributes:
         chat_efficacy: share of edit prompts whose answer contains the target (`rledit_env.answers.contains`).
         chat_generalization: the same of its paraphrases, each record's share first.
-        taken: one entry a record: does the answer to its edit prompt contain the target.
+        taken: for each record, whether the answer to its edit prompt contains the target.
         answers: the answers to the edit prompts, one a record.
     """
 
@@ -45,14 +45,14 @@ def chat_scores(
     template: ChatTemplate | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> ChatScores:
-    """Ask for the facts in a chat, each edit prompt and each paraphrase in one of its own, at the current weights.
+    """Ask for the facts in a chat at the current weights, each edit prompt and each paraphrase in a chat of its own.
 
-    The answers are decoded greedily. They are free, so they hold more than the target, which has to be in them.
+    The answers are decoded greedily. They are free text, which has to contain the target.
 
     Args:
         lm: the edited LLM.
         records: the facts, with plain prompts.
-        template: the LLM's, if it has been made.
+        template: the LLM's; None makes it.
         progress: called with the number of further records that have been asked for.
 
     Raises:

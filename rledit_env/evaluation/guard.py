@@ -1,4 +1,4 @@
-"""Watches how far an editing run has moved the LLM on text that has nothing to do with the edits."""
+"""DriftGuard: watches how far editing moves the LLM on text that has nothing to do with the edits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence
 
-# Plain sentences about nothing that data sets of facts ask for.
+# Plain sentences without facts that a data set asks for.
 HELD_TEXTS: tuple[str, ...] = (
     "She put the kettle on, opened the window and waited for the rain to stop.",
     "If you want bread to rise well, keep the dough in a warm place and do not hurry it.",
@@ -30,14 +30,14 @@ HELD_TEXTS: tuple[str, ...] = (
 
 
 class DriftGuard:
-    """Measures KL(p_θ₀ ‖ p_W) on held text and warns, or says that the run must stop, once it passes a bound.
+    """Measures KL(p_θ₀ ‖ p_W) on held text, and warns or stops the run where it exceeds a bound.
 
     Args:
         lm: the LLM that is edited.
-        bound: the most that is allowed, in nats a token.
+        bound: the largest KL that is allowed, in nats a token.
         on_excess: "warn" (once) or "stop".
         every: batches between two measurements.
-        texts: the held text; of each, every token but the first is predicted.
+        texts: the held text; every token but the first of each is predicted.
 
     Raises:
         ValueError: an argument is none of those above, or a text has less than two tokens or more than the context.
@@ -76,13 +76,14 @@ class DriftGuard:
         return float(kl_divergence(self.lm.forward, hidden, reference).mean())
 
     def exceeded(self, batch: int) -> bool:
-        """Whether the run must stop after this batch (from 0); warns where it must not, but the bound is passed."""
+        """Measure after this batch (from 0), and return whether the run must stop. With ``on_excess="warn"`` it never
+        must; there is a warning when the bound is first exceeded."""
         if (batch + 1) % self.every:
             return False
         found = self.divergence()
         passed_before = any(not earlier <= self.bound for _, earlier in self.history)
         self.history.append((batch, found))
-        if found <= self.bound:  # NaN is not
+        if found <= self.bound:  # False for NaN
             return False
         if self.on_excess == "stop":
             return True

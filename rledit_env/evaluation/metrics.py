@@ -1,8 +1,9 @@
 """Efficacy, Generalization and Specificity per data set (Appendix A.3), and free-running exact match.
 
-Every score is a mean over records: a passage's score is the share of its answer tokens that are right (or whether one
-answer is the more probable), a record's is the mean over its passages of that sort (its paraphrases, say), and the
-data's the mean over the records that have any. A record with a long answer counts no more than one with a short one.
+Every score is a mean over records. A passage's score is the share of its answer tokens that are right (for CounterFact:
+whether one answer is more probable than the other). A record's is the mean over its passages of a kind, such as its
+paraphrases; the data's is the mean over the records that have such passages. So long answers count no more than short
+ones.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rledit_env.lm.losses import negative_log_likelihood
 CHUNK = 256  # passages whose logits are held at once
 
 METRICS_VERSION = 2
-"""How scores are computed, in whole numbers; saved with every score, so that scores of two versions never share a
-table. 1: answer tokens and prompts pooled over all records. 2: the mean over records."""
+"""The version of how scores are computed; saved with every score, so that scores of two versions never share a table.
+1: answer tokens and prompts pooled over all records. 2: the mean over records."""
 
 METRICS = {
     "paper": "as the paper defines them (Appendix A.3)",
@@ -44,15 +45,15 @@ class Metrics:
         specificity: whether unrelated facts are kept, on x′. CounterFact: P(y_old) > P(y*); else the share of the
             answer's tokens where the top-1 token is the *original model's*.
         specificity_answer: the same against the data set's answer (what published ZsRE and FEVER code reports). For
-            CounterFact the two readings are one.
+            CounterFact the two are equal.
         exact_match: share of edit prompts whose greedy, free-running continuation begins with the target and ends there
             (`rledit_env.answers.is_exact`); None if it was not asked for.
-        top1: share of the target's tokens that are the model's top-1 token on x (teacher-forced); for CounterFact, too.
-        taken: one entry a record: does that continuation begin with the target (`rledit_env.answers.took`); empty if
-            that was not asked for.
-        portability: share of the answer's tokens of what an edit implies that are the top-1 token (KnowEdit); None
-            where the data implies nothing.
-        metrics: the name in ``METRICS`` of how the first four were scored.
+        top1: share of the target's tokens that are the model's top-1 token on x (teacher-forced), for every kind.
+        taken: for each record, whether that continuation begins with the target (`rledit_env.answers.took`); empty if
+            it was not asked for.
+        portability: for what an edit implies (KnowEdit), the share of the answer's tokens that are the top-1 token;
+            None where the data has no such facts.
+        metrics: how the first four were scored, a name in ``METRICS``.
     """
 
     efficacy: float
@@ -71,7 +72,7 @@ class Metrics:
         return (self.efficacy + self.generalization + self.specificity) / 3
 
     def as_dict(self) -> dict[str, float | None]:
-        """The scores by name, without the per-record list; portability only where the data has it."""
+        """The scores by name, without the list by record; portability only where the data has it."""
         scores: dict[str, Any] = asdict(self)
         del scores["taken"], scores["metrics"]
         if self.portability is None:
@@ -88,14 +89,14 @@ class Metrics:
 
 
 RecordScores = Mapping[str, Sequence[float | None]]
-"""Score → one share a record, from 0 to 1; None for a record without such passages."""
+"""Score → for each record a share from 0 to 1; None for a record without such passages."""
 
 
 def check_metrics(metrics: str) -> None:
-    """Make sure that there is such a way to score.
+    """Make sure that this is a name in ``METRICS``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: it is not.
     """
     if metrics not in METRICS:
         known = ", ".join(f"{name!r} ({meaning})" for name, meaning in METRICS.items())
@@ -110,7 +111,7 @@ def evaluate(
     Args:
         lm: the edited LM.
         records: the facts that were edited.
-        kind: "zsre", "counterfact" or "fever", which decides the metrics' form.
+        kind: "zsre", "counterfact" or "fever", which decides how records are scored.
         generate: also decode freely, for ``taken`` and ``exact_match`` (much slower than the teacher-forced scores).
         metrics: "paper", or "rledit-code" for what the paper's released code computes, to be set beside its tables.
             CounterFact: the share of the first min(m, m_old) answer tokens where P(y*ᵢ) > P(y_oldᵢ), both after the
@@ -143,7 +144,7 @@ def score_records(
 
 
 def averaged(scores: RecordScores, metrics: str = "paper") -> Metrics:
-    """The means of :func:`score_records` over records, without free answers."""
+    """The means of :func:`score_records` over records, without the scores of free answers."""
     means = {}
     for name, shares in scores.items():
         known = [share for share in shares if share is not None]
@@ -152,7 +153,7 @@ def averaged(scores: RecordScores, metrics: str = "paper") -> Metrics:
 
 
 def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Sequence[str]) -> Metrics:
-    """The metrics with ``taken`` and ``exact_match`` of these :func:`continuations` of the records' prompts."""
+    """The metrics with ``taken`` and ``exact_match``, given the :func:`continuations` of the records' prompts."""
     pairs = [(answer, record.target) for answer, record in zip(answers, records, strict=True)]
     exact = 100 * sum(is_exact(*pair) for pair in pairs) / len(pairs)
     return replace(metrics, exact_match=exact, taken=tuple(took(*pair) for pair in pairs))
@@ -161,14 +162,14 @@ def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Seque
 def record_efficacy(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
 ) -> list[float]:
-    """What Efficacy is the mean of, by record, from 0 to 1."""
+    """Efficacy of each record, from 0 to 1."""
     if kind == "counterfact":
         return _preferred(lm, _edit_rows(records), metrics).tolist()
     return top1_by_record(lm, records)
 
 
 def top1_by_record(lm: EditableLM, records: Sequence[EditRecord]) -> list[float]:
-    """What `Metrics.top1` is the mean of, by record, from 0 to 1."""
+    """`Metrics.top1` of each record, from 0 to 1."""
     return _share_right(lm, [lm.tokenize(r.prompt, r.target, origin=r.origin) for r in records]).tolist()
 
 
@@ -177,7 +178,7 @@ def _by_record(shares: Tensor, counts: Sequence[int]) -> list[float | None]:
     return [float(part.mean()) if len(part) else None for part in shares.split(list(counts))]
 
 
-# (prompt, the answer that should be the more probable, the other one, the record's origin)
+# (prompt, the answer that should be more probable, the other one, the record's origin)
 Comparison = tuple[str, str, str, str]
 
 
@@ -205,9 +206,9 @@ def _comparison_scores(
 
 
 def _preferred(lm: EditableLM, rows: Sequence[Comparison], metrics: str = "paper") -> Tensor:
-    """How far each row's first answer is preferred to its second, (rows,) float64: whether its mean log-probability is
-    the higher one, or, as the released code has it, the share of its tokens that are more probable than the second
-    one's at the same place."""
+    """How far each row's first answer is preferred to its second, (rows,) float64: 1 if its mean log-probability is
+    higher, else 0; with "rledit-code" the share of its tokens that are more probable than the second answer's token at
+    the same place."""
     first = [lm.tokenize(p, a, origin=o) for p, a, _, o in rows]
     second = [lm.tokenize(p, b, origin=o) for p, _, b, o in rows]
     if metrics == "rledit-code":
@@ -262,7 +263,7 @@ def _share_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def top_tokens(lm: EditableLM, passages: Sequence[Passage]) -> list[Tensor]:
-    """The most probable token at each answer position, a tensor of (answer tokens,) a passage."""
+    """The most probable token at each answer position; for each passage a tensor (answer tokens,)."""
     tokens: list[Tensor] = []
     for start in range(0, len(passages), CHUNK):
         chunk = passages[start : start + CHUNK]
@@ -285,16 +286,16 @@ def sequence_losses(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
 
 
 def continuations(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
-    """What the LLM writes after the edit prompts, freely and greedily, some tokens more than the target has."""
+    """The LLM's free, greedy continuations of the edit prompts, some tokens longer than the targets."""
     return lm.generate([r.prompt for r in records], longest=[r.target for r in records], batch_size=batch_size)
 
 
 def free_answers(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
-    """The LLM's answers to the edit prompts, decoded freely and greedily, as they are shown."""
+    """The LLM's free, greedy answers to the edit prompts, cut as they are shown."""
     return [answer_of(text) for text in continuations(lm, records, batch_size)]
 
 
 def exact_matches(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[bool]:
-    """Whether each edit prompt's greedy continuation begins with the target and ends there, decoded freely."""
+    """Whether each edit prompt's free, greedy continuation begins with the target and ends there."""
     answers = continuations(lm, records, batch_size)
     return [is_exact(answer, r.target) for answer, r in zip(answers, records, strict=True)]

@@ -1,4 +1,4 @@
-"""What becomes of each batch, and of each edited weight, while later batches are edited."""
+"""Probes of a stream: how much of each batch is retained, and how far each edited weight moves."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Retention:
     """Efficacy of every batch after later steps, in percent.
 
     Attributes:
-        edited: batches edited by then, one entry a measurement, ascending; R in all.
-        efficacy: (R, T) of each of the T batches at each measurement (teacher-forced); NaN where it was not edited yet.
-        first_exact_match: (R,) exact match of the first batch, decoded freely; NaN where not asked for.
+        edited: batches edited before each of the R measurements, ascending.
+        efficacy: (R, T), Efficacy of each of the T batches at each measurement (teacher-forced); NaN before the batch
+            was edited.
+        first_exact_match: (R,), exact match of the first batch, decoded freely; NaN where it was not asked for.
     """
 
     edited: tuple[int, ...]
@@ -34,9 +35,9 @@ class Retention:
 
     @property
     def forgetting(self) -> float:
-        """Mean, over all batches but the last, of the best Efficacy a batch ever had before the last measurement, less
-        that at the last one: the forgetting measure of continual learning (Chaudhry et al., 2018). NaN where no batch
-        was measured twice."""
+        """How far Efficacy fell below its best: for each batch its best Efficacy before the last measurement minus that
+        at the last one, and the mean over all batches but the last. This is the forgetting measure of continual
+        learning (Chaudhry et al., 2018). NaN where no batch was measured twice."""
         measured_before = ~np.isnan(self.efficacy[:-1]).all(0)
         if not measured_before.any():
             return float("nan")
@@ -63,10 +64,10 @@ class Retention:
 
 
 class RetentionProbe:
-    """Measures retention while a stream is edited: a callback of `agents.edit_stream`.
+    """Measures retention while a stream is edited; a callback of `agents.edit_stream`.
 
-    A measurement scores all facts edited so far in passes shared by all batches, so that a stream of T batches costs
-    about T²n / 2 passages at ``every=1``; the prefixes below the first edited layer are computed once.
+    A measurement scores all facts edited so far, in shared forward passes: with ``every=1`` that is about T²n / 2
+    passages in a stream of T batches. States below the first edited layer are computed once.
 
     Args:
         env: the stream's environment.
@@ -89,7 +90,7 @@ class RetentionProbe:
         self._exact: list[float] = []
 
     def __call__(self, edited: int) -> None:
-        """Measure after ``edited`` batches, if it is time to."""
+        """Measure after ``edited`` batches, if a measurement is due."""
         batches = self.env.stream.num_batches
         if edited == 0:  # a stream begins
             self._edited, self._rows, self._exact = [], [], []
@@ -109,10 +110,10 @@ class RetentionProbe:
 
     @property
     def result(self) -> Retention:
-        """What was measured.
+        """The retention measured so far.
 
         Raises:
-            ValueError: nothing yet.
+            ValueError: nothing has been measured yet.
         """
         if not self._rows:
             raise ValueError("no batch has been edited yet; hand this object to edit_stream's callbacks first")
@@ -120,7 +121,7 @@ class RetentionProbe:
 
 
 class DriftProbe:
-    """Notes how far each edited weight has moved while a stream is edited: a callback of `agents.edit_stream`.
+    """Notes how far each edited weight has moved while a stream is edited; a callback of `agents.edit_stream`.
 
     Attributes:
         by_module: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
@@ -143,9 +144,9 @@ class DriftProbe:
 def batch_efficacy(
     lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
 ) -> np.ndarray:
-    """Efficacy of each batch of records at the current weights, in percent, (batches,); all in shared passes.
+    """Efficacy of each batch of records at the current weights, in percent, (batches,), in shared forward passes.
 
-    It is `Metrics.efficacy` of the batch alone: the mean over its records.
+    It is `Metrics.efficacy` of the batch: the mean over its records.
     """
     shares = record_efficacy(lm, [record for batch in batches for record in batch], kind, metrics)
     sizes = [len(batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""What a file holds, told by its content and never by its name."""
+"""Recognises and reads files by their content, never by their name."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rledit_env.knowledge.record import KnowledgeError, shown
 
 PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 PARQUET = b"PAR1"
-MORE_CELLS = "\0cells"  # in a table's row: their number, where there are more than columns
-FOREIGN = {  # how a file begins: what it is, and the mend
+MORE_CELLS = "\0cells"  # key in a table's row: how many cells it has, if more than there are columns
+FOREIGN = {  # a file's first bytes → what it is, and what to do about it
     b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save it as CSV"),
     b"%PDF": ("a PDF file", "write the facts as JSON Lines or CSV"),
     b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
@@ -63,7 +63,7 @@ def unpacked(path: Path) -> bytes:
     """The file's content, decompressed and as UTF-8 without a byte order mark.
 
     Raises:
-        KnowledgeError: it cannot be read, or is of a form that is not (the message names it and the mend).
+        KnowledgeError: it cannot be read, or has a form that is not supported (the message says what to do).
     """
     try:
         content = path.read_bytes()
@@ -107,7 +107,7 @@ def _archive(content: bytes) -> tuple[str, str]:
 def _as_utf8(content: bytes, path: Path) -> bytes:
     marks = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
     encoding = next((name for mark, name in marks.items() if content.startswith(mark)), None)
-    if encoding is None and content[:2].count(0) == 1:  # without a mark, an ASCII character still has a zero byte
+    if encoding is None and content[:2].count(0) == 1:  # UTF-16 without a mark: one byte of an ASCII character is zero
         encoding = "utf-16-be" if content[0] == 0 else "utf-16-le"
     if encoding is not None:
         try:
@@ -131,7 +131,7 @@ def _decoded(content: bytes, path: Path) -> str:
 
 
 def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]] | None:
-    """The rows of a table (CSV, TSV, semicolons), with the lines on which they begin; None if it is none.
+    """The rows of a table (CSV, TSV, semicolons) and the lines on which they begin; None if the file is no table.
 
     Raises:
         KnowledgeError: it is a table without a heading that names a prompt or target, or not UTF-8.
@@ -169,7 +169,7 @@ def _cells(text: str, delimiter: str, first_line: int) -> Iterator[tuple[dict[st
 
 
 def _cell(cell: str) -> Any:
-    """A cell's text, the list or object that it spells, or None where it is empty."""
+    """A cell's value: the list or object written in it, else its text; None where it is empty."""
     if not cell.strip():
         return None
     if cell.lstrip()[:1] in "[{":
@@ -184,7 +184,7 @@ def _cell(cell: str) -> Any:
 
 
 def yaml_values(content: bytes, path: Path) -> list[Any] | None:
-    """The entries of a YAML list, or of a single object or several documents; None if it is no YAML of that kind."""
+    """The entries of a YAML list, a single object or several documents; None if the file is no such YAML."""
     text = _decoded(content, path)
     if not _YAML.match(text):
         return None

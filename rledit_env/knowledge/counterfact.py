@@ -7,7 +7,7 @@ from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, Unrelate
 
 
 def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
-    """Read one row; its schema is told by its fields.
+    """Read one row; its fields decide which schema it follows.
 
     Raises:
         KnowledgeError: the schema is unknown, a field is missing, empty or of the wrong type, or the target is the

@@ -1,4 +1,4 @@
-"""Reads a user's own facts: a file in any published form, or of prompts and targets alone."""
+"""Reads a user's own facts from a file in any published form, or one with prompts and targets only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, Loo
 from rledit_env.knowledge.source import read_file
 from rledit_env.knowledge.stream import READERS, KnowledgeDataset, check_on_error, reason_counts
 
-PLAIN = "facts"  # the kind of a file that holds prompts and targets alone
+PLAIN = "facts"  # the kind of a file with prompts and targets only
 KINDS = (PLAIN, *READERS)
 SCHEMAS = {"counterfact": counterfact.SCHEMAS, "zsre": zsre.SCHEMAS, "fever": fever.SCHEMAS}
 Fact = LenientFact | EditRecord | LooseFact | LeftOut
@@ -27,14 +27,15 @@ _VERDICTS = {*fever.VERDICTS, fever.NOT_ENOUGH_INFO.casefold()}
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts to edit, in file order, every one of them.
+    """All facts of a file, in its order.
 
     Attributes:
-        dataset: the records; its kind is "facts" for prompts and targets alone, which are scored as ZsRE's are.
-        without_paraphrases: how many records had none, so that their own prompt stands in for one.
-        without_unrelated: how many records had none, so that a stand-in says nothing about specificity.
-        conflicts: prompts that are given more than one target, with the number of their targets.
-        ignored: names of fields that nothing was made of, each with the name that may have been meant.
+        dataset: the records. Its kind is "facts" for prompts and targets only, which are scored like ZsRE's.
+        without_paraphrases: how many records had no paraphrase; their own prompt is used as one.
+        without_unrelated: how many records had no unrelated fact; a stand-in is used, which says nothing about
+            specificity.
+        conflicts: prompt → number of its targets, for prompts with several.
+        ignored: fields that are not used → the name that may have been meant, or None.
     """
 
     dataset: KnowledgeDataset
@@ -45,23 +46,23 @@ class Facts:
 
 
 def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["raise", "skip"] = "raise") -> Facts:
-    """Read facts to edit from a file: JSON, JSON Lines, CSV, YAML or Parquet, told by what it holds.
+    """Read facts to edit from a file: JSON, JSON Lines, CSV, YAML or Parquet, recognised by its content.
 
     Every fact needs a prompt and a target, and may have a subject (as it is written in the prompt), paraphrases,
     unrelated facts, implied ones and its original answer, under the names of the plain schema (`prompt`, `target`,
     `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of ZsRE, CounterFact, FEVER,
     KnowEdit, MQuAKE, WikiBigEdit, and of EasyEdit's, ROME's, MEMIT's and AlphaEdit's requests. A ``{}`` in a prompt is
-    the subject's place. Numbers are taken as they are written; a truth value is an error, as nobody can know how it is
-    to be answered.
+    the subject's place. Numbers become text as they are written; a truth value is an error, since it does not say which
+    word is the answer.
 
     Args:
         path: the file, or a folder that holds a single one.
-        kind: "facts", "zsre", "counterfact" or "fever"; None tells it by the fields.
+        kind: "facts", "zsre", "counterfact" or "fever"; None: the fields decide.
         on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in the data
             set's `skipped` and warn once.
 
     Raises:
-        KnowledgeError: a row cannot be used (with place, field and value), or there is none.
+        KnowledgeError: a row cannot be used (the message has place, field and value), or there is no row.
         FileNotFoundError: there is no such file.
         ValueError: the kind is unknown.
     """
@@ -98,7 +99,7 @@ def _row(row: Row | KnowledgeError) -> Row:
 
 
 def _gathered(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: Counter[str]) -> Facts:
-    """The facts that were read as a data set, with what is to be known of them."""
+    """The facts as a data set, with counts of what is missing, conflicting or ignored."""
     left_out = Counter(fact.reason for _, fact in facts if isinstance(fact, LeftOut))
     kept = [fact for _, fact in facts if not isinstance(fact, LeftOut)]
     skipped = dict(left_out + faulty)
@@ -118,7 +119,7 @@ def _gathered(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: 
 
 
 def _read(row: Row, kind: str | None) -> Fact:
-    """Read a row by what its fields are called; a claim, and a row in MEND's schema, by its data set's reader."""
+    """Read a row by its fields' names; FEVER's claims and rows in MEND's schema by their data set's reader."""
     own = detect_kind(row) if kind is None else kind
     published = own == "fever" or (own == "zsre" and _follows(row, zsre.SCHEMAS[-1:]))
     fact = READERS[own](row) if published else read_fact(row)
@@ -128,7 +129,7 @@ def _read(row: Row, kind: str | None) -> Fact:
 
 
 def _check(record: EditRecord, row: Row, kind: str) -> None:
-    """Refuse a subject that is not in the prompt, and what CounterFact's scores cannot compare."""
+    """Refuse a subject that is not in the prompt, and CounterFact records whose two answers cannot be compared."""
     if record.subject is not None and record.subject_span is None:
         raise row.error("subject", "does not occur in the prompt", record.subject,
                         f"write it as in {record.prompt!r}, leave it out, or {SKIP_ROWS}")
@@ -146,9 +147,9 @@ def _follows(row: Row, schemas: Sequence[Schema]) -> bool:
 
 
 def detect_kind(row: Row) -> str:
-    """Which published data set has the row's fields, all of a schema's: "facts" if none has.
+    """The published data set with a schema all of whose fields the row has; "facts" if there is none.
 
-    FEVER's rows are known by less, since a claim is no prompt.
+    A row with a claim is FEVER's even if other fields are missing, since a claim is no prompt.
     """
     for kind in ("counterfact", "zsre", "fever"):
         if _follows(row, SCHEMAS[kind]):
@@ -161,7 +162,7 @@ def detect_kind(row: Row) -> str:
 
 
 def _common_kind(rows: Sequence[Row]) -> str:
-    """The kind of all rows, or "facts", whose scores every row has."""
+    """The kind of all rows; "facts" where they differ, whose scores suit every row."""
     kinds = {detect_kind(row) for row in rows}
     return kinds.pop() if len(kinds) == 1 else PLAIN
 
@@ -174,7 +175,8 @@ def _ignored(row: Row, fact: Fact) -> Iterable[str]:
 
 
 def _completed(facts: Sequence[EditRecord | LooseFact], index: int) -> EditRecord:
-    """A loose fact with the next one's truth as its unrelated fact: here, unlike in a data set, none is set aside."""
+    """The record at an index. A loose fact gets the next fact as its unrelated one; unlike in a data set, none is set
+    aside for that."""
     fact = facts[index]
     if isinstance(fact, EditRecord):
         return fact

@@ -2,11 +2,11 @@
 
 The published code trains a two-class head on the bare claim. A causal language model has no such head, so a claim is
 put into a template that asks for the verdict, and the verdict is a word: `True` for SUPPORTS, `False` for REFUTES. The
-templates are such that the default model answers with one of the two words before any edit; after "True or False?
-Answer:" it goes on with a line break whatever the claim, so that an edit changes the form of every answer.
-Claims that are NOT ENOUGH INFO have no verdict to flip; they are left out and counted. Where a schema words the claim
-in other ways, the paraphrases are those wordings in the same template; where it does not, they are the same claim in
-the other templates.
+templates were chosen so that the default model answers with one of the two words before any edit. (After "True or
+False? Answer:" it goes on with a line break whatever the claim, so that an edit changes the form of every answer.)
+Claims labelled NOT ENOUGH INFO have no verdict to flip; they are left out and counted. Where a schema has other
+wordings of the claim, these in the same template are the paraphrases; where it has none, the same claim in the other
+templates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLIPPED = {"True": "False", "False": "True"}
 
 
 def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
-    """Read one row; its schema is told by its fields.
+    """Read one row; its fields decide which schema it follows.
 
     Raises:
         KnowledgeError: the schema is unknown, a field is missing, empty or of the wrong type, or a label is unknown.
@@ -52,7 +52,7 @@ def _read_mend(row: Row) -> LooseFact | LeftOut:
     if answer == NOT_ENOUGH_INFO:
         return LeftOut(NOT_ENOUGH_INFO)
     truth = _verdict(row, "output", answer)
-    # MEND edits away from what its own classifier predicted, which is not always the true label.
+    # MEND's target is the opposite of what its classifier predicted, which is not always the true label.
     alternatives = row.texts("alternatives") if row.get("alternatives") else ()
     target = _verdict(row, "alternatives", alternatives[0]) if alternatives else FLIPPED[truth]
     wordings = row.texts("filtered_rephrases") if row.get("filtered_rephrases") else ()
@@ -75,7 +75,7 @@ def _read_rledit(row: Row) -> EditRecord:
 
 
 def ask(claim: str, template: str = TEMPLATE) -> str:
-    """The prompt that asks for a claim's verdict; a claim without a final mark gets its full stop."""
+    """The prompt that asks for a claim's verdict; a claim without a final mark gets a full stop."""
     claim = claim.strip()
     return template.format(claim if claim.endswith((".", "!", "?", '"')) else claim + ".")
 

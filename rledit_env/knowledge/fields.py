@@ -1,4 +1,4 @@
-"""Checked access to the fields of one row, and the choice of the published schema that the row follows."""
+"""Checked access to the fields of a row, and the choice of the published schema that a row follows."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Row:
         return tuple(self._checked(field, entry) for entry in self._filled(field, value))
 
     def first_text(self, field: str) -> str:
-        """A string, or the first string of a list; answers are published as lists of aliases, in lists at times."""
+        """A string, or the first string of a list (published answers are lists of aliases, at times nested)."""
         value = self.get(field)
         while not isinstance(value, str):
             value = self._filled(field, value)[0]
@@ -103,7 +103,7 @@ class Row:
 
 
 def row_of(value: Any, where: str) -> Row | KnowledgeError:
-    """An object as a row; anything else as the error to raise or to count."""
+    """An object as a row; for anything else the error, which the caller raises or counts."""
     if isinstance(value, Mapping):
         return Row(value, where)
     return KnowledgeError(f"{where}: not an object ({shown(value)}); {SKIP}", reason="not an object")
@@ -111,7 +111,7 @@ def row_of(value: Any, where: str) -> Row | KnowledgeError:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A published form of a data set: its name, the fields a row must have, and how such a row is read."""
+    """A published form of a data set: its name, the fields that a row must have, and the function that reads a row."""
 
     name: str
     fields: tuple[str, ...]
@@ -119,10 +119,10 @@ class Schema:
 
 
 def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFact | LeftOut:
-    """Read a row by the schema whose fields it has most completely (the first of equals).
+    """Read a row by the schema of whose fields it has the largest share (the first of equals).
 
     Raises:
-        KnowledgeError: the row has less than half of every schema's fields (the schema is unknown), or lacks a field.
+        KnowledgeError: the row has less than half of the fields of every schema, or lacks one of its schema's fields.
     """
     found = [field for field, value in row.values.items() if value is not None]
 
@@ -145,8 +145,8 @@ def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFac
 
 
 def fill_in(row: Row, field: str, template: str, subject: str | None) -> tuple[str, int | None]:
-    """A prompt with its subject in the place of ``{}`` (the first of them is the subject's place, if there are more),
-    and where the subject begins; a prompt without ``{}`` as it is, and None.
+    """A prompt with every ``{}`` replaced by the subject, and where the first one was: the subject's place. A prompt
+    without ``{}`` is returned as it is, with None.
 
     Raises:
         KnowledgeError: there is a ``{}``, but no subject.

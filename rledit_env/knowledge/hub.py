@@ -1,4 +1,4 @@
-"""Opens data sets through the `datasets` library: by hub id, or a folder that the library saved or can load."""
+"""Opens data sets with the `datasets` library: by hub id, or from a folder that the library saved or can load."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ EVAL_SPLITS = ("eval", "validation", "dev", "labelled_dev", "test")
 
 @dataclass(frozen=True, slots=True)
 class HubData:
-    """Where on the hub a data set is, in a form that the readers know; `arguments` are for `load_dataset`."""
+    """Where a data set that the readers know is on the hub; `arguments` are for `load_dataset`."""
 
     path: str
     arguments: Mapping[str, Any]
 
 
-# The usual names, and ids that need an argument: a configuration, or one file of a repository with many.
+# Short names, and ids that need an argument: a configuration, or one file of several in a repository.
 USUAL = {
     ("zsre", "zsre"): HubData("wangzn2001/zsre", {}),
     ("zsre", "zjunlp/KnowEdit"): HubData(
@@ -34,18 +34,18 @@ USUAL = {
 
 
 def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """The place in words and the rows of a hub data set's split; downloaded once into the library's own cache.
+    """A description of the place, and the rows of a hub data set's split; downloaded once into the library's cache.
 
     Raises:
         KnowledgeError: it cannot be fetched or loaded, or lacks the split.
     """
-    import datasets  # takes a second to import, which bundled data and files need not pay
+    import datasets  # takes a second to import, which other sources save
 
     known = USUAL.get((kind, name), HubData(name, {}))
     place = f"hub data set {known.path}"
     try:
         loaded = datasets.load_dataset(known.path, **known.arguments)
-    except Exception as error:  # the library lets through what dozens of modules raise; the remedy is the same
+    except Exception as error:  # the library passes on the errors of dozens of modules
         raise KnowledgeError(
             f"{place}: cannot be loaded ({type(error).__name__}: {error}); if {name!r} was meant as a file, check the "
             "path; without a network, download the data elsewhere and pass the file's path",
@@ -55,9 +55,9 @@ def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[st
 
 
 def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """The place in words and the rows of a folder: one that `save_to_disk` wrote, or of files `load_dataset` knows.
+    """A description of the place, and the rows of a folder that `save_to_disk` wrote or `load_dataset` can read.
 
-    `hint` is the file name that would have been read without the library, for the error message.
+    `hint` is the file name that would be read without the library, for the error message.
 
     Raises:
         KnowledgeError: the folder is neither, or lacks the split.
@@ -77,7 +77,7 @@ def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapp
 
 
 def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    if not isinstance(loaded, Mapping):  # a single split, saved by itself, is used whole
+    if not isinstance(loaded, Mapping):  # a single split that was saved by itself
         return place, loaded
     wanted = ("train",) if split == "train" else EVAL_SPLITS
     for name in wanted:

@@ -1,4 +1,4 @@
-"""Reads one fact under whatever names its parts were published."""
+"""Reads a fact whose parts have any of the published names."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rledit_env.knowledge.zsre import with_question_mark
 
 MEND = "give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER"
 CHATS = "write a chat's question as prompt and its answer as target, to be put into the model's chat template"
-_TEXT_KEYS = ("str", "text", "answer", "name", "label")  # where an object holds its text: ROME's {"str": …}, SQuAD's
+_TEXT_KEYS = ("str", "text", "answer", "name", "label")  # keys of the text in an object, such as ROME's {"str": …}
 
 
 @dataclass(frozen=True)
 class LenientFact:
-    """A record and what of it the row did not have, so that a stand-in fills its place.
+    """A record, and which of its parts are stand-ins for what the row did not have.
 
     Attributes:
         record: the fact.
-        has_paraphrases, has_unrelated: whether these are the row's own.
-        ignored: the row's fields that nothing was made of.
+        has_paraphrases, has_unrelated: whether the row has these itself.
+        ignored: the row's fields that are not used.
     """
 
     record: EditRecord
@@ -68,7 +68,7 @@ def read_fact(row: Row) -> LenientFact:
 
 
 def is_fact(values: Mapping[str, Any]) -> bool:
-    """Whether an object has something that could be a prompt and a target, or is a fact of a published schema."""
+    """Whether an object has fields for a prompt and a target, or is a fact of a published schema."""
     known = {names.plain(name) for name, value in values.items() if value is not None}
     plain = known.intersection(names.PROMPT) and known.intersection(names.TARGET)
     return bool(plain or names.REWRITE in known or {"claim", "label"} <= known)
@@ -84,7 +84,7 @@ def _missing(row: Row, part: str) -> KnowledgeError:
 
 
 class _Fields:
-    """A row's fields by their published names, however they are spelled, and which of them have been used."""
+    """A row's fields by their published names in any spelling, and which of them have been used."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -92,17 +92,17 @@ class _Fields:
         self.used: set[str] = set()
 
     def first(self, candidates: Sequence[str]) -> str | None:
-        """The first of these names that the row has and that is not used yet, as the row spells it."""
+        """The first of these names that the row has and that is not used yet, in the row's spelling."""
         return next(iter(self.all(candidates, at_most=1)), None)
 
     def all(self, candidates: Sequence[str], at_most: int | None = None) -> list[str]:
-        """Those of these names that the row has and that are not used yet, as the row spells them."""
+        """All of these names that the row has and that are not used yet, in the row's spelling."""
         found = [self.spelled[name] for name in candidates if self.spelled.get(name, None) not in (None, *self.used)]
         self.used.update(found[:at_most])
         return found[:at_most]
 
     def ignored(self) -> tuple[str, ...]:
-        """The fields that were not used, without those that no published code makes anything of."""
+        """The fields that were not used, except those that published code does not use either."""
         rest = {name: value for name, value in self.row.values.items() if name not in self.used and value}
         return tuple(str(name) for name in rest if names.plain(name) not in names.UNUSED)
 
@@ -116,13 +116,13 @@ class _Fields:
         return _checked(self.row, field, _first(self.row.values[field]))
 
     def texts(self, field: str) -> list[str]:
-        """All texts of a field, each other one of a list's objects by its own text."""
+        """All texts of a field; an object in a list counts by the text that it holds."""
         value = self.row.values[field]
         entries = value if isinstance(value, (list, tuple)) else [value]
         return [_checked(self.row, field, _first(entry)) for entry in entries]
 
     def unrelated(self, original: str | None) -> Iterator[tuple[str, str]]:
-        """Prompts and answers that should stay, from wherever the row has them."""
+        """Prompts and answers that should not change, from all fields that can hold them."""
         yield from self.facts(names.UNRELATED, names.UNRELATED_PAIRS)
         for field in self.all([names.NEIGHBOURS]):
             if original is None:
@@ -130,7 +130,7 @@ class _Fields:
             yield from ((prompt, original) for prompt in self.texts(field))
 
     def facts(self, groups: Sequence[str], pairs: Sequence[names.Pair]) -> Iterator[tuple[str, str]]:
-        """Prompts and answers in objects of these names, and in pairs of fields."""
+        """Prompts and answers from the fields named in ``groups``, which hold objects, and from pairs of fields."""
         for field in self.all(groups):
             yield from _facts_in(self.row.values[field], self.row, field)
         for asked, answered in pairs:
@@ -142,7 +142,7 @@ class _Fields:
 
 
 def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
-    """The facts of a list of objects, of an object, of parallel lists in one, or of named groups of these."""
+    """The facts of a list of objects, of one object, of an object of parallel lists, or of named groups of these."""
     if isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             yield from _facts_in(entry, row, f"{path}[{i}]")
@@ -155,7 +155,7 @@ def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
                 raise row.error(f"{path}.answer", "is missing")
             yield from _paired(row, f"{path}.{asked}", value[asked], f"{path}.{answered}", value[answered])
         elif answered is not None and not isinstance(value[answered], Mapping):
-            if not set(map(names.plain, value)).intersection(names.INNER_PROMPT):  # None there stands for no fact
+            if not set(map(names.plain, value)).intersection(names.INNER_PROMPT):  # a prompt that is None means no fact
                 raise row.error(f"{path}.prompt", "is missing")
         else:
             for name, group in value.items():
@@ -165,8 +165,8 @@ def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> Iterator[tuple[str, str]]:
-    """One prompt with its answer (the first of several), or a list of prompts with as many answers. An entry without
-    an answer says nothing and is left out."""
+    """One prompt with its answer (the first of several), or a list of prompts with as many answers. Entries without an
+    answer are left out."""
     if not isinstance(prompts, (list, tuple)):
         prompts, answers = [prompts], [answers]
     elif len(prompts) == 1 and not (isinstance(answers, (list, tuple)) and len(answers) == 1):
@@ -180,7 +180,7 @@ def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> 
 
 
 def _first(value: Any) -> Any:
-    """The text that a value holds: itself, the first of a list, or an object's own; None where there is none."""
+    """The text that a value holds: itself, the first of a list, or an object's text; None where there is none."""
     while isinstance(value, (list, tuple, Mapping)):
         if isinstance(value, Mapping):
             value = next((value[key] for key in _TEXT_KEYS if value.get(key) is not None), None)
@@ -202,7 +202,7 @@ def _checked(row: Row, field: str, value: Any) -> str:
 
 
 def facts_of(row: Row) -> Iterator[Row]:
-    """The facts of a row, one row each: itself, the rewrites that it asks for, or what its columns hold side by side.
+    """The facts of a row, one row each: the row itself, its requested rewrites, or the entries of its parallel lists.
 
     Raises:
         KnowledgeError: columns of different lengths.
@@ -229,7 +229,7 @@ def facts_of(row: Row) -> Iterator[Row]:
 
 
 def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside requested rewrites. MQuAKE's questions, of several hops, are what the rewrites imply."""
+    """A row's fields beside its requested rewrites; MQuAKE's multi-hop questions become what the rewrites imply."""
     others = dict(rest)
     if "questions" in others and "new_answer" in others:
         answer = others.pop("new_answer")
@@ -240,7 +240,7 @@ def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column(value: Any) -> Any:
-    """A column as a list; pandas writes it as an object with a key a row."""
+    """A column as a list; pandas writes a column as an object with a key for each row."""
     if isinstance(value, Mapping) and value and all(str(key).isdigit() for key in value):
         return list(value.values())
     return value
@@ -257,7 +257,7 @@ def _cell(value: Any, index: int, count: int, row: Row, path: str) -> Any:
 
 
 def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeError]:
-    """The rows; where there is a single one that is no fact, but holds a list or an object of facts, those.
+    """The rows. A single row that is no fact, but holds a list or an object of facts, is replaced by these.
 
     Raises:
         KnowledgeError: it holds several such lists.
@@ -279,7 +279,7 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
 
 
 def _objects_in(value: Any) -> list[Any]:
-    """The entries of a list that begins with an object, or the facts of an object of them; else none."""
+    """The entries of a list that begins with an object, or the values of an object of facts; else none."""
     if isinstance(value, Mapping):
         entries = list(value.values())
         return entries if entries and isinstance(entries[0], Mapping) and is_fact(entries[0]) else []
@@ -287,7 +287,7 @@ def _objects_in(value: Any) -> list[Any]:
 
 
 def with_numbers_as_text(value: Any) -> Any:
-    """The value with its numbers as they are written, as an answer such as 1987 often is; truth values stay."""
+    """The value with its numbers as text (an answer may be 1987); truth values stay."""
     if isinstance(value, Mapping):
         return {name: with_numbers_as_text(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

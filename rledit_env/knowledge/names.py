@@ -1,4 +1,4 @@
-"""What published data sets and editing tools call the parts of a fact."""
+"""The names that published data sets and editing tools give to the parts of a fact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection
 
-# In order of precedence: where a row has several, the first is meant. The plain schema's own name comes first.
+# In order of precedence: the first name that a row has counts. The plain schema's name comes first.
 PROMPT = (
     "prompt", "src", "edit_prompt", "prompts", "question", "update", "instruction", "input", "query", "cloze", "text",
     "questions", "sentence",
@@ -25,7 +25,7 @@ PARAPHRASES = (
     "rephrase", "equiv_prompt", "filtered_rephrases", "para_question", "paraphrased_question", "question",
 )  # fmt: skip
 UNRELATED = ("unrelated", "locality", "locality_inputs")  # groups of facts
-UNRELATED_PAIRS = (  # what the prompts are called, and what their answers are
+UNRELATED_PAIRS = (  # names of the prompts' field, names of their answers' field
     (("locality_prompt", "locality_prompts"),
      ("locality_ground_truth", "locality_ground_truths", "locality_answer", "locality_answers")),
     (("loc",), ("loc_ans",)),
@@ -46,7 +46,7 @@ INNER_ANSWER = (
     "answer", "ground_truth", "new_answer", "ans", "answers", "target", "target_new", "output", "labels",
 )  # fmt: skip
 
-# Published fields that say nothing about an edit, or that no score here is made of.
+# Published fields that say nothing about an edit, or that no score uses.
 UNUSED = frozenset((
     "case_id", "id", "pararel_idx", "relation_id", "relation", "cond", "pred", "prediction", "tag", "personas",
     "generation_prompts", "attribute_prompts", "alternatives", "target_neg", "loc_prompt", "loc_prompts", "idx",

@@ -1,4 +1,4 @@
-"""Lends an unrelated fact to every record whose schema has none of its own."""
+"""Gives every record whose schema has no unrelated facts another row's fact as one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ KEPT = "kept as an unrelated fact"
 
 
 def pair(facts: Iterable[EditRecord | LooseFact], skipped: Counter[str]) -> list[EditRecord]:
-    """Complete the loose facts, in order, and pass the others through.
+    """Complete the loose facts and return them with the others, in order.
 
     A fact that is edited in a stream cannot also be one that the stream must leave alone. So every tenth loose fact
-    (of twenty or more) is never edited and serves the others, in turn, as the unrelated fact with its true answer.
-    With fewer than twenty, each is edited and borrows the next one's. FEVER is published with a row for each piece
-    of evidence, so of loose facts with the same prompt only the first counts. `skipped` counts both.
+    (of twenty or more) is never edited; the others get these in turn as unrelated facts, with their true answers.
+    With fewer than twenty, each is edited and gets the next one. FEVER is published with a row for each piece of
+    evidence, so of loose facts with the same prompt only the first is used. `skipped` counts both.
 
     Raises:
-        KnowledgeError: there is only one loose fact, and so nothing to lend it.
+        KnowledgeError: there is only one loose fact, so that no other can be its unrelated fact.
     """
     facts = list(facts)
     first: dict[str, LooseFact] = {}

@@ -1,4 +1,4 @@
-"""What one edit is: the record every reader makes and the rest of the project consumes, and its validation."""
+"""EditRecord, one fact to edit, as every reader makes it and all else uses it; and its validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rledit_env.knowledge.text import find_subject
 
 
 class KnowledgeError(ValueError):
-    """Knowledge that cannot be used as it is.
+    """A row, a file or a data set that cannot be used as it is.
 
     The message reads "<place>, field '<field>': <what is wrong> (<value>); <mend>".
 
@@ -38,7 +38,7 @@ class UnrelatedFact:
 
 @dataclass(frozen=True, slots=True)
 class ImpliedFact:
-    """What follows from an edit, such as what another name of its subject now leads to: a prompt and its answer."""
+    """What follows from an edit, such as the answer for another name of its subject: a prompt and its answer."""
 
     prompt: str
     answer: str
@@ -53,12 +53,12 @@ class EditRecord:
         target: the new answer y*.
         paraphrases: x~, other wordings of the prompt that must give the target too; at least one.
         unrelated: (x', y'), facts that must not change; at least one.
-        original: the answer before the edit, where the schema has it; CounterFact's metrics compare against it.
+        original: the answer before the edit, where the schema has it; CounterFact's metrics compare with it.
         subject: what the fact is about, where the schema has it.
-        subject_start: where the subject begins in the prompt, where the schema says so (the place of its ``{}``).
-        lead: characters of a chat template before the prompt's own words.
+        subject_start: where the subject begins in the prompt, if the schema says so (the place of its ``{}``).
+        lead: how many characters of a chat template come before the prompt's own words.
         origin: where the record came from, such as "zsre_train.jsonl, line 17"; used in error messages.
-        implied: what follows from the edit, where the schema has it (KnowEdit's portability); only ever scored.
+        implied: what follows from the edit, where the schema has it (KnowEdit's portability); used in scores only.
 
     Raises:
         KnowledgeError: a prompt or answer is not a non-empty string, or there is no paraphrase or no unrelated fact.
@@ -77,8 +77,8 @@ class EditRecord:
 
     @property
     def subject_span(self) -> tuple[int, int] | None:
-        """The subject's first character in the prompt and the one after its last, where the prompt has it: the place
-        that the schema gives, or else that of `find_subject`."""
+        """Where the subject begins in the prompt and where it ends: the place that the schema gives, or else that of
+        `find_subject`; None where the prompt does not contain it."""
         if self.subject is None:
             return None
         start = find_subject(self.prompt, self.subject) if self.subject_start is None else self.subject_start
@@ -97,10 +97,10 @@ class EditRecord:
 
 @dataclass(frozen=True, slots=True)
 class LooseFact:
-    """An edit from a schema that has no unrelated fact of its own; `pairing.pair` lends it another row's.
+    """An edit from a schema without unrelated facts; `pairing.pair` gives it another row's.
 
-    `truth` is the true answer to `prompt`: what this fact lends when it serves as another's unrelated fact.
-    The other attributes are `EditRecord`'s.
+    `truth` is the true answer to `prompt`, which is used when this fact serves as another's unrelated fact. The other
+    attributes are `EditRecord`'s.
     """
 
     prompt: str
@@ -114,7 +114,7 @@ class LooseFact:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that its data set's published code leaves out as well: no error, but counted under `reason`."""
+    """A row that the data set's published code leaves out, too: no error, but counted under `reason`."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""Finds where a data set's rows are (file, folder, mapping, list, hub) and reads them, each with its place."""
+"""Finds a data set's rows (in a file, folder, mapping, list or on the hub) and reads them, each with its place."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def split_name(split: str) -> str:
 
 
 def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
-    """Where the rows of `split` come from, in words, and the rows.
+    """A description of where the rows of `split` come from, and the rows.
 
-    A row that cannot be made out is an error among the rows, for the caller to raise or to count.
+    For a row that cannot be read there is an error among the rows, which the caller raises or counts.
 
     Raises:
         KnowledgeError: there is nothing readable at `data`, or it lacks the split.
@@ -98,13 +98,13 @@ def _in_folder(folder: Path, kind: str, split: str) -> Path | None:
 
 
 def read_file(path: Path, label: str = "") -> Rows:
-    """The rows of a file, whatever its name: JSON Lines, a list or objects of JSON one after the other, a table with a
-    heading (CSV), YAML or Parquet; compressed with gzip, bzip2 or xz, in UTF-8 or UTF-16.
+    """The rows of a file of any name: JSON Lines, a list or objects of JSON one after the other, a table with a heading
+    (CSV), YAML or Parquet; compressed with gzip, bzip2 or xz, in UTF-8 or UTF-16.
 
-    Blank lines are passed over. `label` goes before the file's name in every row's place.
+    Blank lines are skipped. `label` is put before the file's name in every row's place.
 
     Raises:
-        KnowledgeError: the file cannot be read or is of another form, or it breaks off in the middle of a list.
+        KnowledgeError: the file cannot be read or has another form, or it ends in the middle of a list.
     """
     place = label + path.name
     content = unpacked(path)
@@ -122,7 +122,7 @@ def read_file(path: Path, label: str = "") -> Rows:
 
 
 def _spans_lines(content: bytes) -> bool:
-    """Whether the first object does not end on its first line, but later."""
+    """Whether the first object ends on a later line than its first."""
     text = content.lstrip().decode("utf-8", errors="replace")
     try:
         json.loads(text.split("\n", 1)[0])
@@ -162,8 +162,8 @@ def _read_lines(content: bytes, place: str) -> Rows:
 
 
 def _read_values(content: bytes, place: str) -> Rows:
-    """Lists and objects one after the other, entry by entry, so that each has its line; after a malformed one the rest
-    cannot be found."""
+    """The entries of JSON lists and objects one after the other, each with its line. After a malformed one the rest
+    cannot be read."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

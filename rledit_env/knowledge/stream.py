@@ -1,4 +1,4 @@
-"""Loads a data set of edits and streams it: seeded order, batches, splits."""
+"""KnowledgeDataset, one split of a data set, and KnowledgeStream, its records in a drawn order of batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class KnowledgeDataset(Sequence[EditRecord]):
 
     Attributes:
         kind: "zsre", "counterfact" or "fever".
-        source: where the records came from, in words; names bundled data as such.
+        source: a description of where the records came from; bundled data is named as such.
         split: "train" or "eval".
         records: the records.
         skipped: how many rows were not used, per reason.
@@ -54,7 +54,7 @@ def load_knowledge(
     split: str = "train",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> KnowledgeDataset:
-    """Load one split of a data set, whatever published schema it is in.
+    """Load one split of a data set in any published schema.
 
     Args:
         kind: "zsre", "counterfact" or "fever".
@@ -67,8 +67,8 @@ def load_knowledge(
             `skipped` and warn once with the counts.
 
     Raises:
-        KnowledgeError: a row cannot be used (with place, field and value), nothing is readable at `data`, or no
-            row is left.
+        KnowledgeError: a row cannot be used (the message has place, field and value), nothing is readable at `data`, or
+            no row is left.
         ValueError: an argument is none of those above.
     """
     if kind not in READERS:
@@ -105,13 +105,14 @@ def load_knowledge(
 
 
 def check_on_error(on_error: str) -> None:
-    """Refuse what is neither "raise" nor "skip"."""
+    """Raise ValueError unless this is "raise" or "skip"."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error {on_error!r} is unknown; it is 'raise' or 'skip'")
 
 
 def held_out(dataset: KnowledgeDataset) -> tuple[KnowledgeDataset, KnowledgeDataset]:
-    """The facts to train on, and the last of them (`HELD_OUT`), which choose checkpoints and hyperparameters."""
+    """The facts to train on, and those held out to choose checkpoints and hyperparameters: the last ones, a share of
+    `HELD_OUT`."""
     cut = len(dataset) - max(int(HELD_OUT * len(dataset)), 1)
     names = f"first {1 - HELD_OUT:.0%}", f"last {HELD_OUT:.0%}, held out"
     first, last = (
@@ -122,7 +123,7 @@ def held_out(dataset: KnowledgeDataset) -> tuple[KnowledgeDataset, KnowledgeData
 
 
 class KnowledgeStream:
-    """A data set's records as a sequence of batches, no record twice; `reset` chooses which, and their order.
+    """A data set's records as a sequence of batches, no record twice; `reset` draws the records and their order.
 
     Args:
         dataset: where the records are drawn from.
@@ -149,13 +150,13 @@ class KnowledgeStream:
 
     @property
     def indices(self) -> np.ndarray:
-        """Which records the stream holds, in order: (num_batches * batch_size,) int64, read-only."""
+        """Indices of the stream's records, in order: (num_batches * batch_size,) int64, read-only."""
         if self._indices is None:
             raise RuntimeError("the stream has no order yet; call reset first")
         return self._indices
 
     def reset(self, rng: np.random.Generator, indices: Sequence[int] | np.ndarray | None = None) -> None:
-        """Draw distinct records in a random order, or take the given ones in theirs (`rng` is then left alone).
+        """Draw distinct records in a random order, or take the given ones in their order, without `rng`.
 
         Raises:
             ValueError: the given indices are not num_batches * batch_size different integers of the data set's range;
@@ -205,5 +206,5 @@ class KnowledgeStream:
 
 
 def reason_counts(reasons: Mapping[str, int]) -> str:
-    """The reasons why rows were not used, with their numbers, in words."""
+    """The reasons why rows were not used, with their counts, as one text."""
     return ", ".join(f"{count} × {reason}" for reason, count in reasons.items())

@@ -1,4 +1,4 @@
-"""Where words begin and end in a text, and what stands between a prompt and its answer."""
+"""Where words begin and end in a text, and what is put between a prompt and its answer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-# How the Unicode names of the letters begin whose scripts put no space between words.
+# First words of the Unicode names of letters in scripts without spaces between words.
 _UNSPACED = (
     "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ", "THAI ", "LAO ",
     "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE ",
 )  # fmt: skip
-# Of these, those that put none before a word of another script either (Thai and its like do).
+# Those of them that have no space before a word of another script either (Thai and others have one).
 _EAST_ASIAN = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ")
-_INVISIBLE = "\u200b\u2060\ufeff"  # zero-width: a break between words that takes no room
+_INVISIBLE = "\u200b\u2060\ufeff"  # zero-width characters that separate words
 _ELISION = re.compile(r"(?:\b[^\W\d_]|\b\w*l|\b\w*qu|\bun)['’]$", re.IGNORECASE)  # l', d', dell', qu', un'
-_CLOSING = re.compile(r"[,;)\]}]|\.+(?!\w)|['’]s\b")  # what an answer may begin with that clings to the prompt
+_CLOSING = re.compile(r"[,;)\]}]|\.+(?!\w)|['’]s\b")  # beginnings of an answer that follow the prompt without a space
 
 
 def is_unspaced(character: str) -> bool:
@@ -29,8 +29,8 @@ def _is_wide_mark(character: str) -> bool:
 
 
 def continues_word(before: str, after: str) -> bool:
-    """Whether a word goes on from the end of one text to the beginning of the next; never in scripts without spaces,
-    whose words have no visible ends."""
+    """Whether one word would go on from the end of one text to the beginning of the next. False in scripts without
+    spaces, whose words have no visible ends."""
     return bool(before and after) and _is_word(before[-1]) and _is_word(after[0])
 
 
@@ -41,8 +41,11 @@ def _is_word(character: str) -> bool:
 
 
 def find_subject(text: str, subject: str) -> int | None:
-    """Where the subject begins in the text: its first occurrence as a whole word, one in a hyphenated word only where
-    there is no other; without any, its first occurrence. None where the text does not contain it."""
+    """Where the subject begins in the text; None where the text does not contain it.
+
+    Its first occurrence as a whole word counts (one within a hyphenated word only if there is no other), else its first
+    occurrence of any kind.
+    """
     places = list(_occurrences(text, subject))
     whole = [at for at in places if _is_whole(text, at, at + len(subject))]
     alone = [at for at in whole if not _is_hyphenated(text, at, at + len(subject))]
@@ -69,11 +72,11 @@ def _is_hyphenated(text: str, start: int, stop: int) -> bool:
 
 
 def separator(prompt: str, answer: str) -> str:
-    """What a writer puts between a prompt and its answer: a space or nothing.
+    """What belongs between a prompt and its answer: a space or nothing.
 
-    Nothing stands after white space, before an answer that brings its own, inside a script without spaces, after an
-    opening bracket or quotation mark, a hyphen or slash that ends a word, an elision (l', dell'), or a sign like $, and
-    before a comma or full stop.
+    Nothing belongs after white space, before an answer that begins with white space, within a script without spaces,
+    after an opening bracket or quotation mark, a hyphen or slash that ends a word, an elision (l', dell') or a sign
+    like $, and before a comma or full stop.
     """
     if not prompt or not answer or prompt[-1].isspace() or prompt[-1] in _INVISIBLE or answer[0].isspace():
         return ""
@@ -93,12 +96,12 @@ def _in_unspaced_script(prompt: str, answer: str) -> bool:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether the prompt's last character clings to what comes after it."""
+    """Whether no space belongs after the prompt's last character."""
     last, before = prompt[-1], prompt[-2:-1]
     begins = not before or before.isspace() or unicodedata.category(before) == "Ps"
     kind = unicodedata.category(last)
     if kind == "Ps":  # an opening bracket
         return True
-    if kind in ("Pi", "Pf") or last in "\"'`@#" or kind == "Sc":  # a mark that opens where nothing is before it
+    if kind in ("Pi", "Pf") or last in "\"'`@#" or kind == "Sc":  # a mark that opens if nothing comes right before it
         return begins or (last in "'’" and bool(_ELISION.search(prompt)))
     return last in "-‐‑/_" and (before.isalnum() or before == last == "/")

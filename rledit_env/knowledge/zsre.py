@@ -1,8 +1,8 @@
 """Reads ZsRE (Levy et al. 2017): questions whose answer is edited, in every published schema.
 
-The unrelated facts of MEND's split are Natural Questions marked `nq question: `, without a question mark. The code
-published with ROME, MALMEN and RLEdit keeps the mark in the prompt and adds the question mark, and so does this
-reader: `nq question: who wrote it` becomes `nq question: who wrote it?`.
+The unrelated facts of MEND's split are Natural Questions that begin with `nq question: ` and have no question mark. The
+code published with ROME, MALMEN and RLEdit keeps this beginning and adds the question mark, and so does this reader:
+`nq question: who wrote it` becomes `nq question: who wrote it?`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NQ_PREFIX = "nq question: "
 
 
 def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
-    """Read one row; its schema is told by its fields.
+    """Read one row; its fields decide which schema it follows.
 
     A record whose target is also its original answer is kept, as the published splits hold such records.
 
@@ -46,7 +46,7 @@ def _flat(row: Row, target: str, original: str | None) -> EditRecord:
 
 
 def _new_question(row: Row) -> tuple[ImpliedFact, ...]:
-    """The portability of flat ZsRE (Yao et al. 2023): one question, beside the relation that it recalls."""
+    """The portability of flat ZsRE (Yao et al. 2023): one question and its answer."""
     if not row.values.get("portability"):
         return ()
     asked = row.inner("portability")
@@ -81,7 +81,7 @@ def _read_knowedit(row: Row) -> EditRecord:
 
 
 def _present(groups: Row) -> list[str]:
-    """The groups that a row has; a table gives every row those that any row has, the absent ones as None."""
+    """The groups that a row has. (In a table every row has all groups, absent ones are None.)"""
     return [name for name, group in groups.values.items() if group is not None]
 
 
@@ -93,7 +93,7 @@ def _read_mend(row: Row) -> LooseFact | LeftOut:
     if not paraphrases:
         return LeftOut("no alternatives or no rephrases")
     answer = mend_answer(row)
-    # MEND draws one of the alternatives anew each time; a record must not change, so it is the first.
+    # MEND draws one of the alternatives each time; a record must not change, so the first is taken.
     target = row.texts("alternatives")[0]
     return LooseFact(prompt, target, paraphrases, truth=answer, original=answer, origin=row.where)
 
@@ -105,7 +105,7 @@ def mend_answer(row: Row) -> str:
 
 
 def with_question_mark(prompt: str) -> str:
-    """A question of Natural Questions with its question mark, any other prompt as it is."""
+    """A prompt of Natural Questions with its question mark; any other prompt unchanged."""
     return prompt + "?" if prompt.startswith(NQ_PREFIX) and not prompt.endswith("?") else prompt
 
 

@@ -1,4 +1,4 @@
-"""The folder of a ledger: whether one may begin there, and which process writes it."""
+"""The folder of a ledger: whether one may be begun there, and the lock of the process that writes it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LOCK = ".lock"
 
 
 def check_ledger(folder: str | Path, resume: bool = False) -> None:
-    """Make sure that a ledger may begin in a folder or, to ``resume``, go on there.
+    """Make sure that a ledger may be begun in a folder or, with ``resume``, continued there.
 
     Raises:
-        FileExistsError: the folder is a file, or not empty and no ledger to go on with.
+        FileExistsError: the folder is a file, or not empty and no ledger to be continued.
         LedgerError: the ledger's header is damaged, or of a newer format.
     """
     if resume and (Path(folder) / HEADER).exists():
@@ -26,7 +26,8 @@ def check_ledger(folder: str | Path, resume: bool = False) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Make sure that a ledger may begin there; what one leaves that was killed before its header was whole is nothing.
+    """Make sure that a ledger may be begun in a folder. Leftovers of one that was killed before its header was written
+    do not count.
 
     Raises:
         FileExistsError: the folder is a file, or not empty.
@@ -38,10 +39,10 @@ def check_new(folder: Path) -> None:
 
 
 def reserved(folder: Path) -> filelock.BaseFileLock:
-    """The folder's lock, held by this process until it is released or the process dies.
+    """Lock the folder for this process, until the lock is released or the process dies.
 
     Raises:
-        LedgerError: another process has it.
+        LedgerError: another process has locked it.
     """
     lock = filelock.FileLock(folder / LOCK)
     try:

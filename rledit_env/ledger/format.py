@@ -4,13 +4,13 @@ A ledger is an append-only folder of
 
 - ``ledger.json``: the model, its edited modules, the hash of W₀, and what the run was started with;
 - ``NNNNNNNN-DIGEST.safetensors``: entries, counted from 0. An entry holds an update in the form it was given in, the
-  batch and its facts, the random state, the hash of the weights that it leads to, and the name of the entry before it.
-  DIGEST is the SHA-256 of the file, so that a file proves itself, and each entry all that went before it;
+  batch and its facts, the random state, the hash of the weights after the update, and the name of the entry before it.
+  DIGEST is the SHA-256 of the file. So each file is checked against its name, and each entry against all before it;
 - ``memory-NNNNNNNN-DIGEST.safetensors``: the agent's memory of the stream as it was at that entry; only the latest two
   are kept;
-- ``damaged``: what an interrupted or damaged ledger was cut by, when editing went on.
+- ``damaged``: a folder of files that were cut off when an interrupted or damaged ledger was resumed.
 
-Files appear whole (written aside, synced, renamed) and are never changed. Nothing in them is code.
+Files are written whole (to a temporary name, synced, renamed) and are never changed. Nothing in them is code.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor
 
 from rledit_env.files import sha256_of
 
-LEDGER = "edit ledger"  # what its folder is called in the marker
+LEDGER = "edit ledger"  # what the folder's marker says that it is
 HEADER = "ledger.json"
 FORMAT = 1
 FORMS = ({"keys", "values"}, {"updates"}, {"accumulated"}, set[str]())  # the parts of an update; none changes nothing
 ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
 MEMORY_NAME = re.compile(r"memory-(\d{8})-([0-9a-f]{64})\.safetensors")
-TORCH_RANDOM = "random.torch"  # the tensor of an entry's file that is no part of the update
+TORCH_RANDOM = "random.torch"  # the one tensor in an entry's file that does not belong to the update
 MAX_HEADER_BYTES = 2**24
 MAX_ENTRY_BYTES = 2**34
 
@@ -44,27 +44,27 @@ Kind = Literal["edit", "rollback", "undo"]
 
 
 class LedgerError(ValueError):
-    """A ledger is damaged, of another run, or in use; the message names the place and what can be done."""
+    """A ledger is damaged, belongs to another run, or is in use; the message names the place and what can be done."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry.
+    """One entry of a ledger.
 
     Attributes:
         index: its place, from 0.
-        kind: "edit", "rollback" (takes back the edit before it, which broke the LLM), or "undo" (takes a whole batch's
-            edits out).
+        kind: "edit"; "rollback", which takes back the edit before it, since that broke the LLM; or "undo", which
+            subtracts all of a batch's edits.
         batch: which batch of the run, from 0.
         presentation: which presentation of the batch, from 0.
         facts: the batch's facts, as indices of the data set.
         norm: √(Σ ‖ΔW‖_F²) over the modules.
-        weights_after: see :func:`weights_hash`.
-        random: the environment's random generator's state before the step's reward, or None.
+        weights_after: :func:`weights_hash` of the weights after the entry.
+        random: the state of the environment's random generator before the step's reward, or None.
         previous: the name of the entry before it, or "".
-        update: the update, empty for a rollback.
+        update: the update; empty for a rollback.
         torch_random: torch's random state (bytes,) at that time, or None.
-        presented: which of the facts were presented, as places in the batch; None for all.
+        presented: which of the batch's facts were presented, as indices in the batch; None for all.
     """
 
     index: int
@@ -85,7 +85,7 @@ class Entry:
         """The entry that a file's tensors and metadata describe.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: they describe none.
+            KeyError, TypeError, ValueError, AttributeError: they describe no entry.
         """
         facts = json.loads(metadata["entry"])
         update: dict[str, dict[str, Tensor]] = {}
@@ -107,16 +107,16 @@ class Entry:
         return tensors, {"entry": json.dumps({k: v for k, v in vars(self).items() if k not in left_out})}
 
     def problem(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-        """What is wrong with the entry by itself, if anything.
+        """What is wrong with the entry, apart from its place in the ledger; None if nothing.
 
         Args:
             shapes: module → (d_in, d_out).
         """
         if self.kind not in ("edit", "rollback", "undo") or not re.fullmatch("[0-9a-f]{64}", self.weights_after):
-            return "its kind or its hash is none"
+            return "its kind or its hash is not valid"
         numbers = (self.batch, self.presentation, *self.facts)
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(self.norm, (int, float)):
-            return "its batch, its facts or its norm are no numbers"
+            return "its batch, its facts or its norm are not numbers"
         shown = self.presented
         if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
             return f"it presented {list(shown)} of {len(self.facts)} facts"
@@ -138,12 +138,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is when it edits: what it takes to go on from there.
+    """The state of a run at an edit, from which it can be resumed.
 
     Attributes:
         presentation: which presentation of the batch, from 0.
-        presented: which of the batch's facts are presented, as places in it; None for all.
-        random: the environment's random generator's state before the step's reward, or None.
+        presented: which of the batch's facts are presented, as indices in the batch; None for all.
+        random: the state of the environment's random generator before the step's reward, or None.
         memory: the agent's memory of the stream, or None.
     """
 
@@ -173,7 +173,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no ledger (no {HEADER}); give the folder that --ledger named")
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise LedgerError(f"{path} has {path.stat().st_size} bytes, more than any ledger's header; it is none")
+        raise LedgerError(f"{path} has {path.stat().st_size} bytes, more than a ledger's header can have")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
@@ -194,10 +194,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def checked_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file whose content is what its name says.
+    """The tensors and the metadata of a ledger's file, whose content is checked against the digest in its name.
 
     Raises:
-        LedgerError: it is not, or the file cannot be read.
+        LedgerError: the content has another digest, or the file cannot be read.
     """
     digest = path.name.rsplit("-", 1)[-1].removesuffix(".safetensors")
     place = f"{path.parent} is damaged at {path.name[:24]}…"
@@ -205,7 +205,7 @@ def checked_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.is_symlink() or not path.is_file():
             raise LedgerError(f"{place}: it is no regular file")
         if path.stat().st_size > MAX_ENTRY_BYTES:
-            raise LedgerError(f"{place}: it has {path.stat().st_size} bytes, more than an entry can")
+            raise LedgerError(f"{place}: it has {path.stat().st_size} bytes, more than an entry can have")
         if sha256_of(path) != digest:
             raise LedgerError(f"{place}: its content has another checksum (it was changed or cut short); the entries "
                               "before it are usable")

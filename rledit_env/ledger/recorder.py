@@ -1,4 +1,4 @@
-"""What an environment tells of its updates before they take effect."""
+"""Recorder: the object that an environment tells its updates before they take effect."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rledit_env.ledger.format import Update
 
 
 class Recorder(Protocol):
-    """What `LifelongEditEnv.recorder` is told before anything takes effect."""
+    """The interface of `LifelongEditEnv.recorder`, which is told each update before it takes effect."""
 
     def record(self, update: Update) -> Mapping[str, Tensor]:
-        """An update is about to be applied; returns the weights that it leads to, which are then put in place."""
+        """An update is about to be applied. Returns the weights after it, which the environment then puts in place."""
 
     def roll_back(self) -> None:
         """The last update is about to be taken back, since it broke the LLM."""

@@ -1,4 +1,4 @@
-"""From updates to weights: what an update, or a ledger's entries one after another, lead to."""
+"""The weights after an update, and after a ledger's entries one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rledit_env.lm.editable import EditableLM
 def updated(weights: Mapping[str, Tensor], original: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
     """The weights (d_out, d_in) after an update: W + ṽᵀũ, W + ΔW, or W₀ + ΔW; new tensors where anything changes.
 
-    The same numbers give the same bits, wherever in memory they lie and however they are laid out there.
+    The result does not depend on the tensors' memory layout: equal numbers give equal bits.
     """
 
     def placed(tensor: Tensor) -> Tensor:  # a product's last bits depend on its factors' strides and alignment
@@ -48,7 +48,7 @@ def on_device(update: Update, device: torch.device) -> dict[str, dict[str, Tenso
 
 
 class Replay:
-    """An LLM's weights as a ledger's entries are followed, from W₀ on; the LLM is left as it is.
+    """Follows a ledger's entries from W₀ on and keeps the weights after them; the LLM itself is not changed.
 
     Attributes:
         original: W₀ by module.
@@ -62,7 +62,7 @@ class Replay:
         self.before = self.weights = self.original
 
     def follow(self, entry: Entry) -> bool:
-        """Go on to the weights after the next entry; returns whether they are those that it recorded."""
+        """Take the next entry; returns whether the weights are then those that it recorded."""
         if entry.kind == "rollback":
             self.weights = self.before
         else:
@@ -72,11 +72,11 @@ class Replay:
 
 
 def reverse(updates: Sequence[Update], change: Mapping[str, Tensor]) -> Update:
-    """The update that takes updates back: as factors where all of them were and that is smaller, else as one matrix.
+    """The update that takes others back: in factors if all of them are factors and that is smaller, else dense.
 
     Args:
-        updates: what is taken back.
-        change: module → what they changed in all, (d_out, d_in).
+        updates: those that are taken back.
+        change: module → the sum of their changes, (d_out, d_in).
     """
     if updates and all("keys" in update for update in updates):
         keys = {m: torch.cat([update["keys"][m] for update in updates]) for m in updates[0]["keys"]}

@@ -1,4 +1,4 @@
-"""An edit ledger on the disk: entries appended before they take effect, read, replayed and undone."""
+"""EditLedger: a ledger on the disk, whose entries are appended before they take effect, read, replayed and undone."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from rledit_env.ledger.format import (
 from rledit_env.ledger.replay import Replay, change_norm, on_device, original_weights, reverse, updated
 from rledit_env.lm.editable import EditableLM
 
-MEMORIES = 2  # the newest may be of an entry that never came to be
+MEMORIES = 2  # the newest may belong to an entry that was never written
 
 
 class EditLedger:
     """A ledger open for reading, and for writing once :meth:`lock` has been called.
 
     Args:
-        folder: of a ledger.
+        folder: the ledger's folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it holds no ledger.
         LedgerError: its header is damaged, or of a newer format.
     """
 
@@ -55,20 +55,20 @@ class EditLedger:
         self.shapes: dict[str, tuple[int, int]] = {m: (s[0], s[1]) for m, s in self.header["shapes"].items()}
         self.names, self.damage = self._scan()
         self._lock: filelock.BaseFileLock | None = None
-        self._checked: dict[int, Entry] = {}  # entries whose file has been read whole, without their tensors
+        self._checked: dict[int, Entry] = {}  # by index: entries whose files have been checked, without their tensors
 
     @classmethod
     def create(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, Any] | None = None) -> EditLedger:
         """Begin a ledger in a new or empty folder, locked for writing.
 
         Args:
-            folder: made if need be.
-            lm: whose edits will be recorded.
-            settings: what else the run depends on; what JSON can hold.
+            folder: its path; it is made if need be.
+            lm: the LLM whose edits will be recorded.
+            settings: all else that the run depends on, as JSON can hold it.
 
         Raises:
             FileExistsError: the folder is not empty.
-            LedgerError: another process begins a ledger there.
+            LedgerError: another process is beginning a ledger there.
             OSError: it cannot be written.
         """
         folder = Path(folder)
@@ -97,12 +97,12 @@ class EditLedger:
 
     @classmethod
     def resume(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, Any] | None = None) -> EditLedger:
-        """Open a ledger to go on with it, locked for writing; one that does not exist is created.
+        """Open a ledger to continue it, locked for writing; one that does not exist is created.
 
-        What is damaged, and all that follows it, is moved to the subfolder ``damaged``.
+        A damaged entry, and all entries after it, are moved to the subfolder ``damaged``.
 
         Raises:
-            LedgerError: it is of another model or other settings, or another process is writing it.
+            LedgerError: the ledger belongs to another model or other settings, or another process is writing it.
         """
         if not (Path(folder) / HEADER).exists():
             return cls.create(folder, lm, settings)
@@ -123,16 +123,16 @@ class EditLedger:
         return ledger
 
     def lock(self) -> None:
-        """Reserve the ledger for this process until :meth:`close` or its death.
+        """Lock the ledger for this process, until :meth:`close` or the process's end.
 
         Raises:
-            LedgerError: another process has it.
+            LedgerError: another process has locked it.
         """
         self._lock = reserved(self.folder)
         self.names, self.damage = self._scan()
 
     def close(self) -> None:
-        """Let other processes write."""
+        """Release the lock, so that other processes may write."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -140,11 +140,11 @@ class EditLedger:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Usable entries, as far as is known: see :meth:`verify`."""
+        """The number of usable entries, as far as they have been checked: see :meth:`verify`."""
         return len(self.names)
 
     def _scan(self) -> tuple[list[str], str | None]:
-        """Names of the entries, up to the first that is missing or there twice, and what is wrong there."""
+        """The entries' file names, up to the first that is missing or there twice, and what is wrong with that one."""
         by_index: dict[int, list[str]] = {}
         self._memory_names = sorted(path.name for path in self.folder.iterdir() if MEMORY_NAME.fullmatch(path.name))
         for path in self.folder.iterdir():
@@ -160,7 +160,7 @@ class EditLedger:
         return names, None
 
     def read(self, index: int) -> Entry:
-        """An entry with its tensors; its checksum and its link to the entry before it are checked first.
+        """Read an entry with its tensors, after a check of its digest and its link to the entry before it.
 
         Raises:
             IndexError: there is no such entry.
@@ -202,7 +202,7 @@ class EditLedger:
         return None
 
     def entries(self) -> Iterator[Entry]:
-        """The usable entries without their tensors, in order; damage ends them and is put in :attr:`damage`."""
+        """The usable entries without their tensors, in order, up to the first damaged one; see :attr:`damage`."""
         for index in range(len(self.names)):
             try:
                 yield self.summary(index)
@@ -211,13 +211,13 @@ class EditLedger:
                 return
 
     def verify(self, lm: EditableLM | None = None) -> str | None:
-        """Check every entry; with an LLM, also that the updates lead to the weights that were recorded.
+        """Check every entry; given an LLM, check also that the updates lead to the weights that were recorded.
 
         Returns:
-            What is wrong, or None. ``len(ledger)`` is then what is usable.
+            What is wrong, or None. ``len(ledger)`` is then the number of usable entries.
 
         Raises:
-            LedgerError: the LLM is another one than was edited.
+            LedgerError: the LLM is not the one that was edited.
         """
         self._checked.clear()
         if lm is not None:
@@ -230,7 +230,7 @@ class EditLedger:
         return self.damage
 
     def check_model(self, lm: EditableLM) -> None:
-        """Raise LedgerError unless the ledger is of this LLM: the same modules and the same W₀."""
+        """Raise LedgerError unless the ledger belongs to this LLM: the same modules and the same W₀."""
         if lm.module_shapes != self.shapes:
             raise LedgerError(
                 f"{self.folder} records edits of {len(self.shapes)} modules such as {next(iter(self.shapes.items()))}, "
@@ -243,16 +243,17 @@ class EditLedger:
                               f"dtype, that it was made with ({self.header['dtype']})")
 
     def undone(self) -> set[int]:
-        """Batches that an undo has taken out."""
+        """The batches that have been undone."""
         return {entry.batch for entry in self.entries() if entry.kind == "undo"}
 
     # -- the weights -----------------------------------------------------------------------------------------------
 
     def _walk(self, replay: Replay, count: int) -> Iterator[Entry]:
-        """The first ``count`` entries, each once the replay has followed it.
+        """The first ``count`` entries; the replay has followed each when it is yielded.
 
         Raises:
-            LedgerError: an entry is damaged, or leads to other weights. The usable entries then end before it.
+            LedgerError: an entry is damaged, or leads to other weights than those recorded. The usable entries then end
+                before it.
         """
         for index in range(count):
             try:
@@ -261,7 +262,7 @@ class EditLedger:
                     raise LedgerError(
                         f"entry {index} ({self.folder / self.names[index]}) leads to other weights here than those "
                         f"recorded; the {index} entries before it are usable. If its file is whole (verify without the "
-                        "model), this machine computes otherwise: use the same device, and the same number of threads"
+                        "model), the numbers differ on this machine: use the same device and number of threads"
                     )
             except LedgerError as error:
                 self.names, self.damage = self.names[:index], str(error)
@@ -273,11 +274,11 @@ class EditLedger:
             pass
 
     def weights(self, lm: EditableLM, to: int | None = None) -> dict[str, Tensor]:
-        """The weights after the first ``to`` entries (all of them by default); the LLM is left as it is.
+        """The weights after the first ``to`` entries (by default all); the LLM is not changed.
 
         Raises:
             ValueError: there are not so many entries.
-            LedgerError: an entry among them is damaged, or the ledger is of another LLM.
+            LedgerError: one of these entries is damaged, or the ledger belongs to another LLM.
         """
         self.check_model(lm)
         if to is not None and not 0 <= to <= len(self):
@@ -288,7 +289,7 @@ class EditLedger:
         return dict(replay.weights)
 
     def replay(self, lm: EditableLM, to: int | None = None) -> None:
-        """Give the LLM the weights after the first ``to`` entries, bit for bit as they were; see :meth:`weights`."""
+        """Give the LLM its weights after the first ``to`` entries, bit for bit; see :meth:`weights`."""
         lm.restore(self.weights(lm, to))
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -297,12 +298,12 @@ class EditLedger:
         self, kind: Kind, update: Update, after: Mapping[str, Tensor], batch: int, facts: Sequence[int] = (),
         norm: float = 0.0, state: RunState | None = None,
     ) -> None:
-        """Put an entry on the disk, and before it the agent's memory; when this returns, they are there.
+        """Write an entry, and before it the agent's memory; both are on the disk when this returns.
 
         Args:
             kind, update, batch, facts, norm: see :class:`Entry`.
-            after: module → the weights (d_out, d_in) that it leads to.
-            state: where the run is.
+            after: module → the weights (d_out, d_in) after the entry.
+            state: the state of the run.
 
         Raises:
             OSError: the disk is full or read-only; the ledger is as it was.
@@ -311,7 +312,7 @@ class EditLedger:
         if self._lock is None:
             raise LedgerError(f"{self.folder} is open for reading only; lock() it first")
         if self.damage:
-            raise LedgerError(f"{self.damage}; go on with resume, which puts the damaged part aside")
+            raise LedgerError(f"{self.damage}; resume the ledger, which moves the damaged part aside")
         index, state = len(self), state or RunState()
         if state.memory is not None:
             self._memory_names.append(self._write(f"memory-{index:08d}-", state.memory, {"index": str(index)}))
@@ -327,17 +328,17 @@ class EditLedger:
             self._memory_names = self._memory_names[-MEMORIES:]
 
     def _write(self, prefix: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
-        # Cloned where tensors share memory, which the format does not know.
+        # Cloned, since the format cannot hold tensors that share memory.
         data = save({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, metadata)
         name = f"{prefix}{sha256(data).hexdigest()}.safetensors"
         write_bytes(self.folder / name, data)
         return name
 
     def undo(self, lm: EditableLM, batch: int) -> None:
-        """Take a batch's updates out of the LLM, by an entry that subtracts them; the LLM gets the resulting weights.
+        """Subtract a batch's updates from the LLM's weights, by a new entry.
 
         The result is W₀ plus all other updates, to rounding. Later updates stay as they are, though they were computed
-        while this one was in place.
+        with the batch's updates in place.
 
         Raises:
             ValueError: there is no such batch, or it has been undone.
@@ -367,7 +368,7 @@ class EditLedger:
     # -- the agent's memory, and cutting -----------------------------------------------------------------------------
 
     def memory(self, index: int) -> dict[str, Tensor] | None:
-        """The agent's memory as it was at an entry, or None where that is not kept, or damaged."""
+        """The agent's memory as it was at an entry; None where it is not kept any more, or damaged."""
         for name in self._memory_names:
             if name.startswith(f"memory-{index:08d}-"):
                 with suppress(LedgerError):
@@ -375,7 +376,7 @@ class EditLedger:
         return None
 
     def cut(self, length: int) -> None:
-        """Put everything but the first ``length`` entries aside, in the subfolder ``damaged``."""
+        """Move all entries but the first ``length`` into the subfolder ``damaged``."""
         keep = set(self.names[:length])
         self.names, self.damage = self.names[:length], None
         self._checked = {i: e for i, e in self._checked.items() if i < length}

@@ -1,4 +1,4 @@
-"""Results to look at: pages, pictures and tables."""
+"""Pages, pictures and tables of results."""
 
 from rledit_env.reporting.cells import Table, text_table
 from rledit_env.reporting.charts import (

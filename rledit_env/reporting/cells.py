@@ -1,4 +1,4 @@
-"""How a table's cells are shown, and tables for a terminal."""
+"""The text of table cells, and tables for a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Table = tuple[list[str], list[list[Any]]]  # header and rows
 
 
 def numeric_columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
-    """Which columns hold nothing but numbers and None: those are set to the right."""
+    """Which columns hold only numbers and None; these are aligned to the right."""
     return [bool(rows) and all(_is_number(row[c]) for row in rows) for c in range(len(header))]
 
 

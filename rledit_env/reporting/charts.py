@@ -1,4 +1,4 @@
-"""The charts of runs: curves, bars and heat maps, each a picture in a file's bytes."""
+"""The charts of runs: curves, bars and heat maps, each returned as the bytes of a picture file."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and
 
 
 def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | None:
-    """What training changed, as a picture: losses of the training streams on the left, scores of the held-out one on
-    the right, over policy updates; None if neither was logged.
+    """A picture of training: losses of the training streams on the left, scores of the held-out stream on the right,
+    over policy updates; None if neither was logged.
 
     Args:
         curves: as :func:`read_curves` gives them.
@@ -68,7 +68,7 @@ def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | 
 
 
 def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> bytes:
-    """Scores in percent as grouped bars with their values, a picture.
+    """A picture of scores in percent, as grouped bars with their values.
 
     Args:
         results: editor's name → its scores by the names of ``SCORES``; a score that is None or absent has no bar.
@@ -96,7 +96,7 @@ def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> 
 
 
 def drift_curves(drifts: Mapping[str, Curve], form: Form = "png") -> bytes:
-    """How far the edited weights moved along the stream, a picture.
+    """A picture of how far the edited weights moved along the stream.
 
     Args:
         drifts: editor's name → (facts edited, mean of ‖W − W₀‖ / ‖W₀‖ over the modules) pairs.
@@ -112,11 +112,11 @@ def drift_curves(drifts: Mapping[str, Curve], form: Form = "png") -> bytes:
 
 
 def return_curves(curves: Mapping[str, Curve], levels: Mapping[str, float], form: Form = "png") -> bytes:
-    """Held-out returns while agents learned, a picture.
+    """A picture of held-out returns while agents learned.
 
     Args:
         curves: agent's name → (environment steps so far, mean return) pairs.
-        levels: what did not learn step by step, as dashed lines: name → mean return.
+        levels: agents that do not learn step by step, as dashed lines: name → mean return.
     """
     figure = new_figure(9.2, 3.6)
     axes = new_axes(figure, (1, 1, 1), "environment steps", "mean return, held-out streams")
@@ -136,13 +136,13 @@ def tradeoff_curves(
     broke: Mapping[str, Curve] | None = None,
     form: Form = "png",
 ) -> bytes:
-    """Score against what else of the model has changed, a picture: one line an editor, from its weakest strength to its
-    strongest. In an SVG each line is a group whose id is "editor-" and its number.
+    """A picture of score against divergence: one line an editor, from its weakest strength to its strongest. In an SVG
+    each line is a group whose id is "editor-" and its number.
 
     Args:
         curves: editor's name → (KL in nats a token, score in percent) pairs, by strength; the axis of KL is
-            logarithmic, and what is below ``LEAST_KL`` stands at its left end.
-        levels: what has no strength, as dashed lines: name → score.
+            logarithmic, and values below ``LEAST_KL`` are drawn at its left end.
+        levels: editors without a strength, as dashed lines: name → score.
         bounds: values of KL to mark with thin vertical lines.
         broke: editor's name → the points where an update broke the model, as crosses.
     """
@@ -180,8 +180,8 @@ def tradeoff_curves(
 
 
 def retention_map(retention: Retention, form: Form = "png") -> bytes:
-    """Efficacy of every batch after later ones as a heat map, a picture: batches from left to right, the stream's
-    progress from top to bottom."""
+    """A heat map of every batch's Efficacy after later batches: batches from left to right, the stream's progress from
+    top to bottom."""
     figure = new_figure(6.4, 4.6)
     axes = new_axes(figure, (1, 1, 1), "batch", "batches edited by then")
     batches = [str(batch + 1) for batch in range(retention.efficacy.shape[1])]
@@ -193,8 +193,8 @@ def retention_map(retention: Retention, form: Form = "png") -> bytes:
 
 
 def memory_curve(retention: Retention, form: Form = "png") -> bytes:
-    """What the LLM still knows of the first batch as later ones are edited, a picture; a thin line is each batch's mean
-    over all edited by then."""
+    """A picture of how much of the first batch is left as later ones are edited; a thin line is the mean over all
+    batches edited by then."""
     figure = new_figure(9.2, 3.0)
     axes = new_axes(figure, (1, 1, 1), "batches edited", "percent")
     lines = [
@@ -212,8 +212,8 @@ def memory_curve(retention: Retention, form: Form = "png") -> bytes:
 
 
 def layer_drift(drift: Mapping[str, Sequence[float]], form: Form = "png") -> bytes:
-    """How far each layer's edited weights moved, a picture: by layer at the end, one line a kind of module, and all of
-    them along the stream.
+    """A picture of how far each edited weight moved: by layer at the end, with one line a kind of module, and along the
+    stream.
 
     Args:
         drift: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
@@ -235,7 +235,7 @@ def layer_drift(drift: Mapping[str, Sequence[float]], form: Form = "png") -> byt
 
 
 def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
-    """The size of each batch's update, √(Σ ‖ΔW‖_F²), a picture."""
+    """A picture of the size of each batch's update, √(Σ ‖ΔW‖_F²)."""
     figure = new_figure(9.2, 2.6)
     axes = new_axes(figure, (1, 1, 1), "batch", "norm of its update")
     axes.bar(range(1, len(norms) + 1), norms, color=COLOURS[5])
@@ -246,12 +246,12 @@ def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
 def module_map(
     kinds: Sequence[str], layers: Sequence[int], maps: Mapping[str, np.ndarray], form: Form = "png"
 ) -> bytes:
-    """Scores of editing each module alone, a picture: one heat map a score.
+    """A picture of the scores of editing each module alone: one heat map a score.
 
     Args:
         kinds: kinds of module, the rows.
         layers: the columns.
-        maps: score → (kinds, layers) in percent; NaN stays empty. Those of ``SCORES`` are drawn.
+        maps: score → (kinds, layers) in percent; NaN stays empty. Only scores of ``SCORES`` are drawn.
     """
     named = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
     figure = new_figure(9.2, 0.7 + len(named) * (0.8 + 0.22 * len(kinds)))

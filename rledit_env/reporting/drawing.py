@@ -1,4 +1,4 @@
-"""How every chart looks: an empty figure, its axes, curves and heat maps on them, and the finished picture."""
+"""The common look of all charts: figures, axes, curves, heat maps, and the finished picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Form = Literal["png", "pdf", "svg"]
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; grey stands for "nothing done".
+# Okabe and Ito's colours, which colour-blind readers can tell apart; grey is for "no edit".
 COLOURS = ("#9aa3ad", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 INK, FAINT = "#1f2933", "#d9dee3"
 
@@ -33,7 +33,7 @@ def check_pictures() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, outside pyplot's global state."""
+    """An empty figure of this size in inches, without pyplot's global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -42,7 +42,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def new_axes(figure: Figure, place: tuple[int, int, int], x: str, y: str) -> Axes:
-    """Axes at a place of the figure (rows, columns, number from 1), with the names of what they measure."""
+    """Axes at a place of the figure (rows, columns, number from 1), with their labels."""
     axes = figure.add_subplot(*place)
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
@@ -65,7 +65,7 @@ def plot_curve(
 def heat_map(
     axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], most_columns: int = 20
 ) -> AxesImage:
-    """Percentages (rows, columns) as colours; NaN stays empty. Of the columns' names at most so many are shown."""
+    """Percentages (rows, columns) as colours; NaN stays empty. At most ``most_columns`` columns are named."""
     axes.grid(visible=False)
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
     _name_ticks(axes.set_xticks, columns, most_columns)
@@ -74,7 +74,7 @@ def heat_map(
 
 
 def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], most: int = 20) -> None:
-    """Ticks with these names, or some of them."""
+    """Ticks with these names, or with every second, third … of them if there are too many."""
     step = -(-len(names) // most)
     set_ticks(range(0, len(names), step), list(names[::step]))
 
@@ -96,13 +96,13 @@ def colour_bar(figure: Figure, image: AxesImage, name: str) -> None:
 
 
 def legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
-    """The names of what is drawn: above the axes, or where there is room in them."""
+    """The legend: above the axes, or where there is room in them."""
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {"loc": "best"}
     axes.legend(frameon=False, fontsize=8.5, ncols=columns, labelcolor=INK, **place)
 
 
 def drawn(figure: Figure, form: Form) -> bytes:
-    """The finished picture, as a file of this form holds it."""
+    """The finished picture, as the bytes of a file of this form."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form)
     return buffer.getvalue()

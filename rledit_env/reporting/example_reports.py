@@ -29,10 +29,10 @@ from rledit_env.reporting.run_tables import general_table, return_table, score_t
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an editor along a stream; what was not is empty.
+    """Measurements of an editor along a stream; those that were not made are empty.
 
     Attributes:
-        retention: of its batches.
+        retention: of the stream's batches.
         module_drift: as in :func:`rledit_env.reporting.charts.layer_drift`.
         general: as in :func:`rledit_env.reporting.run_tables.general_table`.
     """
@@ -52,17 +52,17 @@ def editing_report(
     source: str,
     measured: Measured | None = None,
 ) -> Report:
-    """The page about one agent that learned to edit and then edited a stream; the last editor's row is set in bold.
+    """The page of an agent that learned to edit and then edited a stream; the last editor's row is in bold.
 
     Args:
-        lead: a sentence on what was done.
+        lead: a sentence that says what was done.
         scores: as in :func:`score_table`.
         answers: as :func:`answer_table` gives them.
         curves: as :func:`read_curves` gives them; may be empty.
         drifts: as in :func:`drift_curves`.
-        settings: what the run was made with.
-        source: where the facts came from, in words.
-        measured: of the last editor.
+        settings: the run's settings.
+        source: a description of where the facts came from.
+        measured: measurements of the last editor.
     """
     measured = measured or Measured()
     page = Report("Lifelong editing of a language model", lead)
@@ -106,14 +106,14 @@ def returns_report(
     settings: Mapping[str, Any],
     source: str,
 ) -> Report:
-    """The page about algorithms that learned to edit, compared by their returns on the same held-out streams.
+    """The page of algorithms that learned to edit, compared by their returns on the same held-out streams.
 
     Args:
-        lead: a sentence on what was done.
+        lead: a sentence that says what was done.
         returns, steps: as in :func:`return_table`.
         curves, levels: as in :func:`return_curves`.
-        settings: what the run was made with.
-        source: where the facts came from, in words.
+        settings: the run's settings.
+        source: a description of where the facts came from.
     """
     page = Report("Standard algorithms as editors", lead)
     page.table(*return_table(returns, steps))

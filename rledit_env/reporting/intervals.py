@@ -1,4 +1,4 @@
-"""How sure a mean is."""
+"""Confidence intervals of means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of a mean: quantiles of the means of samples drawn with replacement, the same at every call."""
+    """The 95 % bootstrap interval of a mean; the same values give the same interval."""
     drawn = np.random.default_rng(0).choice(np.asarray(values, float), (draws, len(values))).mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)

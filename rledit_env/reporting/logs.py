@@ -1,4 +1,4 @@
-"""What a training run logged for TensorBoard."""
+"""Reads what a training run logged for TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 
 
 def read_curves(log_dir: str | Path) -> dict[str, list[tuple[float, float]]]:
-    """The scalars that a training run logged for TensorBoard: tag (such as "train/return") → (update, value) pairs.
-
-    Empty if nothing was logged there.
-    """
+    """The scalars in a folder of TensorBoard logs: tag (such as "train/return") → (update, value) pairs; empty if there
+    are none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})

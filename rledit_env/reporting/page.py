@@ -1,4 +1,4 @@
-"""A self-contained HTML page: text, tables and pictures, nothing loaded from elsewhere."""
+"""Report: an HTML page of text, tables and pictures that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
 
 def _escaped(value: Any) -> str:
-    """What a page shows of a value; only what the template calls safe is HTML already."""
+    """A value as HTML; only what the template marks as safe is not escaped."""
     return str(value) if hasattr(value, "__html__") else html.escape(str(value))
 
 
@@ -32,7 +32,7 @@ _TEMPLATES = Environment(
 
 
 class Report:
-    """An HTML page that grows from top to bottom and holds its pictures itself. All text is escaped.
+    """An HTML page that is built from top to bottom and contains its pictures. All text is escaped.
 
     Args:
         title: the page's heading.
@@ -41,7 +41,7 @@ class Report:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
-        self._parts: list[dict[str, Any]] = []  # what page.html.jinja knows, by "kind"
+        self._parts: list[dict[str, Any]] = []  # for page.html.jinja, which tells them by "kind"
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -52,12 +52,12 @@ class Report:
         self._parts.append({"kind": "paragraph", "text": text})
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], strong: Sequence[int] = ()) -> None:
-        """Add a table. Numbers are set to the right, True and False become ✓ and ✗.
+        """Add a table. Numbers are aligned to the right, True and False become ✓ and ✗.
 
         Args:
             header: the columns' names.
-            rows: cells of each row, as many as columns.
-            strong: indices of the rows to set in bold.
+            rows: the cells of each row, as many as the header has.
+            strong: indices of the rows in bold.
 
         Raises:
             ValueError: a row has more or fewer cells than the header.
@@ -70,11 +70,11 @@ class Report:
         self._parts.append({"kind": "table", "header": head, "rows": body, "strong": strong})
 
     def code(self, text: str) -> None:
-        """Add text to be read letter by letter, such as a command."""
+        """Add text in a fixed-width font, such as a command."""
         self._parts.append({"kind": "code", "text": text})
 
     def picture(self, png: bytes, caption: str) -> None:
-        """Add a picture with its caption, which is its text for readers who do not see it, too."""
+        """Add a picture with its caption, which is also its alternative text."""
         self._parts.append({"kind": "picture", "png": base64.b64encode(png).decode(), "caption": caption})
 
     def html(self) -> str:
@@ -83,10 +83,10 @@ class Report:
         return page.render(generator=GENERATOR, title=self.title, lead=self.lead, parts=self._parts)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, making its folder; returns its absolute path.
+        """Write the page, and make its folder if need be; returns its absolute path.
 
         Raises:
-            FileExistsError: there is a file that is no such page.
+            FileExistsError: there is a file that rledit did not write as a page.
         """
         path = Path(path).resolve()
         check_page(path)

@@ -1,4 +1,4 @@
-"""What a result depends on: the versions of the software, and the machine."""
+"""The versions of the software, and the machine, that a result was made with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on: Python, the packages of ``PACKAGES``, and the machine."""
+    """The versions of Python and the packages of ``PACKAGES``, and a description of the machine."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

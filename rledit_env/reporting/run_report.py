@@ -1,4 +1,4 @@
-"""What is known of a run, gathered from its folder into one page: `rledit report`."""
+"""RunReport: one page with all results in a run's folder, for `rledit report`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class RunReport:
     """The page of a run's folder, and its pictures for a paper.
 
     Args:
-        folder: what `rledit train --out` or `rledit edit --out` wrote. The results that `rledit evaluate --json` wrote
-            into it are shown; and the learning curve, if training logged one there.
+        folder: the folder that `rledit train --out` or `rledit edit --out` wrote. The page shows the results that
+            `rledit evaluate --json` wrote into it, and the learning curve, if training logged one there.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no result, or results whose scores do not compare, since they are of different versions
-            of the metrics or scored otherwise.
+        ValueError: it holds no result, or results that were scored by different versions of the metrics, or in
+            different ways.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -78,11 +78,17 @@ class RunReport:
         return page
 
     def write(self, path: str | Path | None = None, figures: Sequence[Form] = ()) -> list[Path]:
-        """Write the page (``report.html`` in the folder unless said otherwise), and beside it, in ``figures``, each
-        picture in these forms; returns what was written, the page first.
+        """Write the page and its pictures.
+
+        Args:
+            path: of the page; None: ``report.html`` in the run's folder.
+            figures: file forms in which each picture is also written, into ``figures`` beside the page.
+
+        Returns:
+            The paths of what was written, the page first.
 
         Raises:
-            FileExistsError: a file of such a name is there that rledit did not write; nothing was written.
+            FileExistsError: there is a file of one of these names that rledit did not write; nothing was written.
         """
         page, place = self.page(), Path(path or self.folder / PAGE).resolve()
         folder = place.parent / FIGURES
@@ -200,8 +206,9 @@ def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
-    """Header and rows of facts with the model's answers; those of a result without the answers before have no such
-    column. A result of an earlier version does not say which facts took: its rows say where the answer is the target.
+    """Header and rows of facts with the model's answers before (if the result has them) and after editing.
+
+    A result of an earlier version does not say which facts took; its rows say whether the answer is exactly the target.
     """
     with_before = all("before" in one for one in answers)
     with_took = all("took" in one for one in answers)
@@ -219,7 +226,7 @@ def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder by their file's name, oldest first."""
+    """The results in a folder by file name, oldest first."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
         try:
@@ -244,15 +251,15 @@ def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _scored_as(result: Mapping[str, Any]) -> tuple[int, str]:
-    """The version of the metrics that a result was scored with, and the name of the way."""
+    """How a result was scored: the version of the metrics, and the name in `METRICS`."""
     return result.get("metrics_version", 1), result["settings"].get("metrics", "paper")
 
 
 def _check_comparable(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make sure that all results may stand in one table.
+    """Make sure that all results were scored alike, so that they can be in one table.
 
     Raises:
-        ValueError: they may not.
+        ValueError: they were not.
     """
     (first, kept), *others = results.items()
     for name, result in others:

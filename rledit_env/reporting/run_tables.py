@@ -1,4 +1,4 @@
-"""What the tables of a run say: header and rows of scores, answers, general ability, divergences and returns."""
+"""The tables of a run, as header and rows: scores, answers, general ability, divergences and returns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
 
     Args:
         facts: the facts.
-        before, after: what `rledit_env.evaluation.metrics.continuations` gave; it is shown to the end of its phrase.
+        before, after: results of `rledit_env.evaluation.metrics.continuations`, which are shown up to the end of a
+        phrase.
     """
     header = ["Prompt", "New fact", "Answer before", "Answer after", "Took"]
     return header, [
@@ -51,11 +52,11 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
 
 
 def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most: int = 6) -> Table:
-    """Header and rows of general ability, a column a measurement (the first, the last, and some between).
+    """Header and rows of general ability, with a column for each measurement (the first, the last, some between).
 
     Args:
         scores: batches edited → scores, as `rledit_env.evaluation.general.GeneralEvery` gives them.
-        most: columns shown.
+        most: the largest number of such columns.
     """
     steps = sorted(scores)
     if len(steps) > most:
@@ -74,7 +75,7 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
 
 
 def divergence_table(divergences: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Header and rows of what editing did to an LLM on texts that it did not edit, a row a text.
+    """Header and rows of the divergence from the unedited LLM, a row for each kind of text.
 
     Args:
         divergences: text → `SelfDrift.as_dict`, as `rledit_env.evaluation.general.drifts` gives them; None where a

@@ -1,4 +1,4 @@
-"""Tables of editors' results: mean ± standard deviation over streams, the best in bold; for a terminal, as Markdown,
+"""Tables of editors' results, mean ± standard deviation over streams with the best marked: for a terminal, as Markdown,
 LaTeX and CSV."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ NOT_APPLICABLE = "not applicable"
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a row.
+    """One column.
 
     Attributes:
-        key: its name in a cell.
+        key: the name of its number in a cell.
         title: its heading.
-        digits: after the point.
-        best: which is best, the highest or the lowest.
+        digits: shown after the decimal point.
+        best: whether the highest or the lowest number is best.
     """
 
     key: str
@@ -33,9 +33,9 @@ class Column:
     best: Literal["high", "low"]
 
 
-# The layout of the paper's main table, with what it leaves out: the second reading of Specificity, free-running exact
-# match, the mean of the three metrics, what else of the model has changed (its divergence on text that it wrote, that
-# people wrote, and on its answers in a chat), and the time with what is spent once and for all.
+# The columns of the paper's main table, and beside them: Specificity against the data set's answers, free-running exact
+# match, the mean of the three metrics, the divergence from the unedited model (on its own text, on text that people
+# wrote, and on its answers in a chat), and the time with what is computed once.
 COLUMNS = (
     Column("efficacy", "Eff.", 1, "high"),
     Column("generalization", "Gen.", 1, "high"),
@@ -58,10 +58,10 @@ class Row:
     Attributes:
         name: what the command line calls it.
         title: what the table calls it.
-        cells: one a stream, numbers by the columns' keys; a number may be None. ``one_off_seconds`` and ``facts`` make
-            "seconds_per_fact_in_all". A cell with "not_applicable" has none.
-        compared: whether it may be the best; no edit at all is not.
-        instead: what stands in the place of its numbers where there is no cell, in words.
+        cells: for each stream, numbers by the columns' keys; a number may be None. ``one_off_seconds`` and ``facts``
+            give "seconds_per_fact_in_all". A cell with "not_applicable" has no numbers.
+        compared: whether it may be marked as the best; "no edit" may not.
+        instead: a text that is shown where there are no cells.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def placeholder(self) -> str:
-        """What stands in the place of its numbers; empty where there are numbers."""
+        """The text that is shown instead of numbers; empty where there are numbers."""
         return NOT_APPLICABLE if self.not_applicable else self.instead
 
     @property
@@ -85,7 +85,7 @@ class Row:
         return any(cell.get("diverged") for cell in self.cells)
 
     def values(self, key: str) -> list[float]:
-        """The column's numbers, one a stream; empty where one is missing or not finite."""
+        """The numbers of a column, one for each stream; empty if any is missing or not finite."""
         found = [_number(cell, key) for cell in self.cells]
         known = [value for value in found if value is not None and math.isfinite(value)]
         return known if known and len(known) == len(found) else []
@@ -99,7 +99,7 @@ def _number(cell: Mapping[str, Any], key: str) -> float | None:
 
 
 def shown(values: Sequence[float], digits: int, plus_minus: str = "±") -> str:
-    """Mean ± standard deviation (of the sample); the mean alone of one value, and a dash for none."""
+    """Mean ± standard deviation (of the sample); of one value the mean alone, of none a dash."""
     if not values:
         return "–"
     text = f"{mean(values):.{digits}f}"
@@ -107,7 +107,7 @@ def shown(values: Sequence[float], digits: int, plus_minus: str = "±") -> str:
 
 
 def best_of(rows: Sequence[Row], column: Column) -> set[str]:
-    """Names of the rows that are best in a column, as the table's digits show it; none if all are alike."""
+    """Names of the rows that are best in a column, compared by the digits shown; none if all are equal."""
     means = {row.name: round(mean(v), column.digits) for row in rows if row.compared and (v := row.values(column.key))}
     if len(set(means.values())) < 2:
         return set()
@@ -116,7 +116,7 @@ def best_of(rows: Sequence[Row], column: Column) -> set[str]:
 
 
 def _cells(rows: Sequence[Row], plus_minus: str, bold: str) -> Iterable[tuple[Row, list[str]]]:
-    """Each row with its cells as text; ``bold`` is a format for the best."""
+    """Each row with its cells as text; ``bold`` is the format of the best ones."""
     best = {column.key: best_of(rows, column) for column in COLUMNS}
     for row in rows:
         texts = [shown(row.values(c.key), c.digits, plus_minus) for c in COLUMNS]
@@ -159,11 +159,11 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
 
 
 def as_csv(rows: Sequence[Row], leading: Mapping[str, Sequence[Any]] | None = None) -> str:
-    """One line a row: the means and standard deviations as numbers, empty where there is none.
+    """One line for each row: means and standard deviations as numbers, empty where there are none.
 
     Args:
         rows: the lines.
-        leading: further columns, which come first: name → a value a row.
+        leading: further columns, which come first: name → a value for each row.
     """
     leading = leading or {}
     out = io.StringIO()

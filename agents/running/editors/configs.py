@@ -15,7 +15,7 @@ from agents.running.editors.table import EDITORS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Settings of the environment that an editor may choose.
-ENVIRONMENT = ("edit_modules", "token", "steps_per_batch", "present_until")
+ENVIRONMENT = ("edit_modules", "token", "steps_per_batch", "present_until", "contexts")
 
 
 def find_configs(model: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""What an edited LLM is still good for: classification tasks, drift on text, and lm-eval's tasks."""
+"""General ability of an edited LLM: divergence on text, classification tasks, and lm-eval's tasks."""
 
 from rledit_env.evaluation.general.ability import GeneralAbility, GeneralEvery
 from rledit_env.evaluation.general.scored_text import chat_text, drifts, human_text, scored_texts

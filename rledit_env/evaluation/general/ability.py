@@ -1,4 +1,4 @@
-"""General ability as one thing to measure: before editing, during a stream, and after it."""
+"""GeneralAbility: measures all sources of general ability at once, before, during and after a stream."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Scores = dict[str, dict[str, float]]
 
 
 class GeneralAbility:
-    """Measures an LLM at whatever weights it has.
+    """Measures an LLM's general ability at its current weights.
 
     Args:
-        lm: the LLM; text for "self" is sampled from its pre-trained weights at once.
+        lm: the LLM; its pre-trained weights write the text for "self" at once.
         sources: any of "self" (perplexity and KL on its own earlier text, on human-written text and, where it has a
             chat template, on its earlier answers in a chat; see `scored_texts`), a folder or file of tasks or "hub"
             (see :func:`~rledit_env.evaluation.general.tasks.load_tasks`), and "lm-eval:TASK,TASK".
         shots: solved examples before each question.
-        limit: examples a task; None means all.
-        seed: of the examples' draw and of the text.
+        limit: examples of a task; None means all.
+        seed: of the draw of examples and of the text.
         text: a UTF-8 file of human-written text for "self"; None takes the help topics of Python's standard library.
 
     Raises:
@@ -51,7 +51,7 @@ class GeneralAbility:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where each task's examples come from, in words."""
+        """A description of where each task's examples come from."""
         found = {
             "self": "sampled from the model before editing",
             "human": source_of(self.text),
@@ -61,8 +61,8 @@ class GeneralAbility:
         return {key: found[key] for key in self._texts} | tasks
 
     def measure(self) -> Scores:
-        """Scores by task at the current weights: those of `SelfDrift` under "self", "human" and "chat", of `TaskScore`
-        under a task's name, lm-eval's own under its."""
+        """Scores at the current weights: those of `SelfDrift` under "self", "human" and "chat", those of `TaskScore`
+        under a task's name, and lm-eval's under its tasks' names."""
         scores: Scores = {key: drift.as_dict() for key, drift in drifts(self.lm, self._texts).items()}
         for task in self._tasks:
             scores[task.name] = score_task(self.lm, task, self.shots, self.limit, self.seed).as_dict()
@@ -72,11 +72,11 @@ class GeneralAbility:
 
 
 class GeneralEvery:
-    """Measures general ability while a stream is edited: a callback of `agents.edit_stream`.
+    """Measures general ability while a stream is edited; a callback of `agents.edit_stream`.
 
     Args:
         env: the stream's environment.
-        ability: what to measure.
+        ability: what is measured.
         every: batches between two measurements; None means only before the first batch and after the last, which are
             always measured.
 
@@ -92,7 +92,7 @@ class GeneralEvery:
         self.scores: dict[int, Scores] = {}
 
     def __call__(self, edited: int) -> None:
-        """Measure after ``edited`` batches, if it is time to."""
+        """Measure after ``edited`` batches, if a measurement is due."""
         if edited == 0:  # a stream begins
             self.scores = {}
         if edited in (0, self.env.stream.num_batches) or (self.every and edited % self.every == 0):

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval on the edited LLM, by an adapter (extra ``rledit-env[lm-eval]``)."""
+"""EleutherAI's lm-eval on the edited LLM (extra ``rledit-env[lm-eval]``)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def lm_eval_scores(
         lm: the LLM.
         tasks: their names in lm-eval, such as "hellaswag".
         shots: solved examples before each question; None means the task's own number.
-        limit: examples a task; None means all.
-        batch_size: of lm-eval's passes.
+        limit: examples of a task; None means all.
+        batch_size: of lm-eval's forward passes.
         include_path: a folder with more task definitions.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What drift is measured on: text that the LLM wrote itself, text that people wrote, and answers in a chat.
+"""The passages that divergence is reported on: the LLM's own text, text that people wrote, and answers in a chat.
 
-Nothing that edits looks at any of these passages. The LLM's own text alone could be preserved and all else lost; a
-divergence that is low on all three is not made so on purpose.
+No editor, reward or selection uses any of these passages. There are three kinds, since an editor that preserves the
+LLM's own text on purpose could still lose all else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
 NAMES = {"self": "own text", "human": "human text", "chat": "chat answers"}
-"""The texts that drift is measured on: key in results → name in tables."""
+"""Kinds of text: key in results → name in tables."""
 
 PASSAGES, TOKENS = 32, 64
 QUESTIONS = (
@@ -34,27 +34,27 @@ QUESTIONS = (
     "Can you translate 'good morning' into Spanish?", "What are some games for a rainy day?",
     "How do I change a flat tyre?", "Why does music make people happy?", "What should I do if I lose my keys?",
 )  # fmt: skip
-"""What users ask every day, for `chat_text`."""
+"""Everyday questions of users, for `chat_text`."""
 
 
 def scored_texts(
     lm: EditableLM, file: str | Path | None = None, seed: int = 0, passages: int = PASSAGES
 ) -> dict[str, list[Passage]]:
-    """The passages that drift is measured on, by the keys of ``NAMES``.
+    """The passages that divergence is reported on, by the keys of ``NAMES``.
 
-    "self" is `self_text`, "human" `human_text`, and "chat" `chat_text`, only where the LLM has a chat template. What
-    there is no text for is left out, with a warning.
+    "self" is `self_text`, "human" `human_text`, and "chat" `chat_text`, if the LLM has a chat template. A kind without
+    text is left out, with a warning.
 
     Args:
-        lm: the LLM, edited or not; its pre-trained weights write.
+        lm: the LLM, edited or not; its pre-trained weights write the texts.
         file: the human-written text, in UTF-8; None takes the help topics of Python's standard library.
         seed: of the texts that the LLM writes.
         passages: how many of each, 1 to 32.
 
     Raises:
-        FileNotFoundError, ValueError: ``file`` is none, or holds too little text.
+        FileNotFoundError, ValueError: ``file`` does not exist, or holds too little text.
     """
-    # What is wrong with a file is said before the LLM writes.
+    # Errors of a file are raised before the LLM writes.
     given = None if file is None else human_text(lm, file, passages)
     sources: dict[str, Callable[[], list[Passage]]] = {
         "self": lambda: self_text(lm, OPENINGS[:passages], seed=seed),
@@ -79,20 +79,20 @@ def drifts(lm: EditableLM, texts: Mapping[str, Sequence[Passage]]) -> dict[str, 
 def human_text(
     lm: EditableLM, file: str | Path | None = None, passages: int = PASSAGES, tokens: int = TOKENS
 ) -> list[Passage]:
-    """Passages that people wrote, the same ones at every call: of a text file, from places evenly spread over it; else
-    of the help topics of Python's standard library (`pydoc_data.topics`), each of another topic.
+    """Passages that people wrote, the same at every call: from places evenly spread over a text file, or without a file
+    each from another help topic of Python's standard library (`pydoc_data.topics`).
 
-    The help topics differ between versions of Python: compare divergences of one version, or name a file.
+    The help topics differ between versions of Python: compare divergences of one version only, or name a file.
 
     Args:
         lm: the LLM, for its tokens.
         file: a text in UTF-8.
-        passages: how many at most; a short text gives fewer.
-        tokens: predicted in each; fewer where the text or the LLM's context is shorter.
+        passages: the largest number of passages; a short text gives fewer.
+        tokens: predicted tokens of each; fewer where the text or the LLM's context is shorter.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: this Python comes without its help topics.
+        ImportError: this Python has no help topics.
         ValueError: the file is not UTF-8, or has less than two tokens; a number is below 1.
     """
     if passages < 1 or tokens < 1:
@@ -108,12 +108,12 @@ def human_text(
 def chat_text(
     lm: EditableLM, questions: Sequence[str] = QUESTIONS, tokens: int = TOKENS, seed: int = 0
 ) -> list[Passage]:
-    """What the pre-trained LLM, whatever its current weights, answers to a user's questions in its chat template.
+    """The pre-trained LLM's answers, whatever its current weights, to a user's questions in its chat template.
 
     Args:
         lm: the LLM.
-        questions: a user's messages, one passage each; only the answers' tokens are predicted.
-        tokens: the longest answer; it ends earlier where the LLM ends it.
+        questions: a user's messages, each of which gives a passage; only the answers' tokens are predicted.
+        tokens: of the longest answer; the LLM may end it earlier.
         seed: of the sampling.
 
     Raises:
@@ -124,7 +124,7 @@ def chat_text(
 
 
 def read_text(file: str | Path) -> str:
-    """A text file, in UTF-8.
+    """Read a text file in UTF-8.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -140,12 +140,12 @@ def read_text(file: str | Path) -> str:
 
 
 def source_of(file: str | Path | None) -> str:
-    """Where `human_text` is from, in words."""
+    """A description of where `human_text` is from."""
     return "help topics of Python's standard library" if file is None else f"file {Path(file).name}"
 
 
 def _of_topics(lm: EditableLM, count: int, length: int) -> list[list[int]]:
-    """The beginning of a paragraph a third into each of ``count`` topics, evenly from those long enough, by name."""
+    """A paragraph's beginning, after a third of the topic, for ``count`` topics spread evenly over the long ones."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -153,15 +153,15 @@ def _of_topics(lm: EditableLM, count: int, length: int) -> list[list[int]]:
     rows = []
     for _, text in sorted(topics.items()):
         row = _cut(lm, text[max(0, text.find("\n\n", len(text) // 3)) :].lstrip("\n"), length)
-        if len(row) == length and row not in rows:  # one topic is another one's part
+        if len(row) == length and row not in rows:  # some topics repeat others
             rows.append(row)
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _of_text(lm: EditableLM, text: str, count: int, length: int) -> list[list[int]]:
-    """The beginnings of ``count`` equal parts of a text, each from a word's start; of fewer parts, where those would be
-    too short."""
+    """The beginnings of ``count`` equal parts of a text, each at a word's start; of fewer parts where those are too
+    short."""
     text = text.strip()
     rows: list[list[int]] = []
     for parts in range(count, 0, -1):

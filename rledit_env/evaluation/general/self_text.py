@@ -1,4 +1,4 @@
-"""General drift without any data: how an edited LLM takes text that it wrote itself before editing."""
+"""Divergence without any data: how an edited LLM predicts text that it wrote itself before editing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPENINGS = (
     "Music has always", "The price of bread", "Children often ask", "The law requires", "Last summer we",
     "A computer stores", "The painting shows",
 )  # fmt: skip
-# Of the texts that a reward may look at: no passage that begins with one of OPENINGS begins with one of these.
+# For texts that a reward may use; none of them begins like one of OPENINGS.
 REWARD_OPENINGS = tuple(
     f"{beginning} {topic}"
     for topic in (
@@ -57,13 +57,13 @@ class SelfDrift:
 def self_text(
     lm: EditableLM, openings: Sequence[str] = OPENINGS, tokens: int = 64, seed: int = 0
 ) -> list[Passage]:
-    """Continuations of some openings, sampled from the pre-trained LLM whatever its current weights.
+    """Continuations of openings, sampled from the pre-trained LLM whatever its current weights.
 
     Args:
         lm: the LLM.
-        openings: texts to continue, one passage each.
-        tokens: the longest continuation; it ends earlier where the LLM ends it.
-        seed: of the sampling; torch's own random state is left alone.
+        openings: texts to continue, each of which gives a passage.
+        tokens: of the longest continuation; the LLM may end it earlier.
+        seed: of the sampling; torch's own random state is not changed.
     """
     rows = [lm.encode(text) for text in openings]
     devices = [lm.device] if lm.device.type == "cuda" else []
@@ -82,7 +82,7 @@ def self_text(
 
 
 def until_end(lm: EditableLM, written: Sequence[int]) -> list[int]:
-    """Generated token ids up to the token, if any, with which the LLM ended the text, and what fills the row up."""
+    """Generated token ids before the token with which the LLM ended the text, if there is one."""
     configured = getattr(lm.model.generation_config, "eos_token_id", None)
     ends = {lm.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     first = next((i for i, token in enumerate(written) if token in ends), len(written))

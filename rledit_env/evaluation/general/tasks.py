@@ -1,7 +1,7 @@
 """The six tasks of the paper's section 4.5: SST-2, MRPC, CoLA, RTE, NLI and MMLU.
 
-An example is a question and the answers it could have; the one whose tokens the LLM finds likeliest, on average, is its
-prediction. Nothing is generated. The wordings of the questions are this project's own.
+An example is a question and its possible answers. The prediction is the answer whose tokens have the highest mean
+log-probability; nothing is generated. The wordings of the questions are this project's own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's examples, and where they came from, in words."""
+    """A task's examples, and a description of where they came from."""
 
     name: str
     examples: tuple[Example, ...]
@@ -48,13 +48,13 @@ class TaskScore:
     """Scores of a task, in percent.
 
     Attributes:
-        f1: each class's F1, weighted by how often the class occurs (what published code reports).
+        f1: the mean of the classes' F1, weighted by how often each class occurs (as published code reports it).
         mcc: Matthews's correlation coefficient, −100 to 100; 0 for a constant prediction.
         accuracy: share of right predictions.
-        f1_calibrated: F1 when each answer's log-likelihood is first centred on its mean over the examples (batch
-            calibration, Zhou et al., 2024; it looks at no label). Small LLMs often prefer one answer whatever the
-            question; this shows what they know nevertheless.
-        one_answer: share of the commonest prediction: 100 for an LLM that always answers the same.
+        f1_calibrated: F1 after each answer's log-likelihood was centred on its mean over the examples (batch
+            calibration, Zhou et al., 2024; it uses no labels). Small LLMs often prefer one answer whatever the
+            question; this shows what they know all the same.
+        one_answer: share of the most frequent prediction: 100 for an LLM that always answers the same.
         examples: how many were scored.
         left_out: examples that do not fit the LLM's context.
     """
@@ -73,7 +73,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class _Task:
-    """How a task's rows become examples, and where the hub has them: (repository, configuration, split)."""
+    """How a task's rows become examples, and where the rows are on the hub: (repository, configuration, split)."""
 
     hub: tuple[str, str, str]
     prompt: Callable[[Row], str]
@@ -86,7 +86,7 @@ def _integer(row: Row) -> int:
 
 
 def _entailment(row: Row) -> int:
-    """0 where the premise entails the hypothesis; some files say it in words."""
+    """0 where the premise entails the hypothesis; some files have words for the labels."""
     label = row["label"]
     return ("entailment", "not_entailment").index(label) if isinstance(label, str) else int(label)
 
@@ -129,7 +129,7 @@ def load_tasks(source: str | Path, names: Sequence[str] | None = None) -> list[T
 
     Args:
         source: a folder with ``sst2.jsonl`` and so on, one such file, or "hub" for the public ones through `datasets`.
-        names: which tasks of :data:`TASKS`; None means all of them (of a folder: those that are there).
+        names: tasks of :data:`TASKS`; None means all of them (of a folder: those that it has).
 
     Raises:
         ValueError: an unknown task, no task found, or an unusable row (the message names its file and line).
@@ -195,7 +195,7 @@ def score_task(lm: EditableLM, data: TaskData, shots: int = 0, limit: int | None
     Args:
         lm: the LLM.
         data: the task.
-        shots: solved examples before each question, the same for all and of every class in turn; they are not scored.
+        shots: solved examples before each question, the same for all questions, classes in turn; they are not scored.
         limit: score this many examples, drawn with ``seed``; None means all.
         seed: of the draw; the same seed gives the same examples for every model.
 
@@ -239,8 +239,7 @@ def _draw(data: TaskData, shots: int, limit: int | None, seed: int) -> tuple[lis
 
 
 def _with_solved(lm: EditableLM, solved: Sequence[Example], example: Example) -> str | None:
-    """The prompt with as many solved examples before it as fit, the last ones first dropped; None if it alone does
-    not fit."""
+    """The prompt with as many of the first solved examples before it as fit; None if the prompt alone does not fit."""
     for count in range(len(solved), -1, -1):
         shown = [lm.text.joined(one.prompt, one.answers[one.label]) for one in solved[:count]]
         prompt = "\n\n".join([*shown, example.prompt])
@@ -253,12 +252,12 @@ def _with_solved(lm: EditableLM, solved: Sequence[Example], example: Example) ->
 def mean_log_likelihoods(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
     """Mean log-probability of each passage's answer tokens at the current weights, (passages,).
 
-    Passages with the same input (a question's one-token answers are such) share one row of the pass.
+    Passages with the same input, such as a question with several one-token answers, are run once.
     """
     groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for i, passage in enumerate(passages):
         groups.setdefault((passage.input_ids, len(passage.targets)), []).append(i)
-    # Neighbours in length share passes, however the passages were ordered.
+    # Sorted by length, so that passages of similar length share forward passes.
     members = sorted(groups.values(), key=lambda indices: len(passages[indices[0]]))
     likelihoods = torch.zeros(len(passages), device=lm.device)
     for start in range(0, len(members), CHUNK):
@@ -274,7 +273,7 @@ def mean_log_likelihoods(lm: EditableLM, passages: Sequence[Passage]) -> Tensor:
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class (row) was taken for each (column), (classes, classes)."""
+    """How often each class (row) was predicted as each class (column), (classes, classes)."""
     matrix = np.zeros((classes, classes))
     np.add.at(matrix, (labels, predictions), 1)
     return matrix

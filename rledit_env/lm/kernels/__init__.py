@@ -1,2 +1,2 @@
-"""Faster ways to compute what a model's modules compute."""
+"""Optional speed: faster implementations of a model's own modules, with the same results to rounding."""
 

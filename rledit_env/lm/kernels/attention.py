@@ -1,4 +1,4 @@
-"""Attention of short sequences, padded or end to end in one row."""
+"""Attention of short sequences, padded or packed in one row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from rledit_env.lm.kernels.packing import NAME, SHORT, Packing, causal_mask, current_packing
 from rledit_env.lm.kernels.warning import shown, warn_once
 
-# PyTorch's kernels for a GPU but cuDNN's, which plans for every new length anew: 1.4 ms a call on a Hopper.
+# PyTorch's kernels for a GPU except cuDNN's, which makes a plan for every new length: 1.4 ms a call on a Hopper.
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -32,12 +32,15 @@ def short_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in plain matrix products for short sequences, causal or by a mask, in float32, returned in the query's
-    precision; everything else is PyTorch's scaled dot product attention, in float32 too.
+    """Attention of short sequences in plain matrix products, causal or by a mask.
 
-    The sequences of edits have some dozen tokens. PyTorch's kernel, made for long ones, takes 1.7 times as long on them
-    in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16. That
-    is on a CPU; on a GPU it is PyTorch's kernels in the query's precision, those of packed sequences too if they can.
+    It is computed in float32 and returned in the query's precision. What does not fit (longer sequences, dropout, other
+    masks) goes to PyTorch's scaled dot product attention, in float32, too.
+
+    The sequences of edits have a dozen tokens or so. PyTorch's kernel, made for long ones, takes 1.7 times as long on
+    them in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16.
+    That is on a CPU. On a GPU PyTorch's kernels are used, in the query's precision; packed sequences use its flash
+    attention where that can take them.
 
     Args:
         query: (B, heads, L, d).
@@ -74,22 +77,20 @@ def short_attention(
     groups = key.shape[1]  # each serves heads / groups queries, whose rows make one product with it
     output = _ShortAttention.apply(
         query.reshape(batch * groups, heads // groups * length, width),
-        key.reshape(batch * groups, -1, width),
-        value.reshape(batch * groups, -1, width),
-        scale,
-        attention_mask if masked else None,
-    )
-    output = output.view(batch, heads, length, width).transpose(1, 2)
-    return output.to(dtype).contiguous(), None
+        *(states.reshape(batch * groups, -1, width) for states in (key, value)),
+        scale, attention_mask if masked else None,
+    )  # fmt: skip
+    return output.view(batch, heads, length, width).transpose(1, 2).to(dtype).contiguous(), None
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(s · q kᵀ + mask) v with its gradient written out; q is (b, r · L, d), r queries a key; k, v (b, K, d).
+    """softmax(s · q kᵀ + mask) v with its gradient written out.
 
-    Without a mask (B or 1, 1, L, K), of B sequences with b / B key-value heads each, it is causal.
+    q is (b, r · L, d), the r query heads of a key-value head one after the other; k and v are (b, K, d). A mask is
+    (B or 1, 1, L, K) bool, of B sequences with b / B key-value heads each; without one the attention is causal.
 
-    The scores are held as (b, K, r · L): PyTorch's softmax over the last axis takes ten times as long for a dozen
-    numbers as for rows that fill the processor's vectors, but over another axis it fills them with many queries.
+    The scores are held as (b, K, r · L), keys first. PyTorch's softmax over the last axis takes ten times as long for
+    a dozen numbers as for rows that fill the processor's vectors; over another axis it fills them with many queries.
     """
 
     @staticmethod
@@ -99,7 +100,7 @@ class _ShortAttention(torch.autograd.Function):
         else:
             scores = torch.bmm(key, query.mT).mul_(scale)
             batch, length = len(seen), seen.shape[2]
-            # All heads of a sequence, and of all sequences with one mask, as (…, K, r, L).
+            # The heads of a sequence, or of all sequences where they have one mask, as (…, K, r, L).
             by_sequence = scores.view(batch, -1, key.shape[1], query.shape[1] // length, length)
             by_sequence.masked_fill_(~seen.mT.unsqueeze(3), torch.finfo(scores.dtype).min)
             weights = scores.softmax(1)
@@ -115,8 +116,8 @@ class _ShortAttention(torch.autograd.Function):
 
 
 class _PackedAttention(torch.autograd.Function):
-    """The same of sequences in one row: query (1, heads, N, d), key, value (1, key-value heads, N, d), each group of
-    them (see :class:`Packing`) by itself."""
+    """Causal attention of packed sequences: query (1, heads, N, d), key and value (1, key-value heads, N, d). Each
+    group (see :class:`Packing`) is computed by itself, as in :class:`_ShortAttention`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -148,7 +149,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
-    """Whether PyTorch's flash attention takes a row (1, heads, N, d) of packed sequences."""
+    """Whether PyTorch's flash attention can take this row (1, heads, N, d) of packed sequences."""
     return (
         query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
         and query.shape[1] % key.shape[1] == 0 and query.shape[2] == packing.tokens and not packing.shares
@@ -157,7 +158,7 @@ def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
 
 
 def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
-    """What :class:`_PackedAttention` gives, by PyTorch's flash attention."""
+    """The result of :class:`_PackedAttention`, computed by PyTorch's flash attention."""
     ends, longest = packing.ends(query.device), packing.longest
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
     output = torch.ops.aten._flash_attention_forward(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scale)
@@ -166,7 +167,7 @@ def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, p
 
 @cache
 def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and GPU have the kernel, and it gives what :class:`_PackedAttention` does."""
+    """Whether this PyTorch and GPU have the kernel, and it gives the results of :class:`_PackedAttention`."""
     packing = Packing([3, 17, 9])
     numbers = torch.randn(4, 29, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     query, key, value = numbers[None], numbers[None, :2], numbers[None, 2:]
@@ -197,19 +198,19 @@ def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
 def _gradients(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value of the output's."""
+    """Gradients of query, key and value, given the output's."""
     for_weights = torch.bmm(value, cotangent.mT)
     for_scores = torch._softmax_backward_data(for_weights, weights, 1, weights.dtype).mul_(scale)
     return torch.bmm(for_scores.mT, key), torch.bmm(for_scores, query), torch.bmm(weights, cotangent)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """PyTorch's mask; none for packed sequences, which are kept apart without."""
+    """PyTorch's mask; None for packed sequences, which :class:`Packing` keeps apart."""
     return sdpa_mask(*args, **kwargs) if current_packing() is None else None
 
 
 def prefer_fast_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU or a GPU use :func:`short_attention` where it uses PyTorch's."""
+    """Let a model on a CPU or a GPU use :func:`short_attention` instead of PyTorch's attention."""
     if model.device.type in ("cpu", "cuda") and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, short_attention)
         AttentionMaskInterface.register(NAME, _mask)

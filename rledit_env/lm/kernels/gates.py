@@ -17,8 +17,8 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) ⊙ up, which keeps nothing but the two for its gradient: two thirds of what the single operations
-    keep, to the same rounding."""
+    """silu(gate) ⊙ up, which keeps only these two for its gradient: two thirds of the memory of the single operations,
+    to the same rounding."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -42,16 +42,16 @@ class FastGate(nn.Module):
 
 
 def prefer_fast_gates(model: PreTrainedModel) -> None:
-    """Let a model compute its gated feed-forward layers by :class:`_Gate`, where that gives what it had.
+    """Let a model compute its gated feed-forward layers by :class:`_Gate`.
 
-    Each class of layer is tried on numbers of a seed first; one that computes something else stays as it is.
+    Each class of layer is first tried on random numbers from a fixed seed. Where the results differ, it stays as it is.
     """
     prefer(model, _faster)
 
 
 @torch.no_grad()
 def _faster(module: nn.Module) -> type[nn.Module] | None:
-    """The class of a layer that computes what this one does, or None."""
+    """A faster class for a layer with the same results; None where there is none."""
     cls = type(module)
     if set(module._modules) != set(PARTS) or issubclass(cls, FastGate):
         return None

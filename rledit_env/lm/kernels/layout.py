@@ -1,11 +1,10 @@
-"""How the passages of one pass lie in its batch: padded to one length, or end to end.
+"""How the passages of one forward pass are laid out in its batch: padded to one length, or packed in one row.
 
-Passages of a dozen tokens, padded to the longest and split by length so that padding stays small, make many small
-passes. Laid end to end in one row they are all tokens, and of any number; only attention has to keep them apart.
+Passages of a dozen tokens, sorted by length and padded, make many small forward passes. Packed end to end in one row
+they need no padding, and any of them can share a forward pass; only attention has to keep them apart.
 
-A token's states depend on the tokens before it and on nothing else. So what several passages begin with ("The capital
-of") needs to lie in the row once: a tenth of the tokens of CounterFact's passages, a fifth of ZsRE's and a third of
-FEVER's are such.
+A token's states depend only on itself and the tokens before it. So a shared prefix ("The capital of") is stored once
+per batch: that is a tenth of the tokens of CounterFact's passages, a fifth of ZsRE's and a third of FEVER's.
 """
 
 from __future__ import annotations
@@ -22,20 +21,19 @@ from torch import Tensor, nn
 
 from rledit_env.lm.kernels.packing import Packing, own_tokens
 
-WORTH_SHARING = 0.95  # of the tokens, those that must be left for passages that begin alike to lie side by side
+WORTH_SHARING = 0.95  # prefixes are shared only where at most this share of the tokens is left
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the passages of a pass lie in its batch (B, L); what is left of it is padding.
+    """Where the passages of a forward pass are in its batch (B, L); the rest of it is padding.
 
     Attributes:
         lengths: tokens of each passage.
         shape: (B, L).
-        packed: whether they lie end to end in one row; otherwise each has a row of its own.
-        paths: places of each passage's tokens in that row, where passages share what they begin with: those of its
-            beginning, which lies with an earlier passage, then its own, which follow each other; None where nothing is
-            shared.
+        packed: whether they are end to end in one row; otherwise each has a row of its own.
+        paths: for each passage, the indices of its tokens in that row, where prefixes are shared: first those of the
+            prefix, which an earlier passage has, too, then its own, which are consecutive; None: nothing is shared.
     """
 
     lengths: Sequence[int]
@@ -57,17 +55,18 @@ class Layout:
 
     @classmethod
     def sharing(cls, rows: Sequence[Sequence[int]], streams: Sequence[int], quantum: int = 1) -> Layout:
-        """:meth:`end_to_end`, with what passages of one stream begin with in the row once.
+        """:meth:`end_to_end`, with each prefix that passages share in the row once.
 
         Args:
             rows: the passages' token ids.
-            streams: of the passages; each stream's lie side by side.
+            streams: for each passage, the weight set that it is multiplied by; only passages of one set share prefixes,
+                and they are next to each other.
             quantum: as there.
         """
-        places: dict[tuple[int, int], int] = {}  # (the place of the token before it, a token) → its place
+        places: dict[tuple[int, int], int] = {}  # (the index of the token before it, a token) → its index
         paths: list[list[int]] = []
         for row, stream in zip(rows, streams, strict=True):
-            before, path = -2 - stream, []  # streams count from −1, and tokens' places from 0
+            before, path = -2 - stream, []  # weight sets count from −1, tokens' indices from 0
             for token in row:
                 before = places.setdefault((before, token), len(places))
                 path.append(before)
@@ -78,36 +77,36 @@ class Layout:
 
     @cached_property
     def own(self) -> list[int]:
-        """Tokens of each passage that lie with no earlier one."""
+        """Tokens of each passage that no earlier one has."""
         return list(self.lengths) if self.paths is None else own_tokens(self.paths)
 
     @cached_property
     def starts(self) -> list[int]:
-        """Place of each passage's first own token among the batch's tokens, counted row by row."""
+        """Index of each passage's first own token in the batch, counted row by row."""
         if self.packed:
             return [0, *accumulate(self.own)][:-1]
         return [row * self.shape[1] for row in range(len(self.lengths))]
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Tokens of the batch from each passage's first own to the next one's, so that they add up to the batch."""
+        """Tokens from each passage's first own one to the next passage's, with padding; they add up to the batch."""
         ends = [*self.starts[1:], self.shape[0] * self.shape[1]]
         return [end - start for start, end in zip(self.starts, ends, strict=True)]
 
     @cached_property
     def packing(self) -> Packing | None:
-        """What attention has to know; None where every row is one passage."""
+        """What attention needs to keep the passages apart; None where each has a row of its own."""
         return Packing(self.lengths, self.paths) if self.packed else None
 
     def position_ids(self, device: torch.device) -> Tensor:
-        """Place of each token in its passage (1, L), of passages end to end; padding is at 0."""
+        """Position of each token in its passage, (1, L), for packed passages; 0 in padding."""
         lengths = zip(self.lengths, self.own, strict=True)
         places = [place for length, own in lengths for place in range(length - own, length)]
         return torch.tensor([places + [0] * (self.shape[1] - len(places))], device=device)
 
     def batch(self, rows: Sequence[Tensor]) -> Tensor:
-        """The batch (B, L, …) of each passage's numbers (length, …), those of :attr:`own` tokens where some are shared;
-        zero elsewhere."""
+        """The batch (B, L, …) of each passage's numbers (length, …), zero in padding. Those of a shared prefix are
+        taken from the first passage that has it."""
         if self.packed:
             whole = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
         else:
@@ -116,21 +115,21 @@ class Layout:
         return F.pad(whole, [0, 0] * (whole.dim() - 2) + [0, missing[1], 0, missing[0]])
 
     def split(self, batch: Tensor) -> list[Tensor]:
-        """Each passage's part (length, …) of a batch (B, L, …); views where nothing is shared."""
+        """Each passage's part (length, …) of a batch (B, L, …), with its prefix; views where nothing is shared."""
         flat = batch.flatten(0, 1)
         if self.paths is not None:
             return [flat[torch.tensor(path, device=batch.device)] for path in self.paths]
         return [flat[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
 
     def places(self, positions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        """Where the given positions of each passage lie among the batch's tokens, one after the other."""
+        """Indices, among the batch's tokens, of the given positions of each passage, one passage after the other."""
         tokens = self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
         found = [path[p] for path, chosen in zip(tokens, positions, strict=True) for p in chosen]
         return torch.tensor(found, dtype=torch.long, device=device)
 
 
 def padded_on_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Token ids (B, L) with ``filler`` before them, for decoding, and where they are none of it, (B, L)."""
+    """Token ids (B, L) padded on the left with ``filler``, for decoding, and their attention mask (B, L)."""
     width = max(map(len, rows))
     ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows])
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -141,8 +140,8 @@ def even_chunks(
 ) -> Iterator[list[int]]:
     """Indices of ``lengths`` in chunks of at most ``max_tokens`` tokens (or one passage) and about the same size.
 
-    They are sorted by stream, so that a chunk meets few streams' weights, then by length, so that its attention meets
-    few lengths. Tokens that a multiple of ``quantum`` leaves room for are taken, too.
+    They are sorted by ``streams``, the weight set that a passage is multiplied by, so that a chunk needs few of them,
+    then by length, so that its attention has few lengths. Chunks are filled up to multiples of ``quantum`` tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: (streams[i], lengths[i]))
     yield from _cut(order, lengths, lengths, max_tokens, quantum)
@@ -151,10 +150,10 @@ def even_chunks(
 def sharing_chunks(
     rows: Sequence[Sequence[int]], max_tokens: int, streams: Sequence[int], quantum: int = 1
 ) -> Iterator[list[int]]:
-    """:func:`even_chunks` of passages given as token ids, whose tokens count once where a chunk's passages of one
-    stream begin alike: those that do lie side by side.
+    """:func:`even_chunks` of passages given as token ids, sorted so that those with a shared prefix are next to each
+    other; a prefix that passages of one weight set share in a chunk counts once.
 
-    Where so little is shared that passages of one length in a chunk are worth more, these are even chunks by length.
+    Where too little is shared (see ``WORTH_SHARING``), these are even chunks by length.
     """
     lengths = [len(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (streams[i], rows[i]))
@@ -172,7 +171,8 @@ def sharing_chunks(
 def _cut(
     order: Sequence[int], first: Sequence[int], then: Sequence[int], max_tokens: int, quantum: int
 ) -> Iterator[list[int]]:
-    """The passages in this order in chunks; each takes ``first`` tokens where it begins one, ``then`` where not."""
+    """Cut the passages, in this order, into chunks. A passage that begins a chunk counts ``first`` tokens, any other
+    ``then``."""
     left = sum(then[i] for i in order)
     chunk: list[int] = []
     tokens, wanted, step = 0, 0.0, 1
@@ -193,8 +193,8 @@ def _cut(
 
 
 def whole_quantum(tokens: int, quantum: int) -> int:
-    """What numbers of about so many tokens are kept to multiples of: four times as much where there are more than 32
-    of them, so that their different sizes stay few."""
+    """The quantum for about so many tokens: ``quantum``, or four times as much for more than 32 of them, so that there
+    are few different sizes (1 stays 1)."""
     return 4 * quantum if tokens > 32 * quantum > 32 else quantum
 
 
@@ -218,17 +218,17 @@ def cheapest_chunks(
     pass_tokens: int = 64,
     quantum: int = 1,
 ) -> Iterator[list[int]]:
-    """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens (or one passage), each stream's members
-    side by side.
+    """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens (or one passage), within a chunk
+    sorted by ``streams``, the weight set that a passage is multiplied by.
 
-    Of the ways to cut the passages, sorted by length, into chunks, the one whose passes cost least is taken. A pass
-    costs its tokens, padded to :func:`even_shape`, and as much as ``pass_tokens`` more for being one (measured with
-    135M parameters in bfloat16 on a CPU). Passages of one length are sorted by stream, so that a chunk meets few
-    streams' weights. Chunks of more than 32 passages are multiples of 16, which keeps the search short.
+    Of all ways to cut the passages, sorted by length, into chunks, this is the one whose forward passes cost least. A
+    forward pass costs its tokens, padded to :func:`even_shape`, and ``pass_tokens`` more (measured for 135M parameters
+    in bfloat16 on a CPU). Passages of one length are sorted by weight set, so that a chunk needs few of them. Chunks of
+    more than 32 passages are multiples of 16, which keeps the search short.
     """
     streams = [0] * len(lengths) if streams is None else streams
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], streams[i]))
-    cost, first = [0], [0]  # of the first k passages: the least cost, and where the last chunk of that begins
+    cost, first = [0], [0]  # for the first k passages: the least cost, and where its last chunk begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         best, chosen = -1, end - 1

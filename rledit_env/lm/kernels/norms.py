@@ -16,11 +16,11 @@ from rledit_env.lm.precision import at_least_float32
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) · scale with its gradient for x written out: half the time that autograd takes for the single
-    operations, and little kept but x.
+    """x / rms(x) · scale with the gradient of x written out: half the time of autograd's single operations, and little
+    memory beside x.
 
-    ``scale`` (width,) is in float32 where the product is rounded once (Gemma), in x's precision where x / rms(x) is
-    rounded first (Llama).
+    ``scale`` (width,) is in float32 for norms that round the product once (Gemma), in x's precision for those that
+    round x / rms(x) first (Llama).
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class FastNorm(nn.Module):
     one_more = False  # whether the scale is 1 + weight (Gemma), in float32
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = getattr(self, "weight", None)  # some of a class may have none
+        weight = getattr(self, "weight", None)  # some norms of a class have none
         if args or kwargs or weight is None or weight.requires_grad:
             return super().forward(hidden_states, *args, **kwargs)
         scale = 1.0 + at_least_float32(weight) if self.one_more else weight
@@ -55,16 +55,16 @@ class FastNorm(nn.Module):
 
 
 def _normalised(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    """x / rms(x) · scale as :class:`_RMSNorm` has it; on a GPU by PyTorch's one kernel, which rounds once."""
+    """x / rms(x) · scale as :class:`_RMSNorm` computes it; on a GPU by PyTorch's kernel, which rounds once."""
     if x.is_cuda:
         return F.rms_norm(x.to(scale.dtype), scale.shape, scale, epsilon).to(x.dtype)
     return _RMSNorm.apply(x, scale, epsilon)
 
 
 def prefer_fast_norms(model: PreTrainedModel) -> None:
-    """Let a model compute its root mean square norms by :func:`_normalised`, where that gives what it had.
+    """Let a model compute its root mean square norms by :func:`_normalised`.
 
-    Each class of norm is tried on numbers of a seed first; one that computes something else stays as it is.
+    Each class of norm is first tried on random numbers from a fixed seed. Where the results differ, it stays as it is.
     """
     prefer(model, _faster)
 
@@ -75,7 +75,7 @@ def _epsilon(module: Any) -> float:
 
 @torch.no_grad()
 def _faster(module: Any) -> type[nn.Module] | None:
-    """The class of a norm that computes what this one does, or None."""
+    """A faster class for a norm with the same results; None where there is none."""
     cls, weight = type(module), getattr(module, "weight", None)
     if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm):
         return None

@@ -1,4 +1,4 @@
-"""Where sequences that lie end to end in one row attend: each to itself, those of similar length together."""
+"""Sequences packed in one row, of which each attends only to itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from torch import Tensor
 
 SHORT = 64  # tokens of a short sequence; the scores (L, L) of every head are held as they are
 NAME = "short_float32"  # of the attention that keeps them apart, in transformers' registry
-LIKE = 0.5  # packed sequences attend together whose lengths differ by no more than this factor
+LIKE = 0.5  # packed sequences attend together if the shortest has at least this share of the longest's tokens
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tokens of a row lie in groups of sequences padded to their longest.
+    """Index maps between the tokens of a packed row and groups of sequences, each padded to its longest.
+
+    A place is a cell of a padded group, counted sequence by sequence.
 
     Attributes:
-        groups: of each, its sequences; the longest's tokens; which token of the row is in each place, as a slice where
-            they follow each other, and some token in padding; and which places are padding.
-        copies: token by token, its places, counted through all groups.
-        firsts: where in ``copies`` each token's places begin; None where every token has one.
+        groups: for each, the number of its sequences; the length that they are padded to; the token of the row in each
+            place, as a slice where these are consecutive (padding has some token); and the places that are padding.
+        copies: the places of each token, token after token, counted through all groups.
+        firsts: for each token, where its places begin in ``copies``; None where every token has one place.
     """
 
     groups: list[tuple[int, int, slice | Tensor, Tensor]]
@@ -36,7 +38,7 @@ class _Places:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
-        """Of groups of sequences, given as the places of their tokens in the row."""
+        """The maps for groups of sequences, each given by the indices of its tokens in the row."""
         found: list[tuple[int, int, slice | Tensor, Tensor]] = []
         tokens, held = [], []
         for members in groups:
@@ -55,7 +57,7 @@ class _Places:
         return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
 
     def to(self, device: torch.device) -> _Places:
-        """The same for tensors of a device."""
+        """The same maps, for tensors on a device."""
         groups = [
             (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
             for count, longest, source, padding in self.groups
@@ -64,25 +66,26 @@ class _Places:
 
 
 def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
-    """How many of each sequence's tokens lie with no earlier one; they follow, in the row, all that lies before them.
+    """How many tokens of each sequence belong to no earlier one; in the row they come after all earlier sequences.
 
     Args:
-        paths: places of each sequence's tokens in the row.
+        paths: for each sequence, the indices of its tokens in the row.
     """
     ends = list(accumulate((path[-1] + 1 for path in paths), max))
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 class Packing:
-    """Sequences that lie end to end in one row, and attend each to itself.
+    """Sequences packed in one row, each of which attends only to itself.
 
-    Those of similar length attend together, padded to the longest of them: the row's tokens are put in their place
-    in (b, heads, l, d) and taken from there again. A token that several sequences begin with is a key of each of them,
-    and a query of the first.
+    Sequences of similar length attend together, padded to the longest of them: the row's tokens are copied into one
+    tensor (b, heads, l, d) a group, and the results copied back. A token of a shared prefix is a key of every sequence
+    that has it, and a query of the first.
 
     Args:
-        lengths: of the sequences, in their order.
-        paths: places of each sequence's tokens in the row, as `Layout.paths`; None: one after the other.
+        lengths: tokens of each sequence.
+        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None: no prefix is shared,
+            and the sequences follow one another.
     """
 
     def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
@@ -96,7 +99,7 @@ class Packing:
 
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
-        """Groups of sequences of similar length: the places of their tokens, and how many of these are another's."""
+        """Groups of sequences of similar length: their tokens' indices, and how many of these an earlier one has."""
         found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
         order = sorted(found, key=lambda one: -len(one[0]))
         groups = []
@@ -107,7 +110,7 @@ class Packing:
         return groups
 
     def _on(self, device: torch.device) -> tuple[_Places, _Places]:
-        """Where queries and keys lie, for tensors of a device."""
+        """The maps of queries and of keys, for tensors on a device."""
         if device not in self._placed:
             keys = _Places.of([[path for path, _ in group] for group in self._groups])
             queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
@@ -115,14 +118,14 @@ class Packing:
         return self._placed[device]
 
     def ends(self, device: torch.device) -> Tensor:
-        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32; of sequences that share
-        nothing."""
+        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32. Only for sequences that share
+        no prefix."""
         self._ends = self._ends.to(device)
         return self._ends
 
     def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
-        """Of each group, (b, heads, l, d) in at least float32, of a row (1, heads, N, d) of queries or keys; padding is
-        zero if asked for, and some number otherwise."""
+        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) a group, in at least float32. With ``keys`` the
+        row holds keys or values, whose sequences include shared prefixes; with ``zero`` padding is zero."""
         _, heads, length, width = row.shape
         tokens = row.transpose(1, 2).reshape(length, heads * width)
         dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
@@ -132,13 +135,13 @@ class Packing:
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
             part = part.view(batch, longest, heads, width).transpose(1, 2)
-            # Where the precision stays, `to` leaves the order, too.
+            # `to` leaves the memory order as it is where the precision stays.
             parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
         return parts
 
     def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
-        """The row (1, heads, N, d) of the groups' (b, heads, l, d), zero in its padding; N is ``length``. A token that
-        is in several places is their sum."""
+        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``. A token in
+        several places gets the sum of them; padding of the row is zero."""
         _, heads, _, width = parts[0].shape
         places = self._on(parts[0].device)[keys]
         precision = dtype if places.firsts is None else parts[0].dtype
@@ -153,7 +156,7 @@ class Packing:
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
     def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
-        """What is added to the scores (b, K, r · L) of a group: −∞ where a key is later than the query."""
+        """The mask that is added to a group's scores (b, K, r · L): −∞ where a key comes after the query."""
         kind = (*((group, len(key)) if self.shares else ()), query.shape[1], key.shape[1], query.dtype)
         if kind not in self._masks:
             self._masks[kind] = self._shared_mask(group, query, key) if self.shares else causal_mask(query, key)
@@ -161,7 +164,7 @@ class Packing:
 
     def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
         members = self._groups[group]
-        length = self._on(key.device)[0].groups[group][1]  # queries of a sequence, of r heads
+        length = self._on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
         first = torch.tensor([[shared] for _, shared in members], device=key.device)
         last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
         unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
@@ -180,7 +183,8 @@ def current_packing() -> Packing | None:
 
 @contextmanager
 def packed(packing: Packing | None) -> Iterator[None]:
-    """Within it, `rledit_env.lm.kernels.attention.short_attention` takes a row for sequences that lie so in it."""
+    """Within it, `rledit_env.lm.kernels.attention.short_attention` reads a row as sequences packed in this way; None:
+    as one sequence."""
     token = _packing.set(packing)
     try:
         yield

@@ -4,8 +4,8 @@ PyTorch multiplies float32 matrices by Intel's MKL, which uses half of the vecto
 oneDNN, which PyTorch brings along and multiplies bfloat16 with, uses all of them: 490 instead of 215 GFLOP/s on two
 cores of an AMD EPYC, to the same rounding.
 
-oneDNN makes code for every new size (which takes time, and up to 1 MB that is kept). So numbers of rows, which change
-from one product to the next, are filled up with zeros to few different ones.
+oneDNN generates code for every new size, which takes time and keeps up to 1 MB. So rows, whose number changes from one
+product to the next, are filled up with zeros to a few fixed numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rledit_env.lm.classes import prefer
 from rledit_env.lm.kernels.warning import shown, warn_once
 
-WORTHWHILE = 2**20  # multiplications in float32 from which on oneDNN's overhead (10 µs) is made up for
+WORTHWHILE = 2**20  # float32 multiplications from which on oneDNN's overhead of 10 µs pays
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def compiled(operand: Tensor, multiplications: int) -> bool:
-    """Whether oneDNN makes code for products of this size with operands like this one."""
+    """Whether products of this size with operands like this one go to oneDNN, which generates code for them."""
     if operand.device.type != "cpu":
         return False
     if operand.dtype == torch.float32:
@@ -54,7 +54,7 @@ def compiled(operand: Tensor, multiplications: int) -> bool:
 
 
 def even(rows: int) -> int:
-    """The next of the numbers of rows that products are kept to."""
+    """A number of rows rounded up to one of the few that products are computed with."""
     if rows <= 16:
         return 1 << max(rows - 1, 0).bit_length()
     quantum = 16 if rows <= 512 else 64
@@ -62,14 +62,14 @@ def even(rows: int) -> int:
 
 
 class FastLinear(nn.Linear):
-    """An `nn.Linear` by :func:`linear`."""
+    """An `nn.Linear` that multiplies by :func:`linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 class FastConv1D(Conv1D):
-    """GPT-2's `Conv1D`, whose weight is (d_in, d_out), by :func:`linear`."""
+    """GPT-2's `Conv1D`, whose weight is (d_in, d_out), that multiplies by :func:`linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.t(), self.bias)
@@ -120,7 +120,7 @@ def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _available() -> bool:
-    """Whether this PyTorch has the operation, and it computes what `torch.nn.functional.linear` does."""
+    """Whether this PyTorch has the operation, and its results are those of `torch.nn.functional.linear`."""
     if not torch.backends.mkldnn.is_available():
         return False
     numbers = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""All faster ways to compute what a model's modules compute, put in and taken out together."""
+"""Switches all kernels on for a model, and off again."""
 
 from __future__ import annotations
 

@@ -448,7 +448,8 @@ def test_a_policy_learns_along_a_stream_from_a_few_batches_at_a_time(training_en
     parts: list[list[torch.Tensor]] = []
     last, same_numbers = trajectory(own_only, env, 0, parts.append)
     assert len(parts) == 2 and numbers == same_numbers  # two batches, two batches, and one that is returned
-    for one, two, three, all_five in zip(*parts, last, whole, strict=True):  # the mean over steps, where none looks ahead
+    # Of steps that do not look ahead the gradient is the mean over them.
+    for one, two, three, all_five in zip(*parts, last, whole, strict=True):
         torch.testing.assert_close((2 * one + 2 * two + three) / 5, all_five, rtol=1e-3, atol=1e-6)
     agent.learn(env.episode_steps, progress_bar=False)
     assert (agent.updates, agent.timesteps, agent.progress.mean_updates) == (1, env.episode_steps, 3)
