@@ -148,7 +148,7 @@ class Stepper:
         gradient = self.info.pop("reward_gradient")
         if self.compared:
             self.dense = {m: g.clone() for m, g in gradient.items()}
-        credit.add(keys, values, gradient, self.info["action_gradient"], 1.0)
+        credit.take(keys, values, gradient, self.info["action_gradient"], 1.0)
         del gradient
         ((for_keys, for_values),) = credit.finish()
         self.network.zero_grad()

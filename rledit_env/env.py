@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 from weakref import ref
 
 import gymnasium as gym
@@ -14,52 +13,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
+from rledit_env.attributes import EpisodeAttributes, OfEpisode
 from rledit_env.contexts import LONGEST, Contexts
 from rledit_env.copying import Copied, SharedArguments
-from rledit_env.encoding import EncodedDataset, EncodedRecord, largest_batch
+from rledit_env.encoding import EncodedDataset, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
 from rledit_env.episode import EditEpisode
 from rledit_env.evaluation.metrics import Metrics, evaluate
-from rledit_env.knowledge import EditRecord, KnowledgeDataset, KnowledgeStream, load_knowledge
-from rledit_env.ledger import Recorder
+from rledit_env.knowledge import KnowledgeDataset, KnowledgeStream, load_knowledge
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.loading.given import check_given, editable_lm
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import RewardConfig, resolve_reward
 from rledit_env.scoring import NO_SCORES, Scores, score
 from rledit_env.settings import RENDER_MODES, EpisodeSettings
-from rledit_env.spaces import Action
-
-T = TypeVar("T")
+from rledit_env.updates import Update
 
 
-class OfEpisode(Generic[T]):
-    """An attribute of an environment that its episode holds; each copy of the environment has an episode of its own."""
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = self.name or name
-
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode, self.name)  # type: ignore[return-value]
-
-    def __set__(self, env: Any, value: T) -> None:
-        setattr(env.episode, self.name, value)
-
-
-class OfSettings(OfEpisode[T]):
-    """An attribute of an environment that its episode's settings hold."""
-
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode.settings, self.name)  # type: ignore[return-value]
-
-    def __set__(self, env: Any, value: T) -> None:
-        env.episode.settings = replace(env.episode.settings, **{self.name: value})
-
-
-class LifelongEditEnv(Copied, gym.Env):
+class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     """Lifelong knowledge editing of a language model as a Markov decision process (RLEdit, ICML 2025).
 
     ## Description
@@ -170,10 +141,8 @@ class LifelongEditEnv(Copied, gym.Env):
     * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
     * `present_until`: a probability below 1: a batch is presented until all its facts have taken, and `steps_per_batch`
       times at most (see "Episode End"). None: always `steps_per_batch` times.
-    * `contexts`: K: each fact is presented K + 1 times at once, plainly and behind K short texts that the LLM wrote
-      before it was edited (such as "An essay on trains and how they. "), as ROME and MEMIT do. The observation has the
-      rows of all of them, and `edit_loss` and the gradient are those of the mean over all. With `present_until` a
-      fact has taken where it has behind its plain prompt.
+    * `contexts`: K: a batch's edits are its facts behind their plain prompts and behind K short texts each that the LLM
+      wrote before any edit (as ROME's); whether a fact has taken is asked of its plain prompt.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:
@@ -219,25 +188,7 @@ class LifelongEditEnv(Copied, gym.Env):
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
-
-    lm = OfEpisode[EditableLM]()
-    encoded = OfEpisode[EncodedDataset]()
-    stream = OfEpisode[KnowledgeStream]()
-    max_tokens = OfEpisode[int]()
-    multiplier = OfEpisode[Multiplier | None]()
-    recorder = OfEpisode[Recorder | None]()
-    history = OfEpisode[list[dict[str, float]]]()
     _np_random = OfEpisode[np.random.Generator]("random")
-    token = OfSettings[str]()
-    array_backend = OfSettings[Literal["numpy", "torch"]]()
-    on_divergence = OfSettings[Literal["end", "skip", "raise"]]()
-    steps_per_batch = OfSettings[int]()
-    present_until = OfSettings[float | None]()
-    contexts = OfSettings[int]()
-    action_noise_std = OfSettings[float]()
-    render_mode = OfSettings[str | None]()
-    reward_gradient = OfSettings[bool]()
-    reward_config = OfSettings[RewardConfig | None]()
 
     def __init__(
         self,
@@ -283,12 +234,12 @@ class LifelongEditEnv(Copied, gym.Env):
         encoded = EncodedDataset(lm, self.dataset)
         encoded.check_lengths(LONGEST if contexts else 0)
         needed = (1 + contexts) * largest_batch(encoded.traced_positions(token), batch_size)
-        if max_tokens is not None and max_tokens < needed:
+        rows = needed if max_tokens is None else max_tokens
+        if rows < needed:
             raise ValueError(
                 f"max_tokens is {max_tokens}, but a batch of {batch_size} facts of {self.dataset.source} can have "
                 f"{needed} traced positions (token={token!r}); give max_tokens={needed} or None"
             )
-        rows = needed if max_tokens is None else max_tokens
         self.episode = EditEpisode(lm, encoded, stream, settings, rows, multiplier, Contexts(lm, contexts))
         self.observation_space = spaces.observation_space(lm.module_shapes, rows)
         self.action_space = spaces.action_space(lm.module_shapes, rows)
@@ -372,9 +323,9 @@ class LifelongEditEnv(Copied, gym.Env):
         """
         update = self.accept(action)
         with self.episode.all_or_nothing() as episode:
-            change = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
+            made = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
             scores = self._scores()  # L(B_t, W_t), L(B_{t−i}, W_t)
-            reward, info = episode.reward(change, scores)  # r_t
+            reward, info = episode.reward(made, scores)  # r_t
             observation, reward, info = episode.conclude(reward, info, self._next_trace())  # s_{t+1}
             if self.render_mode == "human":
                 self.render()
@@ -388,8 +339,8 @@ class LifelongEditEnv(Copied, gym.Env):
         self.lm.holder = ref(self)
         return info
 
-    def accept(self, action: Any) -> Action:
-        """The action as tensors; raises, with nothing changed, for what `step` rejects."""
+    def accept(self, action: Any) -> Update:
+        """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         if self.episode.over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
         self._check_held()
@@ -410,38 +361,6 @@ class LifelongEditEnv(Copied, gym.Env):
         return None if self.episode.over else self.episode.take_checked() or self.episode.trace()
 
     # -- looking -------------------------------------------------------------------------------------------------
-
-    @property
-    def episode_steps(self) -> int:
-        """Steps of a whole episode; with ``present_until``, the most that it can have."""
-        return self.episode.steps
-
-    def current_batch(self) -> list[EncodedRecord]:
-        """The facts now presented, as passages (with their text in `record`), in the stream's order: with
-        ``present_until``, those of the batch that have not taken.
-
-        Raises:
-            gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
-        """
-        if self.episode.over:
-            raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
-        records = self.episode.records(self.episode.batch)
-        return [records[i] for i in self.presented_facts()]
-
-    def presented_facts(self) -> list[int]:
-        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
-        return self.episode.presented_facts()
-
-    @property
-    def position(self) -> int:
-        """The place in the episode: that of the batch, times ``steps_per_batch``, plus the presentation, from 0. It is
-        the number of steps taken, unless batches have ended early (``present_until``)."""
-        return self.episode.position
-
-    def edited_records(self) -> list[EditRecord]:
-        """The facts edited so far, in order."""
-        batches = -(-self.position // self.steps_per_batch)
-        return [record for batch in range(batches) for record in self.stream.batch(batch)]
 
     def evaluate(self, generate: bool = True, metrics: str = "paper") -> Metrics:
         """The metrics on all facts edited so far, at the current weights; printed in one line.

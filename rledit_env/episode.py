@@ -27,7 +27,7 @@ from rledit_env.preservation import Multiplier
 from rledit_env.reward import backtracked
 from rledit_env.scoring import ScoredBatch, Scores, step_reward, with_texts
 from rledit_env.settings import EpisodeSettings
-from rledit_env.spaces import Action
+from rledit_env.updates import NOTHING, Update
 
 # What a pickle keeps of an episode, beside the LLM's weights, the stream's order and the random state.
 KEPT = (
@@ -266,49 +266,35 @@ class EditEpisode:
         """Nothing is taken back any more: what comes next, such as training, has the memory."""
         self._undo = self.weights_before = self.checked = None
 
-    def accept(self, action: Any) -> Action:
-        """The action as tensors; raises, with nothing changed, for what `step` rejects."""
+    def accept(self, action: Any) -> Update:
+        """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         self.refused = False
         try:
-            return spaces.action_tensors(action, self.lm, self.max_tokens, self.rows)
+            return spaces.weight_update(action, self.lm, self.max_tokens, self.rows)
         except NotFiniteError:
             if self.settings.on_divergence != "skip":
                 raise
             self.refused = True
-            return {"updates": {}}
+            return NOTHING
 
-    def apply(self, action: Action) -> Action:
-        """Apply an accepted action: W_t = W_{t−1} + ΔW_t.
-
-        Returns:
-            The change made, noise included: the factors, or, by the action's own key, the dense ΔW.
-        """
+    def apply(self, update: Update) -> Update:
+        """Apply an accepted update: W_t = W_{t−1} + ΔW_t. Returns what was made, noise included."""
         if (config := self.settings.reward_config) is not None and config.looks_back:
             self.weights_before = self.lm.snapshot()
         self.answers_before = self._answers(self.batch) if self.settings.shows_answers else None
-        action = {part: self._with_noise(tensors) for part, tensors in action.items()}
-        if self.recorder is None and "accumulated" not in action:
-            change = self.lm.add if "updates" in action else self.lm.apply
-            self._undo = change(**action)
-            return action
+        if self.settings.action_noise_std > 0:
+            update = update.map(self._noisy)
+        if self.recorder is None:
+            made, self._undo = update.apply(self.lm)
+            return made
         before = self.lm.snapshot()
         self._undo = partial(self.lm.restore, before)
-        if self.recorder is not None:
-            self.lm.restore(self.recorder.record(action))
-        else:
-            self.lm.replace(action["accumulated"])
-        if "accumulated" in action:
-            return {"accumulated": {m: self.lm.weight(m) - before[m] for m in action["accumulated"]}}
-        return action
+        self.lm.restore(self.recorder.record(update))
+        return update.made(self.lm, before)
 
-    def _with_noise(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.settings.action_noise_std == 0:
-            return tensors
-        noisy = {}
-        for module, tensor in tensors.items():
-            noise = self.random.normal(0.0, self.settings.action_noise_std, tuple(tensor.shape)).astype(np.float32)
-            noisy[module] = tensor + torch.from_numpy(noise).to(tensor.device)
-        return noisy
+    def _noisy(self, tensor: Tensor) -> Tensor:
+        noise = self.random.normal(0.0, self.settings.action_noise_std, tuple(tensor.shape)).astype(np.float32)
+        return tensor + torch.from_numpy(noise).to(tensor.device)
 
     @property
     def may_repeat(self) -> bool:
@@ -338,10 +324,10 @@ class EditEpisode:
         """A batch as the reward sees it, without texts."""
         return ScoredBatch(self.records(batch), self.choices[self.places(batch)].tolist(), weight)
 
-    def reward(self, change: Action, scores: Scores) -> tuple[float, dict[str, Any]]:
+    def reward(self, made: Update, scores: Scores) -> tuple[float, dict[str, Any]]:
         """The reward at the updated weights and the step's info; then the place is the next step's."""
         reward, info = step_reward(
-            scores, change, self.drift(), self.settings.reward_config, self.multiplier, self.settings.reward_gradient
+            scores, made, self.drift(), self.settings.reward_config, self.multiplier, self.settings.reward_gradient
         )
         if self.settings.array_backend == "numpy":
             info |= {key: spaces.arrays(info[key]) for key in GRADIENTS if key in info}

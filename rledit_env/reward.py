@@ -6,12 +6,11 @@ batches by them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rledit_env.answering import Ending, OtherQuestions, Preference
@@ -20,6 +19,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
 from rledit_env.preservation import Constraint, Continuation, OwnText
+from rledit_env.updates import Penalty, frobenius_penalty
 
 
 class Component(Protocol):
@@ -113,32 +113,6 @@ class Locality:
         return kl_divergence(lm.forward, hidden, reference)
 
 
-def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
-    """Σ_modules ‖ΔW‖_F² of ΔW = ṽᵀũ, from the factors' Gram matrices (no dense matrix)."""
-    return torch.stack([((keys[m] @ keys[m].T) * (values[m] @ values[m].T)).sum() for m in keys]).sum()
-
-
-def action_penalty(
-    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor], made: Mapping[str, Mapping[str, Tensor]]
-) -> Tensor:
-    """A penalty of the change that an action made.
-
-    Args:
-        penalty: of factors; differentiable.
-        made: ``keys`` (N, d_in) and ``values`` (N, d_out) by module, or, under any one name, the dense changes ΔW
-            (d_out, d_in) by module. Those are seen as factors with ũ = I and ṽ = ΔWᵀ.
-    """
-    if "keys" in made:
-        return penalty(made["keys"], made["values"])
-    (changes,) = made.values()
-    if not changes:
-        return torch.zeros(())
-    if penalty is frobenius_penalty:  # ‖ΔW‖_F² needs no identity
-        return torch.stack([change.square().sum() for change in changes.values()]).sum()
-    identities = {m: torch.eye(c.shape[1], dtype=c.dtype, device=c.device) for m, c in changes.items()}
-    return penalty(identities, {m: c.T for m, c in changes.items()})
-
-
 TEXT_COMPONENTS: dict[str, type[OwnText] | type[Continuation]] = {"own_text": OwnText, "continuation": Continuation}
 
 
@@ -183,7 +157,7 @@ class RewardConfig:
     every_step: bool = True
     batch_stride: int = 1
     regularisation: float = 1e-4
-    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] = frobenius_penalty
+    penalty: Penalty = frobenius_penalty
     floor: float = -1000.0
     locality_reference: Literal["original", "previous"] = "original"
     regularisation_gradient: bool = True

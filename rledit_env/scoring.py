@@ -21,8 +21,8 @@ from rledit_env.lm.forward import Passage
 from rledit_env.lm.loading.placement import release_free_memory
 from rledit_env.lm.precision import at_least_float32
 from rledit_env.preservation import Multiplier
-from rledit_env.reward import Component, Locality, RewardConfig, TextComponent, action_penalty
-from rledit_env.spaces import Action
+from rledit_env.reward import Component, Locality, RewardConfig, TextComponent
+from rledit_env.updates import Parts, Update
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,14 @@ def _add_losses(
 
 
 def step_reward(
-    scores: Scores, made: Action, drift: float, config: RewardConfig | None, multiplier: Multiplier | None,
+    scores: Scores, made: Update, drift: float, config: RewardConfig | None, multiplier: Multiplier | None,
     gradient: bool,
 ) -> tuple[float, dict[str, Any]]:  # fmt: skip
     """r_t (Eq. 10) and its parts, as `LifelongEditEnv.step` puts them into ``info``.
 
     Args:
         scores: of the batches that the step looks at, its own first; none where it looks at none.
-        made: the change that the step made.
+        made: the update that the step made (see `Update.made`).
         drift: mean of ‖W_t − W₀‖ / ‖W₀‖.
         config: None for no reward: 0.
         multiplier: of the configuration's constraint.
@@ -304,19 +304,11 @@ def step_reward(
     return (config.floor if diverged else max(reward, config.floor)), info
 
 
-def _regularisation(made: Action, config: RewardConfig, wanted: bool) -> tuple[float, Action]:
+def _regularisation(made: Update, config: RewardConfig, wanted: bool) -> tuple[float, Parts]:
     """L_reg and, if ``wanted``, the gradient of its negative with respect to the change made."""
-    with torch.set_grad_enabled(wanted):
-        leaves = {
-            part: {m: v.detach().requires_grad_(wanted) for m, v in tensors.items()} for part, tensors in made.items()
-        }
-        penalty = config.regularisation * action_penalty(config.penalty, leaves)
-    if not wanted:
-        return float(penalty), {}
-    if not config.regularisation_gradient:
-        zeros = {part: {m: torch.zeros_like(v) for m, v in tensors.items()} for part, tensors in made.items()}
-        return float(penalty.detach()), zeros
-    flat = [tensor for tensors in leaves.values() for tensor in tensors.values()]
-    pieces = iter(torch.autograd.grad(penalty, flat, allow_unused=True, materialize_grads=True) if flat else ())
-    gradient = {part: {m: -next(pieces) for m in tensors} for part, tensors in leaves.items()}
-    return float(penalty.detach()), gradient
+    if wanted and config.regularisation_gradient:
+        penalty, gradient = made.penalty_gradient(config.penalty, config.regularisation)
+        return penalty, {part: {m: -g for m, g in by_module.items()} for part, by_module in gradient.items()}
+    with torch.no_grad():
+        penalty = float(config.regularisation * made.penalty(config.penalty))
+    return penalty, made.map(torch.zeros_like).parts() if wanted else {}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rledit_env.lm.editable import EditableLM, Trace
 from rledit_env.lm.weights import NotFiniteError
+from rledit_env.updates import Dense, RankOne, Replacement, Update
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
-Action = dict[str, dict[str, Tensor]]  # an accepted action, or the change that it made: its parts, each by module
 
 
 def _unbounded(*shape: int) -> spaces.Box:
@@ -96,17 +96,18 @@ def arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {k: arrays(t) if isinstance(t, Mapping) else t.cpu().numpy() for k, t in tensors.items()}
 
 
-def action_tensors(action: Any, lm: EditableLM, padded_rows: int, used_rows: int) -> Action:
-    """An action of any form as tensors on the LLM's device in the edited weights' precision.
+def weight_update(action: Any, lm: EditableLM, padded_rows: int, used_rows: int) -> Update:
+    """The update that an action means, with tensors on the LLM's device in the edited weights' precision.
 
     Raises:
         ValueError: as :func:`unpack_action` and `EditableLM.matrices`.
     """
-    for form in ("updates", "accumulated"):
-        if isinstance(action, Mapping) and set(action) == {form}:
-            return {form: lm.matrices(action[form], f"action[{form!r}]")}
-    keys, values = unpack_action(action, lm.module_shapes, padded_rows, used_rows, lm.device, lm.edit_dtype)
-    return {"keys": keys, "values": values}
+    parts = set(action) if isinstance(action, Mapping) else None
+    if parts == {"updates"}:
+        return Dense(lm.matrices(action["updates"], "action['updates']"))
+    if parts == {"accumulated"}:
+        return Replacement(lm.matrices(action["accumulated"], "action['accumulated']"))
+    return RankOne(*unpack_action(action, lm.module_shapes, padded_rows, used_rows, lm.device, lm.edit_dtype))
 
 
 def unpack_action(

@@ -31,9 +31,10 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.knowledge.facts import load_facts
-from rledit_env.ledger import EditLedger, updated
+from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading import fetching, registry
+from rledit_env.updates import RankOne
 
 ROOT = Path(__file__).parents[1]
 CLEAR = (ValueError, OSError, registry.ModelError, gym.error.Error)  # what the command line shows as one line
@@ -329,9 +330,9 @@ def recorded(lm: EditableLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     original = {m: lm.original_weight(m) for m in lm.module_shapes}
     weights = original
     for batch in range(3):
-        update = {"keys": {m: torch.full((1, d_in), 0.1) for m, (d_in, _) in lm.module_shapes.items()},
-                  "values": {m: torch.full((1, d_out), 0.1) for m, (_, d_out) in lm.module_shapes.items()}}
-        weights = updated(weights, original, update)
+        update = RankOne({m: torch.full((1, d_in), 0.1) for m, (d_in, _) in lm.module_shapes.items()},
+                         {m: torch.full((1, d_out), 0.1) for m, (_, d_out) in lm.module_shapes.items()})
+        weights = update.updated(weights, original)
         ledger.append("edit", update, weights, batch, facts=[batch])
     ledger.close()
     return folder

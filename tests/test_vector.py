@@ -12,7 +12,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-import rledit_env.vector
+import rledit_env.vector.env
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.routing import BesideModules
 from rledit_env.preservation import Constraint, Continuation, OwnText
@@ -541,5 +541,5 @@ def test_attributes_and_methods_of_all_streams_are_had_by_name(both):
 
 
 def test_the_examples_of_the_docstrings_run():
-    results = doctest.testmod(rledit_env.vector)
+    results = doctest.testmod(rledit_env.vector.env)
     assert results.attempted >= 5 and results.failed == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
-from rledit_env.ledger import updated
+from rledit_env.updates import Replacement
 
 SUMS = ("raw", "restrained")
 _PARTS = ("excess", "excess_before", "left", "found")  # see PRUNEAgent
@@ -128,7 +128,7 @@ class PRUNEAgent(MEMITAgent):
             if self.config.adds_to == "raw" and accumulated[module] is not raw:
                 excess[module] = raw - accumulated[module]
         weights = {m: self.lm.original_weight(m) for m in accumulated}
-        for module, weight in updated(weights, weights, {"accumulated": accumulated}).items():
+        for module, weight in Replacement(accumulated).updated(weights, weights).items():
             left[module] = checksum(weight)
         self._parts |= {"excess": excess, "left": left}
         return {"accumulated": accumulated}

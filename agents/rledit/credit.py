@@ -44,7 +44,7 @@ class CreditAccumulator:
         self._steps: list[_Step] = []
         self._sum: dict[str, Tensor] = {}  # Σ_τ G_τ of the steps so far, (d_out, d_in) by module
 
-    def add(
+    def take(
         self,
         keys: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
@@ -56,7 +56,7 @@ class CreditAccumulator:
         """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ of the factors, or of the
         change ΔW_τ under "updates", γ^τ, and p_τ by module where it shrinks (None: 1).
 
-        ``reward_gradient`` is taken over: its tensors may be kept and written to.
+        ``reward_gradient`` is the accumulator's from then on, which keeps its tensors and writes to them.
         """
         changed = action_gradient.get("updates", {})
         if "values" in action_gradient:

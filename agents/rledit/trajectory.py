@@ -67,8 +67,8 @@ def _differentiated(
             warnings.warn(f"the LLM broke at step {len(infos)} of a training stream; that step is left out of "
                           "the gradient. Lower the step size or drift_limit", stacklevel=2)
             break
-        credit.add(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
-                   config.discount ** len(records), record.retained)
+        credit.take(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
+                    config.discount ** len(records), record.retained)
         records.append(record)
         infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
         total += float(reward)

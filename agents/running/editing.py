@@ -23,7 +23,6 @@ from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
-from rledit_env.reward import action_penalty, frobenius_penalty
 
 
 @dataclass
@@ -164,11 +163,11 @@ class _Stream:
             in_flight: holds the update of this step where it was recorded already, to be taken again as it was.
         """
         inner, recorder = self.inner, self.recorder
-        if in_flight is None:
-            action = act(self.agent, observation)
-            norm = _norm(action, inner.lm)
+        if in_flight is not None and in_flight.update is not None:
+            action, norm = in_flight.update.parts(), in_flight.norm
         else:
-            action, norm = in_flight.update, in_flight.norm
+            action = act(self.agent, observation)
+            norm = inner.accept(action).norm(inner.lm)
         if recorder is not None:
             recorder.step, recorder.norm = self.step, norm
             # With present_until a batch may end before it has been presented so often.
@@ -217,15 +216,6 @@ def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
 def _last_facts(log: EditLog) -> str:
     last = log.batches()[-1]
     return f"facts {last.start + 1} to {last.stop}"
-
-
-def _norm(action: Any, lm: EditableLM) -> float:
-    """√(Σ ‖ΔW‖_F²) of the change that an action is about to make (a replacement's depends on the weights as they are).
-    """
-    if set(action) == {"accumulated"}:
-        accumulated = lm.matrices(action["accumulated"], "action['accumulated']")
-        action = {"updates": {m: a - (lm.weight(m) - lm.original_weight(m)) for m, a in accumulated.items()}}
-    return math.sqrt(max(float(action_penalty(frobenius_penalty, action)), 0.0))
 
 
 def edit_facts(

@@ -16,12 +16,10 @@ from rledit_env.ledger import (
     Entry,
     LedgerError,
     RunState,
-    Update,
-    on_device,
     original_weights,
-    updated,
     weights_hash,
 )
+from rledit_env.updates import NOTHING, Update
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class LedgerRecorder:
     def record(self, update: Update) -> Mapping[str, Tensor]:
         env, lm = self.env, self.env.lm
         before = {m: lm.weight(m) for m in lm.module_shapes}
-        after = updated(before, original_weights(lm), update)
+        after = update.updated(before, original_weights(lm))
         batch, presentation = divmod(self.step, env.steps_per_batch)
         if self.cursor < len(self.ledger):
             self._compare("edit", after)
@@ -103,7 +101,7 @@ class LedgerRecorder:
         else:
             last = self.ledger.summary(self.cursor - 1)
             self.ledger.append(
-                "rollback", {}, self._before, last.batch, last.facts, state=RunState(last.presentation)
+                "rollback", NOTHING, self._before, last.batch, last.facts, state=RunState(last.presentation)
             )
         self.cursor += 1
 
@@ -163,8 +161,7 @@ class LedgerRecorder:
         ledger.replay(env.lm, last.index)
         self.cursor = last.index
         self._last = last
-        update = on_device(last.update, env.lm.device)
-        return Position(taken[:-1], step, update or {"updates": {}}, last.norm)
+        return Position(taken[:-1], step, last.update, last.norm)
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -28,18 +28,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rledit_env.files import sha256_of
+from rledit_env.updates import Update, from_tensors
 
 LEDGER = "edit ledger"  # what the folder's marker says that it is
 HEADER = "ledger.json"
 FORMAT = 1
-FORMS = ({"keys", "values"}, {"updates"}, {"accumulated"}, set[str]())  # the parts of an update; none changes nothing
 ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
 MEMORY_NAME = re.compile(r"memory-(\d{8})-([0-9a-f]{64})\.safetensors")
 TORCH_RANDOM = "random.torch"  # the one tensor in an entry's file that does not belong to the update
 MAX_HEADER_BYTES = 2**24
 MAX_ENTRY_BYTES = 2**34
 
-Update = Mapping[str, Mapping[str, Tensor]]  # part → module → tensor, as `LifelongEditEnv.step` takes it
 Kind = Literal["edit", "rollback", "undo"]
 
 
@@ -62,7 +61,7 @@ class Entry:
         weights_after: :func:`weights_hash` of the weights after the entry.
         random: the state of the environment's random generator before the step's reward, or None.
         previous: the name of the entry before it, or "".
-        update: the update; empty for a rollback.
+        update: the update; nothing for a rollback.
         torch_random: torch's random state (bytes,) at that time, or None.
         presented: which of the batch's facts were presented, as indices in the batch; None for all.
     """
@@ -88,11 +87,7 @@ class Entry:
             KeyError, TypeError, ValueError, AttributeError: they describe no entry.
         """
         facts = json.loads(metadata["entry"])
-        update: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name != TORCH_RANDOM:
-                part, module = name.split(".", 1)
-                update.setdefault(part, {})[module] = tensor
+        update = from_tensors({name: tensor for name, tensor in tensors.items() if name != TORCH_RANDOM})
         if facts.get("presented") is not None:
             facts["presented"] = tuple(facts["presented"])
         torch_random = tensors.get(TORCH_RANDOM)
@@ -100,7 +95,7 @@ class Entry:
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors and the metadata of the entry's file."""
-        tensors = {f"{part}.{module}": t for part, by_module in self.update.items() for module, t in by_module.items()}
+        tensors = self.update.tensors()
         if self.torch_random is not None:
             tensors[TORCH_RANDOM] = self.torch_random
         left_out = {"update", "torch_random"} | ({"presented"} if self.presented is None else set())
@@ -120,20 +115,7 @@ class Entry:
         shown = self.presented
         if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
             return f"it presented {list(shown)} of {len(self.facts)} facts"
-        if self.kind == "rollback":
-            return None
-        if set(self.update) not in FORMS:
-            return f"it holds {sorted(self.update)}"
-        rows = {len(t) for part in ("keys", "values") for t in self.update.get(part, {}).values()}
-        for part, by_module in self.update.items():
-            for module, tensor in by_module.items():
-                d_in, d_out = shapes[module]
-                shape = {"keys": (len(tensor), d_in), "values": (len(tensor), d_out)}.get(part, (d_out, d_in))
-                if tuple(tensor.shape) != shape or not tensor.is_floating_point() or len(rows) > 1:
-                    return f"{part} of {module} has shape {tuple(tensor.shape)}"
-        if "keys" in self.update and set(self.update["keys"]) != set(self.update["values"]):
-            return "keys and values are of different modules"
-        return None
+        return None if self.kind == "rollback" else self.update.misfit(shapes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rledit_env.ledger.format import Update
+from rledit_env.updates import Update
 
 
 class Recorder(Protocol):

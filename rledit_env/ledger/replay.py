@@ -1,4 +1,4 @@
-"""The weights after an update, and after a ledger's entries one after another."""
+"""From updates to weights: what a ledger's entries, one after another, lead to, and how they are taken back."""
 
 from __future__ import annotations
 
@@ -7,44 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rledit_env.ledger.format import Entry, Update, weights_hash
+from rledit_env.ledger.format import Entry, weights_hash
 from rledit_env.lm.editable import EditableLM
-
-
-@torch.no_grad()
-def updated(weights: Mapping[str, Tensor], original: Mapping[str, Tensor], update: Update) -> dict[str, Tensor]:
-    """The weights (d_out, d_in) after an update: W + ṽᵀũ, W + ΔW, or W₀ + ΔW; new tensors where anything changes.
-
-    The result does not depend on the tensors' memory layout: equal numbers give equal bits.
-    """
-
-    def placed(tensor: Tensor) -> Tensor:  # a product's last bits depend on its factors' strides and alignment
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-    after = dict(weights)
-    for name, weight in weights.items():
-        if name in update.get("keys", {}):
-            values, keys = (placed(update[part][name].to(weight)) for part in ("values", "keys"))
-            after[name] = torch.addmm(weight, values.t(), keys)
-        elif name in update.get("updates", {}):
-            after[name] = weight + update["updates"][name].to(weight)
-        elif name in update.get("accumulated", {}):
-            after[name] = original[name] + update["accumulated"][name].to(weight)
-    return after
+from rledit_env.updates import Dense, RankOne, Update
 
 
 def change_norm(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """√(Σ ‖W′ − W‖_F²) over the modules."""
     return float(torch.stack([(after[n] - before[n]).norm().double() for n in before]).norm())
 
+
 def original_weights(lm: EditableLM) -> dict[str, Tensor]:
     """W₀ of every edited module, (d_out, d_in)."""
     return {module: lm.original_weight(module) for module in lm.module_shapes}
-
-
-def on_device(update: Update, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """The same update with its tensors on a device."""
-    return {part: {m: t.to(device) for m, t in by_module.items()} for part, by_module in update.items()}
 
 
 class Replay:
@@ -57,7 +32,6 @@ class Replay:
     """
 
     def __init__(self, lm: EditableLM) -> None:
-        self.device = lm.device
         self.original: Mapping[str, Tensor] = original_weights(lm)
         self.before = self.weights = self.original
 
@@ -66,8 +40,7 @@ class Replay:
         if entry.kind == "rollback":
             self.weights = self.before
         else:
-            update = on_device(entry.update, self.device)
-            self.before, self.weights = self.weights, updated(self.weights, self.original, update)
+            self.before, self.weights = self.weights, entry.update.updated(self.weights, self.original)
         return weights_hash(self.weights) == entry.weights_after
 
 
@@ -78,9 +51,10 @@ def reverse(updates: Sequence[Update], change: Mapping[str, Tensor]) -> Update:
         updates: those that are taken back.
         change: module → the sum of their changes, (d_out, d_in).
     """
-    if updates and all("keys" in update for update in updates):
-        keys = {m: torch.cat([update["keys"][m] for update in updates]) for m in updates[0]["keys"]}
-        values = {m: -torch.cat([update["values"][m] for update in updates]) for m in updates[0]["values"]}
+    factors = [update for update in updates if isinstance(update, RankOne)]
+    if updates and len(factors) == len(updates):
+        keys = {m: torch.cat([update.keys[m] for update in factors]) for m in factors[0].keys}
+        values = {m: -torch.cat([update.values[m] for update in factors]) for m in factors[0].values}
         if sum(t.numel() for t in (*keys.values(), *values.values())) < sum(t.numel() for t in change.values()):
-            return {"keys": keys, "values": values}
-    return {"updates": {m: -t for m, t in change.items()}}
+            return RankOne(keys, values)
+    return Dense({m: -t for m, t in change.items()})

@@ -27,13 +27,13 @@ from rledit_env.ledger.format import (
     Kind,
     LedgerError,
     RunState,
-    Update,
     checked_tensors,
     read_header,
     weights_hash,
 )
-from rledit_env.ledger.replay import Replay, change_norm, on_device, original_weights, reverse, updated
+from rledit_env.ledger.replay import Replay, change_norm, original_weights, reverse
 from rledit_env.lm.editable import EditableLM
+from rledit_env.updates import NOTHING, Update
 
 MEMORIES = 2  # the newest may belong to an entry that was never written
 
@@ -170,7 +170,7 @@ class EditLedger:
             raise IndexError(f"{self.folder} has entries 0 to {len(self) - 1}, not {index}")
         path = self.folder / self.names[index]
         entry = self._entry(index, path, *checked_tensors(path))
-        self._checked[index] = replace(entry, random=None, update={}, torch_random=None)
+        self._checked[index] = replace(entry, random=None, update=NOTHING, torch_random=None)
         return entry
 
     def summary(self, index: int) -> Entry:
@@ -361,7 +361,7 @@ class EditLedger:
                 change = {m: change[m] + (replay.weights[m] - replay.before[m]) for m in change}
                 edits.append(entry)
         update = reverse([edit.update for edit in edits], change)
-        after = updated(replay.weights, replay.original, on_device(update, lm.device))
+        after = update.updated(replay.weights, replay.original)
         self.append("undo", update, after, batch, edits[-1].facts if edits else (), change_norm(replay.weights, after))
         lm.restore(after)
 

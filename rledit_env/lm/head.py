@@ -35,7 +35,7 @@ class AfterHead:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def back(self, gradient: Tensor, logits: Tensor) -> Tensor:
+    def back_in_place(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """The gradient for the head's output from that for these logits, both (P, |V|), written over it."""
         if self.cap is not None:
             gradient.mul_(1 - (logits / self.cap).square())

@@ -139,7 +139,7 @@ class _Losses(torch.autograd.Function):
                 besides = both[len(raw) + start :][: len(rows)]
                 losses[place], gradient = row_loss(logits.log_softmax(-1), place, besides)
                 if wanted:
-                    rows.copy_(forward.output.after.back(gradient, logits))
+                    rows.copy_(forward.output.after.back_in_place(gradient, logits))
             if wanted:
                 even = both[: len(raw) + -len(raw) % forward.quantum]
                 slopes[block] = forward.output.back(even)[: len(raw)]  # (p, d)

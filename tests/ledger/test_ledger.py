@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rledit_env.ledger import EditLedger, LedgerError, change_norm, updated, weights_hash
+from rledit_env.ledger import EditLedger, LedgerError, change_norm, weights_hash
 from rledit_env.ledger.format import ENTRY_NAME
 from rledit_env.lm.editable import EditableLM
+from rledit_env.updates import NOTHING, Dense, RankOne, Replacement, Update
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def original(lm: EditableLM) -> dict[str, Tensor]:
     return {m: lm.original_weight(m).clone() for m in lm.module_shapes}
 
 
-def random_update(lm: EditableLM, seed: int, form: str = "factors") -> dict[str, dict[str, Tensor]]:
+def random_update(lm: EditableLM, seed: int, form: str = "factors") -> Update:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -40,10 +41,10 @@ def random_update(lm: EditableLM, seed: int, form: str = "factors") -> dict[str,
 
     shapes = lm.module_shapes.items()
     if form == "factors":
-        return {"keys": {m: draw(3, d_in) for m, (d_in, _) in shapes},
-                "values": {m: draw(3, d_out) for m, (_, d_out) in shapes}}
+        return RankOne({m: draw(3, d_in) for m, (d_in, _) in shapes}, {m: draw(3, d_out) for m, (_, d_out) in shapes})
     chosen = list(shapes)[1:]  # dense forms may leave modules out
-    return {form: {m: draw(d_out, d_in) for m, (d_in, d_out) in chosen}}
+    matrices = {m: draw(d_out, d_in) for m, (d_in, d_out) in chosen}
+    return Dense(matrices) if form == "updates" else Replacement(matrices)
 
 
 def fill(folder: Path, lm: EditableLM, forms: tuple[str, ...] = ("factors",) * 4) -> list[dict[str, Tensor]]:
@@ -52,7 +53,7 @@ def fill(folder: Path, lm: EditableLM, forms: tuple[str, ...] = ("factors",) * 4
     states = [original(lm)]
     for batch, form in enumerate(forms):
         update = random_update(lm, batch, form)
-        after = updated(states[-1], states[0], update)
+        after = update.updated(states[-1], states[0])
         ledger.append("edit", update, after, batch, facts=[batch], norm=change_norm(states[-1], after))
         states.append(after)
     ledger.close()
@@ -73,15 +74,16 @@ MIXED = ("factors", "updates", "accumulated", "factors", "updates")
 def test_an_update_has_the_effect_that_its_form_says(lm: EditableLM) -> None:
     start = {m: w + 0.1 for m, w in original(lm).items()}
     factors = random_update(lm, 0)
-    for m, after in updated(start, original(lm), factors).items():
-        product = sum(torch.outer(v, k) for v, k in zip(factors["values"][m], factors["keys"][m], strict=True))
+    assert isinstance(factors, RankOne)
+    for m, after in factors.updated(start, original(lm)).items():
+        product = sum(torch.outer(v, k) for v, k in zip(factors.values[m], factors.keys[m], strict=True))
         torch.testing.assert_close(after, start[m] + product)
-    added = updated(start, original(lm), random_update(lm, 1, "updates"))
-    replaced = updated(start, original(lm), random_update(lm, 1, "accumulated"))
+    added = random_update(lm, 1, "updates").updated(start, original(lm))
+    replaced = random_update(lm, 1, "accumulated").updated(start, original(lm))
     first, *others = lm.module_shapes
     assert torch.equal(added[first], start[first]) and torch.equal(replaced[first], start[first])
     for m in others:
-        dense = random_update(lm, 1, "updates")["updates"][m]
+        dense = random_update(lm, 1, "updates").parts()["updates"][m]
         assert torch.equal(added[m], start[m] + dense)
         assert torch.equal(replaced[m], lm.original_weight(m) + dense)
 
@@ -143,7 +145,7 @@ def test_a_rolled_back_update_is_not_in_the_weights(lm: EditableLM, tmp_path: Pa
     states = fill(tmp_path / "l", lm)
     ledger = EditLedger(tmp_path / "l")
     ledger.lock()
-    ledger.append("rollback", {}, states[3], 3)
+    ledger.append("rollback", NOTHING, states[3], 3)
     ledger.close()
     ledger = EditLedger(tmp_path / "l")
     assert ledger.verify(lm) is None
@@ -178,7 +180,7 @@ def test_damage_is_found_named_and_what_is_before_it_stays_usable(
     resumed = EditLedger.resume(tmp_path / "l", lm)
     assert len(resumed) == 2 and resumed.damage is None
     update = random_update(lm, 9)
-    resumed.append("edit", update, updated(states[2], states[0], update), 2)
+    resumed.append("edit", update, update.updated(states[2], states[0]), 2)
     resumed.close()
     assert EditLedger(tmp_path / "l").verify(lm) is None
     assert any((tmp_path / "l" / "damaged").iterdir()), "what was put aside is not lost"
@@ -271,12 +273,12 @@ def test_a_full_disk_is_named_and_leaves_the_ledger_as_it_was(lm: EditableLM, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"cannot be written \(File too large\); free some space"):
-            ledger.append("edit", update, updated(states[-1], states[0], update), 4)
+            ledger.append("edit", update, update.updated(states[-1], states[0]), 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(ledger) == 4
     assert not list((tmp_path / "l").glob("*.partial"))
-    ledger.append("edit", update, updated(states[-1], states[0], update), 4)
+    ledger.append("edit", update, update.updated(states[-1], states[0]), 4)
     assert ledger.verify(lm) is None and len(ledger) == 5
 
 

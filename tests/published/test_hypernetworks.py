@@ -387,7 +387,7 @@ def test_an_update_is_credited_with_what_later_steps_leave_of_it():
         made = ({"a": keys.detach()}, {"a": values.detach()})
         retained = {"a": torch.tensor(share, dtype=torch.float64)} if t else None
         direct = {"updates": {"a": -0.2 * changes[t].detach()}}
-        accumulator.add(*made, {"a": slopes[t].clone()}, direct, 0.9**t, retained)
+        accumulator.take(*made, {"a": slopes[t].clone()}, direct, 0.9**t, retained)
     found = [gradient["a"] for pair in accumulator.finish() for gradient in pair]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -360,7 +360,7 @@ def test_step_credit_sees_only_a_steps_own_reward_and_trajectory_credit_all_late
         for t in range(3):
             # The middle step is not scored.
             given = None if t == 1 else {"a": gradients[t].clone()}
-            accumulator.add(keys[t], values[t], given, nothing, 0.9**t)
+            accumulator.take(keys[t], values[t], given, nothing, 0.9**t)
         for t, (for_keys, for_values) in enumerate(accumulator.finish()):
             counted = [j for j in (0, 2) if (j >= t if credit == "trajectory" else j == t)]
             total = sum((0.9**j * gradients[j] for j in counted), torch.zeros(4, 3))

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
@@ -17,10 +17,8 @@ from rledit_env.copying import Copied, SharedArguments
 from rledit_env.env import LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.streams import StreamLM, together
-from rledit_env.nesting import BOTH, Part, check_raw
 from rledit_env.scoring import NO_SCORES, Scores, score_streams
-from rledit_env.spaces import Action
-from rledit_env.wrappers import GradientFeatures, ScaledUpdate
+from rledit_env.updates import Update
 
 
 class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
@@ -188,12 +186,8 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         renewed = [i for i in range(self.num_envs) if self._ended[i] and mode is AutoresetMode.NEXT_STEP]
         stepping = [i for i in range(self.num_envs) if i not in renewed]
         accepted = {i: self._accept(i, actions) for i in stepping}
+        outcomes = self._outcomes(accepted)
         episodes = [env.episode for env in self.envs]
-        changes = {i: episodes[i].apply(accepted[i]) for i in stepping}
-        for i, trace in self._traces([i for i in stepping if episodes[i].may_repeat]).items():
-            episodes[i].checked = trace
-        scores = self._scores(stepping)
-        outcomes = {i: episodes[i].reward(changes[i], scores[i]) for i in stepping}
 
         infos: dict[str, Any] = {}
         begun = {i: self.envs[i].begin() for i in renewed}  # infos of new episodes
@@ -236,12 +230,21 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self._ended = ended
         return self._batched(), rewards, ended.copy(), np.zeros_like(ended), infos
 
-    def _accept(self, i: int, actions: Any) -> Action:
-        """Stream i's action; raises, with nothing changed, for what its `step` would reject."""
+    def _accept(self, i: int, actions: Any) -> Update:
+        """Stream i's update; raises, with nothing changed, for what its `step` would reject."""
         try:
             return self.envs[i].accept(self._own(i, actions))
         except ValueError as error:
             raise ValueError(f"stream {i}: {error}") from error
+
+    def _outcomes(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, dict[str, Any]]]:
+        """The rewards and infos of the streams that step, by the updates that they make."""
+        episodes = {i: self.envs[i].episode for i in accepted}
+        made = {i: episodes[i].apply(update) for i, update in accepted.items()}
+        for i, trace in self._traces([i for i, episode in episodes.items() if episode.may_repeat]).items():
+            episodes[i].checked = trace
+        scores = self._scores(list(accepted))
+        return {i: episode.reward(made[i], scores[i]) for i, episode in episodes.items()}
 
     def _own(self, i: int, actions: Any) -> Any:
         """Stream i's part of the actions; what is no dictionary by module is passed on, for the check to name."""
@@ -357,130 +360,3 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         """Restore every stream's weights and drop the caches."""
         for env in self.envs:
             env.close()
-
-
-# -- low-dimensional views -------------------------------------------------------------------------------------------
-
-
-def _streams(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
-    """The streams inside wrappers that leave their observations and actions as they are.
-
-    Raises:
-        ValueError: it is something else, or a wrapper has replaced what is to be read.
-    """
-    kind = type(env).__name__
-    if isinstance(env, gym.Env):
-        single = f"use rledit_env.wrappers.{reader.removeprefix('Vector')}"
-        raise ValueError(f"{reader} takes a vector environment, but {kind} is a single one; {single}")
-    if not isinstance(env, VectorEnv):
-        mend = "give what gymnasium.make_vec returns"
-        raise ValueError(f"{reader} takes a vector environment, but was given a {kind}; {mend}")
-    inner: Any = env.unwrapped
-    if not isinstance(inner, LifelongEditVectorEnv):
-        raise ValueError(
-            f"{type(inner).__name__} is no vectorised environment of this package; make it with gymnasium.make_vec, "
-            "without vectorization_mode"
-        )
-    check_raw(env, reader, reads, prefix="single_")
-    return inner.envs
-
-
-class _VectorView:
-    """Mixed into a view: a copy is made anew around the copied environment."""
-
-    env: Any
-    arguments: dict[str, Any]
-
-    def __reduce__(self) -> Any:
-        latest = {name: part for name, part in vars(self).items() if name == "_observations"}
-        return _viewed, (type(self), self.env, self.arguments), latest
-
-
-def _viewed(view: Any, env: Any, arguments: dict[str, Any]) -> Any:
-    return view(env, **arguments)
-
-
-def _of_stream(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Stream i's part of a dictionary of arrays, or of dictionaries of arrays, of all streams."""
-    return {k: _of_stream(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
-
-
-class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any, np.ndarray]):
-    """`rledit_env.wrappers.GradientFeatures` of every stream: Box(−1, 1, (num_envs, F)).
-
-    Args:
-        env: the vectorised environment, or `VectorScaledUpdate` around it. Not with ``AutoresetMode.SAME_STEP``: the
-            weights that a last observation's features speak of are then gone.
-        arguments: of `GradientFeatures`.
-
-    Raises:
-        ValueError: the environment resets in the same step, or is none of this package, or has no raw observations.
-    """
-
-    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
-        streams = _streams(env, "VectorGradientFeatures", ("observation",))
-        super().__init__(env)
-        self.arguments = arguments
-        self.views = [GradientFeatures(stream, **arguments) for stream in streams]
-        self.single_observation_space = self.views[0].observation_space
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-
-    def observations(self, observations: Any) -> np.ndarray:
-        """The features (num_envs, F) of the raw observations."""
-        return np.stack([view.observation(_of_stream(observations, i)) for i, view in enumerate(self.views)])
-
-
-class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarray]):
-    """`rledit_env.wrappers.ScaledUpdate` of every stream: Box(−1, 1, (num_envs, A)).
-
-    Args:
-        env: the vectorised environment.
-        arguments: of `ScaledUpdate`.
-
-    Raises:
-        ValueError: as `ScaledUpdate`.
-    """
-
-    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
-        streams = _streams(env, "VectorScaledUpdate")
-        super().__init__(env)
-        self.arguments = arguments
-        self.scaled = ScaledUpdate(streams[0], **arguments)
-        self.single_action_space = self.scaled.action_space
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._observations: Any = None
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self._observations, infos = self.env.reset(seed=seed, options=options)
-        return self._observations, infos
-
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """A step of every stream with the factors that its action means.
-
-        Raises:
-            ValueError: an action has a wrong shape or a number that is not finite; nothing has changed.
-            gymnasium.error.ResetNeeded: no episode was begun.
-        """
-        if self._observations is None:
-            raise gym.error.ResetNeeded("no episode was begun: call reset() before step()")
-        result = self.env.step(self.factors(self._observations, actions))
-        self._observations = result[0]
-        return result
-
-    def factors(self, observations: Any, actions: Any) -> dict[str, dict[str, Any]]:
-        """The raw environment's actions: update factors by module, padded as the observations are."""
-        actions = np.asarray(actions, dtype=np.float32)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"the actions have shape {actions.shape}; they must be {self.action_space.shape}")
-        batch: dict[str, dict[str, Any]] = {"keys": {}, "values": {}}
-        for part, like in (("keys", "keys"), ("values", "value_gradients")):
-            batch[part] = {m: 0 * v for m, v in observations[like].items()}
-        for i, action in enumerate(actions):
-            try:
-                own = self.scaled.factors(_of_stream(observations, i), action)
-            except ValueError as error:
-                raise ValueError(f"stream {i}: {error}") from error
-            for part, by_module in own.items():
-                for m, factor in by_module.items():
-                    batch[part][m][i, : len(factor)] = factor
-        return batch

@@ -1,0 +1,104 @@
+"""What an environment's attributes say of its episode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Generic, Literal, TypeVar
+
+import gymnasium as gym
+
+from rledit_env.encoding import EncodedDataset, EncodedRecord
+from rledit_env.episode import EditEpisode
+from rledit_env.knowledge import EditRecord, KnowledgeStream
+from rledit_env.ledger import Recorder
+from rledit_env.lm.editable import EditableLM
+from rledit_env.preservation import Multiplier
+from rledit_env.reward import RewardConfig
+
+T = TypeVar("T")
+
+
+class OfEpisode(Generic[T]):
+    """An attribute of an environment that its episode holds; each copy of the environment has an episode of its own."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = self.name or name
+
+    def __get__(self, env: Any, owner: type | None = None) -> T:
+        return self if env is None else getattr(env.episode, self.name)  # type: ignore[return-value]
+
+    def __set__(self, env: Any, value: T) -> None:
+        setattr(env.episode, self.name, value)
+
+
+class OfSettings(OfEpisode[T]):
+    """An attribute of an environment that its episode's settings hold."""
+
+    def __get__(self, env: Any, owner: type | None = None) -> T:
+        return self if env is None else getattr(env.episode.settings, self.name)  # type: ignore[return-value]
+
+    def __set__(self, env: Any, value: T) -> None:
+        env.episode.settings = replace(env.episode.settings, **{self.name: value})
+
+
+class EpisodeAttributes:
+    """Mixed into an environment: its episode, the episode's settings and the place in it as attributes.
+
+    Attributes:
+        episode: the one that is edited.
+    """
+
+    episode: EditEpisode
+
+    lm = OfEpisode[EditableLM]()
+    encoded = OfEpisode[EncodedDataset]()
+    stream = OfEpisode[KnowledgeStream]()
+    max_tokens = OfEpisode[int]()
+    multiplier = OfEpisode[Multiplier | None]()
+    recorder = OfEpisode[Recorder | None]()
+    history = OfEpisode[list[dict[str, float]]]()
+    token = OfSettings[str]()
+    array_backend = OfSettings[Literal["numpy", "torch"]]()
+    on_divergence = OfSettings[Literal["end", "skip", "raise"]]()
+    steps_per_batch = OfSettings[int]()
+    present_until = OfSettings[float | None]()
+    contexts = OfSettings[int]()
+    action_noise_std = OfSettings[float]()
+    render_mode = OfSettings[str | None]()
+    reward_gradient = OfSettings[bool]()
+    reward_config = OfSettings[RewardConfig | None]()
+
+    @property
+    def episode_steps(self) -> int:
+        """Steps of a whole episode; with ``present_until``, the most that it can have."""
+        return self.episode.steps
+
+    def current_batch(self) -> list[EncodedRecord]:
+        """The facts now presented, as passages (with their text in `record`), in the stream's order: with
+        ``present_until``, those of the batch that have not taken.
+
+        Raises:
+            gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
+        """
+        if self.episode.over:
+            raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
+        records = self.episode.records(self.episode.batch)
+        return [records[i] for i in self.presented_facts()]
+
+    def presented_facts(self) -> list[int]:
+        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
+        return self.episode.presented_facts()
+
+    @property
+    def position(self) -> int:
+        """The place in the episode: that of the batch, times ``steps_per_batch``, plus the presentation, from 0. It is
+        the number of steps taken, unless batches have ended early (``present_until``)."""
+        return self.episode.position
+
+    def edited_records(self) -> list[EditRecord]:
+        """The facts edited so far, in order."""
+        batches = -(-self.position // self.steps_per_batch)
+        return [record for batch in range(batches) for record in self.stream.batch(batch)]

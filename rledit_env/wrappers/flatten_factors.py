@@ -1,0 +1,89 @@
+"""FlattenFactors: raw observations and factors as one Box each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+from rledit_env.nesting import environment_inside
+
+
+class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """The whole factors as one Box each way, for small models: what a policy over raw gradients needs.
+
+    The observation is keys and value gradients of every module (padded to N rows), the mask, the edit loss and the
+    progress, one after the other. The action, Box(−1, 1), is update keys and values of every module, each row scaled to
+    the size of the observed one: an action of ±1 everywhere has rows with ‖ũᵢ‖ = ‖uᵢ‖ and ‖ṽᵢ‖ = ``step_size`` · ‖δᵢ‖,
+    those of a step of plain fine-tuning, and the zero action edits nothing. (For a module's row i, ũᵢ = ‖uᵢ‖/√d_in · aᵢ
+    and ṽᵢ = step_size · ‖δᵢ‖/√d_out · bᵢ.)
+
+    Observations are as large as the model makes them: put `gymnasium.wrappers.NormalizeObservation`, or
+    Stable-Baselines3's `VecNormalize`, around it.
+
+    Args:
+        env: the environment with ``array_backend="numpy"``.
+        limit: refuse spaces of more numbers than this, which no standard library will train on.
+        step_size: the size of updates; None: the action is the factors as they are, without bounds, which is not for
+            algorithms that need some.
+
+    Raises:
+        ValueError: an argument makes no sense, or what it is put around has no raw observations and actions.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], limit: int = 10_000_000, step_size: float | None = 0.01) -> None:
+        inner = environment_inside(env, "FlattenFactors")
+        RecordConstructorArgs.__init__(self, limit=limit, step_size=step_size)
+        gym.Wrapper.__init__(self, env)
+        if inner.array_backend != "numpy":
+            raise ValueError("the environment gives tensors without padding; make it with array_backend='numpy'")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise ValueError(f"step_size is {step_size}; give a number above 0, or None for factors as they are")
+        for name in ("observation_space", "action_space"):
+            size = spaces.flatdim(getattr(env, name))
+            if size > limit:
+                raise ValueError(
+                    f"the {name.replace('_', ' ')} has {size:,} numbers, more than {limit:,}; edit fewer modules or "
+                    "smaller batches, use GradientFeatures(ScaledUpdate(env)), or give a higher limit"
+                )
+        self.step_size = step_size
+        actions: Any = spaces.flatten_space(env.action_space)
+        self.observation_space: Any = spaces.flatten_space(env.observation_space)
+        self.action_space = actions if step_size is None else spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+        self._sizes: dict[str, dict[str, np.ndarray]] | None = None  # of the rows of update factors, (N, 1) by module
+
+    def _flat(self, observation: Any) -> Any:
+        if self.step_size is not None:
+            parts = {"keys": ("keys", 1.0), "values": ("value_gradients", self.step_size)}
+            self._sizes = {
+                part: {m: scale * np.sqrt(np.square(x).mean(1, keepdims=True)) for m, x in observation[source].items()}
+                for part, (source, scale) in parts.items()
+            }
+        return spaces.flatten(self.env.observation_space, observation)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._flat(observation), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """A step with the factors that the flat action means; numbers beyond ±1 are taken as ±1.
+
+        Raises:
+            ValueError: as the environment's, or the action is not as long as the space says.
+            gymnasium.error.ResetNeeded: no episode was begun.
+        """
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"the action has shape {action.shape}; it must be {self.action_space.shape}")
+        factors: Any = spaces.unflatten(self.env.action_space, action)
+        if self._sizes is not None:
+            factors = {
+                part: {m: sizes[m] * np.clip(factor, -1.0, 1.0) for m, factor in factors[part].items()}
+                for part, sizes in self._sizes.items()
+            }
+        observation, reward, terminated, truncated, info = self.env.step(factors)
+        return self._flat(observation), reward, terminated, truncated, info
