@@ -21,8 +21,9 @@ import torch
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import ATTENTIONS, Passage
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.kernels.products import linear, outer
+from rledit_env.lm.suffix import ATTENTIONS
 
 
 class Floor:

@@ -8,22 +8,18 @@ d_in × d_in and is held as a dense matrix. Nothing is cached. The formulas are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.kernels.gates import FastGate
-from rledit_env.lm.kernels.norms import FastNorm
-from rledit_env.lm.kernels.products import FastConv1D, FastLinear
 from rledit_env.reward import RewardConfig
 from rledit_env.scoring import ScoredBatch
 
@@ -41,24 +37,11 @@ class Scored:
     gradient: dict[str, Tensor]
 
 
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Within it, the model's norms, gates and products are those of its own library."""
-    ours = {m: type(m) for m in model.modules() if isinstance(m, FastNorm | FastGate | FastLinear | FastConv1D)}
-    for module, faster in ours.items():
-        module.__class__ = faster.__bases__[-1]
-    try:
-        yield
-    finally:
-        for module, faster in ours.items():
-            module.__class__ = faster
-
-
 class Reference:
     """The plain path over the Hugging Face model inside an `EditableLM`, whose weights it reads and writes itself.
 
     Args:
-        lm: where the model, its tokenizer's passages and the names of the edited modules come from.
+        lm: where the model and the names of the edited modules come from; loaded with ``optimize=False``.
         mini_batch: passages in a forward pass.
         solve_in: precision of the normal equations. In float32 they lose what is below 1e-7 of ‖u‖², the damping among
             it where modules are wide.
@@ -78,8 +61,7 @@ class Reference:
             mask[row, : len(passage)] = 1
             labels[row, list(passage.positions)] = torch.tensor(passage.targets)
         device = self.lm.device
-        with _plain(self.model):
-            output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         return output.logits.float(), labels.to(device)
 
     def _mini_batches(self, passages: Sequence[Passage]) -> Iterator[Sequence[Passage]]:

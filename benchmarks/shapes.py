@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading.registry import fetch
+from rledit_env.lm.loading.fetching import fetch
 
 # Name → configuration, and the modules that the paper edits (Appendix A).
 SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -26,7 +26,8 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def random_model(
-    name: str, tokenizer: str, dtype: torch.dtype, device: torch.device, edit_modules: Sequence[str] = ()
+    name: str, tokenizer: str, dtype: torch.dtype, device: torch.device, edit_modules: Sequence[str] = (),
+    optimize: bool = True,
 ) -> EditableLM:
     """A Llama of a shape of :data:`SHAPES`, its weights drawn on the device itself from a seed.
 
@@ -36,6 +37,7 @@ def random_model(
         dtype: precision of the weights.
         device: where they are.
         edit_modules: instead of the shape's own.
+        optimize: as for `EditableLM`.
     """
     numbers, modules = SHAPES[name]
     devices = [device] if device.type == "cuda" else []
@@ -45,4 +47,4 @@ def random_model(
     reader = AutoTokenizer.from_pretrained(fetch(tokenizer), local_files_only=True)
     if len(reader) > numbers["vocab_size"]:
         raise ValueError(f"the tokenizer of {tokenizer!r} has {len(reader)} tokens; {name} has fewer")
-    return EditableLM(model, reader, edit_modules or modules, name)
+    return EditableLM(model, reader, edit_modules or modules, name, optimize=optimize)

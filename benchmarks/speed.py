@@ -197,18 +197,21 @@ class Benchmark:
         self.args = args
         self.seconds: dict[str, list[float]] = {}
 
-    def load(self, precision: Precision) -> EditableLM:
+    def load(self, precision: Precision, optimize: bool = True) -> EditableLM:
         """A model of its own, so that what is compared shares no cache."""
         args, dtype = self.args, getattr(torch, precision)
         if args.model in SHAPES:
-            lm = random_model(args.model, args.tokenizer, dtype, resolve_device(args.device), args.edit_modules)
+            device = resolve_device(args.device)
+            lm = random_model(args.model, args.tokenizer, dtype, device, args.edit_modules, optimize)
         else:
-            lm = EditableLM.load(args.model, args.edit_modules or EDIT_MODULES, dtype, args.device)
+            modules = args.edit_modules or EDIT_MODULES
+            lm = EditableLM.load(args.model, modules, dtype, args.device, optimize=optimize)
         lm.max_tokens_per_pass = args.tokens_per_pass or lm.max_tokens_per_pass
         return lm
 
-    def reference(self, lm: EditableLM) -> Reference:
-        """The plain path over a model."""
+    def reference(self, lm: EditableLM | None = None) -> Reference:
+        """The plain path, over a model of its own unless one is given."""
+        lm = lm or self.load(self.args.dtypes[0], optimize=False)
         return Reference(lm, solve_in=getattr(torch, self.args.reference_solve))
 
     def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
@@ -237,7 +240,7 @@ class Benchmark:
             stepper.edit_quickly(args.depth)
         ours = steppers[f"{args.dtypes[0]}, exact"]
         ours.compared = True
-        reference = self.reference(ours.lm)
+        reference = self.reference()
         deviations: dict[str, list[float]] = {}
         floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}
         shared: dict[str, list[float]] = {name: [] for name in steppers}
@@ -246,11 +249,11 @@ class Benchmark:
                 floors[name].append(self._floor(stepper, exact, "sampled" in name))
                 shared[name].append(sum(self._floor(stepper, exact, "sampled" in name, once=True).values()))
             scored, edits = ours.batches(exact), ours.edits
-            weights, moments = ours.lm.snapshot(), ours.network.memory_state()
+            moments = ours.network.memory_state()
+            reference.lm.restore(ours.lm.snapshot())
             updates, theirs, gradient = self.clock(
                 "reference", ours.lm, lambda s=scored, e=edits: reference.training_step(ours.network, e, s, exact)
             )
-            ours.lm.restore(weights)
             ours.network.load_memory_state(moments)
             for name, stepper in steppers.items():
                 got = self.clock(name, stepper.lm, stepper.learn)
@@ -330,16 +333,16 @@ class Benchmark:
         last = args.dtypes[-1]
         steppers[f"editing, {last}, rank 256, 2 blocks"] = Stepper(small, self.load(last), "none", batches, n)
         ours = steppers[f"editing, {args.dtypes[0]}"]
-        reference = self.reference(ours.lm)
+        reference = self.reference()
 
         def plain(edits: Sequence[Any]) -> None:
             with torch.no_grad():
                 reference.apply(reference.update(ours.network, *_with_gradient(reference.trace, edits)))
 
         for _ in range(args.repeats):
-            edits, weights, moments = ours.edits, ours.lm.snapshot(), ours.network.memory_state()
+            edits, moments = ours.edits, ours.network.memory_state()
+            reference.lm.restore(ours.lm.snapshot())
             self.clock("editing, reference", ours.lm, lambda e=edits: plain(e))
-            ours.lm.restore(weights)
             ours.network.load_memory_state(moments)
             for name, stepper in steppers.items():
                 self.clock(name, stepper.lm, stepper.edit)
@@ -403,7 +406,8 @@ class Benchmark:
         the step needs above."""
         args = self.args
         config = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
-        stepper = Stepper(args, self.load(args.dtypes[0]), config, args.depth + 1, args.batch_size)
+        lm = self.load(args.dtypes[0], optimize=path == "package")
+        stepper = Stepper(args, lm, config, args.depth + 1, args.batch_size)
         device = stepper.lm.device
         if path == "package":  # its caches are part of what it needs: they fill from here on
             start = _reset_peak(device)

@@ -393,10 +393,12 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         return None
 
     def close(self) -> None:
-        """Restore the pre-trained weights, unless they are another environment's by now, and drop the caches."""
-        if self.lm.holder is None or self.lm.holder() in (None, self):
-            self.lm.restore()
+        """Restore the pre-trained weights, unless they are another environment's by now, and drop the caches; an LLM
+        that the environment made itself is closed."""
         self.episode.forget_before()
-        self.lm.prefix_cache.clear()
-        self.lm.reference_cache.clear()
-        self.lm.text_cache.clear()
+        self.lm.clear_caches()
+        if self.lm.holder is None or self.lm.holder() in (None, self):
+            if isinstance(self.arguments["model"], EditableLM):
+                self.lm.restore()
+            else:
+                self.lm.close()

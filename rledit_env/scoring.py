@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import AnswerStates, EditableLM
-from rledit_env.lm.forward import Passage, at_least_float32
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.loading.placement import release_free_memory
+from rledit_env.lm.precision import at_least_float32
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import Component, Locality, RewardConfig, TextComponent
 from rledit_env.updates import Parts, Update

@@ -21,7 +21,7 @@ from rledit_env import cli
 from rledit_env.files import MARKER, read_marker, write_tensors
 from rledit_env.lm.delta import load_delta, save_delta, save_lora
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 ENV = "RLEdit-CounterFact-v0"
 FACTS = [
@@ -107,9 +107,9 @@ def home(made: Home, tmp_path: Path) -> Home:
 @pytest.fixture
 def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test where a command reads data or loads or fetches a model."""
-    for name in ("rledit_env.lm.editable.EditableLM.load", "rledit_env.lm.loading.registry.load_model",
+    for name in ("rledit_env.lm.editable.EditableLM.load", "rledit_env.lm.loading.loader.load_model",
                  "rledit_env.knowledge.load_knowledge", "rledit_env.knowledge.facts.load_facts",
-                 "rledit_env.lm.loading.registry.fetch", "rledit_env.reporting.run_report.RunReport.page",
+                 "rledit_env.lm.loading.fetching.fetch", "rledit_env.reporting.run_report.RunReport.page",
                  "gymnasium.make"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("work was begun"))
 

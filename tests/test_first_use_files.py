@@ -318,19 +318,19 @@ def chat_model(tmp_path: Path) -> Path:
 def test_chat_puts_every_prompt_into_the_template_and_keeps_the_subject_s_place(
     edit: Edit, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rledit_env.lm.editable import EditableLM
+    from rledit_env.lm.tokens import PassageEncoder
 
     seen: dict[tuple[str, str], Any] = {}
-    tokenize_all = EditableLM.tokenize_all
+    tokenize_all = PassageEncoder.tokenize_all
 
-    def watched(lm: EditableLM, prompts: Any, answers: Any, subjects: Any, origins: Any) -> Any:
-        passages = tokenize_all(lm, prompts, answers, subjects, origins)
+    def watched(encoder: PassageEncoder, prompts: Any, answers: Any, subjects: Any, origins: Any) -> Any:
+        passages = tokenize_all(encoder, prompts, answers, subjects, origins)
         for key, subject, passage in zip(zip(prompts, answers, strict=True), subjects, passages, strict=True):
             if subject is not None or key not in seen:
                 seen[key] = passage
         return passages
 
-    monkeypatch.setattr(EditableLM, "tokenize_all", watched)
+    monkeypatch.setattr(PassageEncoder, "tokenize_all", watched)
     row = {
         "prompt": " Where is Bergen?", "target": "Peru", "subject": "Bergen", "paraphrases": ["Bergen?"],
         "unrelated": [{"prompt": "Oslo?", "answer": "Norway"}], "portability": [{"prompt": "Next?", "answer": "Chile"}],

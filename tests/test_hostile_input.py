@@ -33,7 +33,7 @@ from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.knowledge.facts import load_facts
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading import registry
+from rledit_env.lm.loading import fetching, registry
 from rledit_env.updates import RankOne
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(name: str) -> Path:
         raise registry.ModelError(f"there is no model {name!r}, and no network in this test")
 
-    monkeypatch.setattr(registry, "_fetch_from_hub", refuse)
+    monkeypatch.setattr(fetching, "fetch_from_hub", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -228,7 +228,7 @@ def test_odd_arguments_end_with_an_exit_code_that_is_the_users_to_mend(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("agents.rledit.agent.RLEditAgent.learn", lambda self, *_, **__: self)  # arguments
-    monkeypatch.setattr("rledit_env.lm.loading.registry._install", lambda *_, **__: tmp_path / "nowhere")
+    monkeypatch.setattr("rledit_env.lm.loading.fetching.install", lambda *_, **__: tmp_path / "nowhere")
     assert cli.main([command, *words]) in (0, 2)
 
 

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rledit_env.vector.env
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.streams import StreamLM
+from rledit_env.lm.routing import BesideModules
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import RewardConfig
 from rledit_env.vector import LifelongEditVectorEnv, VectorGradientFeatures, VectorScaledUpdate
@@ -450,8 +450,8 @@ def test_an_lm_that_is_handed_over_keeps_its_own_edits(tiny_lm, facts):
 
 def test_passes_serve_several_streams_and_are_fewer_than_those_of_streams_alone(both, monkeypatch):
     served: list[set[int]] = []
-    routed = StreamLM._routed
-    monkeypatch.setattr(StreamLM, "_routed", lambda lm, s, *rest: served.append(set(s)) or routed(lm, s, *rest))
+    routed = BesideModules.routed
+    monkeypatch.setattr(BesideModules, "routed", lambda self, s, *rest: served.append(set(s)) or routed(self, s, *rest))
     passes = {}
     for num_envs in (1, 3):
         vector, _ = both(num_envs=num_envs)

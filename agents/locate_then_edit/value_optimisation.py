@@ -18,8 +18,9 @@ from agents.base import NotApplicable
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.continued import at_places, continued_forward, layer_of
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage, at_least_float32
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood, reverse_kl_divergence
+from rledit_env.lm.precision import at_least_float32
 
 KL_TERMS = ("subject", "essence")
 

@@ -61,7 +61,8 @@ class Views:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # its copies of the weights are gone before the new ones are made
             wanted = patterns or default_edit_modules(self.model, model)
-            self._view = EditableLM(model, tokenizer, wanted, self.model, revision=self.source.get("revision"))
+            revision = self.source.get("revision")
+            self._view = EditableLM(model, tokenizer, wanted, self.model, revision=revision, optimize=True)
         self._patterns = patterns
         return self._view
 

@@ -246,13 +246,13 @@ class Probe:
         missing = {key: size for key, size in step_sizes.items() if key not in self.cells}
         if not missing:
             return
-        lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name)
+        lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name, optimize=True)
         env = self._environment(lm, final)
         try:
             for key, size in missing.items():
                 self._cell(key, partial(self._edited, env, size))
         finally:  # the next candidate gets the model as it was
-            lm.restore()
+            lm.close()
 
     def _environment(self, lm: EditableLM, final: bool) -> LifelongEditEnv:
         config, facts = self.config, self.final_facts if final else self.facts
@@ -274,8 +274,11 @@ class Probe:
         return _scores(evaluate(env.lm, facts.records, facts.kind, generate=False)) | {"drift": log.drift}
 
     def _unedited(self, candidate: Candidate, facts: KnowledgeDataset) -> dict[str, float]:
-        lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name)
-        return _scores(evaluate(lm, facts.records, facts.kind, generate=False)) | {"drift": 0.0}
+        lm = EditableLM(self.model, self.tokenizer, candidate.modules, self.name, optimize=True)
+        try:
+            return _scores(evaluate(lm, facts.records, facts.kind, generate=False)) | {"drift": 0.0}
+        finally:
+            lm.close()
 
     def _cell(self, key: str, compute: Callable[[], dict[str, float]]) -> None:
         if key not in self.cells:

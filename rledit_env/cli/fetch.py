@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from rledit_env.lm.loading.registry import fetch
+    from rledit_env.lm.loading.fetching import fetch
 
     try_cache(options.model)
     source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}

@@ -68,7 +68,8 @@ def try_cache(model: str) -> None:
     Raises:
         OSError: it cannot be written, or something in it would be lost.
     """
-    from rledit_env.lm.loading.registry import check_replaceable, folder_to_write
+    from rledit_env.lm.loading.fetching import folder_to_write
+    from rledit_env.lm.loading.wheel import check_replaceable
 
     folder = folder_to_write(model)
     if folder is not None:

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> int:
     from agents.running.probe import Probe, ProbeConfig
     from rledit_env.files import mark
     from rledit_env.knowledge import load_knowledge
+    from rledit_env.lm.loading.loader import load_model
     from rledit_env.lm.loading.placement import resolve_device, resolve_dtype
-    from rledit_env.lm.loading.registry import load_model
 
     check_paths(options, growing("--out", options.out, PROBE, FILES))
     config = ProbeConfig(**values_of(options, ProbeConfig))

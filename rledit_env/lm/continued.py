@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import FAILURES, Passage, SuffixForward, _Stub, at_least_float32, same_numbers
+from rledit_env.lm.forward import FAILURES, Passage
 from rledit_env.lm.kernels.layout import Layout, cheapest_chunks
+from rledit_env.lm.precision import at_least_float32, same_numbers
+from rledit_env.lm.suffix import Stub, SuffixForward
 from rledit_env.lm.whole import WholeForward, WholePassages
 
 
@@ -96,7 +98,7 @@ class ContinuedForward(SuffixForward):
         assert hidden is not None
         self.hidden, self.layout = hidden, Layout.padded([len(tail) for tail in tails])
 
-    def _layer_arguments(self, layout: Layout) -> list[_Stub]:
+    def _layer_arguments(self, layout: Layout) -> list[Stub]:
         return self._stubs
 
     def places(self, passages: Sequence[Passage]) -> Tensor:
@@ -202,7 +204,7 @@ def subject_states(
     handles.append(lm.forward.layers[last].register_forward_hook(leave))
     try:
         with with_updates(lm, updates or {}):
-            for chunk in cheapest_chunks([len(p) for p in heads], lm._tokens_now):
+            for chunk in cheapest_chunks([len(p) for p in heads], lm.passes.token_limit):
                 members = [heads[i] for i in chunk]
                 place.append(torch.tensor([len(p) - 1 for p in members], device=lm.device))
                 lm.forward.run_below(lm.pad_ids([p.input_ids for p in members]), last + 1)

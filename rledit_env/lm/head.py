@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rledit_env.lm.forward import Reached, at_least_float32, execution_device, replaced_forward
 from rledit_env.lm.kernels.products import linear
+from rledit_env.lm.module_calls import Reached, execution_device, replaced_forward
+from rledit_env.lm.precision import at_least_float32
 
 _EXACT = 1e-6  # relative difference of scales and caps that rounding to float32 explains
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rledit_env.lm.forward import Scored, at_least_float32
+from rledit_env.lm.forward import Scored
+from rledit_env.lm.precision import at_least_float32
 
 BLOCK = 128  # positions whose logits are held at once: enough rows to fill the output head's matrix product
 BLOCK_BYTES = 2**24  # and what they take at most on a CPU: glibc gives larger blocks back, and the next are new memory

@@ -1,4 +1,4 @@
-"""Which modules of a model can be edited, and why others cannot."""
+"""A model's decoder layers, which of their modules can be edited, and why others cannot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.forward import decoder_layers
 from rledit_env.lm.names import expand_globs
 
 # Names of the projections that widen a feed-forward block's states, and patterns for them; the first that a model has.
@@ -18,6 +17,28 @@ _FEED_FORWARD: dict[tuple[str, ...], str] = {
     **{(name,): name for name in ("gate_up_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h")},
 }
 _READING = re.compile(r"\b([qkv]|query|key|value|gate|router)(_|\b)")  # modules that read the residual stream
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder of a causal LM and its list of layers: as many as its configuration says, or else the longest list.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    decoder, count = model, None
+    if isinstance(model, PreTrainedModel):
+        decoder = model.get_decoder()  # without a tower for images
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (module, child)
+        for root in (decoder, model)
+        for module in root.modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers; it cannot be edited")
+    return next((found for found in lists if len(found[1]) == count), max(lists, key=lambda found: len(found[1])))
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.forward import (
-    FAILURES,
-    Forward,
-    SuffixForward,
-    at_least_float32,
-    execution_device,
-    same_numbers,
-)
+from rledit_env.lm.forward import FAILURES, Forward
 from rledit_env.lm.head import AfterHead, OutputHead, read_after_head
 from rledit_env.lm.kernels.layout import Layout
 from rledit_env.lm.kernels.products import FASTER
-from rledit_env.lm.kernels.switch import prefer_fast_modules
+from rledit_env.lm.kernels.switch import FastModules
+from rledit_env.lm.module_calls import execution_device
+from rledit_env.lm.modules import decoder_layers
+from rledit_env.lm.precision import at_least_float32, same_numbers
+from rledit_env.lm.suffix import SuffixForward
 from rledit_env.lm.whole import WholeForward
 
 _TEXT = "The capital of France is Paris, and that of Peru is Lima."
@@ -87,50 +84,63 @@ class OwnPass:
         self.output = OutputHead(head, after)
         self._logits: Tensor | None = at_least_float32(logits[0])  # until :meth:`forward` has tried its ways
         self._precision = logits.dtype
-        self._choice: tuple[bool, bool] | None = None  # of ways, once tried
+        self._choices: dict[bool, tuple[bool, bool]] = {}  # of ways, once tried: with faster modules and without
 
     def forward(
-        self, model: PreTrainedModel, layers: nn.ModuleList, modules: Mapping[str, nn.Module], name: str
-    ) -> SuffixForward | WholeForward:
-        """The fastest of our ways to run the model that gives its own logits; warns where that is a slower one.
+        self, model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str, optimize: bool
+    ) -> tuple[SuffixForward | WholeForward, FastModules | None]:
+        """The fastest of our ways to run the model that gives its own logits, and the faster modules that it took for
+        this; warns where it is a slower way than asked for.
 
-        They are tried once, before the model is edited.
+        They are tried once.
 
         Args:
-            model: the model; its modules are replaced by faster ones where these give what it gave.
-            layers: its decoder layers.
+            model: the model.
             modules: the edited modules by name.
             name: what to call the model.
+            optimize: whether its modules may be replaced by faster ones, where these give what it gave.
 
         Raises:
             ValueError: none of them does.
         """
+        _, layers = decoder_layers(model)
         edited = [i for i, layer in enumerate(layers) if set(modules.values()) & set(layer.modules())]
-        reason: Exception | None = None
-        for has_kernels, is_split in [self._choice] if self._choice else _WAYS:
-            put_back = prefer_fast_modules(model) if has_kernels else None
+        known, reason = self._choices.get(optimize), None
+        if known is None and self._logits is None:  # tried with the other kind of modules only, and edited since
+            self._logits = self._own_logits(model)
+        for has_kernels, is_split in [known] if known else [way for way in _WAYS if optimize or not way[0]]:
+            fast, is_chosen = FastModules(model) if has_kernels else None, False
             try:
                 found: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
                 if is_split:
                     found = SuffixForward(model, min(edited), max(edited), self.output)
-                if self._choice or self._agrees(found, modules):
-                    self._settle((has_kernels, is_split), name or self.kind)
-                    return found
+                if known or self._agrees(found, modules):
+                    self._settle((has_kernels, is_split), name or self.kind, optimize)
+                    is_chosen = True
+                    return found, fast
             except FAILURES as error:  # a model of another make
                 reason = None if is_split else error
-            if put_back is not None:
-                put_back()
+            finally:
+                if fast is not None and not is_chosen:
+                    fast.undo()
         said = "" if reason is None else f" ({' '.join(str(reason).split())[:200]})"
         raise ValueError(
             f"{name or self.kind} ({self.kind}) cannot be edited: what it gives for a token depends on later tokens or "
             f"on other texts beside it{said}; give a decoder-only model, one that is made to continue texts"
         )
 
-    def _settle(self, way: tuple[bool, bool], name: str) -> None:
+    @torch.no_grad()
+    def _own_logits(self, model: PreTrainedModel) -> Tensor:
+        """What the model's own forward gives for the text, (_TOKENS, |V|)."""
+        return at_least_float32(model(input_ids=self._ids, use_cache=False).logits[0])
+
+    def _settle(self, way: tuple[bool, bool], name: str, optimize: bool) -> None:
         """Remember the way that the model is run, and say so where it is a slow one."""
-        if self._choice is None and way in _SLOWER:
-            warnings.warn(f"{name}: {_SLOWER[way].format(self.kind)}", stacklevel=5)
-        self._choice, self._logits = way, None
+        if optimize not in self._choices:
+            slower = _SLOWER.get((way[0] or not optimize, way[1]))
+            if slower is not None:
+                warnings.warn(f"{name}: {slower.format(self.kind)}", stacklevel=5)
+        self._choices[optimize], self._logits = way, None
 
     @torch.no_grad()
     def _agrees(self, forward: Forward, modules: Mapping[str, nn.Module]) -> bool:
@@ -188,21 +198,8 @@ def own_pass(
     """The model's :class:`OwnPass`, which is run once a model."""
     found = _known.get(model)
     if found is None or found.output.module is not output_head(model):
-        _keep_scale(model)
         found = _known[model] = OwnPass(model, tokenizer, linear)
     return found
-
-
-def _keep_scale(model: PreTrainedModel) -> None:
-    """Let a model run with its weights as they are saved: RWKV divides some by powers of two when it first runs without
-    training, and its states with them, against overflows of float16. What is edited would then be saved divided."""
-    for module in model.modules():
-        rescale: Any = getattr(module, "_rescale_layers", None)
-        if rescale is not None:
-            module.train()
-            rescale()  # takes an earlier division back
-            module.eval()
-            model.config.rescale_every = 0
 
 
 def output_head(model: PreTrainedModel) -> Any:

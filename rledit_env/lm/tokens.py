@@ -1,14 +1,23 @@
-"""Text as token ids of one tokenizer: the one place that decides how a prompt and its answer become tokens."""
+"""Text as token ids of one LLM: the one place that decides how a prompt and its answer become tokens."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rledit_env.knowledge.text import separator
+from rledit_env.knowledge.text import find_subject, separator
+from rledit_env.lm.forward import Passage
+
+CONTEXT_SETTINGS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
+    "context_length", "max_target_positions",
+)  # fmt: skip
+NO_BOUND = 10**9  # tokens; tokenizers without a bound name a larger number
 
 _TRAILING_SPACE = re.compile(r"(?<=\S) +\Z")
 
@@ -96,3 +105,106 @@ class TextEncoder:
             return []
         encoding = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
         return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
+
+
+class PassageEncoder:
+    """Prompts and answers as passages of one LLM.
+
+    Args:
+        tokenizer: a fast one, which tells which characters a token covers.
+        model: the LLM, for the tokens that it takes.
+        name: what to call it in messages.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        text: how texts become its token ids.
+        context_length: the most tokens that the model takes; ``sys.maxsize`` where nothing bounds them, as with ALiBi
+            and state spaces.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str = "") -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{name or type(model).__name__}: a fast tokenizer is needed, since it tells which characters a token "
+                "covers; convert it with the tokenizers library or choose another model"
+            )
+        self.tokenizer, self.text, self._name = tokenizer, TextEncoder(tokenizer), name
+        self.context_length = _context_length(model.config.get_text_config(), tokenizer)
+        embeddings: Any = model.get_input_embeddings()
+        self._embedded = len(embeddings.weight)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up rows of token ids, which no token sees: the tokenizer's pad token, or another one where it has
+        none, or none that the model has an embedding for."""
+        tokenizer = self.tokenizer
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        return next((token for token in candidates if token is not None and token < self._embedded), 0)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued (see :class:`TextEncoder`)."""
+        return self.text.encode(text)
+
+    def tokenize(
+        self, prompt: str, answer: str, subject: str | tuple[int, int] | None = None, origin: str = ""
+    ) -> Passage:
+        """The passage of a prompt and its answer, joined as :class:`TextEncoder` joins them.
+
+        Args:
+            prompt, answer: texts.
+            subject: what the prompt is about: its text, sought in the prompt (`find_subject`), or its first character
+                there and the one after its last.
+            origin: the place of the fact, for messages.
+
+        Raises:
+            ValueError: the passage is longer than the model's context, or the answer has no token.
+        """
+        return self.tokenize_all([prompt], [answer], [subject], [origin])[0]
+
+    def tokenize_all(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        subjects: Sequence[str | tuple[int, int] | None],
+        origins: Sequence[str],
+    ) -> list[Passage]:
+        """:meth:`tokenize` for many texts at once."""
+        passages = []
+        rows = zip(self.text.pairs(prompts, answers), prompts, answers, subjects, origins, strict=True)
+        for (ids, offsets, first), prompt, answer, subject, origin in rows:
+            if not 0 < first < len(ids):
+                raise ValueError(f"{origin}: the prompt {prompt!r} or its answer {answer!r} has no token")
+            if len(ids) > self.context_length:
+                raise ValueError(
+                    f"{origin}: prompt and answer have {len(ids)} tokens, but the context of "
+                    f"{self._name or 'the model'} holds {self.context_length}; shorten or leave out {prompt[:60]!r}"
+                )
+            position = _last_token(offsets[:first], _span(prompt, subject))
+            passages.append(Passage(tuple(ids[:-1]), tuple(ids[first:]), position))
+        return passages
+
+
+def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    named = (getattr(config, name, None) for name in CONTEXT_SETTINGS)
+    bounds = [bound for bound in named if isinstance(bound, int) and bound > 0]
+    if not bounds and tokenizer.model_max_length < NO_BOUND:
+        bounds = [tokenizer.model_max_length]
+    return bounds[0] if bounds else sys.maxsize
+
+
+def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Where the subject stands in the prompt."""
+    if not isinstance(subject, str):
+        return subject
+    start = find_subject(prompt, subject)
+    return None if start is None else (start, start + len(subject))
+
+
+def _last_token(offsets: Offsets, span: tuple[int, int] | None) -> int | None:
+    """The index of the last token that covers a character of the span."""
+    if span is None:
+        return None
+    return max((i for i, (start, end) in enumerate(offsets) if start < span[1] and end > start), default=None)

@@ -3,72 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from pickle import PicklingError
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.forward import at_least_float32
+from rledit_env.lm.precision import at_least_float32
 
 
 class NotFiniteError(ValueError):
     """An update has the right form, but holds a number that is not finite."""
 
 
-class EditedWeights:
-    """The one owner of the edited weights.
+@dataclass(frozen=True)
+class Originals:
+    """The pre-trained weights of the edited modules, which are never written.
 
-    They are kept in float32 whatever precision the model runs in (in float64 for a float64 model); the model's own copy
-    is refreshed from them after every update.
+    Attributes:
+        run: module → W₀ (d_out, d_in) in the model's precision.
+        exact: the same at least in float32: the same tensor where the model's precision is enough.
+    """
+
+    run: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, run: dict[str, Tensor]) -> Originals:
+        return cls(run, {name: at_least_float32(weight) for name, weight in run.items()})
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """Module → ‖W₀‖_F."""
+        return {name: float(weight.norm()) for name, weight in self.exact.items()}
+
+
+class EditedWeights:
+    """The one owner of a set of edited weights.
+
+    They are kept in float32 whatever precision the model runs in (in float64 for a float64 model); what the model runs
+    with is refreshed from them after every update. That is what its modules hold, or where there are several sets over
+    the same modules, tensors beside these (see `rledit_env.lm.routing`).
 
     Args:
         modules: the edited linear modules (``nn.Linear`` or GPT-2's ``Conv1D``) by name.
 
     Attributes:
+        modules: these.
         module_shapes: module → (d_in, d_out).
+        originals: the pre-trained weights.
+        run: module → W (d_out, d_in) in the model's precision; the master copy itself where that is precise enough.
         holder: the environment whose episode the weights are those of; None before any.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.holder: ref[Any] | None = None
-        self._modules: dict[str, Any] = dict(modules)
-        self.module_shapes: dict[str, tuple[int, int]] = {}
-        for n, module in self._modules.items():
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        for name, module in modules.items():
             if module.weight.is_meta:
                 raise ValueError(
-                    f"the weight of {n} is offloaded to the host or the disk, where it cannot be edited; give a device "
-                    "map that keeps the layers of edit_modules on a device"
+                    f"the weight of {name} is offloaded to the host or the disk, where it cannot be edited; give a "
+                    "device map that keeps the layers of edit_modules on a device"
                 )
-            d_out, d_in = self._oriented(module).shape
-            self.module_shapes[n] = (d_in, d_out)
-        self._take_masters()
-        self._take_originals({n: m.weight.detach().clone() for n, m in self._modules.items()})
-        self._norms = {n: float(w.norm()) for n, w in self._original.items()}
+        run = {name: oriented(module, module.weight.data) for name, module in modules.items()}
+        self._take(dict(modules), run, Originals.of({name: weight.clone() for name, weight in run.items()}))
 
-    def _take_masters(self) -> None:
-        """Edit the modules' own tensors, or copies where their precision is not enough."""
-        self._master = {n: at_least_float32(self._oriented(m).detach()) for n, m in self._modules.items()}
+    def _take(self, modules: dict[str, Any], run: dict[str, Tensor], originals: Originals) -> None:
+        self.modules, self.run, self.originals = modules, run, originals
+        self._master = {name: at_least_float32(weight) for name, weight in run.items()}
+        self.module_shapes = {name: (weight.shape[1], weight.shape[0]) for name, weight in run.items()}
+        self.holder: ref[Any] | None = None
 
-    def _take_originals(self, run: dict[str, Tensor]) -> None:
-        """Let these, as the modules hold them, be the pre-trained weights."""
-        self._original_run = run
-        self._original = {  # the same tensor where the model's precision is enough
-            n: at_least_float32(w.t() if isinstance(self._modules[n], Conv1D) else w) for n, w in run.items()
-        }
+    def beside(self) -> EditedWeights:
+        """Another set for the same modules, which do not hold it; it begins with the pre-trained weights."""
+        other = type(self).__new__(type(self))
+        other._take(self.modules, {n: w.clone() for n, w in self.originals.run.items()}, self.originals)
+        return other
+
+    def copied(self, modules: Mapping[str, Any]) -> EditedWeights:
+        """The same weights in copies of the modules; the pre-trained ones are shared."""
+        other = type(self).__new__(type(self))
+        other._take(dict(modules), {n: oriented(m, m.weight.data) for n, m in modules.items()}, self.originals)
+        other.restore(self._master)
+        return other
 
     def leave_originals(self) -> None:
         """Edit copies from now on: the tensors that the modules came with become the pre-trained weights, which are
         never written."""
-        given = {n: module.weight.data for n, module in self._modules.items()}
-        for n, module in self._modules.items():
-            module.weight.data = self._original_run[n]
-        self._take_originals(given)
-        self._take_masters()
+        given, own = self.run, self.originals.run
+        for name, module in self.modules.items():
+            module.weight.data = oriented(module, own[name])
+        self._take(self.modules, own, Originals.of(given))
 
     @property
     def device(self) -> torch.device:
@@ -80,10 +107,11 @@ class EditedWeights:
         """Precision of the edited weights and of updates: float32, or float64 for a float64 model."""
         return next(iter(self._master.values())).dtype
 
-    @staticmethod
-    def _oriented(module: Any) -> Tensor:
-        """The module's weight as (d_out, d_in); a view."""
-        return module.weight.t() if isinstance(module, Conv1D) else module.weight
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the set takes, beside the pre-trained weights."""
+        own = {w.data_ptr(): w.nbytes for weights in (self._master, self.run) for w in weights.values()}
+        return sum(own.values())
 
     def weight(self, name: str) -> Tensor:
         """The edited weight W_t (d_out, d_in), float32; not a copy: read only."""
@@ -91,7 +119,7 @@ class EditedWeights:
 
     def original_weight(self, name: str) -> Tensor:
         """The pre-trained weight W₀ (d_out, d_in), float32; not a copy: read only."""
-        return self._original[name]
+        return self.originals.exact[name]
 
     def apply(self, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[[], None]:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out).
@@ -103,7 +131,7 @@ class EditedWeights:
             RuntimeError: factors do not fit a weight; none has changed.
         """
         like = next(iter(self._master.values()))
-        return self._add((n, values[n].to(like).t() @ keys[n].to(like)) for n in self._modules)
+        return self._add((n, values[n].to(like).t() @ keys[n].to(like)) for n in self.modules)
 
     def add(self, updates: Mapping[str, Any]) -> Callable[[], None]:
         """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
@@ -123,7 +151,7 @@ class EditedWeights:
             for name, update in updates:
                 before[name] = self._master[name].clone()
                 self._master[name] += update
-                self._refresh(name, self._modules[name])
+                self._refresh(name)
         except BaseException:  # such as Ctrl-C, or a device without memory for the next one
             self._put_back(before)
             raise
@@ -137,8 +165,8 @@ class EditedWeights:
             ValueError: as :meth:`matrices`; no weight has changed.
         """
         for name, change in self.matrices(accumulated, "accumulated").items():
-            self._master[name].copy_(self._original[name]).add_(change.to(self._master[name]))
-            self._refresh(name, self._modules[name])
+            self._master[name].copy_(self.originals.exact[name]).add_(change.to(self._master[name]))
+            self._refresh(name)
 
     def matrices(self, given: Any, place: str) -> dict[str, Tensor]:
         """Dense matrices for edited modules, as tensors (d_out, d_in) on the LLM's device in the edited weights'
@@ -181,21 +209,20 @@ class EditedWeights:
             checked[name] = matrix
         return checked
 
-    def _refresh(self, name: str, module: nn.Module) -> None:
-        oriented = self._oriented(module)
-        if oriented.data_ptr() != self._master[name].data_ptr():
-            oriented.data.copy_(self._master[name])
+    def _refresh(self, name: str) -> None:
+        if self.run[name].data_ptr() != self._master[name].data_ptr():
+            self.run[name].copy_(self._master[name])
 
     def restore(self, snapshot: Mapping[str, Tensor] | None = None) -> None:
         """Put back a snapshot, or the pre-trained weights, bit for bit."""
-        wanted = self._original if snapshot is None else snapshot
-        self._put_back({name: wanted[name] for name in self._modules})
+        wanted = self.originals.exact if snapshot is None else snapshot
+        self._put_back({name: wanted[name] for name in self.modules})
 
     @torch.no_grad()
     def _put_back(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
             self._master[name].copy_(weight)
-            self._refresh(name, self._modules[name])
+            self._refresh(name)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the edited weights, float32 (d_out, d_in)."""
@@ -212,29 +239,31 @@ class EditedWeights:
             self.restore(weights)
             self.holder = holder
 
-    def __copy__(self) -> EditedWeights:
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
+    def original_in_modules(self) -> AbstractContextManager[None]:
+        """Within it the modules hold the pre-trained weights; no copying."""
+        return self._in_modules(self.originals.run)
 
-    def __reduce__(self) -> Any:
-        raise PicklingError(
-            f"an {type(self).__name__} is not pickled, since its model may take gigabytes; write it by "
-            "save_pretrained(folder) and load it by the folder's name, or copy it in this process: copy.deepcopy(lm)"
-        )
+    def in_modules(self) -> AbstractContextManager[None]:
+        """Within it the modules hold these weights, as those of a set that is beside them else do not; no copying."""
+        return self._in_modules(self.run)
 
     @contextmanager
-    def original_weights(self) -> Iterator[None]:
-        """Within it the model runs with its pre-trained weights; no copying."""
-        current = {name: module.weight.data for name, module in self._modules.items()}
-        for name, module in self._modules.items():
-            module.weight.data = self._original_run[name]
+    def _in_modules(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        current = {name: module.weight.data for name, module in self.modules.items()}
+        for name, module in self.modules.items():
+            module.weight.data = oriented(module, weights[name])
         try:
             yield
         finally:
-            for name, module in self._modules.items():
+            for name, module in self.modules.items():
                 module.weight.data = current[name]
 
     def drift(self) -> dict[str, float]:
         """‖W_t − W₀‖ / ‖W₀‖ by module (Frobenius)."""
-        return {n: float((self._master[n] - self._original[n]).norm()) / self._norms[n] for n in self._modules}
+        originals = self.originals
+        return {n: float((w - originals.exact[n]).norm()) / originals.norms[n] for n, w in self._master.items()}
+
+
+def oriented(module: Any, weight: Tensor) -> Tensor:
+    """A module's weight as (d_out, d_in), or one of that shape as the module holds it; a view."""
+    return weight.t() if isinstance(module, Conv1D) else weight

@@ -1,6 +1,6 @@
 """The forward pass of an edited LLM whose layers cannot be run apart from it: the model's own, from its token ids on.
 
-It computes more than `rledit_env.lm.forward.SuffixForward` (every layer in every pass, padding too), but asks nothing
+It computes more than `rledit_env.lm.suffix.SuffixForward` (every layer in every pass, padding too), but asks nothing
 of the model than that its forward ends in its output head.
 """
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from rledit_env.lm.forward import FAILURES, Forward, Passage, Reached, replaced_forward, same_numbers
+from rledit_env.lm.forward import FAILURES, Forward, Passage
 from rledit_env.lm.head import OutputHead, own_head_inputs
 from rledit_env.lm.kernels.layout import Layout, padded_on_left
+from rledit_env.lm.module_calls import Reached, replaced_forward
+from rledit_env.lm.precision import same_numbers
 
 
 class WholeForward:

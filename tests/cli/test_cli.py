@@ -153,7 +153,7 @@ def test_a_bug_is_not_taken_for_the_user_s_mistake(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("rledit_env.lm.loading.registry.fetch", broken)
+    monkeypatch.setattr("rledit_env.lm.loading.fetching.fetch", broken)
     assert cli.main(["fetch", "smollm2-135m"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -389,7 +389,7 @@ def test_edit_writes_a_model_that_loads_and_differs_in_the_edited_modules_only(
     assert cli.main([*arguments, "--out", str(out)]) == 0  # three facts in batches of two
     edited = AutoModelForCausalLM.from_pretrained(out).state_dict()
     AutoTokenizer.from_pretrained(out)
-    from rledit_env.lm.loading.registry import load_model
+    from rledit_env.lm.loading.loader import load_model
 
     original = load_model("tiny-llama")[0].state_dict()
     report = json.loads((out / "edit_report.json").read_text(encoding="utf-8"))
@@ -496,7 +496,7 @@ def test_edit_saves_only_the_change_when_asked(
     run_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rledit_env.lm.delta import load_delta
-    from rledit_env.lm.loading.registry import load_model
+    from rledit_env.lm.loading.loader import load_model
 
     out = tmp_path / "edited"
     arguments = ["edit", "--facts", str(facts_file), "--agent", str(run_folder), "--save", "lora", "model", "delta"]
@@ -523,7 +523,7 @@ def test_edit_measures_what_became_of_the_rest_of_the_model_and_report_shows_it(
     from rledit_env.evaluation.general import drifts, scored_texts
     from rledit_env.lm.delta import load_delta
     from rledit_env.lm.editable import EditableLM
-    from rledit_env.lm.loading.registry import load_model
+    from rledit_env.lm.loading.loader import load_model
 
     text, out = tmp_path / "book.txt", tmp_path / "edited"
     text.write_text("Nobody had seen the river so high since the old mill was built. " * 40, encoding="utf-8")

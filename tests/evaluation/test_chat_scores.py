@@ -19,7 +19,7 @@ from rledit_env.evaluation.chat_scores import ANSWER_TOKENS, CHUNK, ChatScores, 
 from rledit_env.knowledge import EditRecord, UnrelatedFact
 from rledit_env.lm.chat import ChatTemplate
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 CHAT = "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rledit_env.lm.delta import DELTA_FILE, changes, load_delta, low_rank, relative_error, save_delta, save_lora
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 IDS = torch.tensor([[70, 80, 90, 100, 110]])
 MODULES = {"tiny-llama": "model.layers.[1-2].mlp.*", "tiny-gpt2": "transformer.h.[1-2].mlp.*"}  # gpt2: Conv1D

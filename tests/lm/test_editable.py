@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.loading.loader import load_model
 from rledit_env.lm.loading.placement import release_free_memory, resolve_dtype
-from rledit_env.lm.loading.registry import load_model
 from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.lm.names import expand_globs
 
@@ -237,15 +237,15 @@ def test_an_update_that_fails_at_a_later_module_leaves_all_as_they_were(tiny_lm,
     keys, values = random_factors(lm, scale=0.01)
     last = list(keys)[-1]
     if what == "_refresh":
-        real = lm._refresh
+        real = lm.weights._refresh
 
-        def fails(name, module):
+        def fails(name):
             if name == last:
                 monkeypatch.undo()
                 raise RuntimeError("out of memory")
-            real(name, module)
+            real(name)
 
-        monkeypatch.setattr(lm, "_refresh", fails)
+        monkeypatch.setattr(lm.weights, "_refresh", fails)
     else:
         keys[last] = keys[last][:, 1:]
     with pytest.raises(RuntimeError):

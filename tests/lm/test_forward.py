@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage, PrefixCache, decoder_layers
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.kernels.layout import Layout
 from rledit_env.lm.loading.tiny import TINY_NAMES
 from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.lm.modules import decoder_layers
+from rledit_env.lm.passes import PrefixCache
 
 TEXTS = [
     ("Rome is in", "Peru"),
@@ -65,9 +67,9 @@ def test_passages_end_to_end_give_the_states_and_the_gradients_of_padded_ones(ti
     passages = [lm.tokenize(prompt, answer) for prompt, answer in texts]
     longest, results = lm.forward.longest_packed, []
     for most in (longest, 0):
-        monkeypatch.setitem(vars(lm.forward), "longest_packed", most)
+        monkeypatch.setitem(vars(lm.forward), "packs", most)
         lm.prefix_cache.clear()
-        layouts = [layout for _, layout in lm._passes([p.input_ids for p in passages], [0] * len(passages))]
+        layouts = [layout for _, layout in lm.passes.chunks([p.input_ids for p in passages], [0] * len(passages))]
         assert sum(layout.packed for layout in layouts) == (most > 0)
         results.append((lm.answer_states(passages).hidden, lm.trace(passages, "all")))
     (states, trace), (padded_states, padded_trace) = results
@@ -83,15 +85,16 @@ def test_passages_end_to_end_give_the_states_and_the_gradients_of_padded_ones(ti
 def test_passages_that_begin_alike_give_the_states_and_the_gradients_of_those_apart(tiny_lm, monkeypatch, name, dtype):
     lm = tiny_lm(name, dtype=dtype)
     texts = [("A b", "cd"), ("A b", "cef"), ("A b c", "de"), ("A", "b"), ("A b", "cd"), ("It", "is")]
-    passages, passes = [lm.tokenize(prompt, answer) for prompt, answer in texts], lm._passes
+    passages, passes = [lm.tokenize(prompt, answer) for prompt, answer in texts], lm.passes.chunks
     assert passages[0].input_ids == passages[4].input_ids
     results = []
     for apart in (False, True):
         monkeypatch.setattr(
-            lm, "_passes", lambda rows, streams, sharing=True, apart=apart: passes(rows, streams, sharing and not apart)
+            lm.passes, "chunks",
+            lambda rows, sets, sharing=True, apart=apart: passes(rows, sets, sharing and not apart),
         )
         lm.prefix_cache.clear()
-        layouts = [layout for _, layout in lm._passes([p.input_ids for p in passages], [0] * len(passages))]
+        layouts = [layout for _, layout in lm.passes.chunks([p.input_ids for p in passages], [0] * len(passages))]
         tokens = sum(sum(layout.own) for layout in layouts)
         whole = sum(map(len, passages))
         assert tokens == whole if apart or not lm.forward.longest_packed else tokens < 0.6 * whole

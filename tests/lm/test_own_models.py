@@ -19,12 +19,13 @@ from rledit_env.knowledge import EditRecord, UnrelatedFact
 from rledit_env.lm.continued import ContinuedForward, continued_forward, subject_states
 from rledit_env.lm.delta import load_delta, save_delta
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.forward import Passage, SuffixForward
+from rledit_env.lm.forward import Passage
 from rledit_env.lm.kernels import switch as kernels
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
 from rledit_env.lm.streams import StreamLM, together
+from rledit_env.lm.suffix import SuffixForward
 from rledit_env.lm.whole import WholeForward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its own forward is used")
@@ -86,7 +87,7 @@ def own_lm(kind: str, modules: list[str] | None = None) -> tuple[EditableLM, Pre
     model = own_model(kind)
     plain = copy.deepcopy(model)
     patterns = list(default_edit_modules("mine", model)) if modules is None else modules
-    return EditableLM(model, tiny_tokenizer(), patterns, "mine"), plain.requires_grad_(True)
+    return EditableLM(model, tiny_tokenizer(), patterns, "mine", optimize=True), plain.requires_grad_(True)
 
 
 def logits_of(plain: PreTrainedModel, passage: Passage) -> Tensor:
@@ -305,7 +306,7 @@ def test_a_model_whose_layers_cannot_be_run_alone_is_said_so_in_one_line_once() 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         EditableLM(model, tiny_tokenizer(), ["*.1.mlp.*"], "mine")
-        EditableLM(own_model("cohere"), tiny_tokenizer(), ["*.1.mlp.*"], "mine")
+        EditableLM(own_model("cohere"), tiny_tokenizer(), ["*.1.mlp.*"], "mine", optimize=True)
 
 
 def test_a_model_is_checked_once_even_if_it_was_edited_since(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +326,7 @@ def test_our_faster_modules_are_taken_out_where_they_do_not_give_the_models_logi
     monkeypatch.setattr(kernels, "prefer_fast_norms", lambda model: setattr(model.model.norm, "__class__", wrong))
     classes = [type(module) for module in model.modules()]
     with pytest.warns(UserWarning, match="our faster modules do not give the logits of LlamaForCausalLM"):
-        lm = EditableLM(model, tiny_tokenizer(), ["*.1.mlp.*"])
+        lm = EditableLM(model, tiny_tokenizer(), ["*.1.mlp.*"], optimize=True)
     assert isinstance(lm.forward, SuffixForward)
     assert [type(module) for module in model.modules()] == classes
     assert model.config._attn_implementation == "sdpa"
@@ -334,7 +335,7 @@ def test_our_faster_modules_are_taken_out_where_they_do_not_give_the_models_logi
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_to_a_half_precision_is_no_other_result(dtype: torch.dtype) -> None:
     for kind in ("cohere", "mixtral"):
-        lm = EditableLM(own_model(kind).to(dtype), tiny_tokenizer(), ["*.1.self_attn.o_proj"])
+        lm = EditableLM(own_model(kind).to(dtype), tiny_tokenizer(), ["*.1.self_attn.o_proj"], optimize=True)
         assert isinstance(lm.forward, SuffixForward)
 
 

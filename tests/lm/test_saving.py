@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading.registry import stored_dtype
+from rledit_env.lm.loading.loader import stored_dtype
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2", "tiny-gpt2"])

@@ -13,6 +13,7 @@ from rledit_env.evaluation.metrics import evaluate
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import TOKEN_CHOICES
 from rledit_env.lm.streams import StreamLM, together
+from rledit_env.lm.weights import oriented
 from rledit_env.reward import RewardConfig
 from rledit_env.scoring import ScoredBatch, score, score_streams
 
@@ -110,7 +111,7 @@ def test_a_pass_of_several_streams_scores_each_at_its_own_weights(streams, uneve
             torch.testing.assert_close(scores.gradient, expected.gradient, rtol=1e-3, atol=1e-5)
     without = score_streams(together(three), requests, config, False)
     assert [s.weighted for s in without] == [pytest.approx(s.weighted) for s in found]
-    assert not any(w.requires_grad for lm in three for w in lm._run.values())
+    assert not any(w.requires_grad for lm in three for w in lm.weights.run.values())
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
@@ -123,9 +124,9 @@ def test_a_stream_is_an_lm_like_any_other(streams, uneven_facts, tmp_path: Path,
     assert evaluate(stream, uneven_facts.records, "zsre") == scores
     stream.save_pretrained(tmp_path / "saved")
     saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").named_modules())
-    for m, module in stream._modules.items():
-        torch.testing.assert_close(stream._oriented(saved[m]), stream.weight(m), rtol=0, atol=0)
-        assert torch.equal(stream._oriented(module), stream.original_weight(m))
+    for m, module in stream.weights.modules.items():
+        torch.testing.assert_close(oriented(module, saved[m].weight), stream.weight(m), rtol=0, atol=0)
+        assert torch.equal(oriented(module, module.weight), stream.original_weight(m))
     stream.restore()
     assert all(torch.equal(stream.weight(m), stream.original_weight(m)) for m in stream.module_shapes)
 
@@ -142,7 +143,7 @@ def test_streams_leave_the_shared_lms_weights_and_the_other_streams_alone(tiny_l
         first.generate(["Rome is in"])
     assert all(torch.equal(w, lm.weight(m)) for m, w in before.items())
     assert all(torch.equal(second.weight(m), lm.original_weight(m)) for m in before)
-    assert not any("forward" in vars(module) for module in lm._modules.values())
+    assert not any("forward" in vars(module) for module in lm.weights.modules.values())
 
 
 def test_the_reference_is_the_original_model_whatever_the_stream(tiny_lm, uneven_facts):

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import accumulate, pairwise
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,178 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "short_float32"
-SHORT = 64  # tokens; the scores (L, L) of every head are held as they are
-LIKE = 0.5  # packed sequences attend together if the shortest has at least this share of the longest's tokens
+from rledit_env.lm.kernels.packing import NAME, SHORT, Packing, causal_mask, current_packing
+from rledit_env.lm.kernels.warning import shown, warn_once
+
 # PyTorch's kernels for a GPU except cuDNN's, which makes a plan for every new length: 1.4 ms a call on a Hopper.
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Index maps between the tokens of a packed row and groups of sequences, each padded to its longest.
-
-    A place is a cell of a padded group, counted sequence by sequence.
-
-    Attributes:
-        groups: for each, the number of its sequences; the length that they are padded to; the token of the row in each
-            place, as a slice where these are consecutive (padding has some token); and the places that are padding.
-        copies: the places of each token, token after token, counted through all groups.
-        firsts: for each token, where its places begin in ``copies``; None where every token has one place.
-    """
-
-    groups: list[tuple[int, int, slice | Tensor, Tensor]]
-    copies: Tensor
-    firsts: Tensor | None
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
-        """The maps for groups of sequences, each given by the indices of its tokens in the row."""
-        found: list[tuple[int, int, slice | Tensor, Tensor]] = []
-        tokens, held = [], []
-        for members in groups:
-            longest = max(map(len, members))
-            source = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in members]).flatten()
-            own = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
-            begin, end = int(source[0]), int(source[-1]) + 1
-            whole = bool(own.all()) and end - begin == len(source)
-            found.append((len(members), longest, slice(begin, end) if whole else source, (~own).nonzero()[:, 0]))
-            tokens.append(source)
-            held.append(own)
-        places = torch.cat(held).nonzero()[:, 0]
-        theirs = torch.cat(tokens)[places]
-        counts = theirs.bincount()
-        firsts = counts.cumsum(0) - counts
-        return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
-
-    def to(self, device: torch.device) -> _Places:
-        """The same maps, for tensors on a device."""
-        groups = [
-            (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
-            for count, longest, source, padding in self.groups
-        ]
-        return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
-
-
-def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens of each sequence belong to no earlier one; in the row they come after all earlier sequences.
-
-    Args:
-        paths: for each sequence, the indices of its tokens in the row.
-    """
-    ends = list(accumulate((path[-1] + 1 for path in paths), max))
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-class Packing:
-    """Sequences packed in one row, each of which attends only to itself.
-
-    Sequences of similar length attend together, padded to the longest of them: the row's tokens are copied into one
-    tensor (b, heads, l, d) a group, and the results copied back. A token of a shared prefix is a key of every sequence
-    that has it, and a query of the first.
-
-    Args:
-        lengths: tokens of each sequence.
-        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None: no prefix is shared,
-            and the sequences follow one another.
-    """
-
-    def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
-        starts = [0, *accumulate(lengths)]
-        self.longest, self.shares = max(lengths), paths is not None
-        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
-        self._ends = torch.tensor(starts, dtype=torch.int32)
-        self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
-        self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
-        self._masks: dict[tuple[Any, ...], Tensor] = {}
-
-    @cached_property
-    def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
-        """Groups of sequences of similar length: their tokens' indices, and how many of these an earlier one has."""
-        found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
-        order = sorted(found, key=lambda one: -len(one[0]))
-        groups = []
-        while order:
-            bound = LIKE * len(order[0][0])
-            groups.append(sorted((one for one in order if len(one[0]) >= bound), key=lambda one: one[0][-1]))
-            order = [one for one in order if len(one[0]) < bound]
-        return groups
-
-    def _on(self, device: torch.device) -> tuple[_Places, _Places]:
-        """The maps of queries and of keys, for tensors on a device."""
-        if device not in self._placed:
-            keys = _Places.of([[path for path, _ in group] for group in self._groups])
-            queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
-            self._placed[device] = queries.to(device), keys.to(device)
-        return self._placed[device]
-
-    def ends(self, device: torch.device) -> Tensor:
-        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32. Only for sequences that share
-        no prefix."""
-        self._ends = self._ends.to(device)
-        return self._ends
-
-    def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
-        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) a group, in at least float32. With ``keys`` the
-        row holds keys or values, whose sequences include shared prefixes; with ``zero`` padding is zero."""
-        _, heads, length, width = row.shape
-        tokens = row.transpose(1, 2).reshape(length, heads * width)
-        dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
-        parts = []
-        for batch, longest, source, padding in self._on(row.device)[keys].groups:
-            part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
-            if zero and len(padding):
-                part.index_fill_(0, padding, 0)
-            part = part.view(batch, longest, heads, width).transpose(1, 2)
-            # `to` leaves the memory order as it is where the precision stays.
-            parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
-        return parts
-
-    def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
-        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``. A token in
-        several places gets the sum of them; padding of the row is zero."""
-        _, heads, _, width = parts[0].shape
-        places = self._on(parts[0].device)[keys]
-        precision = dtype if places.firsts is None else parts[0].dtype
-        rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        tokens = whole.new_empty(length, heads * width, dtype=dtype)
-        if places.firsts is None:
-            torch.index_select(whole, 0, places.copies, out=tokens[: self.tokens])
-        else:
-            tokens[: self.tokens] = F.embedding_bag(places.copies, whole, places.firsts, mode="sum")
-        tokens[self.tokens :] = 0
-        return tokens.view(1, length, heads, width).transpose(1, 2)
-
-    def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
-        """The mask that is added to a group's scores (b, K, r · L): −∞ where a key comes after the query."""
-        kind = (*((group, len(key)) if self.shares else ()), query.shape[1], key.shape[1], query.dtype)
-        if kind not in self._masks:
-            self._masks[kind] = self._shared_mask(group, query, key) if self.shares else _causal_mask(query, key)
-        return self._masks[kind]
-
-    def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
-        members = self._groups[group]
-        length = self._on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
-        first = torch.tensor([[shared] for _, shared in members], device=key.device)
-        last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
-        unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
-        mask = torch.zeros(unseen.shape, dtype=query.dtype, device=key.device).masked_fill_(unseen, -torch.inf)
-        repeated = mask.repeat(1, 1, query.shape[1] // length)
-        return repeated.repeat_interleave(len(key) // len(members), 0)
-
-
-_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
-
-
-@contextmanager
-def packed(packing: Packing | None) -> Iterator[None]:
-    """Within it, :func:`short_attention` reads a row as sequences packed in this way; None: as one sequence."""
-    token = _packing.set(packing)
-    try:
-        yield
-    finally:
-        _packing.reset(token)
 
 
 def short_attention(
@@ -227,17 +55,17 @@ def short_attention(
     scale = width**-0.5 if scaling is None else scaling
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     plain = not dropout and all(options.get(name) is None for name in ("position_bias", "softcap"))
-    if (packing := _packing.get()) is not None:
+    if (packing := current_packing()) is not None:
         if not (causal and plain and key.shape[2] == length and value.shape[3] == width):
             raise ValueError("this attention is not of the kind that keeps packed sequences apart")
-        if query.is_cuda and _has_packed_kernel(query, key, packing):
-            return _by_packed_kernel(query, key, value, scale, packing).transpose(1, 2), None
-        return _PackedAttention.apply(query, key, value, scale, packing).transpose(1, 2), None
+        use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
+        attend = _by_packed_kernel if use_kernel else _PackedAttention.apply
+        return attend(query, key, value, scale, packing).transpose(1, 2), None
+    others: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
+    sdpa: Callable[..., Any] = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **others)
     if query.is_cuda:
         with sdpa_kernel(PLANLESS):
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
-            )
+            return sdpa(query, key, value)
     if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
         query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
     masked = (
@@ -245,20 +73,14 @@ def short_attention(
         and attention_mask.shape[1] == 1 and key.shape[2] <= 4 * SHORT
     )  # fmt: skip
     if not ((masked or causal and key.shape[2] == length) and plain and length <= SHORT and value.shape[3] == width):
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
-        )
-        return output.to(dtype), None
+        return sdpa(query, key, value)[0].to(dtype), None
     groups = key.shape[1]  # each serves heads / groups queries, whose rows make one product with it
     output = _ShortAttention.apply(
         query.reshape(batch * groups, heads // groups * length, width),
-        key.reshape(batch * groups, -1, width),
-        value.reshape(batch * groups, -1, width),
-        scale,
-        attention_mask if masked else None,
-    )
-    output = output.view(batch, heads, length, width).transpose(1, 2)
-    return output.to(dtype).contiguous(), None
+        *(states.reshape(batch * groups, -1, width) for states in (key, value)),
+        scale, attention_mask if masked else None,
+    )  # fmt: skip
+    return output.view(batch, heads, length, width).transpose(1, 2).to(dtype).contiguous(), None
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -274,7 +96,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
         if seen is None:
-            weights = _weights(query, key, scale, _causal_mask(query, key))
+            weights = _weights(query, key, scale, causal_mask(query, key))
         else:
             scores = torch.bmm(key, query.mT).mul_(scale)
             batch, length = len(seen), seen.shape[2]
@@ -359,16 +181,13 @@ def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
                 found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     except torch.OutOfMemoryError:  # says nothing about the kernel, and the answer is kept
         raise
-    except (AttributeError, TypeError, RuntimeError):  # no such operation, another signature, not for this GPU
+    except (AttributeError, TypeError, RuntimeError) as error:  # no such operation, another signature or GPU
+        warn_once("attention of packed sequences", shown(error))
         return False
-    return all(bool((a - b).norm() <= 0.03 * b.norm()) for a, b in zip(*found, strict=True))
-
-
-def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """(L, r · L), −∞ where a key is later than the query."""
-    length = key.shape[1]
-    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).tril(-1)
-    return future.repeat(1, query.shape[1] // length)
+    if all(bool((a - b).norm() <= 0.03 * b.norm()) for a, b in zip(*found, strict=True)):
+        return True
+    warn_once("attention of packed sequences", "its numbers are others")
+    return False
 
 
 def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
@@ -387,7 +206,7 @@ def _gradients(
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """PyTorch's mask; None for packed sequences, which :class:`Packing` keeps apart."""
-    return sdpa_mask(*args, **kwargs) if _packing.get() is None else None
+    return sdpa_mask(*args, **kwargs) if current_packing() is None else None
 
 
 def prefer_fast_attention(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rledit_env.lm.kernels.attention import Packing, own_tokens
+from rledit_env.lm.kernels.packing import Packing, own_tokens
 
 WORTH_SHARING = 0.95  # prefixes are shared only where at most this share of the tokens is left
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from rledit_env.lm.classes import prefer
-from rledit_env.lm.forward import at_least_float32
+from rledit_env.lm.precision import at_least_float32
 
 
 class _RMSNorm(torch.autograd.Function):

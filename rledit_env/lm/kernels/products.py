@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.classes import prefer
+from rledit_env.lm.kernels.warning import shown, warn_once
 
 WORTHWHILE = 2**20  # float32 multiplications from which on oneDNN's overhead of 10 µs pays
 
@@ -126,6 +127,10 @@ def _available() -> bool:
     x, weight, bias = numbers[0], numbers[1][:24].t(), numbers[2, 0]
     try:
         got = _multiplied(x[:, :24], weight, bias)
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError) as error:
+        warn_once("matrix product", shown(error))
         return False
-    return torch.allclose(got, F.linear(x[:, :24], weight, bias), rtol=1e-5, atol=1e-5)
+    if torch.allclose(got, F.linear(x[:, :24], weight, bias), rtol=1e-5, atol=1e-5):
+        return True
+    warn_once("matrix product", "its numbers are others")
+    return False

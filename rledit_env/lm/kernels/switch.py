@@ -4,27 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from rledit_env.lm.kernels.attention import prefer_fast_attention
 from rledit_env.lm.kernels.gates import prefer_fast_gates
 from rledit_env.lm.kernels.norms import prefer_fast_norms
 from rledit_env.lm.kernels.products import prefer_fast_products
+from rledit_env.lm.kernels.warning import shown, warn_once
 
 
-def prefer_fast_modules(model: PreTrainedModel) -> Callable[[], None]:
-    """Let a model use all kernels that suit it; returns a function that puts its own modules back."""
-    classes = [(module, type(module)) for module in model.modules()]
-    attention = model.config._attn_implementation
+class FastModules:
+    """The faster modules in a model: put in, where they suit it, when this is made.
+
+    A kernel that fails with the installed torch or transformers is left out, which is said once.
+
+    Args:
+        model: a causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._attention = model.config._attn_implementation
+        classes = _classes(model)
+        for kernel, prefer in _kernels().items():
+            before = _classes(model)
+            try:
+                prefer(model)
+            except Exception as error:  # made for another release, a kernel fails in as many ways as there are
+                _put_back(before)
+                warn_once(kernel, shown(error))
+        self._classes = [(module, cls) for module, cls in classes if type(module) is not cls]
+
+    def undo(self) -> None:
+        """Give the model its own modules back."""
+        _put_back(self._classes)
+        if self._model.config._attn_implementation != self._attention:
+            self._model.set_attn_implementation(self._attention)
+
+
+def _kernels() -> dict[str, Callable[[PreTrainedModel], None]]:
+    return {
+        "attention": _prefer_fast_attention, "norm": prefer_fast_norms, "gated layer": prefer_fast_gates,
+        "matrix product": prefer_fast_products,
+    }  # fmt: skip
+
+
+def _prefer_fast_attention(model: PreTrainedModel) -> None:
+    from rledit_env.lm.kernels.attention import prefer_fast_attention  # another release may lack what that imports
+
     prefer_fast_attention(model)
-    prefer_fast_norms(model)
-    prefer_fast_gates(model)
-    prefer_fast_products(model)
 
-    def put_back() -> None:
-        for module, cls in classes:
-            module.__class__ = cls
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
 
-    return put_back
+def _classes(model: PreTrainedModel) -> list[tuple[nn.Module, type[nn.Module]]]:
+    return [(module, type(module)) for module in model.modules()]
+
+
+def _put_back(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    for module, cls in classes:
+        module.__class__ = cls

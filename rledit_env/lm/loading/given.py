@@ -44,8 +44,9 @@ def editable_lm(
         return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device, **source)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
-    lm = EditableLM(sharing_copy(model), tokenizer, [patterns] if isinstance(patterns, str) else patterns, name)
-    lm.leave_originals()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    lm = EditableLM(sharing_copy(model), tokenizer, patterns, name, optimize=True)  # the copy is nobody else's
+    lm.weights.leave_originals()
     return lm
 
 

@@ -1,12 +1,29 @@
-"""Which device and precision a user means."""
+"""Where a model goes and in which precision: what a user means."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the weights of a model are spread over several devices, the host and the disk, as ``from_pretrained`` takes
+    it; None: not at all."""
+
+    device_map: str | Mapping[str, Any] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+    max_memory: Mapping[Any, Any] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What is given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

@@ -16,7 +16,7 @@ from agents.running.probe import FINAL, NO_EDIT, Candidate, Probe, ProbeConfig, 
 from rledit_env import cli
 from rledit_env.files import MARKER
 from rledit_env.knowledge import KnowledgeDataset
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 from rledit_env.lm.modules import linear_modules
 from rledit_env.lm.names import expand_globs, module_kind, module_layer
 from rledit_env.reporting import module_map

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.kernels.attention import NAME, Packing, packed, short_attention
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.kernels.attention import short_attention
+from rledit_env.lm.kernels.packing import NAME, Packing, packed
+from rledit_env.lm.loading.loader import load_model
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3", "tiny-gpt2"])

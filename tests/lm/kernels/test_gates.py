@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rledit_env.lm.kernels.gates import FastGate, prefer_fast_gates
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 GATED = ("tiny-llama", "tiny-mistral", "tiny-qwen2", "tiny-qwen3")
 OTHERS = ("tiny-gpt2", "tiny-gemma2")  # no gate; a gate that is no SiLU

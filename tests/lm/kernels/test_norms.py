@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rledit_env.lm.kernels.norms import FastNorm, prefer_fast_norms
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 WITH_RMS_NORMS = ("tiny-llama", "tiny-mistral", "tiny-gemma2", "tiny-gemma3", "tiny-qwen2", "tiny-qwen3")
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.kernels import products
 from rledit_env.lm.kernels.products import FASTER, FastConv1D, FastLinear, even, linear, outer, prefer_fast_products
-from rledit_env.lm.loading.registry import load_model
+from rledit_env.lm.loading.loader import load_model
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ from agents.settings import environment_settings
 from rledit_env.cli import main
 from rledit_env.lm.delta import save_lora
 from rledit_env.lm.editable import EditableLM
-from rledit_env.lm.loading import registry
-from rledit_env.lm.loading.registry import ModelError, load_model, stored_dtype
+from rledit_env.lm.loading import fetching
+from rledit_env.lm.loading.loader import load_model, stored_dtype
+from rledit_env.lm.loading.registry import ModelError
 from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 
 QUANTISED = {
@@ -126,7 +127,7 @@ def test_a_revision_reaches_the_hub_and_is_recorded(
 @pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m", "folder"])
 def test_a_revision_of_what_has_none_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(ModelError, match=r"has no revision 'v2'; leave it out, or give a hub id"):
-        registry.fetch(str(folder) if name == "folder" else name, revision="v2")
+        fetching.fetch(str(folder) if name == "folder" else name, revision="v2")
 
 
 def test_the_command_line_passes_revision_and_trust_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -136,7 +137,7 @@ def test_the_command_line_passes_revision_and_trust_on(monkeypatch: pytest.Monke
         asked.append(options)
         return name
 
-    monkeypatch.setattr(registry, "fetch", fetch)
+    monkeypatch.setattr(fetching, "fetch", fetch)
     assert main(["fetch", "owner/name", "--revision", "v2", "--trust-remote-code"]) == 0
     assert (asked[0]["revision"], asked[0]["trust_remote_code"]) == ("v2", True)
 

@@ -1,0 +1,44 @@
+"""Methods and attributes that an object offers under its own name, and one of its parts has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """The method of a part, to be named alike in the class that has the part as an attribute."""
+    name = getattr(method, "__name__", "")
+
+    @wraps(method)
+    def call(whole: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = getattr(getattr(whole, part), name)(*args, **kwargs)
+        return result
+
+    return call
+
+
+class AttributeOf(Generic[T]):
+    """An attribute of a part, to be named alike in the class that has the part as an attribute."""
+
+    def __init__(self, part: str) -> None:
+        self._part, self._name = part, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, whole: None, owner: type) -> AttributeOf[T]: ...
+
+    @overload
+    def __get__(self, whole: Any, owner: type) -> T: ...
+
+    def __get__(self, whole: Any, owner: type) -> AttributeOf[T] | T:
+        return self if whole is None else getattr(getattr(whole, self._part), self._name)
+
+    def __set__(self, whole: Any, value: T) -> None:
+        setattr(getattr(whole, self._part), self._name, value)

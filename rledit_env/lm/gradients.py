@@ -1,0 +1,255 @@
+"""Gradients of an LLM's losses for its edited weights, in factored form and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rledit_env.lm.forward import Passage
+from rledit_env.lm.kernels.layout import Layout
+from rledit_env.lm.kernels.products import outer
+from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.lm.passes import Passes
+from rledit_env.lm.precision import at_least_float32
+from rledit_env.lm.weights import EditedWeights
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The fine-tuning gradient of a batch in factored form.
+
+    Attributes:
+        keys: module name → its inputs u at the N traced positions, (N, d_in) float32.
+        value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
+        owner: index of the passage that each position belongs to, (N,) int64.
+        loss: mean answer-token cross-entropy of the batch.
+        hardest: the largest cross-entropy of any of a passage's answer tokens, (passages,) in nats.
+        sums: the sum of the cross-entropies of a passage's answer tokens, (passages,) in nats.
+        answers: how many answer tokens a passage has, (passages,) float.
+    """
+
+    keys: dict[str, Tensor]
+    value_gradients: dict[str, Tensor]
+    owner: Tensor
+    loss: float
+    hardest: Tensor
+    sums: Tensor
+    answers: Tensor
+
+    def of(self, passages: Tensor) -> Trace:
+        """What a batch of only some of the passages would give, chosen by a mask (passages,): the gradient is that of
+        the mean over their own answer tokens, and they are numbered anew."""
+        chosen = passages.to(self.owner.device)
+        rows = chosen[self.owner]
+        keys, gradients = ({m: t[rows] for m, t in part.items()} for part in (self.keys, self.value_gradients))
+        tokens = float(self.answers[chosen].sum())
+        factor = float(self.answers.sum()) / max(tokens, 1.0)
+        return Trace(
+            keys, {m: factor * g for m, g in gradients.items()}, (chosen.cumsum(0) - 1)[self.owner[rows]],
+            float(self.sums[chosen].sum()) / max(tokens, 1.0), self.hardest[chosen], self.sums[chosen],
+            self.answers[chosen],
+        )  # fmt: skip
+
+
+class Gradients:
+    """Takes gradients at the outputs of the edited modules, so that no weight needs one of its own.
+
+    Args:
+        passes: how passages are run.
+        weights: of the edited modules.
+        overwritten: names of those whose outputs the model changes in place.
+    """
+
+    def __init__(self, passes: Passes, weights: EditedWeights, overwritten: Collection[str] = ()) -> None:
+        self._passes, self._weights, self.overwritten = passes, weights, frozenset(overwritten)
+
+    def trace(self, passages: Sequence[Passage], token: str = "answer") -> Trace:
+        """Keys and value gradients of the mean answer-token cross-entropy at the current weights.
+
+        Args:
+            passages: the batch's edits.
+            token: which positions: those that predict an answer token (``"answer"``), the subject's last token
+                (``"subject"``; the answer positions where a record names no subject), both
+                (``"subject+answer"``), or every token (``"all"``).
+        """
+        return self.trace_batches([passages], token)[0]
+
+    def trace_batches(self, batches: Sequence[Sequence[Passage]], token: str = "answer") -> list[Trace]:
+        """:meth:`trace` of several batches in one pass, each the gradient of the mean over its own answer tokens.
+
+        Batch b meets the weights of set b, where there are several (see `rledit_env.lm.routing`).
+        """
+        passages = [p for batch in batches for p in batch]
+        batch_of = [b for b, batch in enumerate(batches) for _ in batch]
+        traced = _Traced(batches, token, list(self._weights.modules), self._passes.device, self._weights.edit_dtype)
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs[name] = arguments[0].detach()
+            outputs[name], passed_on = self._watched(name, output)
+            return passed_on
+
+        with self._hooked(record), torch.enable_grad():
+            for chunk, layout, states in self._passes.run(passages, batch_of, sharing=False):
+                targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=self._passes.device)
+                losses = negative_log_likelihood(self._passes.forward, states, targets)
+                watched = [outputs[n] for n in self._weights.modules]
+                total = (traced.shares(chunk, losses) * losses).sum()
+                gradients = torch.autograd.grad(total, watched, materialize_grads=True)
+                traced.add(chunk, layout, losses.detach(), inputs, gradients)
+        return traced.by_batch()
+
+    @contextmanager
+    def collecting(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
+        """Within it, backward passes add their gradients of the edited weights (d_out, d_in), in the edited weights'
+        precision, to what it yields: a dictionary by module for each set of weights.
+
+        A pass's gradient δᵀu is added to the sum in one product, at an edited module's outputs, so that the weights
+        themselves need no gradient and no pass leaves one to be added up. Unless ``wanted``, nothing takes gradients.
+        """
+        routing = self._passes.routing
+        sums: list[dict[str, Tensor]] = [{} for _ in range(routing.count)]
+        places: list[dict[str, Tensor]] = [{} for _ in range(routing.count)]
+
+        def watch(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            keys, spans = arguments[0].detach(), routing.spans
+            output, passed_on = self._watched(name, output)
+            output.register_hook(lambda gradient: add(name, keys, gradient, spans))
+            return passed_on
+
+        def add(name: str, keys: Tensor, gradient: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+            keys, gradient, first = keys.flatten(0, -2), gradient.flatten(0, -2), 0
+            for index, count in spans or [(0, len(keys))]:
+                rows = slice(first, first := first + count)
+                u, delta = keys[rows], gradient[rows]
+                total = sums[index].get(name)
+                if total is None:
+                    if not places[index]:
+                        places[index] = self._side_by_side()
+                    sums[index][name] = places[index].pop(name).copy_(outer(delta, u))
+                else:
+                    total.add_(outer(delta, u))
+
+        with self._hooked(watch, wanted), torch.set_grad_enabled(wanted):
+            yield sums
+            for total in filter(None, sums):  # of modules whose outputs no loss depends on
+                total |= {n: self._zero(n) for n in self._weights.modules if n not in total}
+
+    @contextmanager
+    def _hooked(self, hook: Callable[..., Tensor], wanted: bool = True) -> Iterator[None]:
+        """Within it, forward passes call the hook with each edited module's name and what hooks get."""
+        modules = self._weights.modules if wanted else {}
+        handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watched(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
+        """A module's output, which takes a gradient, and what the model goes on with: a copy, if it changes that."""
+        output = output if output.requires_grad else output.requires_grad_()
+        return output, output.clone() if name in self.overwritten else output
+
+    def _zero(self, name: str) -> Tensor:
+        d_in, d_out = self._weights.module_shapes[name]
+        return torch.zeros(d_out, d_in, dtype=self._weights.edit_dtype, device=self._passes.device)
+
+    def _side_by_side(self) -> dict[str, Tensor]:
+        """Room for as many numbers as each edited weight has, (d_out, d_in) by module, in one piece of memory: many
+        smaller ones, made between a pass's activations, would leave holes that nothing else fits in."""
+        shapes = self._weights.module_shapes
+        sizes = {n: d_in * d_out for n, (d_in, d_out) in shapes.items()}
+        whole = torch.empty(sum(sizes.values()), dtype=self._weights.edit_dtype, device=self._passes.device)
+        pieces = zip(shapes.items(), whole.split(list(sizes.values())), strict=True)
+        return {n: piece.view(d_out, d_in) for (n, (d_in, d_out)), piece in pieces}
+
+
+class _Traced:
+    """What the chunks of a trace of several batches add up to.
+
+    Args:
+        batches: the passages.
+        token: which positions are kept.
+        modules: names of the edited modules.
+        device, dtype: of what is kept.
+    """
+
+    def __init__(
+        self, batches: Sequence[Sequence[Passage]], token: str, modules: Sequence[str], device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self._batches, self._device = batches, device
+        self._passages = [p for batch in batches for p in batch]
+        self._chosen = [p.chosen_positions(token) for p in self._passages]
+        self._batch_of = [b for b, batch in enumerate(batches) for _ in batch]
+        self._totals = [sum(len(p.targets) for p in batch) for batch in batches]  # answer tokens
+        self._keys: dict[str, list[Tensor]] = {n: [] for n in modules}
+        self._gradients: dict[str, list[Tensor]] = {n: [] for n in modules}
+        self._owner: list[int] = []
+        self._loss = [0.0] * len(batches)
+        self._hardest, self._sums = torch.zeros(2, len(self._passages), dtype=dtype, device=device)
+        self._answers = torch.tensor([float(len(p.targets)) for p in self._passages], device=device)
+
+    def _batches_of(self, chunk: Sequence[int]) -> list[int]:
+        """Batch of each answer token of a chunk."""
+        return [self._batch_of[i] for i in chunk for _ in self._passages[i].targets]
+
+    def shares(self, chunk: Sequence[int], losses: Tensor) -> Tensor:
+        """What each answer token of a chunk weighs in its batch's mean, (P,)."""
+        shares = [1 / self._totals[b] for b in self._batches_of(chunk)]
+        return torch.tensor(shares, dtype=losses.dtype, device=self._device)
+
+    def add(
+        self, chunk: Sequence[int], layout: Layout, losses: Tensor, inputs: dict[str, Tensor],
+        gradients: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Take a chunk's losses (P,) at its answer positions, and the modules' inputs and gradients in its batch."""
+        passage_of = torch.tensor([i for i in chunk for _ in self._passages[i].targets], device=self._device)
+        self._hardest.scatter_reduce_(0, passage_of, losses.to(self._hardest), "amax")
+        self._sums.index_add_(0, passage_of, losses.to(self._sums))
+        batches = self._batches_of(chunk)
+        batch_of = torch.tensor(batches, device=self._device)
+        for b in sorted(set(batches)):
+            self._loss[b] += float(losses[batch_of == b].sum() / self._totals[b])
+        chosen = [self._chosen[i] for i in chunk]
+        places = layout.places(chosen, self._device)
+        for n, gradient in zip(self._keys, gradients, strict=True):
+            for parts, whole in ((self._keys, inputs[n]), (self._gradients, gradient)):
+                part = whole.flatten(0, -2)[places.to(whole.device)]
+                parts[n].append(at_least_float32(part).to(self._device))
+        self._owner.extend(i for i, positions in zip(chunk, chosen, strict=True) for _ in positions)
+
+    def by_batch(self) -> list[Trace]:
+        """The traces of the batches, in the passages' order."""
+        owner = torch.tensor(self._owner, device=self._device)
+        permutation = torch.argsort(owner, stable=True)
+        ends = [sum(map(len, self._batches[: b + 1])) for b in range(len(self._batches))]
+        passages = [slice(end - len(batch), end) for batch, end in zip(self._batches, ends, strict=True)]
+        counts = [sum(map(len, self._chosen[own])) for own in passages]
+
+        def split(tensor: Tensor) -> tuple[Tensor, ...]:
+            return tensor[permutation].split(counts)
+
+        keys = {n: split(torch.cat(v)) for n, v in self._keys.items()}
+        gradients = {n: split(torch.cat(v)) for n, v in self._gradients.items()}
+        return [
+            Trace(
+                keys={n: v[b] for n, v in keys.items()},
+                value_gradients={n: v[b] for n, v in gradients.items()},
+                owner=positions - own.start,
+                loss=self._loss[b],
+                hardest=self._hardest[own],
+                sums=self._sums[own],
+                answers=self._answers[own],
+            )
+            for b, (positions, own) in enumerate(zip(split(owner), passages, strict=True))
+        ]

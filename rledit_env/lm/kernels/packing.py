@@ -1,0 +1,199 @@
+"""Sequences packed in one row, of which each attends only to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHORT = 64  # tokens of a short sequence; the scores (L, L) of every head are held as they are
+NAME = "short_float32"  # of the attention that keeps them apart, in transformers' registry
+LIKE = 0.5  # packed sequences attend together if the shortest has at least this share of the longest's tokens
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Index maps between the tokens of a packed row and groups of sequences, each padded to its longest.
+
+    A place is a cell of a padded group, counted sequence by sequence.
+
+    Attributes:
+        groups: for each, the number of its sequences; the length that they are padded to; the token of the row in each
+            place, as a slice where these are consecutive (padding has some token); and the places that are padding.
+        copies: the places of each token, token after token, counted through all groups.
+        firsts: for each token, where its places begin in ``copies``; None where every token has one place.
+    """
+
+    groups: list[tuple[int, int, slice | Tensor, Tensor]]
+    copies: Tensor
+    firsts: Tensor | None
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
+        """The maps for groups of sequences, each given by the indices of its tokens in the row."""
+        found: list[tuple[int, int, slice | Tensor, Tensor]] = []
+        tokens, held = [], []
+        for members in groups:
+            longest = max(map(len, members))
+            source = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in members]).flatten()
+            own = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
+            begin, end = int(source[0]), int(source[-1]) + 1
+            whole = bool(own.all()) and end - begin == len(source)
+            found.append((len(members), longest, slice(begin, end) if whole else source, (~own).nonzero()[:, 0]))
+            tokens.append(source)
+            held.append(own)
+        places = torch.cat(held).nonzero()[:, 0]
+        theirs = torch.cat(tokens)[places]
+        counts = theirs.bincount()
+        firsts = counts.cumsum(0) - counts
+        return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
+
+    def to(self, device: torch.device) -> _Places:
+        """The same maps, for tensors on a device."""
+        groups = [
+            (count, longest, source if isinstance(source, slice) else source.to(device), padding.to(device))
+            for count, longest, source, padding in self.groups
+        ]
+        return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
+
+
+def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens of each sequence belong to no earlier one; in the row they come after all earlier sequences.
+
+    Args:
+        paths: for each sequence, the indices of its tokens in the row.
+    """
+    ends = list(accumulate((path[-1] + 1 for path in paths), max))
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+class Packing:
+    """Sequences packed in one row, each of which attends only to itself.
+
+    Sequences of similar length attend together, padded to the longest of them: the row's tokens are copied into one
+    tensor (b, heads, l, d) a group, and the results copied back. A token of a shared prefix is a key of every sequence
+    that has it, and a query of the first.
+
+    Args:
+        lengths: tokens of each sequence.
+        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None: no prefix is shared,
+            and the sequences follow one another.
+    """
+
+    def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
+        starts = [0, *accumulate(lengths)]
+        self.longest, self.shares = max(lengths), paths is not None
+        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
+        self._ends = torch.tensor(starts, dtype=torch.int32)
+        self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
+        self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+
+    @cached_property
+    def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
+        """Groups of sequences of similar length: their tokens' indices, and how many of these an earlier one has."""
+        found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
+        order = sorted(found, key=lambda one: -len(one[0]))
+        groups = []
+        while order:
+            bound = LIKE * len(order[0][0])
+            groups.append(sorted((one for one in order if len(one[0]) >= bound), key=lambda one: one[0][-1]))
+            order = [one for one in order if len(one[0]) < bound]
+        return groups
+
+    def _on(self, device: torch.device) -> tuple[_Places, _Places]:
+        """The maps of queries and of keys, for tensors on a device."""
+        if device not in self._placed:
+            keys = _Places.of([[path for path, _ in group] for group in self._groups])
+            queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
+            self._placed[device] = queries.to(device), keys.to(device)
+        return self._placed[device]
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32. Only for sequences that share
+        no prefix."""
+        self._ends = self._ends.to(device)
+        return self._ends
+
+    def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
+        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) a group, in at least float32. With ``keys`` the
+        row holds keys or values, whose sequences include shared prefixes; with ``zero`` padding is zero."""
+        _, heads, length, width = row.shape
+        tokens = row.transpose(1, 2).reshape(length, heads * width)
+        dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
+        parts = []
+        for batch, longest, source, padding in self._on(row.device)[keys].groups:
+            part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
+            if zero and len(padding):
+                part.index_fill_(0, padding, 0)
+            part = part.view(batch, longest, heads, width).transpose(1, 2)
+            # `to` leaves the memory order as it is where the precision stays.
+            parts.append(part.to(dtype, memory_format=torch.contiguous_format).contiguous())
+        return parts
+
+    def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
+        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``. A token in
+        several places gets the sum of them; padding of the row is zero."""
+        _, heads, _, width = parts[0].shape
+        places = self._on(parts[0].device)[keys]
+        precision = dtype if places.firsts is None else parts[0].dtype
+        rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        tokens = whole.new_empty(length, heads * width, dtype=dtype)
+        if places.firsts is None:
+            torch.index_select(whole, 0, places.copies, out=tokens[: self.tokens])
+        else:
+            tokens[: self.tokens] = F.embedding_bag(places.copies, whole, places.firsts, mode="sum")
+        tokens[self.tokens :] = 0
+        return tokens.view(1, length, heads, width).transpose(1, 2)
+
+    def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
+        """The mask that is added to a group's scores (b, K, r · L): −∞ where a key comes after the query."""
+        kind = (*((group, len(key)) if self.shares else ()), query.shape[1], key.shape[1], query.dtype)
+        if kind not in self._masks:
+            self._masks[kind] = self._shared_mask(group, query, key) if self.shares else causal_mask(query, key)
+        return self._masks[kind]
+
+    def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
+        members = self._groups[group]
+        length = self._on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
+        first = torch.tensor([[shared] for _, shared in members], device=key.device)
+        last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
+        unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
+        mask = torch.zeros(unseen.shape, dtype=query.dtype, device=key.device).masked_fill_(unseen, -torch.inf)
+        repeated = mask.repeat(1, 1, query.shape[1] // length)
+        return repeated.repeat_interleave(len(key) // len(members), 0)
+
+
+_packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
+
+
+def current_packing() -> Packing | None:
+    """How the sequences lie in the row that now runs; None where every row is one sequence."""
+    return _packing.get()
+
+
+@contextmanager
+def packed(packing: Packing | None) -> Iterator[None]:
+    """Within it, `rledit_env.lm.kernels.attention.short_attention` reads a row as sequences packed in this way; None:
+    as one sequence."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """(L, r · L), −∞ where a key is later than the query."""
+    length = key.shape[1]
+    future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).tril(-1)
+    return future.repeat(1, query.shape[1] // length)
