@@ -22,7 +22,7 @@ from rledit_env.episode import EditEpisode
 from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import KnowledgeDataset, KnowledgeStream, load_knowledge
 from rledit_env.lm.editable import EditableLM, Trace
-from rledit_env.lm.loading.given import check_given, editable_lm
+from rledit_env.lm.given import check_given, editable_lm
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import RewardConfig, resolve_reward
 from rledit_env.scoring import NO_SCORES, Scores, score
@@ -190,7 +190,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
     _np_random = OfEpisode[np.random.Generator]("random")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the settings of `gym.make`, which has no other place for them
         self,
         kind: str,
         model: Any = "smollm2-135m",
@@ -223,8 +223,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             render_mode, reward_gradient, resolve_reward(reward),
         )  # fmt: skip
         check_given(model, tokenizer, edit_modules, dtype, device)
-        constraint = settings.reward_config.constraint if settings.reward_config is not None else None
-        multiplier = None if constraint is None else Multiplier(constraint)
+        multiplier = None if settings.constraint is None else Multiplier(settings.constraint)
         self.dataset = (
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
@@ -317,9 +316,8 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun, or another environment has begun one on
                 the same `EditableLM` since.
-            Exception: whatever else ends a step before its end, such as Ctrl-C or a device without memory; nothing has
-                changed, and the step can be taken again. (With a ledger the update is on the disk already: go on by
-                resuming from it.)
+            Exception: whatever else ends a step early, such as Ctrl-C or a device without memory; nothing has changed,
+                and the step can be taken again (or, with a ledger, which has the update by then, resumed from it).
         """
         update = self.accept(action)
         with self.episode.all_or_nothing() as episode:
@@ -384,10 +382,8 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         episode so far, "human" prints the text, as every step does, and returns None; None without a mode."""
         if self.render_mode == "rgb_array":
             return render.curves(self.history, self.episode_steps)
-        if self.render_mode is None:
-            return None
-        text = render.text(self.episode.scene, self.dataset.source)
-        if self.render_mode == "ansi":
+        text = render.text(self.episode.scene, self.dataset.source) if self.render_mode else None
+        if self.render_mode != "human":
             return text
         print(text)
         return None

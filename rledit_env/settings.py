@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rledit_env.lm.forward import TOKEN_CHOICES
+from rledit_env.preservation import Constraint
 from rledit_env.reward import RewardConfig
 
 RENDER_MODES = ["ansi", "human", "rgb_array"]
@@ -57,6 +58,11 @@ class EpisodeSettings:
     def shows_answers(self) -> bool:
         """Whether the LLM's answers before and after each step are shown."""
         return self.render_mode in ("ansi", "human")
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The reward's bound on one of its components; None for none."""
+        return self.reward_config.constraint if self.reward_config is not None else None
 
     @property
     def batch_stride(self) -> int:

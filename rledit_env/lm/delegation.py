@@ -15,7 +15,7 @@ def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[C
     name = getattr(method, "__name__", "")
 
     @wraps(method)
-    def call(whole: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(whole: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         result: T = getattr(getattr(whole, part), name)(*args, **kwargs)
         return result
 

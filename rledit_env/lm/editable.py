@@ -102,7 +102,7 @@ class EditableLM:
         self.decoder = Decoder(self.passes, self.tokens)
 
     @classmethod
-    def load(  # more than eight arguments: those of `from_pretrained`, under its names
+    def load(  # noqa: PLR0913  those of `from_pretrained`, under its names
         cls,
         name: str,
         edit_modules: Sequence[str] | str | None = None,
@@ -250,6 +250,6 @@ class EditableLM:
     tokenize_all = method_of("tokens", PassageEncoder.tokenize_all)
 
     generate = method_of("decoder", Decoder.generate)
-    decode = method_of("decoder", Decoder.decode)
+    decode = method_of("decoder", Decoder.decode)  # type: ignore[arg-type]  # its sampling could be named "self"
     decoded_together = method_of("decoder", Decoder.decoded_together)
     pad_on_left = method_of("decoder", Decoder.pad_on_left)
