@@ -142,7 +142,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     * `present_until`: a probability below 1: a batch is presented until all its facts have taken, and `steps_per_batch`
       times at most (see "Episode End"). None: always `steps_per_batch` times.
     * `contexts`: K: a batch's edits are its facts behind their plain prompts and behind K short texts each that the LLM
-      wrote before any edit (as ROME's); whether a fact has taken is asked of its plain prompt.
+      wrote before any edit (as ROME's). A fact has taken where it has behind all of them.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
       of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:

@@ -188,14 +188,15 @@ class EditEpisode:
         return [self.encoded[i] for i in self.stream.indices[self.places(batch)]]
 
     def edits(self) -> list[Passage]:
-        """What of the current batch is presented and its gradient observed: the edits behind their prompts as they are,
-        n of them, and after these, where there are contexts, each fact's K edits behind those."""
+        """What of the current batch is presented, and its gradient observed: n edits behind their plain prompts and,
+        where there are contexts, K times n behind those."""
         plain = [record.edit for record in self.records(self.batch)]
         if not self.settings.contexts:
             return plain
         first = self.places(self.batch).start
         records = enumerate(self.stream.batch(self.batch), first)
-        return plain + [passage for place, record in records for passage in self.contexts.passages(record, place)]
+        behind = [self.contexts.passages(record, place) for place, record in records]
+        return plain + [passage for edits in zip(*behind, strict=True) for passage in edits]
 
     def presented_facts(self) -> list[int]:
         """Places of the facts that are presented in their batch, from 0."""
@@ -218,8 +219,9 @@ class EditEpisode:
         self.open_facts = None
         if trace is not None:
             if self.settings.present_until is not None:
-                self.open_facts = self._untaken(trace)
-                trace = trace if self.open_facts.all() else trace.of(torch.from_numpy(self._edits_of(self.open_facts)))
+                untaken = self._untaken(trace)
+                self.open_facts = untaken.reshape(-1, self.stream.batch_size).any(0)
+                trace = trace if untaken.all() else trace.of(torch.from_numpy(untaken))
             observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
@@ -233,14 +235,10 @@ class EditEpisode:
         return spaces.numpy_observation(observation, self.max_tokens)
 
     def _untaken(self, trace: Trace) -> np.ndarray:
-        """Which facts of the traced batch have not taken, (n,) bool; where a loss is no number, none has."""
+        """Which of the :meth:`edits` have not taken, as traced, bool; where a loss is no number, none has."""
         assert self.settings.present_until is not None
-        taken = trace.hardest[: self.stream.batch_size].cpu().double().numpy() <= -math.log(self.settings.present_until)
+        taken = trace.hardest.cpu().double().numpy() <= -math.log(self.settings.present_until)
         return ~taken if math.isfinite(trace.loss) else np.ones_like(taken)
-
-    def _edits_of(self, facts: np.ndarray) -> np.ndarray:
-        """Which of :meth:`edits` are of these facts (n,) bool; (n·(K+1),) bool."""
-        return np.concatenate([facts, facts.repeat(self.settings.contexts)])
 
     # -- a step, in its order ------------------------------------------------------------------------------------
 

@@ -27,9 +27,9 @@ def led_passages(env):
     """Each fact of the batch behind its own texts, by another route than the environment's."""
     lm, contexts = env.lm, Contexts(env.lm, 2)
     passages = []
-    for place, record in enumerate(env.stream.batch(env.episode.batch), env.episode.batch * 3):
-        for k in range(2):
-            text = contexts.texts[(2 * place + k) % 32]
+    for k in range(2):
+        for place, record in enumerate(env.stream.batch(env.episode.batch), env.episode.batch * 3):
+            text = contexts.texts[(2 * place + k) % 40]
             passages.append(lm.tokenize(text + record.prompt, record.target, record.subject))
     return passages
 
@@ -51,7 +51,7 @@ def test_a_state_is_the_gradient_over_plain_prompts_and_prompts_behind_texts(env
 def test_the_texts_are_the_models_own_and_end_as_sentences_do(env):
     env.reset(seed=0)
     texts = env.episode.contexts.texts
-    assert len(set(texts)) > 20 and all(text.endswith(". ") and "\n" not in text for text in texts)
+    assert len(texts) == 40 and len(set(texts)) > 20 and all(text.endswith(". ") and "\n" not in text for text in texts)
     assert texts == Contexts(env.lm, 2).texts, "the same for the same model"
     env.step({"keys": {m: torch.ones(9, s[0]) for m, s in env.lm.module_shapes.items()},
               "values": {m: torch.ones(9, s[1]) for m, s in env.lm.module_shapes.items()}})
@@ -69,20 +69,23 @@ def test_a_text_comes_after_the_words_of_a_chat_template(env):
     assert passage.subject_position == expected.subject_position
 
 
-def test_a_fact_has_taken_when_it_has_behind_its_plain_prompt(tiny_lm, make_env, facts):
+def test_a_fact_has_taken_when_it_has_behind_every_text(tiny_lm, make_env, facts):
     env = make_env(kind="counterfact", model=tiny_lm(), data=facts("counterfact", 12), contexts=2, present_until=0.5,
                    steps_per_batch=4, **SETTINGS)  # fmt: skip
     env.reset(seed=0)
     trace = env.episode.trace()
-    trace.hardest[:3] = torch.tensor([0.1, 1.0, 0.1])  # the second one has not
-    trace.hardest[3:] = 1.0
+    trace.hardest[:] = 0.1  # all have
+    trace.hardest[6 + 1] = 1.0  # but the second fact behind its second text
     observation = env.episode.observe(trace)
     assert env.presented_facts() == [1] and len(env.current_batch()) == 1
-    expected = trace.of(torch.tensor([False, True, False, False, False, True, True, False, False]))
-    assert len(observation["mask"]) == 3  # its plain prompt, and those behind both texts
+    expected = trace.of(torch.arange(9) == 7)
+    assert len(observation["mask"]) == 1
     for name in env.lm.module_shapes:
         torch.testing.assert_close(observation["keys"][name], expected.keys[name])
-    trace.hardest[:3] = 0.1
+    trace.hardest[2] = 1.0
+    env.episode.observe(trace)
+    assert env.presented_facts() == [1, 2]
+    trace.hardest[:] = 0.1
     assert len(env.episode.observe(trace)["mask"]) == 0 and env.presented_facts() == []
 
 
