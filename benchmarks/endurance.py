@@ -35,6 +35,7 @@ from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.ledger import LEDGER, EditLedger
 from rledit_env.lm.editable import EditableLM
+from rledit_env.updates import RankOne
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def drift_of_sum(lm: EditableLM, ledger: EditLedger) -> float:
     for index in range(len(ledger)):
         entry = ledger.read(index)
         if entry.kind == "edit" and index not in rolled_back:
-            for m, keys in entry.update["keys"].items():
-                total[m].addmm_(entry.update["values"][m].double().t().to(lm.device), keys.double().to(lm.device))
+            assert isinstance(entry.update, RankOne)
+            for m, keys in entry.update.keys.items():
+                total[m].addmm_(entry.update.values[m].double().t().to(lm.device), keys.double().to(lm.device))
     unit = torch.finfo(torch.float32).eps
     return max(
         float((lm.weight(m).double() - total[m]).abs().max()) / (unit * float(total[m].abs().max())) for m in total

@@ -73,9 +73,6 @@ class Args:
     """But so many times at most."""
 
 
-SHOWN = ("token", "steps_per_batch", "present_until", "contexts")  # how an agent wants to see the facts
-
-
 def environment(lm: EditableLM, facts: KnowledgeDataset) -> LifelongEditEnv:
     """What an agent is built in; `edit_facts` makes its own for each part of the facts."""
     return LifelongEditEnv(facts.kind, lm, data=facts, num_batches=1, batch_size=1, reward="none",
@@ -127,7 +124,7 @@ def main(args: Args) -> None:
 
     prompts, targets = [fact.prompt for fact in facts], [fact.target for fact in facts]
     before = lm.generate(prompts, longest=targets)
-    shown = {name: settings[name] for name in SHOWN if name in settings}
+    shown = {k: settings[k] for k in ("token", "steps_per_batch", "present_until", "contexts") if k in settings}
     with tqdm(total=len(facts), desc="editing", unit="fact") as bar:
         log = edit_facts(lm, agent, facts, args.batch_size, progress=bar.update, **shown)
     if log.diverged:

@@ -111,7 +111,7 @@ class Entry:
             return "its kind or its hash is not valid"
         numbers = (self.batch, self.presentation, *self.facts)
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(self.norm, (int, float)):
-            return "its batch, its facts or its norm are not numbers"
+            return "its batch, its facts or its norm are no numbers"
         shown = self.presented
         if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
             return f"it presented {list(shown)} of {len(self.facts)} facts"

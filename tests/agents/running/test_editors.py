@@ -225,7 +225,8 @@ def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own
     shipped, rule = (configured(EDITORS[name], entries) for name in ("rledit", "rledit-untrained"))
     trained = agent_settings(find_agent("default", kind))["environment"]
     assert (shipped.saved, shipped.env) == ("default", {})
-    assert rule.env["token"] == trained["token"] and rule.env["present_until"] == trained["present_until"]
+    for name in ("token", "present_until", "contexts"):
+        assert rule.env.get(name) == (trained.get(name) or None), name
     assert rule.env["edit_modules"] == "model.layers.[4-15].mlp.{gate,up}_proj"
     both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(4, 16) for name in ("gate", "up")}
     assert set(trained["edit_modules"]) == both
