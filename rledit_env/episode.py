@@ -220,7 +220,7 @@ class EditEpisode:
         if trace is not None:
             if self.settings.present_until is not None:
                 untaken = self._untaken(trace)
-                self.open_facts = untaken.reshape(-1, self.stream.batch_size).any(0)
+                self.open_facts = np.any(untaken.reshape(-1, self.stream.batch_size), axis=0, keepdims=True)[0]
                 trace = trace if untaken.all() else trace.of(torch.from_numpy(untaken))
             observation = spaces.torch_observation(trace, progress)
         else:
