@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 
-from rledit_env.interface import editing_env
+from rledit_env.encoding import EncodedRecord
+from rledit_env.interface import EditingEnv, editing_env
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,20 @@ class FactRows:
 
     rows: int
     answers: int
+
+
+def facts_themselves(env: EditingEnv) -> list[EncodedRecord]:
+    """The facts now presented, for an agent that reads them instead of the observation, or needs to know whose each row
+    is.
+
+    Raises:
+        ValueError: the environment presents them behind contexts as well, which such an agent would ignore.
+        gymnasium.error.ResetNeeded: none are presented.
+    """
+    if env.contexts:
+        raise ValueError(f"this agent reads the facts themselves, but the environment presents them behind "
+                         f"{env.contexts} more contexts; make it with contexts=0 (--contexts 0)")
+    return env.current_batch()
 
 
 class PresentedFacts:
@@ -61,12 +76,9 @@ class PresentedFacts:
         if holder is not None and holder is not inner:
             raise ValueError(f"another environment has begun an episode on the agent's LLM since; {mend}")
         try:
-            records = inner.current_batch()
+            records = facts_themselves(inner)
         except gym.error.ResetNeeded as error:
             raise ValueError(f"the agent's environment presents no facts; {mend}") from error
-        if inner.contexts:
-            raise ValueError(f"this agent needs each fact's own rows, but the environment presents facts behind "
-                             f"{inner.contexts} contexts as well; make it with contexts=0")
         found = [FactRows(len(r.edit.chosen_positions(inner.token)), len(r.edit.targets)) for r in records]
         if sum(fact.rows for fact in found) != rows:
             raise ValueError(

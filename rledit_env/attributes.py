@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import gymnasium as gym
 
+from rledit_env.delegation import AttributeOf
 from rledit_env.encoding import EncodedDataset, EncodedRecord
 from rledit_env.episode import EditEpisode
 from rledit_env.knowledge import EditRecord, KnowledgeStream
@@ -18,30 +19,23 @@ from rledit_env.reward import RewardConfig
 T = TypeVar("T")
 
 
-class OfEpisode(Generic[T]):
-    """An attribute of an environment that its episode holds; each copy of the environment has an episode of its own."""
-
-    def __init__(self, name: str = "") -> None:
-        self.name = name
+class OfSettings(Generic[T]):
+    """An attribute of an environment that its episode's settings hold; to set it replaces them."""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = self.name or name
+        self._name = name
 
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode, self.name)  # type: ignore[return-value]
+    @overload
+    def __get__(self, env: None, owner: type) -> OfSettings[T]: ...
 
-    def __set__(self, env: Any, value: T) -> None:
-        setattr(env.episode, self.name, value)
+    @overload
+    def __get__(self, env: Any, owner: type) -> T: ...
 
-
-class OfSettings(OfEpisode[T]):
-    """An attribute of an environment that its episode's settings hold."""
-
-    def __get__(self, env: Any, owner: type | None = None) -> T:
-        return self if env is None else getattr(env.episode.settings, self.name)  # type: ignore[return-value]
+    def __get__(self, env: Any, owner: type) -> OfSettings[T] | T:
+        return self if env is None else getattr(env.episode.settings, self._name)
 
     def __set__(self, env: Any, value: T) -> None:
-        env.episode.settings = replace(env.episode.settings, **{self.name: value})
+        env.episode.settings = replace(env.episode.settings, **{self._name: value})
 
 
 class EpisodeAttributes:
@@ -53,13 +47,13 @@ class EpisodeAttributes:
 
     episode: EditEpisode
 
-    lm = OfEpisode[EditableLM]()
-    encoded = OfEpisode[EncodedDataset]()
-    stream = OfEpisode[KnowledgeStream]()
-    max_tokens = OfEpisode[int]()
-    multiplier = OfEpisode[Multiplier | None]()
-    recorder = OfEpisode[Recorder | None]()
-    history = OfEpisode[list[dict[str, float]]]()
+    lm = AttributeOf[EditableLM]("episode")
+    encoded = AttributeOf[EncodedDataset]("episode")
+    stream = AttributeOf[KnowledgeStream]("episode")
+    max_tokens = AttributeOf[int]("episode")
+    multiplier = AttributeOf[Multiplier | None]("episode")
+    recorder = AttributeOf[Recorder | None]("episode")
+    history = AttributeOf[list[dict[str, float]]]("episode")
     token = OfSettings[str]()
     array_backend = OfSettings[Literal["numpy", "torch"]]()
     on_divergence = OfSettings[Literal["end", "skip", "raise"]]()

@@ -65,7 +65,7 @@ def _write(lm: EditableLM) -> list[str]:
     with torch.random.fork_rng(devices=devices), lm.original_weights():
         torch.manual_seed(0)
         for members in lm.decoded_together(rows):
-            most = TOKENS - min(len(rows[i]) for i in members)
+            most = max(TOKENS - min(len(rows[i]) for i in members), 1)  # a tokenizer may make letters of words
             tokens = lm.decode([rows[i] for i in members], most, do_sample=True, temperature=1.0, top_k=5, top_p=1.0)
             for i, continuation in zip(members, tokens.tolist(), strict=True):
                 written[i] += until_end(lm, continuation)

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rledit_env import render, spaces
-from rledit_env.attributes import EpisodeAttributes, OfEpisode
+from rledit_env.attributes import EpisodeAttributes
 from rledit_env.contexts import LONGEST, Contexts
 from rledit_env.copying import Copied, SharedArguments
+from rledit_env.delegation import AttributeOf
 from rledit_env.encoding import EncodedDataset, largest_batch
 from rledit_env.episode import DivergenceError as DivergenceError
 from rledit_env.episode import EditEpisode
@@ -188,7 +189,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
-    _np_random = OfEpisode[np.random.Generator]("random")
+    _np_random = AttributeOf[np.random.Generator]("episode", "random")
 
     def __init__(  # noqa: PLR0913  the settings of `gym.make`, which has no other place for them
         self,
@@ -389,8 +390,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         return None
 
     def close(self) -> None:
-        """Restore the pre-trained weights, unless they are another environment's by now, and drop the caches; an LLM
-        that the environment made itself is closed."""
+        """Restore the weights, unless another environment has them by now, and close an LLM that was made here."""
         self.episode.forget_before()
         self.lm.clear_caches()
         if self.lm.holder is None or self.lm.holder() in (None, self):

@@ -9,7 +9,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import rledit_env  # noqa: F401  (registers the environments)
-from agents import DAFNetAgent, UltraEditAgent
+from agents import DAFNetAgent, FTLAgent, MEMITAgent, MEMITConfig, UltraEditAgent
 from agents.settings import environment_settings, setting_differences
 from rledit_env.contexts import Contexts
 from rledit_env.knowledge import load_knowledge
@@ -117,8 +117,11 @@ def test_contexts_are_a_whole_number_and_not_for_all_tokens(make_env):
 def test_agents_that_need_each_facts_own_rows_say_so(env):
     observation, _ = env.reset(seed=0)
     agent = DAFNetAgent(env)
-    with pytest.raises(ValueError, match="presents facts behind 2 contexts as well; make it with contexts=0"):
+    with pytest.raises(ValueError, match="presents them behind 2 more contexts; make it with contexts=0"):
         agent.predict(observation)
+    for reads_facts in (FTLAgent(env), MEMITAgent(env, MEMITConfig(corpus_tokens=256))):
+        with pytest.raises(ValueError, match="this agent reads the facts themselves"):
+            reads_facts.predict(observation)
     UltraEditAgent(env).predict(observation)
 
 

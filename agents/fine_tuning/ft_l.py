@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
+from agents.facts import facts_themselves
 from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
@@ -127,7 +128,7 @@ class FTLAgent(Agent):
         if self.env is None:
             raise ValueError("this agent fine-tunes the environment's LLM; load it with env=…")
         inner = editing_env(self.env)
-        passages = [record.edit for record in inner.current_batch()]
+        passages = [record.edit for record in facts_themselves(inner)]
         numpy = inner.array_backend == "numpy"
         updates = constrained_fine_tuning(inner.lm, passages, self._modules(inner.lm), self.config)
         return {"updates": {m: u.cpu().numpy() if numpy else u for m, u in updates.items()}}, None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.base import Agent, NotApplicable
+from agents.facts import facts_themselves
 from agents.files import agent_folder
 from agents.key_statistics import GENERATED, KeyStatistics, key_statistics
 from agents.locate_then_edit.keys import write_contexts
@@ -193,9 +194,10 @@ class LocateAgent(Agent):
         Raises:
             NotApplicable: one of its facts has no subject that occurs in its prompt.
         """
+        facts = facts_themselves(self.inner)
         self.learn(progress_bar=False)
         assert self.contexts is not None
-        requests = [encode_request(self.lm, encoded.record, self.contexts) for encoded in self.inner.current_batch()]
+        requests = [encode_request(self.lm, encoded.record, self.contexts) for encoded in facts]
         with torch.no_grad():
             values = optimise_values(self.lm, self.modules[-1], requests, self.config.value)
             if self.anchor_norm is not None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,17 +24,6 @@ from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-class Watched(TypedDict, total=False):
-    """What follows a run of :func:`edit_facts`: arguments of :func:`edit_stream`."""
-
-    progress: Callable[[int], Any] | None
-    ledger: EditLedger | None
-    guard: DriftGuard | None
 
 
 @dataclass
@@ -236,11 +225,12 @@ def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment'
     batch_size: int = 20,
     token: str = "answer",
     steps_per_batch: int = 1,
-    *,
+    progress: Callable[[int], Any] | None = None,
+    ledger: EditLedger | None = None,
+    guard: DriftGuard | None = None,
+    on_divergence: Literal["end", "skip", "raise"] = "end",
     present_until: float | None = None,
     contexts: int = 0,
-    on_divergence: Literal["end", "skip", "raise"] = "end",
-    **watched: Unpack[Watched],
 ) -> EditLog:
     """Edit all facts into the LLM, in order; a last batch may be smaller.
 
@@ -254,8 +244,9 @@ def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment'
         batch_size: facts a batch.
         token: as in :class:`~rledit_env.env.LifelongEditEnv`.
         steps_per_batch: as there.
-        present_until, contexts, on_divergence: as there.
-        watched: progress, ledger and guard, as for :func:`edit_stream`.
+        progress: called after every batch with the number of its facts.
+        ledger, guard: as for :func:`edit_stream`.
+        on_divergence, present_until, contexts: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
     log, before = EditLog(), agent.env
     whole = len(facts) // batch_size
@@ -270,7 +261,7 @@ def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment'
             )
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
             agent.set_env(env)  # editors that read the facts themselves must read these
-            edit_stream(env, agent, log, seed=0, options=options, **watched)
+            edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
     finally:
         if before is None:
             agent.env = None

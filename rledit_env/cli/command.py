@@ -190,6 +190,15 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give 1 or more")
 
 
+def check_contexts(contexts: int, token: str, flag: str = "--contexts") -> None:
+    """Refuse a number of contexts that the environment could not have, before a model is loaded."""
+    if contexts < 0:
+        raise ValueError(f"{flag} is {contexts}; give 0 (none) or more")
+    if contexts and token == "all":
+        raise ValueError(f"{flag} is {contexts} and the token is 'all', which would take the contexts' tokens, too; "
+                         f"give {flag} 0, or --token subject, answer or subject+answer")
+
+
 def skipped_rows(dataset: KnowledgeDataset) -> list[str]:
     """What of the data was left out and why, to be printed; empty if nothing was."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped.items())

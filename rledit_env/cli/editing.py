@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rledit_env.cli.command import (
+    check_contexts,
     check_positive,
     dtype_name,
     model_name,
@@ -190,6 +191,7 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
         "batch_size": min(option_or(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
     }
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
+    check_contexts(contexts, settings["token"])
     return settings
 
 

@@ -18,6 +18,7 @@ from rledit_env.cli.command import (
     OK,
     Command,
     agent_argument,
+    check_contexts,
     check_positive,
     check_text,
     check_text_is_no_prior,
@@ -104,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     sources = _check(options)
     folder = find_agent(options.agent, kind_of(options.env) if options.env else None)
     env_id, settings = _settings(options, folder)
+    check_contexts(settings["contexts"], settings["token"])
     say_loading(settings["model"])
     env = _environment(options, env_id, settings, folder)
     inner: Any = env.unwrapped

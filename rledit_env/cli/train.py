@@ -16,6 +16,7 @@ from rledit_env.cli.command import (
     OK,
     Command,
     chat_argument,
+    check_contexts,
     check_positive,
     dtype_name,
     environment_arguments,
@@ -211,6 +212,9 @@ def _check_numbers(options: argparse.Namespace) -> None:
                    "trajectories_per_update")
     optional = ("calibrate_num_batches", "edit_steps_per_batch")
     check_positive(options, *(name for name in optional if getattr(options, name) is not None))
+    check_contexts(options.contexts, options.token)
+    if options.edit_contexts is not None:
+        check_contexts(options.edit_contexts, options.token, "--edit-contexts")
     bound = options.calibrate_kl_bound
     if bound is None:
         return

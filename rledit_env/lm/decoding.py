@@ -56,7 +56,7 @@ class Decoder:
         for key in sorted(set(keys)):
             yield [i for i, each in enumerate(keys) if each == key]
 
-    def decode(self, rows: Sequence[Sequence[int]], most: int, **sampling: Any) -> Tensor:
+    def decode(self, rows: Sequence[Sequence[int]], most: int, /, **sampling: Any) -> Tensor:
         """Continuations (B, most or less) of rows of token ids, which the model sees together (see
         :meth:`decoded_together`): greedy ones, unless ``sampling`` says otherwise, as transformers' ``generate`` takes
         it."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rledit_env.delegation import AttributeOf, method_of
 from rledit_env.files import whole_folder
 from rledit_env.lm.decoding import Decoder
-from rledit_env.lm.delegation import AttributeOf, method_of
 from rledit_env.lm.forward import Forward
 from rledit_env.lm.freezing import Freeze
 from rledit_env.lm.gradients import Gradients
@@ -250,6 +250,6 @@ class EditableLM:
     tokenize_all = method_of("tokens", PassageEncoder.tokenize_all)
 
     generate = method_of("decoder", Decoder.generate)
-    decode = method_of("decoder", Decoder.decode)  # type: ignore[arg-type]  # its sampling could be named "self"
+    decode = method_of("decoder", Decoder.decode)
     decoded_together = method_of("decoder", Decoder.decoded_together)
     pad_on_left = method_of("decoder", Decoder.pad_on_left)

@@ -11,8 +11,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from rledit_env.delegation import AttributeOf
 from rledit_env.lm.decoding import Decoder
-from rledit_env.lm.delegation import AttributeOf
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.gradients import Gradients
 from rledit_env.lm.passes import Passes

@@ -227,13 +227,15 @@ def test_train_records_how_the_agent_presents_when_it_edits_and_within_what_dive
     assert "--calibrate-kl-bound is for --calibrate-num-batches T; give that, too" in capsys.readouterr().err
     assert cli.main([*arguments, "--calibrate-num-batches", "3", "--calibrate-kl-bound", "0"]) == 2
     assert "--calibrate-kl-bound is 0; give a positive number of nats" in capsys.readouterr().err
-    more = ["--edit-steps-per-batch", "3", "--edit-present-until", "0.75", "--calibrate-num-batches", "3"]
+    more = ["--edit-steps-per-batch", "3", "--edit-present-until", "0.75", "--edit-contexts", "1",
+            "--calibrate-num-batches", "3"]
     assert cli.main([*arguments, *more, "--calibrate-kl-bound", "1e-9", "--save-precision", "bfloat16"]) == 0
     shown = capsys.readouterr().out
     assert "mean scores: × 1: -0.0, × 0.85: -0.0" in shown  # how far they are beyond the bound
     last, best = (json.loads((run / name / "agent.json").read_text())["environment"] for name in ("last", "best"))
     assert (last["steps_per_batch"], last["present_until"]) == (2, None)
     assert (best["steps_per_batch"], best["present_until"]) == (3, 0.75)
+    assert (last["contexts"], best["contexts"]) == (0, 1)
     assert best["reward"] == last["reward"] and best["num_batches"] == last["num_batches"]
     stored = safetensors.torch.load_file(run / "best" / "agent.safetensors")
     assert {t.dtype for name, t in stored.items() if name.startswith("network.networks.")} == {torch.bfloat16}

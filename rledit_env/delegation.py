@@ -23,13 +23,18 @@ def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[C
 
 
 class AttributeOf(Generic[T]):
-    """An attribute of a part, to be named alike in the class that has the part as an attribute."""
+    """An attribute of a part, in the class that has the part as an attribute.
 
-    def __init__(self, part: str) -> None:
-        self._part, self._name = part, ""
+    Args:
+        part: the part's name there.
+        name: the attribute's in the part; "" where it is named alike.
+    """
+
+    def __init__(self, part: str, name: str = "") -> None:
+        self._part, self._name = part, name
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+        self._name = self._name or name
 
     @overload
     def __get__(self, whole: None, owner: type) -> AttributeOf[T]: ...
