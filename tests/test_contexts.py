@@ -114,14 +114,18 @@ def test_contexts_are_a_whole_number_and_not_for_all_tokens(make_env):
         make_env(contexts=2, token="all")
 
 
-def test_agents_that_need_each_facts_own_rows_say_so(env):
+def test_agents_that_need_each_facts_own_rows_say_so(env, tiny_lm, make_env, facts):
     observation, _ = env.reset(seed=0)
     agent = DAFNetAgent(env)
     with pytest.raises(ValueError, match="presents them behind 2 more contexts; make it with contexts=0"):
         agent.predict(observation)
-    for reads_facts in (FTLAgent(env), MEMITAgent(env, MEMITConfig(corpus_tokens=256))):
+    down = tiny_lm(modules="model.layers.1.mlp.down_proj")
+    others = make_env(kind="counterfact", model=down, data=facts("counterfact", 12), contexts=2, **SETTINGS)
+    observation_of_others, _ = others.reset(seed=0)
+    for reads_facts in (FTLAgent(others), MEMITAgent(others, MEMITConfig(corpus_tokens=256))):
         with pytest.raises(ValueError, match="this agent reads the facts themselves"):
-            reads_facts.predict(observation)
+            reads_facts.predict(observation_of_others)
+    observation, _ = env.reset(seed=0)
     UltraEditAgent(env).predict(observation)
 
 
