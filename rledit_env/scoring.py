@@ -18,7 +18,6 @@ from torch import Tensor
 from rledit_env.encoding import EncodedRecord
 from rledit_env.lm.editable import AnswerStates, EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.loading.placement import release_free_memory
 from rledit_env.lm.precision import at_least_float32
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import Component, Locality, RewardConfig, TextComponent
@@ -202,9 +201,6 @@ def _states(
         referenced = [i for i in referenced if i not in reference]
     chunks: Iterable[tuple[list[int], AnswerStates]]
     if gradient:
-        several = sum(map(len, passages)) > lm.max_tokens_per_pass
-        if several and lm.device.type == "cpu" and lm.dtype.itemsize >= 4:  # the step's most is held from here on
-            release_free_memory()
         original = lm.reference_states([passages[i] for i in referenced])
         chunks = _chunks(lm, passages, work.streams, component)
     else:  # final states are small: all of them are held

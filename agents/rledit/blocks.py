@@ -29,7 +29,6 @@ class ResidualBlocks(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_half, self.inside = precision == "bfloat16", inside
-        self._halves: dict[str, tuple[int, Tensor]] = {}  # parameters in bfloat16, with the version they are of
         divisor = 1.0 if unit else math.sqrt(width)
         self.down = nn.ParameterList([nn.Parameter(torch.randn(width, rank) / divisor) for _ in range(blocks)])
         self.up = nn.ParameterList([nn.Parameter(torch.zeros(rank, width)) for _ in range(blocks)])
@@ -51,16 +50,9 @@ class ResidualBlocks(nn.Module):
                 inner = linear(linear(z.to(kind), down.to(kind).T), up.to(kind).T).to(z.dtype) + self.bias[i]
                 z = z + (scale[:, None] * inner + shift[:, None]).clamp(min=0)
                 continue
-            run = (self._halved(f"down.{i}", down), self._halved(f"up.{i}", up)) if self.in_half else (down, up)
+            run = (down.detach().bfloat16(), up.detach().bfloat16()) if self.in_half else (down, up)
             z = ResidualBlock.apply(z, down, up, self.bias[i], scale, shift, *run)
         return z
-
-    def _halved(self, name: str, parameter: Tensor) -> Tensor:
-        """The parameter in bfloat16, made again when it has changed."""
-        version, halved = self._halves.get(name, (-1, parameter))
-        if version != parameter._version or halved.device != parameter.device:
-            self._halves[name] = version, halved = parameter._version, parameter.detach().bfloat16()
-        return halved
 
 
 class ResidualBlock(torch.autograd.Function):

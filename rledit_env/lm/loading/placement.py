@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -63,22 +61,3 @@ def cpu_has_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"  # ATEN_CPU_CAPABILITY=avx2 turns the instructions off
     return allowed and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def release_free_memory() -> None:
-    """Let the C library give back to the system what was freed; nothing where it cannot.
-
-    glibc keeps up to 64 MB of it, in pieces of sizes that what comes next may not have.
-    """
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library, or Windows
-        return None
-    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
-    return found
