@@ -1,4 +1,4 @@
-"""Where a model goes and in which precision: what a user means."""
+"""Resolves the device and the precision of a model."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """How the weights of a model are spread over several devices, the host and the disk, as ``from_pretrained`` takes
-    it; None: not at all."""
+    """Arguments of ``from_pretrained`` that spread a model's weights over several devices, the host and the disk.
+
+    With None for all, they are not spread.
+    """
 
     device_map: str | Mapping[str, Any] | None = None
     offload_folder: str | os.PathLike[str] | None = None
     max_memory: Mapping[Any, Any] | None = None
 
     def options(self) -> dict[str, Any]:
-        """What is given, by name."""
+        """The arguments that are not None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
+    """The device; ``"auto"`` is the accelerator if there is one, else the CPU."""
     if device != "auto":
         try:
-            found = torch.device(device)
-            torch.empty(0, device=found)
+            resolved = torch.device(device)
+            torch.empty(0, device=resolved)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"device is {str(device)!r}, which this machine or build of torch does not have "
                 f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
             ) from error
-        return found
+        return resolved
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The precision meant, for the frozen weights.
+    """The precision of the frozen weights.
 
     ``"auto"`` is bfloat16 where the device multiplies it natively (CUDA, and processors with AVX512-BF16 or AMX), else
     float32. Names are torch's, such as ``"float32"``.
@@ -52,10 +54,10 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     if dtype == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
         return torch.bfloat16 if native else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
-    return found
+    return resolved
 
 
 def cpu_has_bfloat16() -> bool:
@@ -66,9 +68,9 @@ def cpu_has_bfloat16() -> bool:
 
 
 def release_free_memory() -> None:
-    """Let the C library give back to the system what was freed; nothing where it cannot.
+    """Make the C library return freed memory to the system, where it can.
 
-    glibc keeps up to 64 MB of it, in pieces of sizes that what comes next may not have.
+    glibc keeps up to 64 MB of it, in pieces that may not fit later allocations.
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)
@@ -77,8 +79,8 @@ def release_free_memory() -> None:
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
-        found = ctypes.CDLL(None).malloc_trim
+        trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return None
-    found.argtypes, found.restype = [ctypes.c_size_t], ctypes.c_int
-    return found
+    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    return trim
