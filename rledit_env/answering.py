@@ -1,7 +1,7 @@
 """Components of the reward that measure what the scores measure: which of two answers is likelier, whether a free
 answer ends where it should, and whether other questions about an edited subject keep their answers.
 
-They can be used beside the paper's components (see `rledit_env.reward`). The paper's likelihood of the new answer on a
+They can be added to the paper's components (see `rledit_env.reward`). The paper's likelihood of the new answer on a
 paraphrase can always grow further, long after the new answer is the preferred one, at the cost of everything else;
 CounterFact's scores, which compare two answers, do not show the difference.
 """
@@ -24,7 +24,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence, membership_loss, preference_loss
 
-# Properties that subjects are asked for beside the facts' questions: those that an encyclopedia gives of many things.
+# Properties that subjects are asked for in addition to the facts' questions; an encyclopedia gives them of many things.
 PROPERTIES = (
     "headquarters", "founder", "father", "mother", "spouse", "award received", "native language", "religion", "height",
     "mass", "position held", "parent taxon", "constellation", "discoverer", "publisher", "record label", "performer",

@@ -84,5 +84,5 @@ def _in_word(character: str) -> bool:
 
 
 def _unspaced(character: str) -> bool:
-    """Whether a letter beside this one may belong to another word: in scripts without spaces, and in Korean."""
+    """Whether a letter next to this one may be of another word: in scripts without spaces, and in Korean."""
     return is_unspaced(character) or unicodedata.name(character, "").startswith("HANGUL")

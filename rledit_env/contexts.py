@@ -1,4 +1,4 @@
-"""Contexts: short texts that the LLM wrote, behind which facts are presented beside their plain prompts."""
+"""Contexts: short texts that the LLM wrote. Facts are presented behind them, and with their plain prompts."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Copied:
         return _made_again, (type(self), dict(self.arguments), self.spec), self.pickled_state()
 
     def pickled_state(self) -> dict[str, Any]:
-        """The state in a pickle beside the arguments, for ``__setstate__``."""
+        """The state in a pickle in addition to the arguments, for ``__setstate__``."""
         raise NotImplementedError
 
 

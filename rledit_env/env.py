@@ -92,7 +92,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
     (`options={"indices": [...]}` gives them instead). `options={"keep_weights": True}` keeps the present weights; with
-    `"start": s` beside it the episode begins at step s, as if the steps before had made these weights (with
+    `"start": s` in addition the episode begins at step s, as if the steps before had made these weights (with
     `present_until` every earlier batch counts as `steps_per_batch` steps).
     Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
@@ -138,7 +138,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     * `reward`: None or "paper" (the paper's), "efficacy" (with a term for the edit prompt and one sampled earlier
       batch), "none" (no reward computed: 0.0), or a `RewardConfig`.
     * `max_tokens`: N; None means the most that any batch of this data can need.
-    * `steps_per_batch`: how often a batch is presented; its observation is computed anew each time.
+    * `steps_per_batch`: how often a batch is presented; its observation is recomputed each time.
     * `present_until`: a probability below 1: a batch is presented until all its facts have taken, at most
       `steps_per_batch` times (see "Episode End"). None: always `steps_per_batch` times.
     * `contexts`: K: each fact is presented with its plain prompt, and with the prompt behind each of K short texts that
@@ -149,8 +149,8 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
       a dense action it is −2η ΔW of the change ΔW that it made.
     * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E), or to the
       entries of a dense action.
-    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode; "skip" goes on with
-      the next step (and treats an action that is not finite as such an update); "raise" raises `DivergenceError`,
+    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode; "skip" continues
+      with the next step (and treats an action that is not finite as such an update); "raise" raises `DivergenceError`,
       which names the batch, and leaves the environment at the step, for another action.
     * `device`, `dtype`: device and precision of the frozen weights; "auto" chooses (edited weights are always kept in
       float32).

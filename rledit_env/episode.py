@@ -29,7 +29,7 @@ from rledit_env.scoring import ScoredBatch, Scores, step_reward, with_texts
 from rledit_env.settings import EpisodeSettings
 from rledit_env.updates import NOTHING, Update
 
-# Attributes of an episode in a pickle, beside the LLM's weights, the order of the facts and the random state.
+# Attributes of an episode in a pickle; the LLM's weights, the order of the facts and the random state are in it, too.
 KEPT = (
     "history", "position", "over", "rows", "refused", "answers_before", "scene", "choices", "first_scored",
     "open_facts",
@@ -55,7 +55,7 @@ class EditEpisode:
         settings: the environment's settings.
         max_tokens: rows of a padded observation.
         multiplier: multiplier of the reward's constraint, or None.
-        contexts: texts behind which facts are presented, beside their plain prompts.
+        contexts: texts behind which facts are presented, in addition to their plain prompts.
 
     Attributes:
         recorder: None, or an object that records every update before it takes effect.

@@ -1,4 +1,4 @@
-"""The part of an environment that agents may use beside Gymnasium's interface."""
+"""The part of an environment that agents may use in addition to Gymnasium's interface."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class EditingEnv(Protocol):
 
     @property
     def contexts(self) -> int:
-        """Number of texts behind which each fact is presented, beside its plain prompt."""
+        """Number of texts behind which each fact is presented, in addition to its plain prompt."""
 
     @property
     def on_divergence(self) -> Literal["end", "skip", "raise"]:

@@ -268,9 +268,9 @@ def _try(output: Output) -> None:
             if (folder / part).is_dir():
                 _try_file(folder / part / f".{token}{LONG_NAME}")
         if output.replaced:
-            beside = path.with_name(f".{path.name}.replaced-{token}")
-            beside.mkdir()
-            beside.rmdir()
+            renamed = path.with_name(f".{path.name}.replaced-{token}")
+            renamed.mkdir()
+            renamed.rmdir()
     finally:
         for place in reversed(new_folders):
             with suppress(OSError):  # another process may have put something there

@@ -1,6 +1,6 @@
 """Preservation in the reward: how editing changes predictions of text that the LLM wrote itself, and a bound on that.
 
-Two components that can be used beside the paper's (see `rledit_env.reward`), both KL(p_θ₀ ‖ p_W) in nats per token, and
+Two components that can be added to the paper's (see `rledit_env.reward`), both KL(p_θ₀ ‖ p_W) in nats per token, and
 a Lagrange multiplier that keeps one of them at a bound while a policy learns.
 """
 
@@ -45,7 +45,7 @@ class OwnText(_Divergence):
     on. Earlier batches add nothing, since the texts belong to no fact.
 
     A scored step runs ``passages · tokens`` more tokens, forward and backward, with the logits of each under both LLMs.
-    On SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated one scored
+    On SmolLM2-135M (bfloat16, one core, 20 facts per batch, the fact's prompt, a paraphrase and an unrelated one scored
     for the batch and one earlier) the step takes about 1.3 times as long as without it, and writing the pool takes half
     a minute, once.
 
@@ -112,8 +112,9 @@ class Continuation(_Divergence):
     fact after which it ends the text adds nothing.
 
     A scored step runs the chosen facts and their texts, forward and backward, for each batch that it scores. On
-    SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated one scored for
-    the batch and one earlier) it takes about 1.3 times as long as without them, and writing takes half a step a batch.
+    SmolLM2-135M (bfloat16, one core, 20 facts per batch, the fact's prompt, a paraphrase and an unrelated one scored
+    for the batch and one earlier) it takes about 1.3 times as long as without them, and writing the texts takes half a
+    step per batch.
 
     Attributes:
         facts: number of facts chosen from each batch; all of them where there are fewer.

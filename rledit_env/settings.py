@@ -1,4 +1,4 @@
-"""EpisodeSettings: the checked settings of an environment, beside the model and the data."""
+"""EpisodeSettings: the checked settings of an environment, without the model and the data."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Routing(Protocol):
 
     Attributes:
         count: number of sets.
-        serves_original: whether a pass can use the pre-trained weights (:data:`ORIGINAL`) beside other sets.
+        serves_original: whether a pass can use the pre-trained weights (:data:`ORIGINAL`) together with other sets.
         spans: for each group of consecutive tokens in the running pass, its set and its number of tokens; empty where
             the model's modules hold the only set.
     """

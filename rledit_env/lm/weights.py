@@ -109,7 +109,7 @@ class EditedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the set takes, beside the pre-trained weights."""
+        """Bytes of memory that the set takes, without the pre-trained weights."""
         sizes = {w.data_ptr(): w.nbytes for weights in (self._master, self.run) for w in weights.values()}
         return sum(sizes.values())
 

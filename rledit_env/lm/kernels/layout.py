@@ -65,8 +65,8 @@ class Layout:
         """
         places: dict[tuple[int, int], int] = {}  # (the index of the token before it, a token) → its index
         paths: list[list[int]] = []
-        for row, stream in zip(rows, streams, strict=True):
-            before, path = -2 - stream, []  # weight sets count from −1, tokens' indices from 0
+        for row, weight_set in zip(rows, streams, strict=True):
+            before, path = -2 - weight_set, []  # weight sets count from −1, tokens' indices from 0
             for token in row:
                 before = places.setdefault((before, token), len(places))
                 path.append(before)
