@@ -142,8 +142,8 @@ class Ending:
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         tokens = ending_tokens(lm.tokenizer)
-        known = tokens[tokens < lm.forward.output.size]  # a tokenizer may have more tokens than the LLM's head
-        return membership_loss(lm.forward, hidden, known.to(hidden.device))
+        ending_ids = tokens[tokens < lm.forward.output.size]  # a tokenizer may have more tokens than the LLM's head
+        return membership_loss(lm.forward, hidden, ending_ids.to(hidden.device))
 
 
 @lru_cache(maxsize=8)

@@ -67,11 +67,11 @@ def low_rank(change: Tensor, weight_norm: float, rank: int | None = None) -> Low
     left_out = s.square().flip(0).cumsum(0).flip(0)  # [i]: the squared error of the first i factors
     allowed = (ROUNDINGS * torch.finfo(change.dtype).eps * weight_norm) ** 2
     needed = int((left_out > allowed).sum())
-    kept = max(needed if rank is None else min(needed, rank), 1)
-    root = s[:kept].sqrt()
-    error = math.sqrt(float(left_out[kept])) if kept < len(s) else 0.0
+    count = max(needed if rank is None else min(needed, rank), 1)
+    root = s[:count].sqrt()
+    error = math.sqrt(float(left_out[count])) if count < len(s) else 0.0
     norm = float(s.norm())
-    return LowRank(u[:, :kept] * root, root[:, None] * vh[:kept], error / norm if norm else 0.0, kept >= needed)
+    return LowRank(u[:, :count] * root, root[:, None] * vh[:count], error / norm if norm else 0.0, count >= needed)
 
 
 def save_delta(lm: EditableLM, folder: str | Path, overwrite: bool = False) -> Path:
@@ -185,8 +185,8 @@ def save_lora(
 def relative_error(lm: EditableLM, factors: Mapping[str, LowRank]) -> float:
     """‖ΔW − ΔW_r‖_F / ‖ΔW‖_F over all modules together."""
     norms = {name: float(change.norm()) for name, change in changes(lm).items()}
-    whole = math.hypot(*norms.values())
-    return math.hypot(*(change.error * norms[name] for name, change in factors.items())) / whole if whole else 0.0
+    total = math.hypot(*norms.values())
+    return math.hypot(*(change.error * norms[name] for name, change in factors.items())) / total if total else 0.0
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -46,15 +46,15 @@ class Trace:
 
         Its gradient is that of the mean over the chosen passages' answer tokens; ``owner`` counts these passages.
         """
-        chosen = passages.to(self.owner.device)
-        rows = chosen[self.owner]
+        is_chosen = passages.to(self.owner.device)
+        rows = is_chosen[self.owner]
         keys, gradients = ({m: t[rows] for m, t in part.items()} for part in (self.keys, self.value_gradients))
-        tokens = float(self.answers[chosen].sum())
+        tokens = float(self.answers[is_chosen].sum())
         factor = float(self.answers.sum()) / max(tokens, 1.0)
         return Trace(
-            keys, {m: factor * g for m, g in gradients.items()}, (chosen.cumsum(0) - 1)[self.owner[rows]],
-            float(self.sums[chosen].sum()) / max(tokens, 1.0), self.hardest[chosen], self.sums[chosen],
-            self.answers[chosen],
+            keys, {m: factor * g for m, g in gradients.items()}, (is_chosen.cumsum(0) - 1)[self.owner[rows]],
+            float(self.sums[is_chosen].sum()) / max(tokens, 1.0), self.hardest[is_chosen], self.sums[is_chosen],
+            self.answers[is_chosen],
         )  # fmt: skip
 
 
@@ -173,8 +173,8 @@ class Gradients:
         """
         shapes = self._weights.module_shapes
         sizes = {n: d_in * d_out for n, (d_in, d_out) in shapes.items()}
-        whole = torch.empty(sum(sizes.values()), dtype=self._weights.edit_dtype, device=self._passes.device)
-        pieces = zip(shapes.items(), whole.split(list(sizes.values())), strict=True)
+        buffer = torch.empty(sum(sizes.values()), dtype=self._weights.edit_dtype, device=self._passes.device)
+        pieces = zip(shapes.items(), buffer.split(list(sizes.values())), strict=True)
         return {n: piece.view(d_out, d_in) for (n, (d_in, d_out)), piece in pieces}
 
 

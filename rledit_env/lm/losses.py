@@ -33,10 +33,10 @@ def negative_log_likelihood(forward: Scored, hidden: Tensor, targets: Tensor) ->
     needs_gradient = _needs_gradient(hidden)
 
     def row_loss(log_p: Tensor, place: slice, _beside: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = targets[place, None]
-        loss = -log_p.gather(1, chosen)[:, 0]
+        target_ids = targets[place, None]
+        loss = -log_p.gather(1, target_ids)[:, 0]
         if needs_gradient:
-            log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            log_p.exp_().scatter_add_(1, target_ids, log_p.new_full(target_ids.shape, -1.0))
         return loss, log_p
 
     return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)

@@ -183,8 +183,8 @@ class SuffixForward:
         with replaced_forward(attention, stop), suppress(Reached):
             layer(hidden, *stub.args, **stub.kwargs)
         output = attention(*called[0], **called[1])
-        chosen = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
-        attention_output = (chosen, *output[1:]) if isinstance(output, tuple) else chosen
+        chosen_output = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
+        attention_output = (chosen_output, *output[1:]) if isinstance(output, tuple) else chosen_output
         with replaced_forward(attention, lambda *_args, **_kwargs: attention_output):
             return self._run_layers([layer], [stub], hidden.flatten(0, 1)[places][None])[0]
 
@@ -200,12 +200,12 @@ class SuffixForward:
         hidden, places = self._random_states(layout), torch.tensor([2, 3, 4])
         stub = self._layer_arguments(layout)[-1]
         with torch.no_grad():
-            whole = self._run_layers(self.layers[-1:], [stub], hidden).flatten(0, 1)[places]
+            expected = self._run_layers(self.layers[-1:], [stub], hidden).flatten(0, 1)[places]
             try:
                 narrowed = self._run_last_layer(hidden, stub, places)
             except (IndexError, RuntimeError, TypeError, ValueError):  # a layer of unfamiliar architecture
                 return False
-        return self._agree(narrowed, whole)
+        return self._agree(narrowed, expected)
 
     @cached_property
     def _attends_only(self) -> bool:

@@ -38,9 +38,9 @@ class TextEncoder:
     def prefix(self) -> list[int]:
         """Tokens that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
-        return list(whole[: starts[0]]) if starts else []
+        with_special = self.tokenizer("a")["input_ids"]
+        starts = [i for i in range(len(with_special) - len(plain) + 1) if with_special[i : i + len(plain)] == plain]
+        return list(with_special[: starts[0]]) if starts else []
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:

@@ -108,11 +108,11 @@ class Layout:
         """The batch (B, L, …) of each passage's numbers (length, …), zero in padding. Those of a shared prefix are
         taken from the first passage that has it."""
         if self.packed:
-            whole = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
+            joined = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
         else:
-            whole = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        missing = [size - present for size, present in zip(self.shape, whole.shape, strict=False)]
-        return F.pad(whole, [0, 0] * (whole.dim() - 2) + [0, missing[1], 0, missing[0]])
+            joined = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        missing = [size - present for size, present in zip(self.shape, joined.shape, strict=False)]
+        return F.pad(joined, [0, 0] * (joined.dim() - 2) + [0, missing[1], 0, missing[0]])
 
     def split(self, batch: Tensor) -> list[Tensor]:
         """Each passage's part (length, …) of a batch (B, L, …), with its prefix; views where nothing is shared."""
@@ -157,15 +157,15 @@ def sharing_chunks(
     """
     lengths = [len(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (streams[i], rows[i]))
-    own = list(lengths)  # tokens that each does not share with the one before it
+    own_counts = list(lengths)  # tokens that each does not share with the one before it
     for before, i in pairwise(order):
         if streams[before] == streams[i]:
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(rows[before], rows[i], strict=False))
-            own[i] -= sum(1 for _ in alike)
-    if sum(own) > WORTH_SHARING * sum(lengths):
+            own_counts[i] -= sum(1 for _ in alike)
+    if sum(own_counts) > WORTH_SHARING * sum(lengths):
         yield from even_chunks(lengths, max_tokens, streams, quantum)
     else:
-        yield from _cut(order, lengths, own, max_tokens, quantum)
+        yield from _cut(order, lengths, own_counts, max_tokens, quantum)
 
 
 def _cut(
@@ -175,17 +175,17 @@ def _cut(
 
     Passage i counts ``first[i]`` tokens where it begins a chunk, else ``then[i]``.
     """
-    left = sum(then[i] for i in order)
+    remaining = sum(then[i] for i in order)
     chunk: list[int] = []
     tokens, target, step = 0, 0.0, 1
     for i in order:
         is_full = tokens + then[i] > target if step > 1 else tokens + then[i] / 2 > target
         if chunk and (tokens + then[i] > max_tokens or is_full):
             yield chunk
-            left += first[i] - then[i] - tokens
+            remaining += first[i] - then[i] - tokens
             chunk, tokens = [], 0
         if not chunk:
-            target = left / max(1, -(-left // max_tokens))  # tokens per chunk
+            target = remaining / max(1, -(-remaining // max_tokens))  # tokens per chunk
             step = whole_quantum(math.ceil(target), quantum)
             target = target if step == 1 else -(-math.ceil(target) // step) * step
         tokens += then[i] if chunk else first[i]
