@@ -1,9 +1,9 @@
-"""Components of the reward that ask what scores ask: which of two answers is the likelier, whether a free answer ends
-where it should, and whether other questions about an edited subject keep their answers.
+"""Components of the reward that measure what the scores measure: which of two answers is likelier, whether a free
+answer ends where it should, and whether other questions about an edited subject keep their answers.
 
-They stand beside the paper's (see `rledit_env.reward`). Its likelihood of the new answer on a paraphrase grows without
-end, long after the new answer is the preferred one, and pays for that with everything else; CounterFact's scores, which
-compare two answers, do not see the difference.
+They can be added to the paper's components (see `rledit_env.reward`). The paper's likelihood of the new answer on a
+paraphrase can always grow further, long after the new answer is the preferred one, at the cost of everything else;
+CounterFact's scores, which compare two answers, do not show the difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import kl_divergence, membership_loss, preference_loss
 
-# What is asked of a subject beside the facts' own questions: properties that an encyclopedia has of many things.
+# Properties that subjects are asked for in addition to the facts' questions; an encyclopedia gives them of many things.
 PROPERTIES = (
     "headquarters", "founder", "father", "mother", "spouse", "award received", "native language", "religion", "height",
     "mass", "position held", "parent taxon", "constellation", "discoverer", "publisher", "record label", "performer",
@@ -37,20 +37,20 @@ PROPERTIES = (
     "genre", "country", "date of birth", "date of death", "instance of", "creator", "location", "language", "sex",
 )  # fmt: skip
 FORMS = ("The {p} of {x} is", "{x} {p}")
-PAIR = 2**32  # a passage of two answers has one target: the token that should be the likelier + PAIR · the other one
+PAIR = 2**32  # a passage that compares two answers has one target: the token to prefer + PAIR · the other token
 
 
 @dataclass(frozen=True)
 class Preference:
     """softplus(margin − log p(a) + log p(b)), where the answer a should be likelier than b: the comparison that
     CounterFact's Efficacy, Generalization and Specificity make (Meng et al., NeurIPS 2022), at the first token in which
-    the two answers differ. It is next to nothing once a is the likelier by more than the margin.
+    the two answers differ. It is almost 0 once a is likelier by more than the margin.
 
     Attributes:
-        on: "edit", the fact's prompt, or "paraphrases", one of its paraphrases: the new answer against the one before;
-            "unrelated", one of its unrelated facts: that one's answer against the new one, or, where these are the
-            same, against the one before. A fact without an answer before, and two answers of which one begins with the
-            other, add nothing.
+        on: "edit", the fact's prompt, or "paraphrases", one of its paraphrases: a is the new answer, b the old one;
+            "unrelated", the prompt of one of its unrelated facts: a is that fact's answer, b the new one or, where they
+            are the same, the old one. Facts without an old answer add nothing, nor do two answers one of which begins
+            with the other.
         margin: in nats.
 
     Raises:
@@ -76,18 +76,18 @@ class Preference:
         earlier: bool,
         rng: np.random.Generator,
     ) -> list[Passage]:
-        """One passage a fact, up to where the answers part."""
-        asked = [
-            self._asked(encoded, choice)
+        """One passage per fact, up to the token in which the answers differ."""
+        questions = [
+            self._question(encoded, choice)
             for encoded, choice in zip(records, choices, strict=True)
             if encoded.record.original is not None
         ]
-        sides = [[_tokenized(lm, prompt, answer, origin) for answer in answers] for prompt, answers, origin in asked]
-        parted = [_parting(a, b) for a, b in sides if a is not None and b is not None]
-        return [passage for passage in parted if passage is not None]
+        sides = [[_tokenize(lm, prompt, answer, origin) for answer in answers] for prompt, answers, origin in questions]
+        passages = [_compared(a, b) for a, b in sides if a is not None and b is not None]
+        return [passage for passage in passages if passage is not None]
 
-    def _asked(self, encoded: EncodedRecord, choice: float) -> tuple[str, tuple[str, str], str]:
-        """The prompt, the answer that should be the likelier with the other one, and where the fact is from."""
+    def _question(self, encoded: EncodedRecord, choice: float) -> tuple[str, tuple[str, str], str]:
+        """The prompt, the pair of the answer to prefer and the other one, and where the fact was read from."""
         record = encoded.record
         if self.on == "unrelated":
             fact = record.unrelated[int(choice * len(record.unrelated))]
@@ -100,29 +100,29 @@ class Preference:
         return preference_loss(lm.forward, hidden, targets % PAIR, targets // PAIR, self.margin)
 
 
-def _tokenized(lm: EditableLM, prompt: str, answer: str, origin: str) -> Passage | None:
-    """A prompt with an answer that is not its fact's own; None where they do not fit the LLM's context."""
+def _tokenize(lm: EditableLM, prompt: str, answer: str, origin: str) -> Passage | None:
+    """The passage of a prompt and an answer; None where it does not fit the LLM's context."""
     try:
         return lm.tokenize(prompt, answer, origin=origin)
     except ValueError:
         return None
 
 
-def _parting(one: Passage, other: Passage) -> Passage | None:
-    """What two answers to a prompt have in common, with the pair of tokens that come next; None if none does."""
-    ids, others = ((*p.input_ids, p.targets[-1]) for p in (one, other))
-    begin = len(one.input_ids) + 1 - len(one.targets)  # the prompt's tokens
-    for place in range(begin, min(len(ids), len(others))):
-        if ids[place] != others[place]:
-            return Passage(ids[:place], (ids[place] + PAIR * others[place],))
+def _compared(preferred: Passage, other: Passage) -> Passage | None:
+    """The tokens that two answers share, with the pair of tokens that differ as the target; None if none differ."""
+    ids, other_ids = ((*p.input_ids, p.targets[-1]) for p in (preferred, other))
+    begin = len(preferred.input_ids) + 1 - len(preferred.targets)  # the prompt's tokens
+    for index in range(begin, min(len(ids), len(other_ids))):
+        if ids[index] != other_ids[index]:
+            return Passage(ids[:index], (ids[index] + PAIR * other_ids[index],))
     return None
 
 
 @dataclass(frozen=True)
 class Ending:
-    """−log p(the answer ends) after a fact's prompt and its new answer: at a line's end, at punctuation that closes a
-    phrase, or at the end of the text (`rledit_env.answers.is_exact`). Free answers break on it when an edit makes an
-    LLM say the answer again and again."""
+    """−log p(the answer ends) after a fact's prompt and its new answer: by a line end, punctuation that closes a
+    phrase, or the end of the text (`rledit_env.answers.is_exact`). It penalises edits that make an LLM repeat
+    the answer."""
 
     @property
     def needs_reference(self) -> bool:
@@ -137,13 +137,13 @@ class Ending:
         rng: np.random.Generator,
     ) -> list[Passage]:
         """The fact and its answer; facts that fill the LLM's context are left out."""
-        whole = [(*r.edit.input_ids, r.edit.targets[-1]) for r in records]
-        return [Passage(ids, (0,)) for ids in whole if len(ids) <= lm.context_length]
+        texts = [(*r.edit.input_ids, r.edit.targets[-1]) for r in records]
+        return [Passage(ids, (0,)) for ids in texts if len(ids) <= lm.context_length]
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         tokens = ending_tokens(lm.tokenizer)
-        known = tokens[tokens < lm.forward.output.size]  # a tokenizer may have more than the LLM can say
-        return membership_loss(lm.forward, hidden, known.to(hidden.device))
+        ending_ids = tokens[tokens < lm.forward.output.size]  # a tokenizer may have more tokens than the LLM's head
+        return membership_loss(lm.forward, hidden, ending_ids.to(hidden.device))
 
 
 @lru_cache(maxsize=8)
@@ -157,14 +157,14 @@ def ending_tokens(tokenizer: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class OtherQuestions:
-    """KL(p_θ₀ ‖ p_W) on what the other facts of a batch are asked, asked of a fact's own subject: an edit of one thing
-    about a subject is not to change all that is said of it. KnowEdit's Specificity on ZsRE asks such questions.
+    """KL(p_θ₀ ‖ p_W) on the questions of a batch's other facts, asked about a fact's own subject: an edit of one
+    property of a subject should not change all others. KnowEdit's Specificity on ZsRE asks such questions.
 
-    With ``statements`` every second fact is asked for a property instead, in one of two forms, "The native language of
-    X is" and "X native language", at the one position that the answer begins at.
+    With ``statements`` about half of the facts are asked for a property instead, in one of two forms, "The native
+    language of X is" and "X native language", only at the position where the answer begins.
 
-    A fact without a subject adds nothing, nor does one that is to be asked a question in a batch in which no other fact
-    has a subject in its prompt.
+    A fact without a subject adds nothing, nor does a fact with a question where no other fact of the batch has a
+    subject in its prompt.
 
     Attributes:
         statements: whether properties are asked for, too.
@@ -184,29 +184,29 @@ class OtherQuestions:
         earlier: bool,
         rng: np.random.Generator,
     ) -> list[Passage]:
-        """For each fact another one's prompt with this one's subject, and the other one's answer."""
-        known = [(e.record, e.record.subject_span) for e in records]
+        """For each fact, another fact's prompt with this fact's subject in it, and the other fact's answer."""
+        with_spans = [(e.record, e.record.subject_span) for e in records]
         passages = []
-        for (record, _), choice in zip(known, choices, strict=True):
+        for (record, _), choice in zip(with_spans, choices, strict=True):
             if record.subject is not None and self.statements and int(choice * 1000) % 2:
                 prompt = FORMS[int(choice * 10_000) % len(FORMS)].format(
                     x=record.subject, p=PROPERTIES[int(choice * 1e6) % len(PROPERTIES)]
                 )
-                asked = _tokenized(lm, prompt, "the", record.origin)
-                if asked is not None:
-                    begin = len(asked.input_ids) + 1 - len(asked.targets)
-                    passages.append(Passage(asked.input_ids[:begin], asked.targets[:1]))
+                question = _tokenize(lm, prompt, "the", record.origin)
+                if question is not None:
+                    begin = len(question.input_ids) + 1 - len(question.targets)
+                    passages.append(Passage(question.input_ids[:begin], question.targets[:1]))
                 continue
             others = [
-                (other, span) for other, span in known
+                (other, span) for other, span in with_spans
                 if span is not None and other.subject != record.subject and other.prompt != record.prompt
             ]  # fmt: skip
             if record.subject is None or not others:
                 continue
             other, (begin, end) = others[int(choice * len(others))]
             prompt = other.prompt[:begin] + record.subject + other.prompt[end:]
-            if (asked := _tokenized(lm, prompt, other.original or other.target, other.origin)) is not None:
-                passages.append(asked)
+            if (question := _tokenize(lm, prompt, other.original or other.target, other.origin)) is not None:
+                passages.append(question)
         return passages
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-"""Whether an LLM's free, greedy answer to a prompt is the target of an edit: "took" and "exact match" are decided here
-and nowhere else."""
+"""Decides whether an LLM's free, greedy answer to a prompt is the target of an edit: whether the edit "took", and
+whether the answer is an "exact match"."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ENDS = ".,;:!?…。，、；：！？।؟،؛"  # punctuation that closes a ph
 def took(answer: str, target: str) -> bool:
     """Whether the answer begins with the target and the target's last word ends there.
 
-    White space around and within is of no matter; upper and lower case is, as it is to the model. "Portugal" does not
-    begin with "Port", nor "Saint-Denis" with "Saint", nor "3.5" with "3"; "Port, a city" and "Port's" do begin with it.
+    White space is ignored; upper and lower case is not, as the model distinguishes them. "Portugal" does not begin with
+    "Port", nor "Saint-Denis" with "Saint", nor "3.5" with "3"; "Port, a city" and "Port's" do begin with "Port".
     """
     rest = _after(answer, target)
     return rest is not None and not _goes_on(unicodedata.normalize("NFC", target.strip()), rest)
@@ -33,8 +33,8 @@ def is_exact(answer: str, target: str) -> bool:
 
 
 def contains(answer: str, target: str) -> bool:
-    """Whether the target stands anywhere in the answer, as whole words: what comes before and after it does not make
-    its first or last word longer. White space and case are as in :func:`took`.
+    """Whether the target is anywhere in the answer, as whole words: the characters around it do not make its first or
+    last word longer. White space and case are treated as in :func:`took`.
 
     "It is Port." contains "Port"; "It is Newport" and "Portugal" do not. Nor does "Saint-Denis" contain "Denis", "3.5"
     "5", or "-5" "5".
@@ -47,16 +47,16 @@ def contains(answer: str, target: str) -> bool:
 
 
 def answer_of(continuation: str) -> str:
-    """The answer in a free continuation, to be shown: its text up to the first line end or punctuation that closes a
+    """The answer in a free continuation, for display: its text up to the first line end or punctuation that closes a
     phrase (not that within "3.5" or "U.S.")."""
     return re.split(rf"\n|[{re.escape(ENDS)}]+(?=\s|$)|[。，、；：！？]", continuation.strip(), maxsplit=1)[0].strip()
 
 
 def _after(answer: str, target: str) -> str | None:
-    """What follows the target in an answer that begins with it; None where it begins otherwise."""
+    """The text after the target in an answer that begins with it; None in any other answer."""
     words = unicodedata.normalize("NFC", target).split()
-    found = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), unicodedata.normalize("NFC", answer))
-    return None if found is None or not words else found.string[found.end() :]
+    match = re.match(r"\s*" + r"\s+".join(map(re.escape, words)), unicodedata.normalize("NFC", answer))
+    return None if match is None or not words else match.string[match.end() :]
 
 
 def _goes_on(target: str, rest: str) -> bool:
@@ -84,5 +84,5 @@ def _in_word(character: str) -> bool:
 
 
 def _unspaced(character: str) -> bool:
-    """Whether no letter can say that a word goes on: in scripts without spaces, and before Korean's particles."""
+    """Whether a letter next to this one may be of another word: in scripts without spaces, and in Korean."""
     return is_unspaced(character) or unicodedata.name(character, "").startswith("HANGUL")

@@ -1,4 +1,4 @@
-"""What an environment's attributes say of its episode."""
+"""Attributes of an environment that its episode or the episode's settings hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OfSettings(Generic[T]):
-    """An attribute of an environment that its episode's settings hold; to set it replaces them."""
+    """An attribute of an environment that is read from its episode's settings; setting it replaces the settings."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -39,10 +39,10 @@ class OfSettings(Generic[T]):
 
 
 class EpisodeAttributes:
-    """Mixed into an environment: its episode, the episode's settings and the place in it as attributes.
+    """Mixin for an environment: its episode, the episode's settings and the position in it as attributes.
 
     Attributes:
-        episode: the one that is edited.
+        episode: the current episode.
     """
 
     episode: EditEpisode
@@ -71,11 +71,11 @@ class EpisodeAttributes:
         return self.episode.steps
 
     def current_batch(self) -> list[EncodedRecord]:
-        """The facts now presented, as passages (with their text in `record`), in the stream's order: with
+        """The facts now presented, in the episode's order, as passages (with their text in `record`); with
         ``present_until``, those of the batch that have not taken.
 
         Raises:
-            gymnasium.error.ResetNeeded: none are, since the episode is over or was never begun.
+            gymnasium.error.ResetNeeded: no facts are presented, since the episode is over or was never begun.
         """
         if self.episode.over:
             raise gym.error.ResetNeeded("no batch is presented: call reset() before current_batch()")
@@ -83,13 +83,15 @@ class EpisodeAttributes:
         return [records[i] for i in self.presented_facts()]
 
     def presented_facts(self) -> list[int]:
-        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
+        """Indices of :meth:`current_batch`'s facts in their batch."""
         return self.episode.presented_facts()
 
     @property
     def position(self) -> int:
-        """The place in the episode: that of the batch, times ``steps_per_batch``, plus the presentation, from 0. It is
-        the number of steps taken, unless batches have ended early (``present_until``)."""
+        """The place in the episode: the batch's index times ``steps_per_batch``, plus the presentation, from 0.
+
+        It is the number of steps taken, unless batches have ended early (``present_until``).
+        """
         return self.episode.position
 
     def edited_records(self) -> list[EditRecord]:

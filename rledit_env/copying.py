@@ -1,4 +1,4 @@
-"""Copies of environments: they share the model's frozen weights and the data, and go on by themselves."""
+"""Copies and pickles of environments; copies share the model's frozen weights and the data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-SHARED = ("model", "tokenizer", "data")  # arguments that may take gigabytes, and are never written
+SHARED = ("model", "tokenizer", "data")  # arguments that may take gigabytes and are never written to
 
 
 class SharedArguments(dict[str, Any]):
-    """What an environment was made with. A deep copy, such as Gymnasium makes for the ``spec`` of every wrapper, shares
+    """The arguments of an environment. A deep copy, such as Gymnasium makes for the ``spec`` of every wrapper, shares
     the model, the tokenizer and the data."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedArguments:
@@ -24,10 +24,10 @@ class SharedArguments(dict[str, Any]):
 
 
 class Copied:
-    """Mixed into an environment: copies, pickles and ``spec`` as :mod:`rledit_env.copying` says.
+    """Mixin for an environment: its copies, pickles and ``spec``.
 
     Attributes:
-        arguments: what it was made with, by name.
+        arguments: the environment's arguments, by name.
     """
 
     arguments: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Copied:
 
     @property
     def spec(self) -> Any:
-        """What Gymnasium made it from."""
+        """The specification that Gymnasium made the environment from."""
         return self._spec
 
     @spec.setter
@@ -57,7 +57,7 @@ class Copied:
         return other
 
     def _share(self, memo: dict[int, Any]) -> None:
-        """Put into a deep copy's memo what it is to share."""
+        """Put into a deep copy's memo the objects that the copy shares."""
         for space in self.__dict__.values():
             if isinstance(space, spaces.Space):
                 memo |= {id(bound): bound for bound in _bounds(space)}
@@ -73,7 +73,7 @@ class Copied:
         return _made_again, (type(self), dict(self.arguments), self.spec), self.pickled_state()
 
     def pickled_state(self) -> dict[str, Any]:
-        """What a pickle keeps beside the arguments, for ``__setstate__``."""
+        """The state in a pickle in addition to the arguments, for ``__setstate__``."""
         raise NotImplementedError
 
 
@@ -84,7 +84,7 @@ def _made_again(kind: type, arguments: Mapping[str, Any], spec: EnvSpec | None) 
 
 
 def _bounds(space: spaces.Space[Any]) -> Iterator[Any]:
-    """The arrays of a space's bounds, which are as large as what they bound and never written."""
+    """The arrays of a space's bounds, which are as large as an observation or action, and never written to."""
     if isinstance(space, spaces.Dict):
         for part in space.values():
             yield from _bounds(part)

@@ -1,4 +1,4 @@
-"""Methods and attributes that an object offers under its own name, and one of its parts has."""
+"""Methods and attributes of an object that forward to one of its parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ P = ParamSpec("P")
 
 
 def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """The method of a part, to be named alike in the class that has the part as an attribute."""
+    """A method that calls the part's method of the same name, for the class that has the part as an attribute."""
     name = getattr(method, "__name__", "")
 
     @wraps(method)
@@ -23,11 +23,11 @@ def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[C
 
 
 class AttributeOf(Generic[T]):
-    """An attribute of a part, in the class that has the part as an attribute.
+    """A descriptor that reads and sets an attribute of a part, for the class that has the part as an attribute.
 
     Args:
-        part: the part's name there.
-        name: the attribute's in the part; "" where it is named alike.
+        part: name of the part in the class.
+        name: name of the attribute in the part; "" means its name in the class.
     """
 
     def __init__(self, part: str, name: str = "") -> None:

@@ -46,12 +46,12 @@ class EncodedDataset:
 
     def __getitem__(self, index: int) -> EncodedRecord:
         record = self.dataset.records[int(index)]
-        if id(record) not in self._encoded:  # of one record there is one encoding, however often the data set holds it
+        if id(record) not in self._encoded:  # a record is encoded once, even if the data set has it several times
             self._encoded[id(record)] = encode(self.lm, record)
         return self._encoded[id(record)]
 
     def check_lengths(self, before: int = 0) -> None:
-        """Raise for any passage that does not fit the model's context, with so many bytes of text before it.
+        """Raise for any passage that does not fit the model's context behind ``before`` bytes of text.
 
         A text has at most as many tokens as UTF-8 bytes (plus the special ones), so only texts near the limit are
         tokenised here.
@@ -74,5 +74,5 @@ class EncodedDataset:
 
 
 def largest_batch(counts: Sequence[int] | np.ndarray, batch_size: int) -> int:
-    """The most positions that any batch of ``batch_size`` records can have."""
+    """The largest number of positions in any batch of ``batch_size`` records."""
     return int(np.sort(np.asarray(counts))[::-1][:batch_size].sum())

@@ -39,8 +39,8 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     An LLM meets a stream of T batches of n new facts. At each step the agent sees the fine-tuning gradient of the
     current batch, in factored form, and answers with rank-1 update factors for each edited weight. The update is
     added to the LLM, the reward says how well the LLM now knows the batch (on paraphrases), how little unrelated
-    answers moved and how well earlier batches are remembered, and the next batch arrives. The environment knows
-    nothing of any learning algorithm; the agent never touches the LLM.
+    answers changed and how well earlier batches are remembered, and the next batch arrives. The environment knows
+    nothing of any learning algorithm; the agent never changes the LLM itself.
 
     ## Action Space
 
@@ -48,19 +48,19 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
 
     | Key                | Space            | Meaning                                  |
     |--------------------|------------------|------------------------------------------|
-    | `keys[module]`     | `Box(N, d_in)`   | ũ, one row a traced token position       |
-    | `values[module]`   | `Box(N, d_out)`  | ṽ, one row a traced token position       |
+    | `keys[module]`     | `Box(N, d_in)`   | ũ, one row per traced token position     |
+    | `values[module]`   | `Box(N, d_out)`  | ṽ, one row per traced token position     |
 
     The update is ΔW = Σᵢ ṽᵢ ũᵢᵀ over the rows in use; padded rows are ignored. Plain fine-tuning with step size η is
     `keys = obs["keys"]`, `values = −η · obs["value_gradients"]`. A wrong shape or a number that is not finite raises
     `ValueError` and changes nothing.
 
-    Beside the space's factors, `step` takes dense changes (in either backend; modules that are left out stay as they
-    are, so `{"updates": {}}` edits nothing):
+    `step` also takes dense changes, which are not in the space (in either backend; modules that are left out stay as
+    they are, so `{"updates": {}}` edits nothing):
 
     | Action                                     | Meaning                                                       |
     |--------------------------------------------|---------------------------------------------------------------|
-    | `{"updates": {module: (d_out, d_in)}}`     | ΔW, added to W: any rank, such as a solved least squares      |
+    | `{"updates": {module: (d_out, d_in)}}`     | ΔW, added to W: any rank, such as a least-squares solution    |
     | `{"accumulated": {module: (d_out, d_in)}}` | W becomes W₀ + this: replaces all that was added since `reset` |
 
     ## Observation Space
@@ -83,33 +83,32 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     (Eq. 6–10) and ΔW_t the change that the step made. Every part is replaceable: see
     :class:`rledit_env.reward.RewardConfig`. `info` holds the unweighted means of the current batch under the
     components' names (`generalization`, `locality`), the weighted sums `backtracking` and `regularisation`, and
-    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. What becomes of the rest of the LLM is scored by the
-    components of :mod:`rledit_env.preservation` (`own_text`, `continuation`), with a weight or under a bound
+    `drift`, the mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules. Components of :mod:`rledit_env.preservation` (`own_text`,
+    `continuation`) score changes of the rest of the LLM, with a weight or under a bound
     (`RewardConfig(constraint=...)`; `multiplier` in `info` is then the bound's multiplier at that step). The reward is
     at least `RewardConfig.floor` (−1000).
 
     ## Starting State
 
     `reset` restores the pre-trained weights bit for bit and draws T·n facts of the split in a random order
-    (`options={"indices": [...]}` gives them instead; `options={"keep_weights": True}` starts from the weights as they
-    are, and `"start": s` with it at step s, as if the steps before had made the weights what they are; with
+    (`options={"indices": [...]}` gives them instead). `options={"keep_weights": True}` keeps the present weights; with
+    `"start": s` in addition the episode begins at step s, as if the steps before had made these weights (with
     `present_until` every earlier batch counts as `steps_per_batch` steps).
     Where a fact has several paraphrases or unrelated pairs, one of each is drawn for the reward.
 
     ## Episode End
 
-    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. With `present_until` a batch
-    is presented until its facts have taken, and `steps_per_batch` times at most: a fact has taken where the LLM, as it
-    is, gives every token of its answer at least that probability, given the prompt and the answer's tokens before it.
-    At every presentation all facts of the batch are looked at anew. Those that have taken have no rows in the
-    observation and are not in `current_batch()`; the observation is what a batch of only the others would give. The
-    batch ends with the step after which none of its facts is left to take;
-    one that has none from the beginning is presented once, with no rows in use. `info` then says which `presentation`
-    of its batch the step was, from 0, and how many `open_facts` it presented; `progress` goes on with each batch as
-    with the most steps that it could have had. Looking costs no pass where the batch is presented again, and one where
-    it ends early. When an update breaks the
-    model (a loss, a gradient or a weight is no longer finite), the weights of before it are put back, bit for bit, the
-    reward is the floor and `info["diverged"]` is True; then `on_divergence` decides. Never truncated.
+    Terminated after T · `steps_per_batch` steps; the last observation has no rows in use. Never truncated. When an
+    update breaks the model (a loss, a gradient or a weight is no longer finite), the weights before it are restored bit
+    for bit, the reward is the floor and `info["diverged"]` is True; `on_divergence` says what follows.
+
+    With `present_until` a batch is presented until its facts have taken, at most `steps_per_batch` times. A fact has
+    taken when the LLM gives every token of its answer at least that probability, given the prompt and the answer's
+    tokens before it. All facts of the batch are checked at every presentation. Those that have taken have no rows in
+    the observation, which is that of a batch of the others, and are not in `current_batch()`. The batch ends with the
+    step after which all its facts have taken; if they have taken at the beginning, it is presented once, with no rows
+    in use. `info` then has the step's `presentation` of its batch, from 0, and the number of `open_facts`; `progress`
+    counts every earlier batch with `steps_per_batch` steps. The check takes one more pass where a batch ends early.
 
     ## Arguments
 
@@ -123,7 +122,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
 
     ```
 
-    * `kind`: which data set's form: "zsre", "counterfact" or "fever"; set by the environment's id.
+    * `kind`: the form of the data set: "zsre", "counterfact" or "fever"; set by the environment's id.
     * `model`: registry name, hub id or folder of a causal LM; a causal LM of transformers as an object, with its
       `tokenizer` (see "Copies"); or an `EditableLM`, which is edited as it is (`edit_modules` and `tokenizer` must be
       left out). With an object, leave out `device` and `dtype`, too.
@@ -139,48 +138,48 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     * `reward`: None or "paper" (the paper's), "efficacy" (with a term for the edit prompt and one sampled earlier
       batch), "none" (no reward computed: 0.0), or a `RewardConfig`.
     * `max_tokens`: N; None means the most that any batch of this data can need.
-    * `steps_per_batch`: how often a batch is presented, its state recomputed each time.
-    * `present_until`: a probability below 1: a batch is presented until all its facts have taken, and `steps_per_batch`
-      times at most (see "Episode End"). None: always `steps_per_batch` times.
-    * `contexts`: K: a batch's edits are its facts behind their plain prompts and behind K short texts each that the LLM
-      wrote before any edit (as ROME's). A fact has taken where it has behind all of them.
+    * `steps_per_batch`: how often a batch is presented; its observation is recomputed each time.
+    * `present_until`: a probability below 1: a batch is presented until all its facts have taken, at most
+      `steps_per_batch` times (see "Episode End"). None: always `steps_per_batch` times.
+    * `contexts`: K: each fact is presented with its plain prompt, and with the prompt behind each of K short texts that
+      the LLM wrote before any edit (as in ROME). A fact has taken when all of these passages have.
     * `array_backend`: "numpy" (padded) or "torch".
     * `reward_gradient`: put ∂r_t/∂W_t (d_out, d_in) by module into `info["reward_gradient"]`, and the direct gradient
-      of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's own keys:
-      for factors with respect to them, for a dense action −2η ΔW of the change ΔW that it made.
+      of r_t with respect to the action (regularisation only) into `info["action_gradient"]`, by the action's keys; for
+      a dense action it is −2η ΔW of the change ΔW that it made.
     * `action_noise_std`: standard deviation of Gaussian noise added to the action's factors (Appendix E), or to the
       entries of a dense action.
-    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode, "skip" goes on with
-      the next step (and then takes an action that is not finite for such an update, too), "raise" raises
-      `DivergenceError`, which names the batch, and leaves the environment at the step, for another action.
-    * `device`, `dtype`: where and in what precision the frozen weights run; "auto" chooses (edited weights are always
-      kept in float32).
-    * `revision`, `trust_remote_code`: of a model named by hub id, as `from_pretrained` takes them.
+    * `on_divergence`: what follows an update that broke the model: "end" terminates the episode; "skip" continues
+      with the next step (and treats an action that is not finite as such an update); "raise" raises `DivergenceError`,
+      which names the batch, and leaves the environment at the step, for another action.
+    * `device`, `dtype`: device and precision of the frozen weights; "auto" chooses (edited weights are always kept in
+      float32).
+    * `revision`, `trust_remote_code`: for a model named by hub id, as in `from_pretrained`.
     * `on_error`: "raise" or "skip" unusable rows of the data.
     * `render_mode`: "ansi" or "human" (the step's facts with the LLM's answers before and after), or "rgb_array" (the
       curves so far).
 
     ## Copies
 
-    What is large is shared, what an episode changes is not. `copy.deepcopy(env)` is an environment at the same step of
-    the same episode, with the same random state and edited weights of its own, over the same frozen weights; only a
-    `recorder` stays with the original. A model object that is passed in is never written: the environment has copies of
-    its edited modules' weights, `env.unwrapped.lm.model` is the edited model, and any number of environments can be
-    made over one object. Environments over one `EditableLM` (and `copy.copy(env)`) share its edited weights, too: they
-    take turns, each with a `reset` first, and a step in an episode that another has ended raises `ResetNeeded`.
+    Copies share what is large, and have their own of what an episode changes. `copy.deepcopy(env)` is at the same step
+    of the same episode, with its own random state and edited weights, equal to the original's, over the same frozen
+    weights; only a `recorder` stays with the original. A model object that is passed in is never written: the
+    environment has copies of its edited modules' weights, `env.unwrapped.lm.model` is the edited model, and any number
+    of environments can be made over one object. Environments over one `EditableLM` (and `copy.copy(env)`) share its
+    edited weights, too: a `reset` of one ends the others' episodes, whose next `step` raises `ResetNeeded`.
 
-    A pickle holds the arguments, the episode with its edited weights and its random state, neither the model nor the
-    data, which are loaded by their names again, nor a `recorder`. It goes on as the original does, to rounding. An
-    environment that was made with a model object is not pickled.
+    A pickle has the arguments and the episode with its edited weights and random state. It has neither the model nor
+    the data, which are loaded again by name, nor a `recorder`. The unpickled environment goes on as the original does,
+    to rounding. An environment that was made with a model object cannot be pickled.
 
     ## Attributes
 
     `lm` (the `EditableLM`), `dataset` (with `source`, which names the data in use), `evaluate()` (the metrics on all
     facts edited so far), `current_batch()` (the facts now presented), `multiplier` (of the reward's
-    constraint, a :class:`rledit_env.preservation.Multiplier`, or None), `recorder` (None, or what is told of every
-    update before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of the LLM
-    than the observation shows, such as its states at a subject, ask `lm` and `current_batch()`; they read and never
-    write.
+    constraint, a :class:`rledit_env.preservation.Multiplier`, or None), `recorder` (None, or an object that records
+    every update before it takes effect, such as an edit ledger's: see `rledit_env.ledger`). Agents that need more of
+    the LLM than the observation shows, such as its states at a subject, read `lm` and `current_batch()`, and change
+    nothing there.
 
     ## Version History
 
@@ -191,7 +190,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     metadata = {"render_modes": RENDER_MODES, "render_fps": 2}
     _np_random = AttributeOf[np.random.Generator]("episode", "random")
 
-    def __init__(  # noqa: PLR0913  the settings of `gym.make`, which has no other place for them
+    def __init__(  # noqa: PLR0913  they are the settings of `gym.make`
         self,
         kind: str,
         model: Any = "smollm2-135m",
@@ -233,12 +232,12 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         lm = editable_lm(model, tokenizer, edit_modules, dtype, device, **source)
         encoded = EncodedDataset(lm, self.dataset)
         encoded.check_lengths(LONGEST if contexts else 0)
-        needed = (1 + contexts) * largest_batch(encoded.traced_positions(token), batch_size)
-        rows = needed if max_tokens is None else max_tokens
-        if rows < needed:
+        needed_rows = (1 + contexts) * largest_batch(encoded.traced_positions(token), batch_size)
+        rows = needed_rows if max_tokens is None else max_tokens
+        if rows < needed_rows:
             raise ValueError(
                 f"max_tokens is {max_tokens}, but a batch of {batch_size} facts of {self.dataset.source} can have "
-                f"{needed} traced positions (token={token!r}); give max_tokens={needed} or None"
+                f"{needed_rows} traced positions (token={token!r}); give max_tokens={needed_rows} or None"
             )
         self.episode = EditEpisode(lm, encoded, stream, settings, rows, multiplier, Contexts(lm, contexts))
         self.observation_space = spaces.observation_space(lm.module_shapes, rows)
@@ -247,7 +246,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     # -- copies --------------------------------------------------------------------------------------------------
 
     def sibling(self, lm: EditableLM) -> LifelongEditEnv:
-        """Another environment of the same settings and facts, on another LM of the same modules; nothing is read."""
+        """An environment with the same settings and facts, on another LM with the same edited modules."""
         other = copy.copy(self)
         other.episode = self.episode.sibling(lm)
         other._np_random_seed = None
@@ -262,21 +261,21 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         other: LifelongEditEnv = super().__deepcopy__(memo)
         other.encoded.lm = other.lm
         other.recorder = None
-        if self._holds():
+        if self._owns_weights():
             other.lm.holder = ref(other)
         return other
 
     def _share(self, memo: dict[int, Any]) -> None:
         super()._share(memo)
         memo |= {id(self.dataset): self.dataset, id(self.recorder): self.recorder}
-        memo[id(self.encoded)] = copy.copy(self.encoded)  # the same passages
+        memo[id(self.encoded)] = copy.copy(self.encoded)  # shares the passages
 
     def pickled_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"random": (self._np_random, self._np_random_seed)}
         if self.multiplier is not None:
             state["multiplier"] = self.multiplier.value
-        begun = self._holds() and (self.history or not self.episode.over)
-        return {**state, **self.episode.state()} if begun else state
+        is_running = self._owns_weights() and (self.history or not self.episode.over)
+        return {**state, **self.episode.state()} if is_running else state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._np_random, self._np_random_seed = state["random"]
@@ -286,12 +285,12 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             self.episode.load_state(state)
             self.lm.holder = ref(self)
 
-    def _holds(self) -> bool:
+    def _owns_weights(self) -> bool:
         """Whether the LLM's edited weights are those of this environment's episode."""
         return self.lm.holder is not None and self.lm.holder() is self
 
-    def _check_held(self) -> None:
-        if self.lm.holder is not None and not self._holds():
+    def _check_owns_weights(self) -> None:
+        if self.lm.holder is not None and not self._owns_weights():
             raise gym.error.ResetNeeded(
                 "another environment has begun an episode on the same EditableLM since, so that its weights are no "
                 "longer those of this one's: call reset(), or give each environment its own, model=copy.deepcopy(lm); "
@@ -301,10 +300,10 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     # -- the Markov decision process -----------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Restore the LLM and draw a new stream; see "Starting State".
+        """Restore the LLM and draw the facts of a new episode; see "Starting State".
 
         Raises:
-            ValueError: an unknown option, or indices that are not T·n different records.
+            ValueError: an option is unknown, or the indices are not T·n different records.
         """
         info = self.begin(seed, options)
         return self.episode.presented(self.episode.observe(self.episode.trace())), info
@@ -317,21 +316,21 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             DivergenceError: the update broke the LLM, with ``on_divergence="raise"``; nothing has changed.
             gymnasium.error.ResetNeeded: the episode is over or was never begun, or another environment has begun one on
                 the same `EditableLM` since.
-            Exception: whatever else ends a step early, such as Ctrl-C or a device without memory; nothing has changed,
-                and the step can be taken again (or, with a ledger, which has the update by then, resumed from it).
+            Exception: anything else that ends a step early, such as Ctrl-C or a device without memory; nothing has
+                changed, and the step can be taken again (or, with a ledger, resumed from the update in it).
         """
         update = self.accept(action)
         with self.episode.all_or_nothing() as episode:
-            made = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
-            scores = self._scores()  # L(B_t, W_t), L(B_{t−i}, W_t)
-            reward, info = episode.reward(made, scores)  # r_t
+            applied_update = episode.apply(update)  # W_t = W_{t−1} + ΔW_t
+            scores = self._score()  # L(B_t, W_t), L(B_{t−i}, W_t)
+            reward, info = episode.reward(applied_update, scores)  # r_t
             observation, reward, info = episode.conclude(reward, info, self._next_trace())  # s_{t+1}
             if self.render_mode == "human":
                 self.render()
             return episode.presented(observation), reward, episode.over, False, info
 
     def begin(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`reset` up to the first observation; its info."""
+        """Begin an episode as `reset` does, up to the first observation; returns the info."""
         checked = self.episode.checked_options(options)
         super().reset(seed=seed)
         info = self.episode.begin(self.np_random, **checked)
@@ -342,11 +341,11 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         if self.episode.over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")
-        self._check_held()
+        self._check_owns_weights()
         return self.episode.accept(action)
 
-    def _scores(self) -> Scores:
-        """What the reward looks at, at the updated weights."""
+    def _score(self) -> Scores:
+        """The losses that the reward consists of, at the updated weights."""
         episode, config = self.episode, self.reward_config
         if episode.may_repeat:
             episode.checked = episode.trace()
@@ -356,17 +355,17 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         return score(self.lm, batches, config, self.reward_gradient, episode.weights_before)
 
     def _next_trace(self) -> Trace | None:
-        """Of the batch that is presented next, at the weights as they are; None at the end."""
+        """The trace of the batch that is presented next, at the present weights; None at the end."""
         return None if self.episode.over else self.episode.take_checked() or self.episode.trace()
 
-    # -- looking -------------------------------------------------------------------------------------------------
+    # -- inspecting ----------------------------------------------------------------------------------------------
 
     def evaluate(self, generate: bool = True, metrics: str = "paper") -> Metrics:
         """The metrics on all facts edited so far, at the current weights; printed in one line.
 
         Args:
             generate: also decode freely for ``exact_match`` (slower).
-            metrics: "paper", or "rledit-code" for what the paper's released code computes (see
+            metrics: "paper", or "rledit-code" as the paper's released code computes them (see
                 `rledit_env.evaluation.metrics.evaluate`).
 
         Raises:
@@ -375,12 +374,12 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         """
         records = self.edited_records()
         if records:
-            self._check_held()
+            self._check_owns_weights()
         return evaluate(self.lm, records, self.dataset.kind, generate, metrics)
 
     def render(self) -> str | np.ndarray | None:
-        """The last step taken as `render_mode` says: "ansi" returns its text, "rgb_array" a picture (H, W, 3) of the
-        episode so far, "human" prints the text, as every step does, and returns None; None without a mode."""
+        """Show the last step taken: "ansi" returns its text, "rgb_array" a picture (H, W, 3) of the episode so far, and
+        "human" prints the text, as every step does, and returns None; without a mode, it returns None."""
         if self.render_mode == "rgb_array":
             return render.curves(self.history, self.episode_steps)
         text = render.text(self.episode.scene, self.dataset.source) if self.render_mode else None
@@ -390,7 +389,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         return None
 
     def close(self) -> None:
-        """Restore the weights, unless another environment has them by now, and close an LLM that was made here."""
+        """Restore the weights, unless another environment uses them, and close an LLM that this one has made."""
         self.episode.forget_before()
         self.lm.clear_caches()
         if self.lm.holder is None or self.lm.holder() in (None, self):

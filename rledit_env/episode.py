@@ -1,4 +1,4 @@
-"""EditEpisode: one episode of edits to one LLM, and what a step of it consists of."""
+"""EditEpisode: one episode of edits to one LLM, and the parts of its steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rledit_env.scoring import ScoredBatch, Scores, step_reward, with_texts
 from rledit_env.settings import EpisodeSettings
 from rledit_env.updates import NOTHING, Update
 
-# What a pickle keeps of an episode, beside the LLM's weights, the stream's order and the random state.
+# Attributes of an episode in a pickle; the LLM's weights, the order of the facts and the random state are in it, too.
 KEPT = (
     "history", "position", "over", "rows", "refused", "answers_before", "scene", "choices", "first_scored",
     "open_facts",
@@ -42,7 +42,7 @@ class DivergenceError(ArithmeticError):
 
 
 class EditEpisode:
-    """One episode: its stream of batches, the place in it, and the step that is being taken.
+    """One episode: its batches, the position in it, and the step that is being taken.
 
     `rledit_env.env.LifelongEditEnv` runs one; `rledit_env.vector` runs many, with one trace and one score for all. A
     step is: :meth:`accept` the action; :meth:`apply` it; set ``checked`` if the batch :attr:`may_repeat`; score
@@ -50,28 +50,28 @@ class EditEpisode:
 
     Args:
         lm: the LLM.
-        encoded: the data set's facts as its passages.
-        stream: their order.
-        settings: of the environment.
+        encoded: the data set's facts as passages of the LLM.
+        stream: draws the facts and their order.
+        settings: the environment's settings.
         max_tokens: rows of a padded observation.
-        multiplier: of the reward's constraint, or None.
-        contexts: which facts are presented behind, beside their plain prompts.
+        multiplier: multiplier of the reward's constraint, or None.
+        contexts: texts behind which facts are presented, in addition to their plain prompts.
 
     Attributes:
-        recorder: None, or what is told of every update before it takes effect.
+        recorder: None, or an object that records every update before it takes effect.
         random: the environment's generator; None before the first episode.
         history: the reward and the numbers in ``info``, step by step.
-        position: the place in the episode: its batch's place times ``steps_per_batch``, plus the presentation.
+        position: the place in the episode: index of the batch times ``steps_per_batch``, plus the presentation.
         over: whether no step can be taken: the episode has ended, or none was begun.
-        rows: rows in use of the observation.
+        rows: rows in use of the latest observation.
         open_facts: which facts of the batch are presented, (n,) bool; None for all.
-        choices: of each fact of the stream, a number in [0, 1) that picks one of its paraphrases and unrelated pairs.
+        choices: for each fact, a number in [0, 1) that picks one of its paraphrases and unrelated pairs.
         first_scored: the first batch that is scored, with a ``batch_stride``.
         refused: whether the step's action was not finite, and is skipped.
-        checked: the trace of the step's batch at the updated weights, made to look whether its facts have taken.
-        weights_before: the weights of before the step, where the reward compares with them.
-        answers_before: the LLM's answers before the step, where they are shown.
-        scene: the last step as it is shown.
+        checked: the trace of the step's batch at the updated weights, which tells whether its facts have taken.
+        weights_before: the weights before the step, where the reward compares with them.
+        answers_before: the LLM's answers before the step, where they are rendered.
+        scene: the last step, for rendering.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class EditEpisode:
         self.weights_before: dict[str, Tensor] | None = None
         self.answers_before: list[str] | None = None
         self.scene: render.Scene | None = None
-        self._place = 0  # of the step that is being taken
-        self._undo: Callable[[], None] | None = None  # takes its update back
+        self._step_position = 0  # position of the step that is being taken
+        self._undo: Callable[[], None] | None = None  # undoes its update
 
     @property
     def steps(self) -> int:
@@ -108,11 +108,11 @@ class EditEpisode:
 
     @property
     def batch(self) -> int:
-        """Which batch is presented, from 0."""
+        """Index of the batch that is presented."""
         return self.position // self.settings.steps_per_batch
 
     def sibling(self, lm: EditableLM) -> EditEpisode:
-        """Another one of the same settings and facts, on another LLM of the same modules, that has not begun."""
+        """An episode with the same settings and facts, on another LLM with the same modules, that has not begun."""
         stream = KnowledgeStream(self.stream.dataset, self.stream.num_batches, self.stream.batch_size)
         return EditEpisode(lm, self.encoded, stream, self.settings, self.max_tokens, self.multiplier, self.contexts)
 
@@ -136,7 +136,7 @@ class EditEpisode:
     def begin(
         self, random: np.random.Generator, start: int = 0, indices: np.ndarray | None = None, keep_weights: bool = False
     ) -> dict[str, Any]:
-        """Begin anew, up to the first observation; the info of `reset`."""
+        """Begin a new episode, up to the first observation; returns the info of `reset`."""
         self.random = random
         self.stream.reset(random, indices)
         self.choices = random.random(len(self.stream.indices))
@@ -149,7 +149,7 @@ class EditEpisode:
         return {"indices": self.stream.indices.copy(), "source": self.stream.dataset.source}
 
     def state(self) -> dict[str, Any]:
-        """What a pickle keeps, for :meth:`load_state`."""
+        """The state for a pickle, which :meth:`load_state` takes."""
         return {
             "episode": {name: getattr(self, name) for name in KEPT},
             "indices": self.stream.indices,
@@ -158,7 +158,7 @@ class EditEpisode:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where the episode was that gave the state.
+        """Continue the episode that gave the state.
 
         Raises:
             UnpicklingError: its facts are no longer those of the data.
@@ -173,14 +173,14 @@ class EditEpisode:
         self.lm.restore(state["weights"])
 
     def _fingerprint(self) -> str:
-        """Of the episode's facts."""
+        """A hash of the episode's facts."""
         records = [self.stream.dataset.records[i] for i in self.stream.indices]
         return hashlib.sha256(repr([(r.prompt, r.target) for r in records]).encode()).hexdigest()
 
     # -- the facts -----------------------------------------------------------------------------------------------
 
     def places(self, batch: int) -> slice:
-        """Of a batch's facts in the stream."""
+        """Slice of a batch's facts among all of the episode."""
         return slice(batch * self.stream.batch_size, (batch + 1) * self.stream.batch_size)
 
     def records(self, batch: int) -> list[EncodedRecord]:
@@ -188,18 +188,18 @@ class EditEpisode:
         return [self.encoded[i] for i in self.stream.indices[self.places(batch)]]
 
     def edits(self) -> list[Passage]:
-        """What of the current batch is presented, and its gradient observed: n edits behind their plain prompts and,
-        where there are contexts, K times n behind those."""
+        """The passages of the current batch, whose gradient is observed: n edits with their plain prompts and, where
+        there are contexts, n behind each of their K texts."""
         plain = [record.edit for record in self.records(self.batch)]
         if not self.settings.contexts:
             return plain
         first = self.places(self.batch).start
         records = enumerate(self.stream.batch(self.batch), first)
-        behind = [self.contexts.passages(record, place) for place, record in records]
-        return plain + [passage for edits in zip(*behind, strict=True) for passage in edits]
+        by_fact = [self.contexts.passages(record, place) for place, record in records]
+        return plain + [passage for edits in zip(*by_fact, strict=True) for passage in edits]
 
     def presented_facts(self) -> list[int]:
-        """Places of the facts that are presented in their batch, from 0."""
+        """Indices of the presented facts in their batch."""
         n = self.stream.batch_size
         return list(range(n)) if self.open_facts is None else np.flatnonzero(self.open_facts).tolist()
 
@@ -210,11 +210,11 @@ class EditEpisode:
     # -- the observation -----------------------------------------------------------------------------------------
 
     def trace(self) -> Trace:
-        """Keys and value gradients of the current batch on the LLM as it is."""
+        """Keys and value gradients of the current batch at the present weights."""
         return self.lm.trace(self.edits(), self.settings.token)
 
     def observe(self, trace: Trace | None) -> dict[str, Any]:
-        """The observation at the current place as tensors, given its batch's trace (None after the last)."""
+        """The observation at the current position as tensors, given its batch's trace (None after the last)."""
         progress = self.position / self.steps
         self.open_facts = None
         if trace is not None:
@@ -235,7 +235,7 @@ class EditEpisode:
         return spaces.numpy_observation(observation, self.max_tokens)
 
     def _untaken(self, trace: Trace) -> np.ndarray:
-        """Which of the :meth:`edits` have not taken, as traced, bool; where a loss is no number, none has."""
+        """Which of the traced :meth:`edits` have not taken, bool; all of them where the loss is not finite."""
         assert self.settings.present_until is not None
         taken = trace.hardest.cpu().double().numpy() <= -math.log(self.settings.present_until)
         return ~taken if math.isfinite(trace.loss) else np.ones_like(taken)
@@ -244,13 +244,13 @@ class EditEpisode:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[EditEpisode]:
-        """Within it a step is taken; what ends it early leaves the episode as it was before."""
+        """Context of one step; an error in it leaves the episode as it was before."""
         before = self.position, self.over, self.rows, self.open_facts, len(self.history)
         random = self.random.bit_generator.state
         try:
             yield self
         except BaseException as error:
-            if self.recorder is None or isinstance(error, DivergenceError):  # whose taking back has been recorded, too
+            if self.recorder is None or isinstance(error, DivergenceError):  # which is recorded as undone
                 if self._undo is not None:
                     self._undo()
                 self.position, self.over, self.rows, self.open_facts, length = before
@@ -261,7 +261,7 @@ class EditEpisode:
             self.forget_before()
 
     def forget_before(self) -> None:
-        """Nothing is taken back any more: what comes next, such as training, has the memory."""
+        """Drop what would undo the step, so that what follows, such as training, can use the memory."""
         self._undo = self.weights_before = self.checked = None
 
     def accept(self, action: Any) -> Update:
@@ -276,21 +276,21 @@ class EditEpisode:
             return NOTHING
 
     def apply(self, update: Update) -> Update:
-        """Apply an accepted update: W_t = W_{t−1} + ΔW_t. Returns what was made, noise included."""
+        """Apply an accepted update: W_t = W_{t−1} + ΔW_t. Returns the update with its noise."""
         if (config := self.settings.reward_config) is not None and config.looks_back:
             self.weights_before = self.lm.snapshot()
         self.answers_before = self._answers(self.batch) if self.settings.shows_answers else None
         if self.settings.action_noise_std > 0:
-            update = update.map(self._noisy)
+            update = update.map(self._add_noise)
         if self.recorder is None:
-            made, self._undo = update.apply(self.lm)
-            return made
+            applied_update, self._undo = update.apply(self.lm)
+            return applied_update
         before = self.lm.snapshot()
         self._undo = partial(self.lm.restore, before)
         self.lm.restore(self.recorder.record(update))
         return update.made(self.lm, before)
 
-    def _noisy(self, tensor: Tensor) -> Tensor:
+    def _add_noise(self, tensor: Tensor) -> Tensor:
         noise = self.random.normal(0.0, self.settings.action_noise_std, tuple(tensor.shape)).astype(np.float32)
         return tensor + torch.from_numpy(noise).to(tensor.device)
 
@@ -300,13 +300,13 @@ class EditEpisode:
         return self.settings.present_until is not None and (self.position + 1) % self.settings.steps_per_batch != 0
 
     def _ends_batch(self) -> bool:
-        """Whether the current step is its batch's last, given what ``checked`` says of the updated weights."""
+        """Whether the current step is its batch's last, judging by the trace in ``checked``."""
         if (self.position + 1) % self.settings.steps_per_batch == 0:
             return True
         return self.checked is not None and not self._untaken(self.checked).any()
 
     def batches_to_score(self) -> list[ScoredBatch]:
-        """The batches that the current step's reward looks at, the current one first; none where it looks at none."""
+        """The batches that the current step's reward scores, the current one first; none where it scores none."""
         config, batch = self.settings.reward_config, self.batch
         if config is None:
             return []
@@ -314,16 +314,16 @@ class EditEpisode:
             return []
         weights = {0: 1.0, **backtracked(batch, config, self.random)}
         batches = [self.scored(batch - i, weight * config.batch_stride) for i, weight in weights.items()]
-        if self.multiplier is not None:  # a bound is on the step's own batch
+        if self.multiplier is not None:  # the bound holds for the step's own batch
             batches[0] = replace(batches[0], extra={self.multiplier.constraint.component: self.multiplier.value})
         return [with_texts(self.lm, b, config, i > 0, self.random) for i, b in enumerate(batches)]
 
     def scored(self, batch: int, weight: float) -> ScoredBatch:
-        """A batch as the reward sees it, without texts."""
+        """A batch as the reward scores it, without texts."""
         return ScoredBatch(self.records(batch), self.choices[self.places(batch)].tolist(), weight)
 
     def reward(self, made: Update, scores: Scores) -> tuple[float, dict[str, Any]]:
-        """The reward at the updated weights and the step's info; then the place is the next step's."""
+        """The reward at the updated weights and the step's info; moves on to the next step's position."""
         reward, info = step_reward(
             scores, made, self.drift(), self.settings.reward_config, self.multiplier, self.settings.reward_gradient
         )
@@ -334,9 +334,9 @@ class EditEpisode:
             info["presentation"] = self.position % self.settings.steps_per_batch
             info["open_facts"] = int(self.open_facts.sum())
         if info["diverged"] or self.refused:
-            reward, info = self._broken(info)
-            self.checked = None  # the weights are those of before the step
-        self._place = self.position
+            reward, info = self._undo_broken_update(info)
+            self.checked = None  # its trace is not at the weights as they are now
+        self._step_position = self.position
         if self._ends_batch():
             self.position += self.settings.steps_per_batch - self.position % self.settings.steps_per_batch
             self.checked = None
@@ -346,7 +346,7 @@ class EditEpisode:
         return reward, info
 
     def take_checked(self) -> Trace | None:
-        """The trace of the next observation, if it has been made to look whether the batch ends."""
+        """The trace of the next observation, if the check whether the batch ends has computed it."""
         checked, self.checked = self.checked, None
         return checked
 
@@ -356,8 +356,8 @@ class EditEpisode:
         """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
         observation = self.observe(trace)
         if not info["diverged"] and not spaces.is_finite(observation):
-            self.position = self._place
-            reward, info = self._broken(info)
+            self.position = self._step_position
+            reward, info = self._undo_broken_update(info)
             self.position += 1
             if self.settings.on_divergence == "skip":
                 observation = self.observe(self.trace())
@@ -371,11 +371,11 @@ class EditEpisode:
             self.scene = render.Scene(batch, records, self.answers_before, after, info, reward)
         return observation, reward, info
 
-    def _broken(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-        """The reward and info of an update that broke the LLM, once the weights of before it have been put back.
+    def _undo_broken_update(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Undo an update that broke the LLM; returns the reward and info of its step.
 
         Raises:
-            DivergenceError: if that is asked for.
+            DivergenceError: ``on_divergence`` is "raise".
         """
         if self.recorder is not None:
             self.recorder.roll_back()
@@ -390,8 +390,8 @@ class EditEpisode:
                 "loss, a gradient or a weight is no longer finite. The weights are those before it; lower the step "
                 "size, or make the environment with on_divergence='skip'"
             )
-        kept = {k: v for k, v in info.items() if k not in GRADIENTS}
-        return self.settings.floor, {**kept, "drift": self.drift(), "diverged": True}
+        numbers = {k: v for k, v in info.items() if k not in GRADIENTS}
+        return self.settings.floor, {**numbers, "drift": self.drift(), "diverged": True}
 
     def drift(self) -> float:
         """Mean of ‖W_t − W₀‖ / ‖W₀‖ over the modules."""

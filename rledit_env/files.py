@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and the marker that says what rledit wrote."""
+"""Writes files and folders whole or not at all, and marks the folders that rledit wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MARKER = ".rledit.json"  # in every folder that rledit writes
 MARKER_FORMAT = "rledit-folder-1"
-FIGURES = "figures"  # what a folder of pictures is called in its marker
+FIGURES = "figures"  # ``what`` in the marker of a folder of pictures
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # files that desktops add to a folder that was opened
 GENERATOR = '<meta name="generator" content="rledit-env">'  # in every page that rledit writes
 
@@ -28,14 +28,14 @@ GENERATOR = '<meta name="generator" content="rledit-env">'  # in every page that
 
 @dataclass(frozen=True)
 class Marker:
-    """What a folder's marker says.
+    """The content of a folder's marker.
 
     Attributes:
         what: what the folder is, such as "edited model" or "training run".
         command: the command line that wrote it, if there was one.
-        whole: whether it was written in one piece, so that it can be replaced in one piece. Folders that grow, such as
-            a training run's, are never replaced.
-        files: what rledit wrote in it, as paths relative to it; folders end with a slash.
+        whole: whether the folder was written in one piece, so that it can be replaced. Folders that grow, such as a
+            training run's, are never replaced.
+        files: paths, relative to the folder, that rledit wrote in it; those of folders end with a slash.
     """
 
     what: str
@@ -76,9 +76,9 @@ def read_marker(folder: str | Path) -> Marker | None:
 
 
 def foreign_in(folder: str | Path) -> Path | None:
-    """The path of something in a folder that rledit did not write there; None if there is nothing of the kind.
+    """The path of something in a folder that rledit did not write; None if rledit wrote everything in it.
 
-    rledit's own are what the folder's marker names, results and pages that were added later, and folders of pictures.
+    rledit wrote what the folder's marker names, results and pages that were added later, and folders of pictures.
     """
     folder = Path(folder)
     marker = read_marker(folder)
@@ -119,7 +119,7 @@ def is_own_page(path: str | Path) -> bool:
 
 
 def _json_at(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where the file holds none."""
+    """The dictionary in a JSON file; an empty one where there is none."""
     with suppress(OSError, ValueError, RecursionError):
         if path.is_file():  # reading a pipe would wait
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -131,15 +131,15 @@ def _json_at(path: Path) -> dict[str, Any]:
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Make sure that a folder may be written in one piece.
+    """Check that a folder may be written in one piece.
 
     Args:
         folder: its path; a symbolic link is followed.
-        overwrite: whether a folder may be replaced that rledit wrote in one piece and that holds nothing else.
+        overwrite: whether an existing folder may be replaced, if rledit wrote it in one piece and it has nothing else.
 
     Raises:
-        FileExistsError: there is a file of that name; or a folder that is not empty and may not be replaced; or it is
-            the current folder or one above it.
+        FileExistsError: there is a file of that name; or a folder that is not empty and may not be replaced; or the
+            path is the current folder or one above it.
     """
     path = Path(os.path.realpath(folder))
     _check_folder(path, folder)
@@ -167,11 +167,11 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def check_growing(folder: str | Path, what: str) -> None:
-    """Make sure that a folder that grows may be begun or continued as a ``what``; nothing in it is deleted.
+    """Check that a folder that grows may be begun or continued as a ``what``; nothing in it is deleted.
 
     Raises:
-        FileExistsError: there is a file of that name, or a folder that is something else; or it is the current folder
-            or one above it.
+        FileExistsError: there is a file of that name, or a folder that is something else; or the path is the current
+            folder or one above it.
     """
     path = Path(os.path.realpath(folder))
     _check_folder(path, folder)
@@ -191,10 +191,10 @@ def check_growing(folder: str | Path, what: str) -> None:
 
 
 def check_result(path: str | Path, form: str) -> None:
-    """Make sure that a JSON file of this ``format`` may be written.
+    """Check that a JSON file whose ``format`` is ``form`` may be written.
 
     Raises:
-        FileExistsError: there is a file that is no such result.
+        FileExistsError: there is a file of another form.
     """
     path = Path(path)
     if path.exists() and path.stat().st_size and _json_at(path).get("format") != form:
@@ -203,10 +203,10 @@ def check_result(path: str | Path, form: str) -> None:
 
 
 def check_page(path: str | Path) -> None:
-    """Make sure that a page may be written.
+    """Check that a page may be written.
 
     Raises:
-        FileExistsError: there is a file that is no page of rledit's.
+        FileExistsError: there is a file that is not a page of rledit's.
     """
     path = Path(path)
     if path.exists() and path.stat().st_size and not is_own_page(path):
@@ -215,10 +215,10 @@ def check_page(path: str | Path) -> None:
 
 
 def check_part(path: str | Path) -> None:
-    """Make sure that a file of a marked folder may be written.
+    """Check that a file of a marked folder may be written.
 
     Raises:
-        FileExistsError: the file is there, and the folder's marker does not name it.
+        FileExistsError: the file exists, and the folder's marker does not name it.
     """
     path = Path(path)
     marker = read_marker(path.parent)
@@ -228,7 +228,7 @@ def check_part(path: str | Path) -> None:
 
 
 def _check_folder(path: Path, named: str | Path) -> None:
-    """Refuse a file, the current folder and those above it; ``path`` is resolved."""
+    """Raise FileExistsError for a file, the current folder and those above it; ``path`` is ``named``, resolved."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{named} is a file; name a folder")
     try:
@@ -252,27 +252,27 @@ def _described(marker: Marker) -> str:
 def whole_folder(
     folder: str | Path, overwrite: bool = False, what: str = "folder", command: str | None = None
 ) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` to write in, renamed to it at the end; an error leaves nothing behind.
+    """Context with a temporary folder to write in, which is renamed to ``folder`` at the end; an error leaves nothing.
 
     Args:
         folder: its path; a symbolic link is followed.
-        overwrite: as for :func:`check_free`.
-        what, command: for the folder's marker, see :class:`Marker`.
+        overwrite: as in :func:`check_free`.
+        what, command: for the folder's :class:`Marker`.
 
     Raises:
         FileExistsError: as :func:`check_free`, before anything is written.
-        OSError: it cannot be written; what was there before still is.
+        OSError: the folder cannot be written; what was there before still is.
     """
     check_free(folder, overwrite)
     path = Path(os.path.realpath(folder))
     token = secrets.token_hex(4)  # leftovers of a killed process do not collide; process ids would, in containers
     work = path.with_name(f".{path.name}.partial-{token}")
     replaced = path.with_name(f".{path.name}.replaced-{token}")
-    with _named_if_unwritable(folder):
+    with _explain_write_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
     try:
-        with _named_if_unwritable(folder):
+        with _explain_write_errors(folder):
             yield work
             mark(work, what, command=command, whole=True, files=_listed(work))
             for file in work.rglob("*"):  # some libraries write private files; these get a new file's usual rights
@@ -280,7 +280,7 @@ def whole_folder(
                     file.chmod(work.stat().st_mode & 0o666)
                     sync(file)
         check_free(folder, overwrite)  # something may have been put there meanwhile
-        with _named_if_unwritable(folder):
+        with _explain_write_errors(folder):
             if path.exists():
                 path.rename(replaced)
             try:
@@ -295,16 +295,16 @@ def whole_folder(
 
 
 @contextmanager
-def _named_if_unwritable(folder: str | Path) -> Iterator[None]:
-    """Within it, errors of writing become an OSError that names the folder and what to do."""
+def _explain_write_errors(folder: str | Path) -> Iterator[None]:
+    """Context in which errors of writing become an OSError that names the folder and what to do."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        first = error.__cause__ if isinstance(error.__cause__, OSError | SafetensorError) else error
-        said = getattr(first, "strerror", None) or str(first)
-        raise OSError(f"{folder} cannot be written ({said}); free some space or name another folder. What was there "
+        cause = error.__cause__ if isinstance(error.__cause__, OSError | SafetensorError) else error
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise OSError(f"{folder} cannot be written ({reason}); free some space or name another folder. What was there "
                       "before still is") from error
 
 
@@ -315,7 +315,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, making its folder if need be; a symbolic link is followed.
+    """Write a text file whole, and make its folder if needed; a symbolic link is followed.
 
     Raises:
         OSError: as :func:`write_bytes`.
@@ -326,7 +326,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole; its folder must be there. The file is on the disk when this returns.
+    """Write a file whole; its folder must exist. The file is on the disk when this returns.
 
     Raises:
         OSError: the disk is full, or the folder may not be written; what was there before still is.
@@ -336,7 +336,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole; its folder must be there. It is on the disk when this returns.
+    """Write a safetensors file whole; its folder must exist. The file is on the disk when this returns.
 
     Raises:
         OSError: as :func:`write_bytes`.
@@ -360,7 +360,7 @@ def partial_of(path: str | Path) -> Path:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which is renamed to ``path`` once its content is on the disk."""
+    """Context with a path to write to, which is renamed to ``path`` once its content is on the disk."""
     partial = partial_of(path)
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""What an agent may ask of its environment beside Gymnasium's interface."""
+"""The part of an environment that agents may use in addition to Gymnasium's interface."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class EditingEnv(Protocol):
-    """The environment inside its wrappers, as agents see it: they read it, and set only what is no property here.
+    """The environment inside its wrappers, as agents use it. They may set the attributes, and only read the properties.
 
-    `LifelongEditEnv` fulfils it, and says there what each part is.
+    `LifelongEditEnv` implements it and documents its parts.
 
     Attributes:
-        recorder: what is told of every update before it takes effect; None for nothing.
+        recorder: an object that records every update before it takes effect, or None.
         action_noise_std: standard deviation of the noise that is added to actions.
     """
 
@@ -39,11 +39,11 @@ class EditingEnv(Protocol):
 
     @property
     def lm(self) -> EditableLM:
-        """The LLM, for agents that need more of it than the observation shows; they leave its weights as they are."""
+        """The LLM, for agents that need more of it than the observation; they must not change its weights."""
 
     @property
     def dataset(self) -> KnowledgeDataset:
-        """The facts that streams are drawn from."""
+        """The facts that episodes are drawn from."""
 
     @property
     def stream(self) -> KnowledgeStream:
@@ -53,7 +53,7 @@ class EditingEnv(Protocol):
         """The facts now presented."""
 
     def presented_facts(self) -> list[int]:
-        """Places of :meth:`current_batch`'s facts in their batch, from 0."""
+        """Indices of :meth:`current_batch`'s facts in their batch."""
 
     def edited_records(self) -> list[EditRecord]:
         """The facts edited so far, in order."""
@@ -68,7 +68,7 @@ class EditingEnv(Protocol):
 
     @property
     def episode_steps(self) -> int:
-        """The most steps that an episode can have."""
+        """The largest number of steps of an episode."""
 
     @property
     def position(self) -> int:
@@ -80,13 +80,13 @@ class EditingEnv(Protocol):
 
     @property
     def np_random(self) -> np.random.Generator:
-        """The episode's random numbers."""
+        """The generator of the episode's random numbers."""
 
-    # -- how it was made -----------------------------------------------------------------------------------------
+    # -- the settings --------------------------------------------------------------------------------------------
 
     @property
     def spec(self) -> EnvSpec | None:
-        """What `gymnasium.make` made it of."""
+        """The specification that `gymnasium.make` made the environment from."""
 
     @property
     def token(self) -> str:
@@ -94,23 +94,23 @@ class EditingEnv(Protocol):
 
     @property
     def array_backend(self) -> Literal["numpy", "torch"]:
-        """The arrays of observations."""
+        """The type of arrays in observations."""
 
     @property
     def steps_per_batch(self) -> int:
-        """How often a batch is presented, at most."""
+        """Most presentations of a batch."""
 
     @property
     def present_until(self) -> float | None:
-        """The probability from which a fact has taken; None where batches are presented a fixed number of times."""
+        """The probability at which a fact has taken; None where batches are presented a fixed number of times."""
 
     @property
     def contexts(self) -> int:
-        """Behind how many texts each fact is presented, beside its plain prompt."""
+        """Number of texts behind which each fact is presented, in addition to its plain prompt."""
 
     @property
     def on_divergence(self) -> Literal["end", "skip", "raise"]:
-        """What follows an update that broke the LLM."""
+        """What happens after an update that broke the LLM."""
 
     @property
     def reward_gradient(self) -> bool:
@@ -122,17 +122,17 @@ class EditingEnv(Protocol):
 
     @property
     def multiplier(self) -> Multiplier | None:
-        """Of the reward's constraint; None where it has none."""
+        """The multiplier of the reward's constraint; None where it has none."""
 
 
 def editing_env(env: gym.Env[Any, Any]) -> EditingEnv:
     """The environment inside wrappers.
 
     Raises:
-        TypeError: it is no environment of this package.
+        TypeError: the environment is not one of this package.
     """
     inner: Any = env.unwrapped
-    # Only looked for by one name: to look for all would make the random numbers of an environment not yet reset.
+    # Only one name is checked: checking all would create the random generator of an environment before its reset.
     if not hasattr(inner, "lm"):
         raise TypeError(f"{inner} is no environment of this package; give one such as RLEdit-CounterFact-v0")
     return cast(EditingEnv, inner)
@@ -140,5 +140,5 @@ def editing_env(env: gym.Env[Any, Any]) -> EditingEnv:
 
 if TYPE_CHECKING:
 
-    def _fulfilled(env: LifelongEditEnv) -> EditingEnv:
+    def _implements_interface(env: LifelongEditEnv) -> EditingEnv:
         return env

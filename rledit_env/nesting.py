@@ -1,4 +1,4 @@
-"""What lies inside wrappers, and whether a view or an agent around them can read it."""
+"""Finds the environment inside wrappers, and checks that a view or an agent can read it through them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ BOTH: tuple[Part, ...] = ("observation", "action")
 
 
 def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> EditingEnv:
-    """The `LifelongEditEnv` inside wrappers that leave its observations and actions as they are.
+    """The `LifelongEditEnv` inside wrappers that do not change its observations and actions.
 
     Args:
-        env: an environment, in wrappers or not.
-        reader: the name of what reads it, for the message.
-        reads: what must be the environment's own.
+        env: an environment, with or without wrappers.
+        reader: name of the view or agent that reads the environment, for the message.
+        reads: the parts that no wrapper may have replaced.
         agent: whether the reader is an agent, and not a wrapper.
 
     Raises:
-        ValueError: it is something else, or a wrapper has replaced what is to be read; the message names the mend.
+        ValueError: ``env`` is something else, or a wrapper has replaced a part; the message says what to do.
     """
     check_single(env, reader)
     inner: Any = env.unwrapped
@@ -35,12 +35,12 @@ def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agen
 
 
 def check_single(env: Any, reader: str) -> None:
-    """Raise ValueError for what is no single environment."""
+    """Raise ValueError for anything but a single environment."""
     kind = type(env).__name__
     if isinstance(env, VectorEnv):
         has_vector_view = reader in ("GradientFeatures", "ScaledUpdate")
-        mend = f"use Vector{reader}" if has_vector_view else "make it with gymnasium.make"
-        raise ValueError(f"{reader} takes a single environment, but {kind} is a vector environment; {mend}")
+        advice = f"use Vector{reader}" if has_vector_view else "make it with gymnasium.make"
+        raise ValueError(f"{reader} takes a single environment, but {kind} is a vector environment; {advice}")
     if not isinstance(env, gym.Env):
         raise ValueError(f"{reader} takes an environment, but was given a {kind}; give what gymnasium.make returns")
 
@@ -50,8 +50,8 @@ def check_raw(env: Any, reader: str, reads: Sequence[Part], prefix: str = "", ag
 
     Args:
         env: the wrappers around the environment.
-        prefix: of the names of the spaces: "single_" for a vector environment.
-        others: as :func:`environment_inside`.
+        prefix: prefix of the names of the spaces: "single_" for a vector environment.
+        reader, reads, agent: as in :func:`environment_inside`.
     """
     for part in reads:
         name = f"{prefix}{part}_space"
@@ -60,20 +60,20 @@ def check_raw(env: Any, reader: str, reads: Sequence[Part], prefix: str = "", ag
         layer = env
         while not _same(getattr(layer.env, name), getattr(env.unwrapped, name)):
             layer = layer.env
-        mend = _mend(layer, reader, agent)
-        raise ValueError(f"{reader} reads the raw {part}s, which {type(layer).__name__} has replaced; {mend}")
+        advice = _advice(layer, reader, agent)
+        raise ValueError(f"{reader} reads the raw {part}s, which {type(layer).__name__} has replaced; {advice}")
 
 
-def _mend(layer: Any, reader: str, agent: bool) -> str:
-    name, ours = type(layer).__name__, type(layer).__module__.startswith("rledit_env.")
+def _advice(layer: Any, reader: str, agent: bool) -> str:
+    name, is_ours = type(layer).__name__, type(layer).__module__.startswith("rledit_env.")
     if agent:
         return f"give it the environment without {name}"
     if name == reader:
         return f"leave out one {reader} of the two"
-    if ours and "FlattenFactors" in (name, reader):
+    if is_ours and "FlattenFactors" in (name, reader):
         return "use one of the two: GradientFeatures(ScaledUpdate(env)), or FlattenFactors(env)"
-    turned = f"put it the other way round: {name}({reader}(env))"
-    return turned if ours else f"{turned}, or leave {name} out"
+    swapped = f"put it the other way round: {name}({reader}(env))"
+    return swapped if is_ours else f"{swapped}, or leave {name} out"
 
 
 def _same(space: Any, other: Any) -> bool:

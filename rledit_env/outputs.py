@@ -24,16 +24,16 @@ MENDS = {
 
 
 class PathError(OSError):
-    """A path cannot be written, or is not the place for what is to be written; the message names the mend."""
+    """A path cannot be written, or cannot take the output; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """What is read.
+    """A file or folder that is read.
 
     Attributes:
-        name: what to call it, such as "the facts (--facts facts.jsonl)".
-        path: of it.
+        name: its name in messages, such as "the facts (--facts facts.jsonl)".
+        path: its path.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """What is to be written.
+    """A file or folder that will be written.
 
     Attributes:
-        option: that names it, such as "--out".
-        path: of it.
-        check: raises OSError where what is there may not be replaced or gone on with.
+        option: the option that names it, such as "--out".
+        path: its path.
+        check: raises OSError where the present content of the path may not be replaced or continued.
         folder: whether it is a folder; else it is a file.
-        replaced: whether a folder is written beside its place and renamed.
-        apart: whether it may not lie inside a folder that is read.
+        replaced: whether a folder is written under another name beside it and renamed.
+        apart: whether it must be outside of folders that are read.
         parts: names in the folder; those of folders end with a slash.
     """
 
@@ -72,12 +72,12 @@ def whole(option: str, path: Path, overwrite: bool = False) -> Output:
 
 
 def growing(option: str, path: Path, what: str, parts: tuple[str, ...] = ()) -> Output:
-    """A folder that is begun or gone on with, see `rledit_env.files.check_growing`."""
+    """A folder that is begun or continued, see `rledit_env.files.check_growing`."""
     return Output(option, path, lambda place: check_growing(place, what), parts=parts)
 
 
 def added(option: str, path: str | Path) -> Output:
-    """A folder that files are added to, whatever it holds."""
+    """A folder that files are added to, whatever is in it."""
     return Output(option, Path(path), lambda place: None, apart=False)
 
 
@@ -92,14 +92,13 @@ def page(option: str, path: Path) -> Output:
 
 
 def try_outputs(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None:
-    """Make sure that everything can be written where it is to be, and that nothing is lost by it. Nothing is left
-    behind.
+    """Check that all outputs can be written and that nothing is lost by it; leaves no files behind.
 
     Raises:
-        OSError: something cannot; the message names the path, the reason and the mend.
+        OSError: an output cannot be written; the message names the path, the reason and what to do.
     """
     for output in outputs:
-        with _named(output):
+        with _explain_errors(output):
             _check_form(output)
     for number, output in enumerate(outputs):
         for source in inputs:
@@ -108,12 +107,12 @@ def try_outputs(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None
             _check_distinct(other, output)
     for output in outputs:
         output.check(output.path)
-        with _named(output):
+        with _explain_errors(output):
             _try(output)
 
 
 def try_or_exit(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None:
-    """:func:`try_outputs` for a script: what is wrong is said in one line, and ends the program with exit code 2."""
+    """:func:`try_outputs` for a script: an error is printed in one line, and ends the program with exit code 2."""
     try:
         try_outputs(outputs, inputs)
     except OSError as error:
@@ -122,22 +121,22 @@ def try_or_exit(outputs: Sequence[Output], inputs: Sequence[Input] = ()) -> None
 
 
 @contextmanager
-def _named(output: Output) -> Iterator[None]:
-    """Within it, what the system says of a path is an error that names the output and the mend."""
+def _explain_errors(output: Output) -> Iterator[None]:
+    """Context in which the system's errors become a PathError that names the output and says what to do."""
     try:
         yield
     except PathError:
         raise
     except OSError as error:
-        mend = MENDS.get(error.errno or 0, "name a place on a disk that can be written")
-        raise PathError(f"{output} cannot be written ({error.strerror or error}); {mend}") from error
+        advice = MENDS.get(error.errno or 0, "name a place on a disk that can be written")
+        raise PathError(f"{output} cannot be written ({error.strerror or error}); {advice}") from error
 
 
 # -- what kind of thing is there -----------------------------------------------------------------------------------
 
 
 def _check_form(output: Output) -> None:
-    """Refuse what leads nowhere, what lies below a file, and a file where a folder is meant, or the reverse."""
+    """Refuse a link to nothing, a path below a file, and a file in place of a folder or the reverse."""
     if "\0" in str(output.path):
         raise PathError(f"{output.option} {str(output.path)!r} is no path; give another name")
     absolute = Path(os.path.abspath(output.path))
@@ -155,7 +154,7 @@ def _check_form(output: Output) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether a path leads to something; Path.exists() does not take a name that is too long for an error."""
+    """Whether a path exists. Unlike with Path.exists(), a name that is too long is an error."""
     try:
         path.stat()
     except OSError as error:
@@ -183,7 +182,7 @@ def _check_is(output: Output, path: Path, folder: bool) -> None:
 def _is_printed_into(status: os.stat_result) -> bool:
     """Whether a file is the standard output or the error output."""
     for descriptor in (1, 2):
-        with suppress(OSError):  # a closed one
+        with suppress(OSError):  # it may be closed
             if os.path.samestat(os.fstat(descriptor), status):
                 return True
     return False
@@ -193,14 +192,14 @@ def _is_printed_into(status: os.stat_result) -> bool:
 
 
 def _check_apart(output: Output, source: Input) -> None:
-    """Refuse an output that is, or holds, what is read; and a folder inside what is read."""
-    mend = "name a folder of its own" if output.folder else "name another file"
+    """Refuse an output that is or contains an input, and an output folder inside an input."""
+    advice = "name a folder of its own" if output.folder else "name another file"
     if _same(output.path, source.path):
-        raise PathError(f"{output} is {source.name}; {mend}")
+        raise PathError(f"{output} is {source.name}; {advice}")
     if output.folder and _inside(source.path, output.path):
-        raise PathError(f"{output} holds {source.name}; {mend}")
+        raise PathError(f"{output} holds {source.name}; {advice}")
     if output.folder and output.apart and _inside(output.path, source.path):
-        raise PathError(f"{output} lies inside {source.name}; {mend}")
+        raise PathError(f"{output} lies inside {source.name}; {advice}")
 
 
 def _check_distinct(one: Output, other: Output) -> None:
@@ -217,28 +216,28 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _inside(inner: Path, outer: Path) -> bool:
-    """Whether a path lies below another one."""
-    wanted = _identity(os.path.realpath(outer))
-    return any(_identity(str(place)) == wanted for place in Path(os.path.realpath(inner)).parents)
+    """Whether a path is below another one."""
+    outer_identity = _identity(os.path.realpath(outer))
+    return any(_identity(str(place)) == outer_identity for place in Path(os.path.realpath(inner)).parents)
 
 
 def _identity(path: str) -> tuple[object, ...]:
-    """What is equal for two resolved paths if they are the same place: the device and number of what exists of it, and
-    the names that do not exist yet."""
+    """A key that is equal for two resolved paths to the same place: device and inode of the part that exists, and the
+    names that do not exist yet."""
     missing: list[str] = []
     while True:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             path, name = os.path.split(path)
             missing.insert(0, name)
             continue
         names = [name.casefold() for name in missing] if _ignores_case(Path(path)) else missing
-        return (found.st_dev, found.st_ino, *names)
+        return (status.st_dev, status.st_ino, *names)
 
 
 def _ignores_case(folder: Path) -> bool:
-    """Whether names that differ in case are the same there."""
+    """Whether the folder's file system treats names that differ only in case as the same."""
     for place in (folder, *folder.parents):
         other = place.with_name(place.name.swapcase()) if place.name else place
         if other != place:
@@ -250,16 +249,16 @@ def _ignores_case(folder: Path) -> bool:
 
 
 def _try(output: Output) -> None:
-    """Write what will be written, in small, and take it away again."""
+    """Write small files where the output will be written, and delete them."""
     path = Path(os.path.realpath(output.path))
     folder = path if output.folder else path.parent
-    made: list[Path] = []
+    new_folders: list[Path] = []
     token = secrets.token_hex(4)
     try:
         for place in (*reversed(folder.parents), folder):
             if not place.exists():
                 place.mkdir()
-                made.append(place)
+                new_folders.append(place)
         if not output.folder:
             _try_file(partial_of(path))
             if path.exists():
@@ -269,11 +268,11 @@ def _try(output: Output) -> None:
             if (folder / part).is_dir():
                 _try_file(folder / part / f".{token}{LONG_NAME}")
         if output.replaced:
-            beside = path.with_name(f".{path.name}.replaced-{token}")
-            beside.mkdir()
-            beside.rmdir()
+            renamed = path.with_name(f".{path.name}.replaced-{token}")
+            renamed.mkdir()
+            renamed.rmdir()
     finally:
-        for place in reversed(made):
+        for place in reversed(new_folders):
             with suppress(OSError):  # another process may have put something there
                 place.rmdir()
 

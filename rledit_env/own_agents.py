@@ -1,8 +1,8 @@
-"""Importing this makes sure that the import name ``agents`` is rledit-env's own package.
+"""Importing this module checks that the import name ``agents`` is rledit-env's package.
 
-Another package on PyPI has that import name, too. Where it comes first on the import path, or was installed over our
-files, ``from agents import …`` fails in ways that say nothing of the cause. The ``rledit`` command and the examples
-import this module before anything of ``agents``.
+Another package on PyPI has that import name, too. If it comes first on the import path, or was installed over our
+files, ``from agents import …`` fails without naming the cause. The ``rledit`` command and the examples import this
+module before anything of ``agents``.
 
 Raises:
     ForeignAgents: ``agents`` is another package, or some of its files are another package's.
@@ -20,11 +20,11 @@ DISTRIBUTION = "rledit-env"
 
 
 class ForeignAgents(ImportError):
-    """The import name ``agents`` belongs to another package; the message says to which, and what to do."""
+    """The import name ``agents`` belongs to another package; the message says which, and what to do."""
 
 
 def check() -> None:
-    """Make sure that ``import agents`` gives rledit-env's package, whole.
+    """Check that ``import agents`` gives rledit-env's package, with all its files as installed.
 
     Raises:
         ForeignAgents: it does not.
@@ -56,7 +56,7 @@ def _owner() -> str:
 
 
 def _changed_files() -> list[str]:
-    """Modules of ``agents`` that are not what this distribution installed; none where it is run from its sources."""
+    """Files of ``agents`` that differ from those that this distribution installed; none if it runs from its sources."""
     try:
         files = metadata.files(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Preservation in the reward: what editing does to text that the LLM writes itself, and a bound on it.
+"""Preservation in the reward: how editing changes predictions of text that the LLM wrote itself, and a bound on that.
 
-Two components beside the paper's (see `rledit_env.reward`), both KL(p_θ₀ ‖ p_W) in nats a token, and a Lagrange
-multiplier that holds one of them at a bound while a policy learns.
+Two components that can be added to the paper's (see `rledit_env.reward`), both KL(p_θ₀ ‖ p_W) in nats per token, and
+a Lagrange multiplier that keeps one of them at a bound while a policy learns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOTHING = -1  # fills up rows of token ids in the cache
 
 
 class _Divergence:
-    """What the components have in common: KL(p_θ₀ ‖ p_W) at the tokens of their texts."""
+    """Base class of the components: KL(p_θ₀ ‖ p_W) at the tokens of their texts."""
 
     @property
     def needs_reference(self) -> bool:
@@ -37,23 +37,23 @@ class _Divergence:
 
 @dataclass(frozen=True)
 class OwnText(_Divergence):
-    """KL(p_θ₀ ‖ p_W) a token on text that the LLM wrote before editing: what an edit does to all else.
+    """KL(p_θ₀ ‖ p_W) per token on text that the LLM wrote before editing: it measures how editing changes everything
+    else.
 
-    A pool of texts is sampled once an LLM; every scored step draws some of them by the episode's random numbers. They
-    go on from openings of their own, none of which begins a passage that `rledit_env.evaluation.general.self_drift`
-    scores, so that what is reported is never what is trained on. Earlier batches add nothing: the text is nobody's
-    fact.
+    A pool of texts is sampled once per LLM; every scored step draws some of them by the episode's random numbers. No
+    text has an opening that `rledit_env.evaluation.general.self_drift` scores, so that reported texts are never trained
+    on. Earlier batches add nothing, since the texts belong to no fact.
 
-    A scored step passes, forward and backward, over ``passages · tokens`` tokens more, with the logits of each under
-    both LLMs. On SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated
-    one scored for the batch and one earlier) that is about 1.3 times the step without it, and writing the pool takes
-    half a minute, once.
+    A scored step runs ``passages · tokens`` more tokens, forward and backward, with the logits of each under both LLMs.
+    On SmolLM2-135M (bfloat16, one core, 20 facts per batch, the fact's prompt, a paraphrase and an unrelated one scored
+    for the batch and one earlier) the step takes about 1.3 times as long as without it, and writing the pool takes half
+    a minute, once.
 
     Attributes:
-        passages: drawn a step.
-        tokens: the longest text, its opening not counted.
-        pool: texts in all.
-        seed: of the sampling.
+        passages: number of passages drawn per step.
+        tokens: most tokens of a text after its opening.
+        pool: number of texts in all.
+        seed: seed of the sampling.
 
     Raises:
         ValueError: a number is not positive, or more passages are drawn than there are.
@@ -66,11 +66,11 @@ class OwnText(_Divergence):
 
     def __post_init__(self) -> None:
         _check_positive(self, "passages", "tokens", "pool")
-        most = len(REWARD_OPENINGS)
-        if not self.passages <= self.pool <= most:
+        largest_pool = len(REWARD_OPENINGS)
+        if not self.passages <= self.pool <= largest_pool:
             raise ValueError(
                 f"own_text draws {self.passages} passages of a pool of {self.pool}; give a pool of at least as many, "
-                f"and at most {most}"
+                f"and at most {largest_pool}"
             )
 
     def draw(
@@ -81,23 +81,23 @@ class OwnText(_Divergence):
         earlier: bool,
         rng: np.random.Generator,
     ) -> list[Passage]:
-        """Texts of the pool, different ones; none for an earlier batch."""
+        """Different texts of the pool; none for an earlier batch."""
         if earlier:
             return []
         texts = self.texts(lm)
         return [texts[i] for i in rng.permutation(len(texts))[: self.passages]]
 
     def texts(self, lm: EditableLM) -> list[Passage]:
-        """The pool, written by θ₀ when it is first asked for and kept with the LLM."""
+        """The pool, written by the unedited LLM when it is first needed and cached with the LLM."""
         key = ("own_text", self.tokens, self.pool, self.seed)
-        kept = lm.text_cache.get(key)
-        if kept is None:
+        cached = lm.text_cache.get(key)
+        if cached is None:
             written = self_text(lm, REWARD_OPENINGS[: self.pool], self.tokens, self.seed)
             rows = [[len(p.input_ids) + 1 - len(p.targets), *p.input_ids, p.targets[-1]] for p in written]
-            kept = _padded(rows)
-            lm.text_cache.put(key, kept)
+            cached = _pad(rows)
+            lm.text_cache.put(key, cached)
         passages = []
-        for first, *row in kept.tolist():
+        for first, *row in cached.tolist():
             ids = [token for token in row if token != NOTHING]
             passages.append(Passage(tuple(ids[:-1]), tuple(ids[first:])))
         return passages
@@ -105,19 +105,20 @@ class OwnText(_Divergence):
 
 @dataclass(frozen=True)
 class Continuation(_Divergence):
-    """KL(p_θ₀ ‖ p_W) a token on what the unedited LLM writes after a fact's prompt and new target.
+    """KL(p_θ₀ ‖ p_W) per token on what the unedited LLM writes after a fact's prompt and new target.
 
-    This is what free-running answers break on: the target comes again and again. Some facts of each batch are drawn for
-    an episode, by its random numbers; what follows them is written greedily by θ₀ when the batch is first scored, and
-    kept. A fact after which θ₀ ends the text adds nothing.
+    Free answers of an edited LLM go wrong there: they repeat the target. An episode's random numbers choose some facts
+    of each batch; the unedited LLM continues them greedily when the batch is first scored, and the texts are cached. A
+    fact after which it ends the text adds nothing.
 
-    A scored step passes, forward and backward, over the drawn facts and their texts, for each batch that it scores. On
-    SmolLM2-135M (bfloat16, one core, 20 facts a batch, the fact's prompt, a paraphrase and an unrelated one scored for
-    the batch and one earlier) that is about 1.3 times the step without it, and writing takes half a step a batch.
+    A scored step runs the chosen facts and their texts, forward and backward, for each batch that it scores. On
+    SmolLM2-135M (bfloat16, one core, 20 facts per batch, the fact's prompt, a paraphrase and an unrelated one scored
+    for the batch and one earlier) it takes about 1.3 times as long as without them, and writing the texts takes half a
+    step per batch.
 
     Attributes:
-        facts: drawn from each batch; all of them where there are fewer.
-        tokens: the longest text after the target.
+        facts: number of facts chosen from each batch; all of them where there are fewer.
+        tokens: most tokens of a text after the target.
 
     Raises:
         ValueError: a number is not positive.
@@ -137,46 +138,46 @@ class Continuation(_Divergence):
         earlier: bool,
         rng: np.random.Generator,
     ) -> list[Passage]:
-        """What follows the facts with the smallest choices."""
+        """Continuations of the facts with the smallest choices."""
         drawn = np.argsort(np.asarray(choices), kind="stable")[: self.facts]
         return [text for text in self.texts(lm, [records[i] for i in drawn]) if text is not None]
 
     def texts(self, lm: EditableLM, records: Sequence[EncodedRecord]) -> list[Passage | None]:
-        """What θ₀ writes after each of some facts; None where it writes nothing.
+        """The unedited LLM's continuation of each fact; None where it writes nothing.
 
-        Kept for these facts together, not for each: what a fact is decoded together with can change a token where two
-        are all but equally likely, and a run that goes on from a checkpoint must meet the same texts as the
-        uninterrupted one.
+        They are cached for these facts together, not one by one. The facts that are decoded in one batch can change a
+        token where two are almost equally likely, and a run that resumes from a checkpoint must have the same texts as
+        an uninterrupted one.
         """
         starts = [(*r.edit.input_ids, r.edit.targets[-1]) for r in records]
         key = ("continuation", self.tokens, tuple(starts))
-        kept = lm.text_cache.get(key)
-        if kept is None:
-            kept = _padded(_continued(lm, starts, self.tokens))
-            lm.text_cache.put(key, kept)
+        cached = lm.text_cache.get(key)
+        if cached is None:
+            cached = _pad(_continue_greedily(lm, starts, self.tokens))
+            lm.text_cache.put(key, cached)
         passages: list[Passage | None] = []
-        for start, row in zip(starts, kept.tolist(), strict=True):
+        for start, row in zip(starts, cached.tolist(), strict=True):
             written = [token for token in row if token != NOTHING]
             passages.append(Passage((*start, *written[:-1]), tuple(written)) if written else None)
         return passages
 
 
 @torch.no_grad()
-def _continued(lm: EditableLM, starts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """θ₀'s greedy continuations of token ids, up to its end of text and within its context."""
+def _continue_greedily(lm: EditableLM, starts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """The unedited LLM's greedy continuations of token ids, up to its end of text and within its context."""
     rows: list[list[int]] = [[] for _ in starts]
     fitting = [i for i, start in enumerate(starts) if len(start) < lm.context_length]
     with lm.original_weights():
         for members in lm.decoded_together([starts[i] for i in fitting]):
-            chosen = [fitting[m] for m in members]
-            room = lm.context_length - max(len(starts[i]) for i in chosen)
-            output = lm.decode([starts[i] for i in chosen], min(tokens, room))
-            for i, row in zip(chosen, output.tolist(), strict=True):
+            batch = [fitting[m] for m in members]
+            room = lm.context_length - max(len(starts[i]) for i in batch)
+            output = lm.decode([starts[i] for i in batch], min(tokens, room))
+            for i, row in zip(batch, output.tolist(), strict=True):
                 rows[i] = until_end(lm, row)
     return rows
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[NOTHING] * (longest - len(row))] for row in rows], dtype=torch.int32)
 
@@ -190,19 +191,19 @@ def _check_positive(component: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on a component, held by a Lagrange multiplier μ ≥ 0 instead of a weight.
+    """A bound on a component, kept by a Lagrange multiplier μ ≥ 0 instead of a weight.
 
-    The reward of a scored step has −μ · (measured − bound) more, measured being the component's mean on the step's own
-    batch, and its gradient has the component's with weight μ. Between trajectories dual ascent changes the multiplier:
-    μ ← max(0, μ + rate · (measured − bound)), so that it rises while the component is above the bound and falls to 0
-    where it stays below it (see `Multiplier`).
+    The term −μ · (measured − bound) is added to the reward of a scored step, where measured is the component's mean on
+    the step's own batch; the reward's gradient has the component's with weight μ. Between trajectories the multiplier
+    changes by dual ascent: μ ← max(0, μ + rate · (measured − bound)). So it rises while the component is above the
+    bound, and falls to 0 where it stays below it (see `Multiplier`).
 
     Attributes:
         component: the name of one of `RewardConfig.components`; "own_text" and "continuation" need not be there, and
             then have no weight of their own.
-        bound: what the component is to be at most at a trajectory's end, in its own unit: nats a token for the KLs.
-        rate: of the dual ascent: the multiplier's rise a trajectory for each unit above the bound.
-        start: the multiplier at first.
+        bound: the component's largest value at a trajectory's end, in its unit: nats per token for the KLs.
+        rate: rate of the dual ascent: the multiplier's rise per trajectory for each unit above the bound.
+        start: the multiplier's first value.
 
     Raises:
         ValueError: a number is out of its range.
@@ -225,12 +226,12 @@ class Constraint:
 class Multiplier:
     """The Lagrange multiplier of a `Constraint`.
 
-    An environment owns one (`LifelongEditEnv.multiplier`; the streams of a vector environment share theirs) and reads
-    it at every step. Whoever trains a policy calls :meth:`update` between two trajectories; nothing else changes it, so
-    that evaluations do not. The agents of this project do so and keep it in their checkpoints.
+    An environment owns one (`LifelongEditEnv.multiplier`; those of a vector environment share one) and reads it at
+    every step. Training calls :meth:`update` between two trajectories; nothing else changes it, in particular no
+    evaluation. The agents of this project do so and save it in their checkpoints.
 
     Args:
-        constraint: whose.
+        constraint: the constraint.
 
     Attributes:
         value: μ.
@@ -243,10 +244,10 @@ class Multiplier:
         """Dual ascent: μ ← max(0, μ + rate · (measured − bound)); returns the new μ.
 
         Args:
-            measured: the component at a trajectory's end, or a mean of several trajectories'.
+            measured: the component at a trajectory's end, or its mean over several trajectories.
 
         Raises:
-            ValueError: ``measured`` is not finite; the multiplier is as it was.
+            ValueError: ``measured`` is not finite; the multiplier is unchanged.
         """
         c = self.constraint
         if not math.isfinite(measured):

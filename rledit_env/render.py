@@ -1,4 +1,4 @@
-"""What the environment shows of itself: a step's facts as text, an episode's curves as a picture."""
+"""Renders a step's facts as text, and an episode's curves as a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT_WIDTH, ANSWER_WIDTH = 52, 20
 TOOK, KNOWN, MISSED = "✓", "=", "✗"
 
 DPI = 100
-SIZE = (960, 544)  # pixels; multiples of 16, as video encoders want them
+SIZE = (960, 544)  # pixels; multiples of 16, as video encoders require
 PAPER_CURVES = ("generalization", "locality", "backtracking", "regularisation")
 ORDER = ("reward", "efficacy", *PAPER_CURVES)
 INK, MUTED, RULE = "#1f2430", "#6b7280", "#e3e6eb"
@@ -29,10 +29,10 @@ COMPONENT_COLOUR = "#3d7f6e"
 
 @dataclass(frozen=True)
 class Scene:
-    """One step as it is shown.
+    """The content of one rendered step.
 
     Attributes:
-        batch: which batch of the stream, counted from 0.
+        batch: index of the batch in the episode.
         records: its facts.
         before, after: the LLM's greedy continuations of their prompts, before and after the update.
         info: the step's `info`.
@@ -51,11 +51,11 @@ class Scene:
 
 
 def text(scene: Scene | None, source: str) -> str:
-    """The facts of a step with the LLM's answers before and after it, one line a fact.
+    """The facts of a step with the LLM's answers before and after it, one line per fact.
 
     Args:
         scene: the step; None before any was taken.
-        source: where the facts come from, in words.
+        source: the origin of the facts, in words.
     """
     if scene is None:
         return f"No step taken yet: the answers appear after the first step(). Data: {source}"
@@ -95,7 +95,7 @@ def _reward_line(scene: Scene) -> str:
 
 
 def _row(mark: str, prompt: str, target: str, before: str, after: str) -> str:
-    # The end of a prompt says what is asked for, so a long one loses its middle; an answer loses its end.
+    # The end of a prompt says what is asked, so a long prompt is cut in the middle, a long answer at its end.
     cells = [_fit(_one_line(prompt), PROMPT_WIDTH, keep_end=True)]
     cells += [_fit(_one_line(answer), ANSWER_WIDTH) for answer in (target, before, after)]
     return f"{mark} {'  '.join(cells)}".rstrip()
@@ -123,7 +123,7 @@ def _width(string: str) -> int:
 
 
 def _one_line(string: str) -> str:
-    """The string on one line, without control characters (a continuation may hold escape sequences)."""
+    """The string on one line, without control characters (a continuation may contain escape sequences)."""
     spaced = re.sub(r"\s+", " ", string).strip()
     return "".join("�" if unicodedata.category(c) == "Cc" else c for c in spaced)
 
@@ -142,7 +142,7 @@ def _facts(count: int) -> str:
 
 
 def curves(history: Sequence[Mapping[str, float]], episode_steps: int) -> np.ndarray:
-    """The episode so far as small multiples: the reward, what it is made of, and the drift, over the steps.
+    """The episode so far as small multiples: the reward, its parts and the drift, over the steps.
 
     Args:
         history: the numbers of each step taken, by name; a number may be missing at some steps, or not be finite.
@@ -156,7 +156,7 @@ def curves(history: Sequence[Mapping[str, float]], episode_steps: int) -> np.nda
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # a Figure of its own: pyplot's global state stays the user's
+        from matplotlib.figure import Figure  # not pyplot, whose global state is the user's
     except ImportError as error:
         raise DependencyNotInstalled(
             f"render_mode 'rgb_array' draws with matplotlib, which cannot be imported ({error}); "
@@ -178,14 +178,15 @@ def curves(history: Sequence[Mapping[str, float]], episode_steps: int) -> np.nda
     )
     for index, name in enumerate(names):
         axes = figure.add_subplot(grid[index // columns, index % columns])
-        _panel(axes, name, [step.get(name, math.nan) for step in history], episode_steps, index // columns == rows - 1)
+        values = [step.get(name, math.nan) for step in history]
+        _draw_panel(axes, name, values, episode_steps, index // columns == rows - 1)
     canvas.draw()
     picture: np.ndarray = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return picture
 
 
-def _panel(axes: Any, name: str, values: Sequence[float], episode_steps: int, lowest: bool) -> None:
-    """One number over the steps; its latest value stands beside the title."""
+def _draw_panel(axes: Any, name: str, values: Sequence[float], episode_steps: int, lowest: bool) -> None:
+    """Plot one number over the steps, with its latest value beside the title."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     colour = COLOURS.get(name, COMPONENT_COLOUR)
@@ -200,7 +201,7 @@ def _panel(axes: Any, name: str, values: Sequence[float], episode_steps: int, lo
     axes.set_xlim(0.5, max(episode_steps, 1) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=3))
-    # Every label in full: matplotlib's common factor above the axis would stand in the title's place.
+    # Every label in full: matplotlib's common factor above the axis would overlap the title.
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-")))
     if lowest:
         axes.set_xlabel("step", fontsize=8.5, color=MUTED, labelpad=2)

@@ -1,7 +1,7 @@
 """The reward: −(L(B_t, W_t) + L_back + L_reg), Eq. 6–10, from replaceable components.
 
-A component says which passages of a record it looks at and what an answer position costs; `rledit_env.scoring` scores
-batches by them.
+A component says which passages of a record it scores and what an answer position costs; `rledit_env.scoring` scores
+batches with components.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rledit_env.updates import Penalty, frobenius_penalty
 
 
 class Component(Protocol):
-    """One term of L(B, W): what a batch costs at the current weights, as a mean over its answer positions.
+    """One term of L(B, W): a batch's mean loss over its answer positions, at the current weights.
 
     Attributes:
-        needs_reference: whether ``loss`` compares with θ₀'s final states.
+        needs_reference: whether ``loss`` needs the unedited model's final states.
     """
 
     needs_reference: bool
@@ -36,16 +36,16 @@ class Component(Protocol):
         ...
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        """Loss at P answer positions (P,) from final states (P, d), target ids (P,) and θ₀'s final states (P, d)."""
+        """Loss (P,) at P answer positions from final states (P, d), target ids (P,) and the unedited model's states."""
         ...
 
 
 @runtime_checkable
 class TextComponent(Protocol):
-    """A component of a whole batch, whose passages are drawn at every step or have to be written by the LLM.
+    """A component of a whole batch, whose passages are drawn at every step or written by the LLM.
 
     Attributes:
-        needs_reference: as a `Component`'s.
+        needs_reference: as in `Component`.
     """
 
     @property
@@ -59,14 +59,14 @@ class TextComponent(Protocol):
         earlier: bool,
         rng: np.random.Generator,
     ) -> Sequence[Passage]:
-        """The passages that a step scores for a batch of facts, an ``earlier`` one or the step's own.
+        """The passages that a step scores for a batch of facts: an ``earlier`` batch or the step's own.
 
-        All that is random comes from the facts' ``choices`` in [0, 1), fixed for an episode, and from its ``rng``.
+        All randomness comes from the facts' ``choices`` in [0, 1), fixed for an episode, and from its ``rng``.
         """
         ...
 
     def loss(self, lm: EditableLM, hidden: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
-        """As a `Component`'s."""
+        """As in `Component`."""
         ...
 
 
@@ -100,8 +100,8 @@ class Generalization:
 
 
 class Locality:
-    """L_loc = KL(p_θ₀(·|x′) ‖ p_W(·|x′)): an unrelated answer unchanged (Eq. 7). `RewardConfig.locality_reference` may
-    put the weights of before the step in θ₀'s place."""
+    """L_loc = KL(p_θ₀(·|x′) ‖ p_W(·|x′)): an unrelated answer unchanged (Eq. 7). With another
+    `RewardConfig.locality_reference`, the weights before the step take the place of θ₀."""
 
     needs_reference = True
 
@@ -127,27 +127,27 @@ class RewardConfig:
     Attributes:
         components: name → (weight, component) of the basic term L(B, W) (Eq. 8; λ_loc is locality's weight). Give
             your own to replace any of them; their unweighted means appear in ``info`` under their names.
-            `rledit_env.preservation` has components that say what becomes of the rest of the LLM,
-            `rledit_env.answering` some that ask what scores ask.
-        locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights of before
-            the step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
-        constraint: a bound on one of the components, held by a Lagrange multiplier; None for none.
-        backtracking_depth: k, how many earlier batches are scored (Eq. 9). RLEdit's published ``back_depth: 10`` counts
-            the current batch, and would be 9 here.
-        backtracking_decay: μ, weight of the batch i steps back is μ^i.
+            `rledit_env.preservation` has components that score changes of the rest of the LLM, `rledit_env.answering`
+            some that measure what the scores measure.
+        locality_reference: what `Locality` compares with: "original", θ₀ (Eq. 7), or "previous", the weights before the
+            step, W_{t−1}, as RLEdit's published code does, for earlier batches too.
+        constraint: a bound on one of the components, kept by a Lagrange multiplier; None for no bound.
+        backtracking_depth: k, the number of earlier batches that are scored (Eq. 9). RLEdit's published
+            ``back_depth: 10`` counts the current batch, and would be 9 here.
+        backtracking_decay: μ; the batch i steps back has the weight μ^i.
         backtracking_samples: score only this many of the k, drawn with replacement by weight and reweighted so that
             the expected reward is the full sum; None scores all.
         every_step: score every step; False scores only the last presentation of a batch (the other steps' reward is
             minus their regularisation), which costs less where ``steps_per_batch`` > 1.
-        batch_stride: score only one in this many batches, from one drawn at ``reset`` on, with this many times the
-            weight: the expected reward of every batch is what it would be with 1, and a long stream costs less. The
-            others' reward is minus their regularisation.
+        batch_stride: score only one in this many batches, from a first one drawn at ``reset``, with this many times the
+            weight: the expected reward of every batch is that of a stride of 1, and a long episode costs less. The
+            reward of the other batches is minus their regularisation.
         regularisation: η, weight of ``penalty``.
-        regularisation_gradient: whether ``info["action_gradient"]`` holds the penalty's gradient; False leaves zeros,
-            as in RLEdit's published code, which computes the penalty of a change that it builds without one.
+        regularisation_gradient: whether ``info["action_gradient"]`` has the penalty's gradient; False leaves zeros, as
+            in RLEdit's published code, which computes the penalty of a change without a gradient.
         penalty: what the regularisation measures, from an action's factors (keys (N, d_in), values (N, d_out)) by
             module; must be differentiable.
-        floor: the least reward of a step, weights of ``batch_stride`` included; what a step that breaks the model gets.
+        floor: the lowest reward of a step, weights of ``batch_stride`` included; that of a step that breaks the model.
     """
 
     components: Mapping[str, tuple[float, Component | TextComponent]] = field(default_factory=_paper_components)
@@ -189,22 +189,24 @@ class RewardConfig:
 
     @staticmethod
     def published(locality: float = 0.6) -> RewardConfig:
-        """The loss of RLEdit's published code, which differs from :meth:`paper`, though the paper does not say so:
-        locality is measured from W_{t−1}, and the regularisation has no gradient. k stays the paper's 10 earlier
-        batches, where the code's 10 count the current one; ``replace(..., backtracking_depth=9)`` is the code's."""
+        """The loss of RLEdit's published code, which differs from :meth:`paper`, though the paper does not say so.
+
+        Locality is measured from W_{t−1}, and the regularisation has no gradient. k is the paper's 10 earlier batches;
+        the code's 10 include the current one, which is ``replace(..., backtracking_depth=9)`` here.
+        """
         return replace(
             RewardConfig.paper(locality), locality_reference="previous", regularisation_gradient=False
         )  # fmt: skip
 
     @property
     def looks_back(self) -> bool:
-        """Whether a component is measured from the weights of before the step."""
+        """Whether a component compares with the weights before the step."""
         parts = [part for _, part in self.components.values()]
         return self.locality_reference == "previous" and any(isinstance(part, Locality) for part in parts)
 
     @staticmethod
     def with_efficacy(efficacy: float = 1.0, locality: float = 1.0, samples: int | None = 1) -> RewardConfig:
-        """The paper's reward with a term for the edit prompt itself and sampled backtracking: what we train with."""
+        """The paper's reward with a term for the edit prompt itself, and with sampled backtracking."""
         return RewardConfig(
             components={
                 "efficacy": (efficacy, Efficacy()),
@@ -216,34 +218,34 @@ class RewardConfig:
 
     @staticmethod
     def keeping(kind: str, own_text: float | None = None) -> RewardConfig:
-        """The facts as the data set's scores see them, free answers that end where they should, and the rest of the LLM
-        as it was; benchmarks/NOTES.md has what the weights for ZsRE and CounterFact were chosen by, FEVER's are not
-        measured. Earlier batches are left to the recursion
-        and to the LLM's own text, which scores all of them.
+        """A reward for facts as the data set's scores measure them, free answers that end where they should, and an
+        otherwise unchanged LLM.
+
+        benchmarks/NOTES.md has the measurements behind the weights for ZsRE and CounterFact; FEVER's are not measured.
+        No earlier batches are scored: the recursion and the LLM's own text cover them.
 
         Args:
-            kind: "counterfact", whose answers have rivals, is scored by which answer is the likelier (and a little by
-                the likelihood itself); "fever" likewise, but for its unrelated claims, whose answers are to stay what
-                they were, right or wrong; others, such as "zsre", by the likelihood, and by what other questions about
-                the same subject are answered.
-            own_text: weight of the divergence on text that the LLM wrote before editing; None takes the one that
-                suits the kind.
+            kind: "counterfact", whose facts have two answers, is scored by which answer is likelier (and a little by
+                the likelihood itself); "fever" likewise, but its unrelated claims must keep their answers, right or
+                wrong; others, such as "zsre", by the likelihood and by the answers to other questions about the same
+                subject.
+            own_text: weight of the divergence on text that the LLM wrote before editing; None means the kind's default.
         """
         preferred: dict[str, tuple[float, Component | TextComponent]] = {
             "generalization": (0.1, Generalization()), "preference": (4.0, Preference("paraphrases")),
         }  # fmt: skip
         if kind == "counterfact":
-            weight, locality, own = 60.0, 0.5, preferred | {"kept_preference": (2.0, Preference("unrelated"))}
+            weight, locality, specific = 60.0, 0.5, preferred | {"kept_preference": (2.0, Preference("unrelated"))}
         elif kind == "fever":
-            weight, locality, own = 20.0, 4.0, preferred
+            weight, locality, specific = 20.0, 4.0, preferred
         else:
             weight, locality = 20.0, 0.5
-            own = {"generalization": (2.0, Generalization()), "other_questions": (0.3, OtherQuestions())}
+            specific = {"generalization": (2.0, Generalization()), "other_questions": (0.3, OtherQuestions())}
         shared: dict[str, tuple[float, Component | TextComponent]] = {
             "efficacy": (2.0, Efficacy()), "ending": (1.0, Ending()), "locality": (locality, Locality()),
             "own_text": (weight if own_text is None else own_text, OwnText(passages=4)),
         }  # fmt: skip
-        return RewardConfig(components=shared | own, backtracking_depth=0)
+        return RewardConfig(components=shared | specific, backtracking_depth=0)
 
     def replace(self, name: str, weight: float, component: Component | TextComponent) -> RewardConfig:
         """This configuration with one component added or replaced."""
@@ -251,7 +253,7 @@ class RewardConfig:
 
 
 def resolve_reward(reward: RewardConfig | str | None) -> RewardConfig | None:
-    """The configuration that the environment's ``reward`` argument means; None for ``"none"``."""
+    """The configuration for the environment's ``reward`` argument; None for ``"none"``."""
     if reward is None or reward == "paper":
         return RewardConfig()
     if reward == "efficacy":
@@ -264,9 +266,10 @@ def resolve_reward(reward: RewardConfig | str | None) -> RewardConfig | None:
 
 
 def backtracked(step: int, config: RewardConfig, rng: np.random.Generator) -> dict[int, float]:
-    """Which earlier batches are scored at batch ``step`` (0-based), and their weights: {i: μ^i}, i steps back.
+    """The earlier batches that are scored at batch ``step`` (0-based), with their weights: {i: μ^i}, i steps back.
 
-    With ``backtracking_samples`` m, m draws from p_i ∝ μ^i weigh Σμ/m each, whose expectation is the full sum.
+    With ``backtracking_samples`` m, m batches are drawn from p_i ∝ μ^i, with the weight Σμ^i / m each; the expectation
+    is the full sum.
     """
     depth = min(config.backtracking_depth, step)
     weights = config.backtracking_decay ** np.arange(1, depth + 1)

@@ -1,6 +1,6 @@
-"""How batches are scored in one pass of the LLM, and the reward that a step gets for its scores.
+"""Scores batches in one pass of the LLM, and computes a step's reward from the scores.
 
-All components of the current batch and of the backtracked ones are weighed together, so that one pass over
+All components of the current batch and of the backtracked ones are weighted together, so that one pass over
 length-sorted passages gives the whole reward and its gradient.
 """
 
@@ -26,14 +26,14 @@ from rledit_env.updates import Parts, Update
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch as the reward sees it.
+    """A batch as the reward scores it.
 
     Attributes:
         records: its facts.
-        choices: their fixed choices in [0, 1).
-        weight: of its L(B, W).
+        choices: for each fact, its fixed choice in [0, 1).
+        weight: weight of its L(B, W).
         texts: the passages of each `TextComponent`, by the component's name (see :func:`with_texts`).
-        extra: what components weigh here beside their weights in the configuration, by name: a constraint's multiplier.
+        extra: component name → weight here in addition to its weight in the configuration: a constraint's multiplier.
     """
 
     records: Sequence[EncodedRecord]
@@ -43,7 +43,7 @@ class ScoredBatch:
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def passages(self, name: str, component: Component | TextComponent) -> list[Passage]:
-        """What the component of that name scores of the batch."""
+        """The passages of the batch that the component of that name scores."""
         if isinstance(component, TextComponent):
             if name not in self.texts:
                 raise ValueError(f"the batch has no texts for the component {name!r}; draw them: with_texts(…)")
@@ -55,7 +55,7 @@ class ScoredBatch:
 def with_texts(
     lm: EditableLM, batch: ScoredBatch, config: RewardConfig, earlier: bool, rng: np.random.Generator
 ) -> ScoredBatch:
-    """The batch with its texts at a step; nothing is drawn where no component asks for it."""
+    """The batch with its texts at a step; nothing is drawn where no component needs texts."""
     parts = ((name, part) for name, (_, part) in config.components.items() if isinstance(part, TextComponent))
     texts = {name: part.draw(lm, batch.records, batch.choices, earlier, rng) for name, part in parts}
     return replace(batch, texts=texts)
@@ -66,8 +66,8 @@ class Scores:
     """Losses of scored batches.
 
     Attributes:
-        basic: batch by batch, component name → its unweighted mean.
-        weighted: batch by batch, weight · Σ_components (weight + extra weight) · mean.
+        basic: for each batch, component name → its unweighted mean.
+        weighted: for each batch, weight · Σ_components (weight + extra weight) · mean.
         reward_gradient: module → gradient of −``total`` with respect to W, (d_out, d_in) in the edited weights'
             precision, or None.
     """
@@ -83,7 +83,7 @@ class Scores:
 
     @property
     def gradient(self) -> dict[str, Tensor] | None:
-        """Module → gradient of ``total`` with respect to W: new tensors, made when asked for."""
+        """Module → gradient of ``total`` with respect to W, as new tensors."""
         return None if self.reward_gradient is None else {m: -g for m, g in self.reward_gradient.items()}
 
 
@@ -101,9 +101,9 @@ def score(
 
     Args:
         lm: the LLM.
-        batches: what is scored.
-        config: how.
-        gradient: whether to take the gradient.
+        batches: the batches to score.
+        config: the reward's configuration.
+        gradient: whether to compute the gradient.
         before: module → W_{t−1}, needed where the configuration :attr:`~RewardConfig.looks_back`.
     """
     return score_streams(lm, [batches], config, gradient, before)[0]
@@ -113,15 +113,15 @@ def score_streams(
     lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool,
     before: Mapping[str, Tensor] | None = None,
 ) -> list[Scores]:  # fmt: skip
-    """:func:`score` of several streams in one pass.
+    """:func:`score` for several environments in one pass.
 
-    Request s meets the weights of stream s, where ``lm`` holds several (see `rledit_env.lm.streams`); each stream's
-    gradient is that of its own weighted sum.
+    Request s is scored at the s-th set of edited weights, where ``lm`` has several (see `rledit_env.lm.streams`); each
+    gradient is that of its request's weighted sum.
     """
     if not any(requests):
         return [NO_SCORES] * len(requests)
     work = _Work.of(requests, config)
-    coefficient = (work.weight / work.tokens).to(lm.device, lm.edit_dtype)  # of one answer position, by slot
+    coefficient = (work.weight / work.tokens).to(lm.device, lm.edit_dtype)  # weight of one answer position, by slot
     reference, chunks = _states(lm, work, config, gradient, before)
     sums = torch.zeros(len(work.tokens), dtype=lm.edit_dtype, device=lm.device)
     with lm.collecting(gradient) as gradients:
@@ -132,79 +132,79 @@ def score_streams(
     means = (sums.cpu().double() / work.tokens).view(sum(map(len, requests)), len(work.parts))
     basic = [dict(zip(config.components, row.tolist(), strict=True)) for row in means]
     weighted = (means * work.weight.view_as(means)).sum(1).tolist()
-    scores, first = [], 0
-    for stream, request in enumerate(requests):
-        own = slice(first, first := first + len(request))
-        ascent = {m: g.neg_() for m, g in gradients[stream].items()}  # in the tensors that were made here
-        scores.append(Scores(basic[own], weighted[own], ascent or None))
+    scores, start = [], 0
+    for index, request in enumerate(requests):
+        batches = slice(start, start := start + len(request))
+        ascent = {m: g.neg_() for m, g in gradients[index].items()}  # in place: the tensors are our own
+        scores.append(Scores(basic[batches], weighted[batches], ascent or None))
     return scores
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What one pass scores. A slot is a batch and a component of it: batch · components + component.
+    """The passages that one pass scores. A slot is a component of a batch; its index is batch · components + component.
 
     Attributes:
         parts: the components.
-        passages: all that are scored.
-        slot: of each passage.
-        streams: whose weights each passage meets.
-        tokens: answer positions of each slot, (slots,) float64; at least 1, for a component that finds nothing to score
-            in a batch: its mean is then 0.
-        weight: of each slot's mean, (slots,) float64.
+        passages: all passages that are scored.
+        slot: the slot of each passage.
+        sets: the set of edited weights that each passage is scored at.
+        tokens: answer positions of each slot, (slots,) float64; at least 1, so that the mean is 0 where a component has
+            nothing to score in a batch.
+        weight: weight of each slot's mean, (slots,) float64.
     """
 
     parts: list[Component | TextComponent]
     passages: list[Passage]
     slot: list[int]
-    streams: list[int]
+    sets: list[int]
     tokens: Tensor
     weight: Tensor
 
     @classmethod
     def of(cls, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig) -> _Work:
-        batches = [(stream, batch) for stream, request in enumerate(requests) for batch in request]
+        batches = [(index, batch) for index, request in enumerate(requests) for batch in request]
         passages: list[Passage] = []
         slot: list[int] = []
-        streams: list[int] = []
+        sets: list[int] = []
         weight: list[float] = []
-        for stream, batch in batches:
+        for index, batch in batches:
             for name, (component_weight, part) in config.components.items():
-                own = batch.passages(name, part)
-                passages.extend(own)
-                slot.extend([len(weight)] * len(own))
-                streams.extend([stream] * len(own))
+                part_passages = batch.passages(name, part)
+                passages.extend(part_passages)
+                slot.extend([len(weight)] * len(part_passages))
+                sets.extend([index] * len(part_passages))
                 weight.append(batch.weight * (component_weight + batch.extra.get(name, 0.0)))
         lengths = torch.tensor([len(p.targets) for p in passages], dtype=torch.long)
         positions = torch.tensor(slot, dtype=torch.long).repeat_interleave(lengths)
         tokens = torch.bincount(positions, minlength=len(weight)).clamp(min=1).double()
         parts = [part for _, part in config.components.values()]
-        return cls(parts, passages, slot, streams, tokens, torch.tensor(weight, dtype=torch.float64))
+        return cls(parts, passages, slot, sets, tokens, torch.tensor(weight, dtype=torch.float64))
 
     @property
     def component(self) -> list[int]:
-        """Of each passage, its component's place in ``parts``."""
+        """For each passage, the index of its component in ``parts``."""
         return [s % len(self.parts) for s in self.slot]
 
 
 def _states(
     lm: EditableLM, work: _Work, config: RewardConfig, gradient: bool, before: Mapping[str, Tensor] | None
 ) -> tuple[dict[int, Tensor], Iterable[tuple[list[int], AnswerStates]]]:
-    """The reference states of the passages that need them, by the passages' places, and the states of all passages at
-    the current weights, in chunks: those with gradients are computed when the chunks are gone through."""
+    """Reference states of the passages that need them, by passage index, and chunks of all passages' states at the
+    current weights. With gradients, the states of a chunk are computed when the caller gets to it."""
     passages, component = work.passages, work.component
     referenced = [i for i, c in enumerate(component) if work.parts[c].needs_reference]
     reference: dict[int, Tensor] = {}
     if config.looks_back:
-        backward = [i for i in referenced if isinstance(work.parts[component[i]], Locality)]
-        reference |= zip(backward, _states_before(lm, [passages[i] for i in backward], before), strict=True)
+        localities = [i for i in referenced if isinstance(work.parts[component[i]], Locality)]
+        reference |= zip(localities, _states_before(lm, [passages[i] for i in localities], before), strict=True)
         referenced = [i for i in referenced if i not in reference]
     chunks: Iterable[tuple[list[int], AnswerStates]]
     if gradient:
         original = lm.reference_states([passages[i] for i in referenced])
-        chunks = _chunks(lm, passages, work.streams, component)
-    else:  # final states are small: all of them are held
-        states, original = lm.states_beside_reference(passages, work.streams, referenced)
+        chunks = _chunks(lm, passages, work.sets, component)
+    else:  # final states are small: all of them are in memory
+        states, original = lm.states_beside_reference(passages, work.sets, referenced)
         chunks = [(list(range(len(passages))), states)]
     reference |= zip(referenced, original, strict=True)
     return reference, chunks
@@ -213,7 +213,7 @@ def _states(
 def _states_before(
     lm: EditableLM, passages: Sequence[Passage], before: Mapping[str, Tensor] | None
 ) -> list[Tensor]:
-    """Final states (answer tokens, d) of each passage at the weights of before the step; the current ones are kept."""
+    """Final states (answer tokens, d) of each passage at the weights before the step; the present weights stay."""
     if before is None:
         raise ValueError("locality_reference is 'previous', which needs the weights of before the step: use a single "
                          "environment, or locality_reference='original'")
@@ -224,16 +224,16 @@ def _states_before(
 
 
 def _chunks(
-    lm: EditableLM, passages: Sequence[Passage], streams: Sequence[int], component: Sequence[int]
+    lm: EditableLM, passages: Sequence[Passage], sets: Sequence[int], component: Sequence[int]
 ) -> Iterator[tuple[list[int], AnswerStates]]:
-    """:meth:`EditableLM.answer_chunks`, each component's passages by themselves if they fill some passes: its output
-    head's product then has more rows."""
+    """:meth:`EditableLM.answer_chunks`; component by component where there are many passages, so that each product with
+    the output head has more rows."""
     if sum(map(len, passages)) < 4 * lm.max_tokens_per_pass:
-        yield from lm.answer_chunks(passages, streams)
+        yield from lm.answer_chunks(passages, sets)
         return
     for c in sorted(set(component)):
         members = [i for i, other in enumerate(component) if other == c]
-        for chunk, states in lm.answer_chunks([passages[i] for i in members], [streams[i] for i in members]):
+        for chunk, states in lm.answer_chunks([passages[i] for i in members], [sets[i] for i in members]):
             yield [members[i] for i in chunk], states
 
 
@@ -241,7 +241,7 @@ def _add_losses(
     sums: Tensor, lm: EditableLM, work: _Work, coefficient: Tensor, reference: Mapping[int, Tensor],
     chunk: Sequence[int], states: AnswerStates,
 ) -> Tensor:  # fmt: skip
-    """Add a chunk's losses to their slots' ``sums`` (slots,); their weighted sum, with its graph."""
+    """Add a chunk's losses to their slots' ``sums`` (slots,); returns their weighted sum, with its graph."""
     slots = torch.tensor([work.slot[i] for i in chunk], dtype=torch.long)
     position_slot = slots.to(lm.device)[states.owner]
     position_component = position_slot % len(work.parts)
@@ -269,12 +269,12 @@ def step_reward(
     """r_t (Eq. 10) and its parts, as `LifelongEditEnv.step` puts them into ``info``.
 
     Args:
-        scores: of the batches that the step looks at, its own first; none where it looks at none.
-        made: the update that the step made (see `Update.made`).
+        scores: scores of the step's batches, its own first; empty where the step scores none.
+        made: the update that the step applied (see `Update.made`).
         drift: mean of ‖W_t − W₀‖ / ‖W₀‖.
-        config: None for no reward: 0.
-        multiplier: of the configuration's constraint.
-        gradient: whether the parts hold the reward's gradients.
+        config: the reward's configuration; None for a reward of 0.
+        multiplier: multiplier of the configuration's constraint.
+        gradient: whether ``info`` has the reward's gradients.
     """
     if config is None:
         return 0.0, {"drift": drift, "diverged": not math.isfinite(drift)}
@@ -300,11 +300,11 @@ def step_reward(
     return (config.floor if diverged else max(reward, config.floor)), info
 
 
-def _regularisation(made: Update, config: RewardConfig, wanted: bool) -> tuple[float, Parts]:
-    """L_reg and, if ``wanted``, the gradient of its negative with respect to the change made."""
-    if wanted and config.regularisation_gradient:
+def _regularisation(made: Update, config: RewardConfig, needs_gradient: bool) -> tuple[float, Parts]:
+    """L_reg and, if needed, the gradient of its negative with respect to the change made."""
+    if needs_gradient and config.regularisation_gradient:
         penalty, gradient = made.penalty_gradient(config.penalty, config.regularisation)
         return penalty, {part: {m: -g for m, g in by_module.items()} for part, by_module in gradient.items()}
     with torch.no_grad():
         penalty = float(config.regularisation * made.penalty(config.penalty))
-    return penalty, made.map(torch.zeros_like).parts() if wanted else {}
+    return penalty, made.map(torch.zeros_like).parts() if needs_gradient else {}

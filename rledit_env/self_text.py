@@ -1,4 +1,4 @@
-"""Divergence without any data: how an edited LLM predicts text that it wrote itself before editing."""
+"""Divergence without data: how well an edited LLM predicts text that it wrote itself before editing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPENINGS = (
     "Music has always", "The price of bread", "Children often ask", "The law requires", "Last summer we",
     "A computer stores", "The painting shows",
 )  # fmt: skip
-# For texts that a reward may use; none of them begins like one of OPENINGS.
+# Openings of texts for rewards; none of them begins like one of OPENINGS.
 REWARD_OPENINGS = tuple(
     f"{beginning} {topic}"
     for topic in (
@@ -37,7 +37,7 @@ REWARD_OPENINGS = tuple(
 
 @dataclass(frozen=True)
 class SelfDrift:
-    """What editing did to the LLM on its own earlier text.
+    """The effect of editing on the LLM's predictions of its own earlier text.
 
     Attributes:
         perplexity: of the text, exp(mean −log p) over its tokens, under the current weights.
@@ -61,9 +61,9 @@ def self_text(
 
     Args:
         lm: the LLM.
-        openings: texts to continue, each of which gives a passage.
-        tokens: of the longest continuation; the LLM may end it earlier.
-        seed: of the sampling; torch's own random state is not changed.
+        openings: texts to continue; each gives a passage.
+        tokens: most tokens of a continuation; the LLM may end it earlier.
+        seed: seed of the sampling; torch's own random state is not changed.
     """
     rows = [lm.encode(text) for text in openings]
     devices = [lm.device] if lm.device.type == "cuda" else []

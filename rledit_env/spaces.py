@@ -1,4 +1,4 @@
-"""Observation and action spaces, and packing between ragged tensors and padded, masked arrays."""
+"""Observation and action spaces, and conversion between ragged tensors and padded, masked arrays."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def torch_observation(trace: Trace, progress: float) -> dict[str, Any]:
 
 
 def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> dict[str, Any]:
-    """What follows the last batch, as tensors: no rows, no loss."""
+    """The observation after the last batch, as tensors: no rows, no loss."""
     return {
         "keys": {m: torch.zeros(0, d_in, device=device) for m, (d_in, _) in shapes.items()},
         "value_gradients": {m: torch.zeros(0, d_out, device=device) for m, (_, d_out) in shapes.items()},
@@ -120,25 +120,25 @@ def unpack_action(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The action's used rows as tensors of ``dtype``: keys and values by module.
 
-    Rows beyond ``used_rows`` are padding and are ignored. Both NumPy arrays and tensors are taken, with either
+    Rows beyond ``used_rows`` are padding and are ignored. NumPy arrays and tensors are accepted, with either
     ``padded_rows`` or ``used_rows`` rows.
 
     Raises:
-        ValueError: a part is missing or unknown, has a wrong shape, or holds a number that is not finite.
+        ValueError: a part is missing or unknown, has a wrong shape, or has a number that is not finite.
     """
     unpacked: dict[str, dict[str, Tensor]] = {}
     if not isinstance(action, Mapping) or set(action) != {"keys", "values"}:
-        shown = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
+        given = sorted(map(str, action)) if isinstance(action, Mapping) else type(action).__name__
         raise ValueError(
-            f"the action is {shown}; give a dictionary with 'keys' and 'values', each by module, or with 'updates' or "
+            f"the action is {given}; give a dictionary with 'keys' and 'values', each by module, or with 'updates' or "
             "'accumulated' alone"
         )
     for part, side in (("keys", 0), ("values", 1)):
         if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
-            found = set(action[part]) if isinstance(action[part], Mapping) else set()
+            names = set(action[part]) if isinstance(action[part], Mapping) else set()
             raise ValueError(
-                f"action[{part!r}] must have exactly the edited modules; missing: {sorted(set(shapes) - found)}, "
-                f"unknown: {sorted(map(str, found - set(shapes)))}"
+                f"action[{part!r}] must have exactly the edited modules; missing: {sorted(set(shapes) - names)}, "
+                f"unknown: {sorted(map(str, names - set(shapes)))}"
             )
         unpacked[part] = {}
         for module, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The three kinds of weight update: each can apply, measure and serialise itself."""
+"""The three kinds of weight update; each can apply, measure and serialise itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rledit_env.lm.editable import EditableLM
 
-Penalty = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]  # of factors ũ and ṽ by module; differentiable
-Parts = dict[str, dict[str, Tensor]]  # part → module → tensor: the form of an action, and of a gradient for it
+Penalty = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]  # differentiable, of factors ũ and ṽ by module
+Parts = dict[str, dict[str, Tensor]]  # part → module → tensor, as in an action or its gradient
 SameKind = TypeVar("SameKind", bound="Update")
 
 
@@ -25,34 +25,34 @@ def frobenius_penalty(keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) 
 
 
 class Update(ABC):
-    """A change of edited weights. It does not change itself, and nothing writes to its tensors.
+    """A change of edited weights. It is immutable, and nothing writes to its tensors.
 
     Attributes:
-        PARTS: the names of its parts, each a field that holds tensors by module. They are the keys of the action that
-            means this update (see `rledit_env.env.LifelongEditEnv`).
+        PARTS: the names of its parts, each a field with tensors by module. They are the keys of the action for this
+            update (see `rledit_env.env.LifelongEditEnv`).
     """
 
     PARTS: ClassVar[tuple[str, ...]]
 
     def parts(self) -> Parts:
-        """Its tensors by part and module, as an action has them."""
+        """Its tensors by part and module, as in an action."""
         return {part: dict(getattr(self, part)) for part in self.PARTS}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by "part.module", as a ledger's entry has them; :func:`from_tensors` reads them."""
+        """Its tensors by "part.module", as in a ledger's entry; :func:`from_tensors` reads them."""
         return {f"{part}.{module}": t for part, by_module in self.parts().items() for module, t in by_module.items()}
 
     def map(self: SameKind, function: Callable[[Tensor], Tensor]) -> SameKind:
-        """The update with what a function makes of each of its tensors, in order."""
+        """The update with a function applied to each of its tensors, in order."""
         return replace(self, **{  # type: ignore[type-var]  # each kind is a dataclass
             part: {m: function(t) for m, t in by_module.items()} for part, by_module in self.parts().items()
         })  # fmt: skip
 
     def misfit(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-        """What of it does not fit modules of these shapes (d_in, d_out), if anything.
+        """A description of a part that does not fit modules of these shapes (d_in, d_out); None if all parts fit.
 
         Raises:
-            KeyError: it is of other modules.
+            KeyError: the update is of other modules.
         """
         for part, by_module in self.parts().items():
             for m, tensor in by_module.items():
@@ -61,44 +61,44 @@ class Update(ABC):
         return None
 
     def _shape(self, part: str, d_in: int, d_out: int) -> tuple[int, int]:
-        """Of a part's tensors for a module."""
+        """Shape of a part's tensor for a module."""
         return d_out, d_in
 
     @abstractmethod
     def apply(self: SameKind, lm: EditableLM) -> tuple[SameKind, Callable[[], None]]:
-        """Change an LLM's weights, or none if that fails.
+        """Change an LLM's weights; if that fails, none has changed.
 
         Returns:
-            The update as :meth:`made`, and what takes it back as long as no other change came after.
+            The update as :meth:`made`, and a function that undoes it as long as no other change came after it.
         """
 
     def made(self: SameKind, lm: EditableLM, before: Mapping[str, Tensor]) -> SameKind:
-        """The update that has been applied, with what :meth:`penalty` has to know of the change that it made.
+        """The update after it was applied, with what :meth:`penalty` needs to know of the change that it made.
 
         Args:
-            lm: has the weights after it.
-            before: module → the weights before it.
+            lm: the LLM, with the weights after the update.
+            before: module → the weights before the update.
         """
         return self
 
     @abstractmethod
     def updated(self, weights: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights (d_out, d_in) that it makes of ``weights``, given W₀; new tensors where anything changes.
+        """The weights (d_out, d_in) after applying it to ``weights``, given W₀; new tensors where anything changes.
 
-        The same numbers give the same bits, wherever in memory they lie and however they are laid out there.
+        The same numbers give the same bits, whatever their memory addresses and strides.
         """
 
     @abstractmethod
     def penalty(self, penalty: Penalty) -> Tensor:
-        """A penalty of the change ΔW made, seen as factors, and differentiable with respect to the parts."""
+        """A penalty of the change ΔW, written as factors; differentiable with respect to the parts."""
 
     @torch.no_grad()
     def norm(self, lm: EditableLM) -> float:
-        """√(Σ_modules ‖ΔW‖_F²) of the change that it is about to make to the LLM's weights as they are."""
+        """√(Σ_modules ‖ΔW‖_F²) of the change that it would make to the LLM's present weights."""
         return math.sqrt(max(float(self.penalty(frobenius_penalty)), 0.0))
 
     def penalty_gradient(self, penalty: Penalty, weight: float) -> tuple[float, Parts]:
-        """``weight`` · :meth:`penalty`, and its gradient with respect to the parts (of a `Replacement`: to ΔW)."""
+        """``weight`` · :meth:`penalty`, and its gradient with respect to the parts (for a `Replacement`, to ΔW)."""
         leaves = self.map(lambda t: t.detach().requires_grad_())
         with torch.enable_grad():
             cost = weight * leaves.penalty(penalty)
@@ -121,8 +121,8 @@ class RankOne(Update):
     values: Mapping[str, Tensor]
 
     def misfit(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-        differ = "keys and values are of different modules" if set(self.keys) != set(self.values) else None
-        return super().misfit(shapes) or differ
+        mismatch = "keys and values are of different modules" if set(self.keys) != set(self.values) else None
+        return super().misfit(shapes) or mismatch
 
     def _shape(self, part: str, d_in: int, d_out: int) -> tuple[int, int]:
         return len(next(iter(self.keys.values()))), d_in if part == "keys" else d_out
@@ -132,12 +132,12 @@ class RankOne(Update):
 
     @torch.no_grad()
     def updated(self, weights: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        def placed(tensor: Tensor) -> Tensor:  # a product's last bits depend on its factors' strides and alignment
+        def contiguous(tensor: Tensor) -> Tensor:  # strides and alignment change a product's last bits
             return tensor.detach().clone(memory_format=torch.contiguous_format)
 
         after = dict(weights)
         for m in filter(self.keys.__contains__, weights):
-            values, keys = placed(self.values[m].to(weights[m])), placed(self.keys[m].to(weights[m]))
+            values, keys = contiguous(self.values[m].to(weights[m])), contiguous(self.keys[m].to(weights[m]))
             after[m] = torch.addmm(weights[m], values.t(), keys)
         return after
 
@@ -147,7 +147,7 @@ class RankOne(Update):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Update):
-    """Dense changes, of any rank: W + ΔW. Modules that are left out stay as they are.
+    """Dense changes of any rank: W + ΔW. Modules that are left out stay as they are.
 
     Attributes:
         updates: module → ΔW (d_out, d_in).
@@ -164,7 +164,7 @@ class Dense(Update):
         return {m: w + self.updates[m].to(w) if m in self.updates else w for m, w in weights.items()}
 
     def penalty(self, penalty: Penalty) -> Tensor:
-        """ΔW is seen as factors with ũ = I and ṽ = ΔWᵀ."""
+        """ΔW is written as factors ũ = I and ṽ = ΔWᵀ."""
         changes = self.updates
         if not changes:
             return torch.zeros(())
@@ -176,11 +176,11 @@ class Dense(Update):
 
 @dataclass(frozen=True, eq=False)
 class Replacement(Update):
-    """What replaces all changes since `reset`: W₀ + A. Modules that are left out stay as they are.
+    """Replaces all changes since `reset`: W₀ + A. Modules that are left out stay as they are.
 
     Attributes:
         accumulated: module → A (d_out, d_in).
-        change: the change ΔW that it made; None before it has been applied.
+        change: the change ΔW that it made; None before it is applied.
     """
 
     PARTS = ("accumulated",)
@@ -201,8 +201,8 @@ class Replacement(Update):
 
     @torch.no_grad()
     def updated(self, weights: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = self.accumulated
-        return {m: original[m] + given[m].to(w) if m in given else w for m, w in weights.items()}
+        changes = self.accumulated
+        return {m: original[m] + changes[m].to(w) if m in changes else w for m, w in weights.items()}
 
     def penalty(self, penalty: Penalty) -> Tensor:
         assert self.change is not None, "what it changes depends on the weights: apply it first"
@@ -222,10 +222,10 @@ NOTHING = Dense({})  # the update that changes no weight
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Update:
-    """The update whose :meth:`Update.tensors` these are: `NOTHING` where there are none.
+    """The update with these :meth:`Update.tensors`; `NOTHING` where there are none.
 
     Raises:
-        ValueError: they are no update's.
+        ValueError: they are not the tensors of an update.
     """
     parts: Parts = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Plain prompts in the chat template of a model's tokenizer."""
+"""Puts plain prompts into the chat template of a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MARK = "\ufffc8215\ufffc"  # a message that no template holds
 
 
 class ChatTemplate:
-    """A tokenizer's chat template around one message of a user, ready for the model to answer.
+    """A tokenizer's chat template around one user message, ready for the model to answer.
 
     Args:
-        tokenizer: the model's.
-        name: what to call the model in messages.
+        tokenizer: the model's tokenizer.
+        name: the model's name in messages.
 
     Raises:
-        ValueError: it has no chat template, or one that a single message of a user does not fit.
+        ValueError: the tokenizer has no chat template, or one that does not take a single user message.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the model") -> None:
@@ -30,25 +30,25 @@ class ChatTemplate:
             raise ValueError(f"{name} has no chat template; take a model made for chat, or the prompts as they are")
         self.tokenizer, self.name = tokenizer, name
         self.special_tokens = TextEncoder(tokenizer).special_tokens
-        before, mark, _ = self._rendered(_MARK).partition(_MARK)
+        before, mark, _ = self._render(_MARK).partition(_MARK)
         if not mark:
             raise ValueError(f"the chat template of {name} leaves a user's message out; take the prompts as they are")
         self.lead = len(before)  # characters before the message
 
     def __call__(self, prompt: str, origin: str = "") -> str:
-        """The prompt as a user's message, with the beginning of the answer after it.
+        """The prompt as a user message, followed by the beginning of the answer.
 
         Raises:
-            ValueError: the prompt holds tokens of a chat already, or the template changes it.
+            ValueError: the prompt contains special tokens of a chat already, or the template fails on it.
         """
         self.check(prompt, origin)
-        return self._rendered(prompt)
+        return self._render(prompt)
 
     def check(self, prompt: str, origin: str = "") -> None:
-        """Make sure that a prompt may stand in the template.
+        """Check that a prompt may be put into the template.
 
         Raises:
-            ValueError: it holds tokens of a chat already.
+            ValueError: the prompt contains special tokens of a chat already.
         """
         token = next((token for token in self.special_tokens if token in prompt), None)
         if token is not None:
@@ -56,7 +56,7 @@ class ChatTemplate:
                              "prompt, or take all prompts as they are")
 
     def wrapped(self, record: EditRecord) -> EditRecord:
-        """The record with every prompt in the template: the edit's, its paraphrases' and those that are only scored."""
+        """The record with all its prompts in the template: the edit's, the paraphrases' and those only scored."""
 
         def chat(prompt: str) -> str:
             return self(prompt, record.origin)
@@ -79,8 +79,7 @@ class ChatTemplate:
         )
 
     def asked(self, record: EditRecord, form: str) -> tuple[EditRecord, ...]:
-        """The record as it is asked: with the form "only" in the template, with "also" first as it is, then in the
-        template.
+        """The record in the form asked for: "only" in the template, or "also" in it, after the record as it is.
 
         Raises:
             ValueError: as for :meth:`wrapped`, or there is no such form.
@@ -89,7 +88,7 @@ class ChatTemplate:
             raise ValueError(f"chat is {form!r}; give one of {', '.join(map(repr, CHAT_FORMS))}")
         return (record, self.wrapped(record)) if form == "also" else (self.wrapped(record),)
 
-    def _rendered(self, message: str) -> str:
+    def _render(self, message: str) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True

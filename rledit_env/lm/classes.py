@@ -1,4 +1,4 @@
-"""Modules of a model that compute the same faster."""
+"""Replaces modules of a model by faster ones with the same results."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 
 
 def prefer(model: PreTrainedModel, faster: Callable[[nn.Module], type[nn.Module] | None]) -> None:
-    """Give modules of a model on a CPU or a GPU another class, which keeps their weights and names.
+    """Change the class of modules of a model on a CPU or a GPU; their weights and names stay.
 
     Args:
-        model: the model; on other devices it stays as it is.
-        faster: the class for a module, or None; asked once for each class of module.
+        model: the model; it is left as it is on other devices.
+        faster: returns a module's new class, or None to keep its own; called once for each class of module.
     """
     if model.device.type not in ("cpu", "cuda"):
         return
-    known: dict[type[nn.Module], type[nn.Module] | None] = {}
+    replacements: dict[type[nn.Module], type[nn.Module] | None] = {}
     for module in model.modules():
         cls = type(module)
         if hasattr(module, "_hf_hook"):
-            continue  # the weight may rest elsewhere
-        if cls not in known:
-            known[cls] = faster(module)
-        if (replacement := known[cls]) is not None:
+            continue  # Accelerate may keep the weight elsewhere
+        if cls not in replacements:
+            replacements[cls] = faster(module)
+        if (replacement := replacements[cls]) is not None:
             module.__class__ = replacement

@@ -1,4 +1,4 @@
-"""Texts that an LLM writes, many prompts at a time."""
+"""Text generation, many prompts at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Decoder:
     """Continues texts by the model's own generation.
 
     Args:
-        passes: whose LLM and weights are used.
-        tokens: its text.
+        passes: runs the LLM, at the weights that are used.
+        tokens: encodes the LLM's texts.
     """
 
     def __init__(self, passes: Passes, tokens: PassageEncoder) -> None:
@@ -33,7 +33,7 @@ class Decoder:
         Args:
             prompts: texts to continue.
             longest: expected answers; the continuation may be ``extra`` tokens longer than the longest of its batch.
-            extra: tokens beyond that (or in all, without ``longest``).
+            extra: tokens beyond that (without ``longest``: tokens in all).
             batch_size: prompts decoded together.
         """
         encode, tokenizer = self._tokens.encode, self._tokens.tokenizer
@@ -50,16 +50,17 @@ class Decoder:
         return texts
 
     def decoded_together(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Indices of rows of token ids in batches that the model continues as it continues each row alone."""
+        """Yield batches of row indices; in such a batch, the model continues each row as it does alone."""
         batching = self._passes.forward.batching
         keys = [0 if batching == "padded" else len(row) if batching == "by length" else i for i, row in enumerate(rows)]
         for key in sorted(set(keys)):
-            yield [i for i, each in enumerate(keys) if each == key]
+            yield [i for i, row_key in enumerate(keys) if row_key == key]
 
     def decode(self, rows: Sequence[Sequence[int]], most: int, /, **sampling: Any) -> Tensor:
-        """Continuations (B, most or less) of rows of token ids, which the model sees together (see
-        :meth:`decoded_together`): greedy ones, unless ``sampling`` says otherwise, as transformers' ``generate`` takes
-        it."""
+        """Continuations (B, ``most`` or fewer) of rows of token ids in one batch (see :meth:`decoded_together`).
+
+        They are greedy unless ``sampling``, which has options of transformers' ``generate``, says otherwise.
+        """
         ids, mask = self.pad_on_left(rows)
         model: Any = self._passes.forward.model
         with self._passes.routing.routed([0], [0]):
@@ -70,6 +71,6 @@ class Decoder:
         return output[:, ids.shape[1] :]
 
     def pad_on_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L), padded on the left, and where they are not padding."""
+        """Token ids (B, L), padded on the left, and their attention mask (B, L)."""
         ids, mask = padded_on_left(rows, self._tokens.pad_token_id)
         return ids.to(self._passes.device), mask.to(self._passes.device)

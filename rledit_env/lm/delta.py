@@ -1,7 +1,7 @@
-"""Only what editing changed, as a safetensors delta or as a LoRA adapter that the peft library reads.
+"""Saves only what editing changed: as a safetensors delta, or as a LoRA adapter that the peft library reads.
 
-A change ΔW = W − W₀ is known up to the rounding of W itself. It counts as exactly represented by r factors when what
-they leave out is no larger than a few roundings: ‖ΔW − ΔW_r‖_F ≤ 8 ε ‖W₀‖_F.
+A change ΔW = W − W₀ is known up to the rounding of W itself. So r factors ΔW_r count as exact if their error is at most
+a few roundings: ‖ΔW − ΔW_r‖_F ≤ 8 ε ‖W₀‖_F.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rledit_env.lm.editable import EditableLM
 
 DELTA_FILE = "delta.safetensors"
 FORMAT = "rledit-delta-1"
-ROUNDINGS = 8  # ε ‖W₀‖ this many times is what a change may be wrong by and still count as exact
-SAMPLED = 64  # entries of each original weight that tell whether a delta meets the model it was made for
-OTHER_PRECISION = 0.01  # relative difference of those entries that rounding to another precision explains
+ROUNDINGS = 8  # factors are exact if their error is at most this many times ε ‖W₀‖
+SAMPLED = 64  # entries of each original weight in the file, to recognise the model that a delta was made for
+OTHER_PRECISION = 0.01  # largest relative difference of these entries where the model has another precision
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change as up @ down.
+    """A change factorised as up @ down.
 
     Attributes:
         up: (d_out, r).
@@ -61,24 +61,24 @@ def low_rank(change: Tensor, weight_norm: float, rank: int | None = None) -> Low
     Args:
         change: ΔW, (d_out, d_in).
         weight_norm: ‖W₀‖_F, whose rounding sets what counts as exact.
-        rank: the most factors; None means as many as make it exact.
+        rank: largest number of factors; None means as many as are exact.
     """
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    left_out = s.square().flip(0).cumsum(0).flip(0)  # of s.square(), what is left out by keeping the first i
+    left_out = s.square().flip(0).cumsum(0).flip(0)  # [i]: the squared error of the first i factors
     allowed = (ROUNDINGS * torch.finfo(change.dtype).eps * weight_norm) ** 2
     needed = int((left_out > allowed).sum())
-    kept = max(needed if rank is None else min(needed, rank), 1)
-    root = s[:kept].sqrt()
-    error = math.sqrt(float(left_out[kept])) if kept < len(s) else 0.0
+    count = max(needed if rank is None else min(needed, rank), 1)
+    root = s[:count].sqrt()
+    error = math.sqrt(float(left_out[count])) if count < len(s) else 0.0
     norm = float(s.norm())
-    return LowRank(u[:, :kept] * root, root[:, None] * vh[:kept], error / norm if norm else 0.0, kept >= needed)
+    return LowRank(u[:, :count] * root, root[:, None] * vh[:count], error / norm if norm else 0.0, count >= needed)
 
 
 def save_delta(lm: EditableLM, folder: str | Path, overwrite: bool = False) -> Path:
     """Write ΔW of every edited module as a safetensors file; :func:`load_delta` adds it to the model again.
 
-    A module is written as factors where they are exact and smaller, else dense; its weights come back to float32
-    rounding. With it go the base model's name and some of its weights' entries, so that a delta is not added to
+    A module is written as factors where they are exact and smaller, else dense; its weights are restored to float32
+    rounding. The file also has the base model's name and some entries of its weights, so that a delta is not added to
     another model, or twice.
 
     Raises:
@@ -103,16 +103,19 @@ def save_delta(lm: EditableLM, folder: str | Path, overwrite: bool = False) -> P
 
 @torch.no_grad()
 def load_delta(model: PreTrainedModel | EditableLM, folder: str | Path) -> PreTrainedModel | EditableLM:
-    """Add a delta that :func:`save_delta` wrote to the weights of the model it was made for; returns the model.
+    """Add a delta written by :func:`save_delta` to the weights of the model that it was made for.
 
     Args:
         model: the base model as it is, or an `EditableLM` of it that edits the delta's modules.
         folder: the delta's folder, or its file.
 
+    Returns:
+        The given model.
+
     Raises:
-        FileNotFoundError: there is no delta there.
+        FileNotFoundError: there is no delta at that path.
         ValueError: the file is damaged or of another format; or the model lacks a module of the delta, or has other
-            weights than the base had. The model is then as it was.
+            weights than the base model. The model is then unchanged.
     """
     path = Path(folder) / DELTA_FILE if Path(folder).is_dir() else Path(folder)
     if not path.exists():
@@ -123,7 +126,9 @@ def load_delta(model: PreTrainedModel | EditableLM, folder: str | Path) -> PreTr
     same_precision = metadata["dtype"] == str((model.model if isinstance(model, EditableLM) else model).dtype)
     for name, weight in weights.items():
         _check_base(name, weight, tensors[f"{name}.sample"], same_precision, path, metadata["base_model"])
-    changed = {n: w.to(tensors[f"{n}.sample"].dtype) + _change(tensors, n).to(w.device) for n, w in weights.items()}
+    changed = {
+        n: w.to(tensors[f"{n}.sample"].dtype) + _dense_change(tensors, n).to(w.device) for n, w in weights.items()
+    }
     if isinstance(model, EditableLM):
         model.restore(model.snapshot() | changed)
     else:
@@ -139,9 +144,9 @@ def save_lora(
 
     Args:
         lm: the edited LLM.
-        folder: the adapter's.
-        rank: the most factors a module; None means as many as make the adapter exact.
-        overwrite: replace a folder that is not empty, as for :func:`save_delta`.
+        folder: the adapter's folder.
+        rank: largest rank of a module; None means as large as an exact adapter needs.
+        overwrite: replace a folder that is not empty, as in :func:`save_delta`.
 
     Returns:
         Module → its factors, with the error of cutting them to ``rank``; :func:`relative_error` sums them up.
@@ -153,7 +158,7 @@ def save_lora(
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; give 1 or more, or None for an exact adapter")
     factors = {n: low_rank(c, float(lm.original_weight(n).norm()), rank) for n, c in changes(lm).items()}
-    ranks = {name: one.rank for name, one in factors.items()}
+    ranks = {name: change.rank for name, change in factors.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -169,8 +174,8 @@ def save_lora(
         "fan_in_fan_out": any(isinstance(m, Conv1D) for n, m in lm.model.named_modules() if n in ranks),
         "inference_mode": True,
     }
-    tensors = {f"base_model.model.{n}.lora_A.weight": one.down for n, one in factors.items()}
-    tensors |= {f"base_model.model.{n}.lora_B.weight": one.up for n, one in factors.items()}
+    tensors = {f"base_model.model.{n}.lora_A.weight": change.down for n, change in factors.items()}
+    tensors |= {f"base_model.model.{n}.lora_B.weight": change.up for n, change in factors.items()}
     with whole_folder(folder, overwrite, "adapter") as work:
         write_text(work / "adapter_config.json", json.dumps(config, indent=1) + "\n")
         write_tensors(work / "adapter_model.safetensors", tensors, {"format": "pt"})
@@ -180,16 +185,16 @@ def save_lora(
 def relative_error(lm: EditableLM, factors: Mapping[str, LowRank]) -> float:
     """‖ΔW − ΔW_r‖_F / ‖ΔW‖_F over all modules together."""
     norms = {name: float(change.norm()) for name, change in changes(lm).items()}
-    whole = math.hypot(*norms.values())
-    return math.hypot(*(one.error * norms[name] for name, one in factors.items())) / whole if whole else 0.0
+    total = math.hypot(*norms.values())
+    return math.hypot(*(change.error * norms[name] for name, change in factors.items())) / total if total else 0.0
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-    except Exception as error:  # safetensors' own, which has no public name
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+    except Exception as error:  # safetensors' own error has no public name
         raise ValueError(f"{path} is damaged ({error}); save the delta again") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
@@ -200,7 +205,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _weights(model: PreTrainedModel | EditableLM, names: list[str], path: Path, base: str) -> dict[str, Tensor]:
-    """The weights to change, (d_out, d_in); views of the model's own."""
+    """The weights to change, (d_out, d_in), as views of the model's weights."""
     if isinstance(model, EditableLM):
         missing = [name for name in names if name not in model.module_shapes]
         if missing:
@@ -217,14 +222,16 @@ def _weights(model: PreTrainedModel | EditableLM, names: list[str], path: Path, 
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Some entries of a weight, evenly spread, (SAMPLED,) or all of a smaller one."""
+    """Evenly spaced entries of a weight, (SAMPLED,); all entries if it has fewer."""
     flat = weight.reshape(-1)
     return flat[torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64).long()].clone()
 
 
 def _check_base(name: str, weight: Tensor, sample: Tensor, same_precision: bool, path: Path, base: str) -> None:
-    found = _sample(weight).to(sample)
-    difference = float((found - sample).norm() / sample.norm()) if found.shape == sample.shape else math.inf
+    model_sample = _sample(weight).to(sample)
+    difference = math.inf
+    if model_sample.shape == sample.shape:
+        difference = float((model_sample - sample).norm() / sample.norm())
     if difference > (0.0 if same_precision else OTHER_PRECISION):
         raise ValueError(
             f"{path} was made for other weights than the model has in {name}: it belongs to {base or 'another model'}, "
@@ -232,6 +239,6 @@ def _check_base(name: str, weight: Tensor, sample: Tensor, same_precision: bool,
         )
 
 
-def _change(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _dense_change(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     dense = tensors.get(f"{name}.change")
     return tensors[f"{name}.up"] @ tensors[f"{name}.down"] if dense is None else dense

@@ -1,4 +1,4 @@
-"""EditableLM: a causal LM some of whose linear weights are edited, composed of its parts."""
+"""EditableLM: a causal LM some of whose linear weights are edited."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from rledit_env.lm.weights import EditedWeights
 
 
 class EditableLM:
-    """A causal LM with edited weights: its text, its passes and their gradients. Frozen weights are never written.
+    """A causal LM some of whose linear weights are edited. All other weights are frozen and never written.
 
-    Its parts do the work, and what they offer is offered here:
+    It is composed of these parts, whose methods can be called on it directly:
 
     | Part        | What it does                                                                            |
     |-------------|-----------------------------------------------------------------------------------------|
     | `weights`   | the edited weights: apply, snapshot, restore, drift (:class:`EditedWeights`)            |
-    | `passes`    | passages through the model, with what no edit changes cached (:class:`Passes`)          |
+    | `passes`    | forward passes, with states that no edit changes cached (:class:`Passes`)               |
     | `gradients` | keys and value gradients, gradients of the edited weights (:class:`Gradients`)          |
     | `tokens`    | prompts and answers as token ids (:class:`PassageEncoder`)                              |
-    | `decoder`   | texts that the model writes (:class:`Decoder`)                                          |
+    | `decoder`   | text generation (:class:`Decoder`)                                                      |
 
-    The model's own weights are edited in place, until :meth:`close` gives the model back as it came.
+    The model's weights are edited in place; :meth:`close` restores the model.
 
     Args:
-        model: a Hugging Face causal LM. While it is edited, it is in evaluation mode and its parameters take no
-            gradients.
+        model: a Hugging Face causal LM. While it is edited, it is in evaluation mode and its parameters do not
+            require gradients.
         tokenizer: its fast tokenizer.
         edit_modules: names or globs of the linear modules to edit (``nn.Linear`` or GPT-2's ``Conv1D``).
-        name: what to call the model in logs.
-        cache_bytes: bound on the cached prefix states.
-        max_tokens_per_pass: bound on the padded tokens of one pass that takes gradients (four times as many where none
-            are taken); None means what suits the device: on a CPU, where matrix products gain little by more and memory
-            grows with it, 384, or 256 in float32; 4096 elsewhere.
-        revision: of the name, where it is a hub id: for the record.
-        optimize: let the model compute by faster modules of this package, where these give what its own give, to
-            rounding. None means not to touch a model that somebody made; :meth:`load` takes it for yes.
+        name: the model's name in messages and in what is saved.
+        cache_bytes: most bytes of cached prefix states.
+        max_tokens_per_pass: most padded tokens of one forward pass with gradients (four times as many without). None
+            means 384 on a CPU (256 in float32), since larger matrix products gain little there and take more memory,
+            and 4096 on other devices.
+        revision: the hub revision that was loaded, for what is saved.
+        optimize: replace modules of the model by faster ones of this package, where these give the same results to
+            rounding. None means no here, and yes in :meth:`load`.
 
     Raises:
         ValueError: the model is no causal LM, is quantised, or has no linear modules that can be edited; a pattern in
@@ -84,9 +84,9 @@ class EditableLM:
         self._changes: list[Freeze | FastModules] = [Freeze(model)]
         try:
             linear = linear_modules(model)
-            own = own_pass(model, tokenizer, linear)
-            weights = EditedWeights(chosen_modules(model, linear, own.unfit, edit_modules))
-            forward, fast = own.forward(model, weights.modules, name, bool(optimize))
+            probe = own_pass(model, tokenizer, linear)
+            weights = EditedWeights(chosen_modules(model, linear, probe.unfit, edit_modules))
+            forward, fast = probe.forward(model, weights.modules, name, bool(optimize))
         except BaseException:
             self._undo_changes()
             raise
@@ -94,15 +94,15 @@ class EditableLM:
             self._changes.append(fast)
         on_cpu = 384 if model.dtype.itemsize < 4 else 256
         max_tokens_per_pass = max_tokens_per_pass or (on_cpu if model.device.type == "cpu" else 4096)
-        self.text_cache = PrefixCache(cache_bytes // 64)  # token ids that θ₀ wrote
+        self.text_cache = PrefixCache(cache_bytes // 64)  # token ids of texts that the unedited model wrote
         caches = PrefixCache(cache_bytes), PrefixCache(cache_bytes)
         self.weights = weights
         self.passes = Passes(forward, InModules(weights), max_tokens_per_pass, *caches)
-        self.gradients = Gradients(self.passes, weights, own.overwritten)
+        self.gradients = Gradients(self.passes, weights, probe.overwritten)
         self.decoder = Decoder(self.passes, self.tokens)
 
     @classmethod
-    def load(  # noqa: PLR0913  those of `from_pretrained`, under its names
+    def load(  # noqa: PLR0913  the arguments of `from_pretrained`, under its names
         cls,
         name: str,
         edit_modules: Sequence[str] | str | None = None,
@@ -115,24 +115,25 @@ class EditableLM:
         trust_remote_code: bool = False,
         optimize: bool | None = None,
     ) -> EditableLM:
-        """An editable LM by registry name, hub id or folder.
+        """Load an editable LM by registry name, hub id or folder.
 
         Args:
             name: such as ``"smollm2-135m"``, ``"owner/name"`` or a path.
             edit_modules: names or globs of the modules to edit; None means the registry's default for this model.
-            dtype: precision of the frozen weights, ``"auto"`` (see :func:`resolve_dtype`), or ``"stored"``: the one
-                that the model was saved in, so that :meth:`save_pretrained` leaves its frozen weights bit for bit.
-            device: or ``"auto"``: the accelerator if there is one.
+            dtype: precision of the frozen weights; ``"auto"`` (see :func:`resolve_dtype`); or ``"stored"``: the
+                precision that the model was saved in, so that :meth:`save_pretrained` writes its frozen weights bit for
+                bit.
+            device: a torch device, or ``"auto"``: the accelerator if there is one.
             device_map: for a model larger than one device: ``"auto"``, or module → device, "cpu" or "disk", as
-                Accelerate takes it. Edited modules must lie on a device.
-            offload_folder: where what is mapped to the disk goes.
-            max_memory: device → bytes that ``"auto"`` may fill there.
+                Accelerate takes it. Edited modules must be on a device.
+            offload_folder: folder for the weights that ``device_map`` puts on the disk.
+            max_memory: device → bytes that ``"auto"`` may use there.
             revision: branch, tag or commit of a hub id; None means its main branch.
-            trust_remote_code: run the code that the model brings, where it needs that.
-            optimize: compute by faster modules where these suit the model; None means to do so.
+            trust_remote_code: run code that comes with the model, where it needs that.
+            optimize: use faster modules, as described for the class; None means yes.
 
         Raises:
-            ModelError: the model cannot be had.
+            ModelError: the model cannot be found, fetched or used.
             ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
@@ -156,8 +157,8 @@ class EditableLM:
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model with its current weights, and its tokenizer, for ``from_pretrained`` to load anywhere.
 
-        The weights are written as the model runs with them, in its precision; the tokenizer and the settings of
-        generation as they were read. The folder appears when it is complete.
+        The weights are written in the precision that the model runs in, the tokenizer and the generation settings as
+        they were loaded. The folder appears when it is complete.
 
         Raises:
             FileExistsError: the folder is not empty. With ``overwrite`` it is replaced, if rledit wrote all of it in
@@ -169,13 +170,15 @@ class EditableLM:
         return Path(folder)
 
     def clear_caches(self) -> None:
-        """Forget what was computed of the unedited model."""
+        """Clear the cached states and texts of the unedited model."""
         for cache in (self.prefix_cache, self.reference_cache, self.text_cache):
             cache.clear()
 
     def close(self) -> None:
-        """Give the model back as it came: with its pre-trained weights, its own modules, in its own mode. The caches
-        are dropped. The LM is not to be used any more."""
+        """Restore the model's pre-trained weights, modules and mode, and clear the caches.
+
+        The LM must not be used afterwards.
+        """
         self.restore()
         self.clear_caches()
         self._undo_changes()
@@ -187,13 +190,13 @@ class EditableLM:
     # -- copies ----------------------------------------------------------------------------------------------------
 
     def __copy__(self) -> EditableLM:
-        """The same LM: it shares all parts."""
+        """Another object of the same LM: it shares all parts."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
-        """A copy with edited weights of its own, equal to these, over the same frozen weights."""
+        """A copy with its own edited weights, equal to these, over the same frozen weights."""
         memo |= frozen_weights(self.model, self.module_shapes) | {id(self.tokenizer): self.tokenizer}
         model = copy.deepcopy(self.model, memo)
         memo[id(self.weights)] = self.weights.copied({name: model.get_submodule(name) for name in self.module_shapes})
@@ -208,7 +211,7 @@ class EditableLM:
             "save_pretrained(folder) and load it by the folder's name, or copy it in this process: copy.deepcopy(lm)"
         )
 
-    # -- what its parts offer --------------------------------------------------------------------------------------
+    # -- attributes and methods of its parts -----------------------------------------------------------------------
 
     holder = AttributeOf[Any]("weights")
     module_shapes = AttributeOf[dict[str, tuple[int, int]]]("weights")
@@ -235,7 +238,7 @@ class EditableLM:
     pad_ids = method_of("passes", Passes.pad_ids)
 
     def original_weights(self) -> AbstractContextManager[None]:
-        """Within it the model runs with its pre-trained weights; no copying."""
+        """Context in which the model runs with its pre-trained weights; nothing is copied."""
         return self.passes.routing.original()
 
     trace = method_of("gradients", Gradients.trace)

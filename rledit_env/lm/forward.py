@@ -1,4 +1,4 @@
-"""What the forward passes of an edited LLM take and give: passages, and the interface of the ways to run them."""
+"""Passages, and the interface of the forward passes that run them through an edited LLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rledit_env.lm.kernels.layout import Layout
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
 
-# What a trial of something on a model of another make may raise.
+# What our code may raise when it is tried on a model of unfamiliar architecture.
 FAILURES = (
     AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
@@ -26,7 +26,7 @@ class Passage:
     """A prompt and its answer as token ids.
 
     ``input_ids`` leaves out the last answer token, whose state predicts nothing that is scored. ``positions`` are the
-    indices whose states predict ``targets``; both have one entry an answer token.
+    indices whose states predict ``targets``; both have one entry per answer token.
     """
 
     input_ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Passage:
         return range(len(self.input_ids) - len(self.targets), len(self.input_ids))
 
     def chosen_positions(self, token: str) -> Sequence[int]:
-        """The positions that one of :data:`TOKEN_CHOICES` means, in order."""
+        """The positions that ``token``, one of :data:`TOKEN_CHOICES`, stands for, in order."""
         if token == "all":
             return range(len(self.input_ids))
         if token == "answer" or self.subject_position is None:
@@ -52,11 +52,11 @@ class Passage:
 
 
 class Scored(Protocol):
-    """What losses at final states need of a forward pass.
+    """The part of a forward pass that losses use.
 
     Attributes:
-        output: the output head, which gives logits for final states.
-        quantum: rows of matrix products are kept to multiples of this.
+        output: the output head, which computes logits from final states.
+        quantum: the number of rows of matrix products is kept to multiples of this.
     """
 
     output: OutputHead
@@ -66,16 +66,19 @@ class Scored(Protocol):
 
 
 class Forward(Scored, Protocol):
-    """How passages are run through an LLM: by `rledit_env.lm.suffix.SuffixForward`, or by
-    `rledit_env.lm.whole.WholeForward` where that cannot follow the model (see `rledit_env.lm.self_check`).
+    """Runs passages through an LLM.
+
+    `rledit_env.lm.suffix.SuffixForward` runs the decoder layers one by one. `rledit_env.lm.whole.WholeForward` runs the
+    model's own forward, where running its layers gives other results (see `rledit_env.lm.self_check`).
 
     Attributes:
         model: the LLM.
         layers: its decoder layers.
-        device: where final states are computed.
-        shares, longest_packed: how passages may lie in a batch (see `rledit_env.lm.kernels.layout`).
-        batching: which texts the model continues together as it does alone: those of any length, "padded" on the left,
-            those of one length ("by length"), or none ("alone").
+        device: the device that computes final states.
+        shares: whether a batch may store a shared prefix once (see `rledit_env.lm.kernels.layout`).
+        longest_packed: tokens of the longest passages that may be packed in one row; 0: none may.
+        batching: which texts the model continues in one batch as it does alone: "padded" means texts of any length,
+            padded on the left; "by length" texts of one length; "alone" none.
     """
 
     model: PreTrainedModel
@@ -94,11 +97,11 @@ class Forward(Scored, Protocol):
     def batching(self) -> str: ...
 
     def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
-        """What of a batch of token ids (B, L) no edit can change, (B, L, …)."""
+        """The part of the computation for token ids (B, L) that no edit can change, (B, L, …)."""
         ...
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        """States (P, d) that the output head takes, at some of the batch's tokens, counted row by row."""
+        """Inputs (P, d) of the output head at tokens of the batch, given by indices counted row by row."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -106,9 +109,9 @@ class Forward(Scored, Protocol):
         ...
 
     def run_below(self, input_ids: Tensor, layer: int) -> None:
-        """Run at least the layers below one on token ids (B, L): for what hooks on their modules see."""
+        """Run at least the layers below ``layer`` on token ids (B, L), for hooks on their modules."""
         ...
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
-        """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        """Texts (R, L + length) that begin with tokens (R, L); ``draw`` picks next tokens (R, 1) by logits (R, |V|)."""
         ...

@@ -1,4 +1,4 @@
-"""A model that only evaluates while it is edited, and what it was before."""
+"""Puts a model into evaluation mode while it is edited, and restores its modes afterwards."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 
 class Freeze:
-    """Puts a model into evaluation mode and takes its parameters out of training; :meth:`undo` gives both back.
+    """Puts a model into evaluation mode and stops its parameters from requiring gradients; :meth:`undo` restores both.
 
-    RWKV divides some weights by powers of two when it first runs without training, and its states with them, against
-    overflows of float16. What is edited would then be saved divided, so this is switched off.
+    When RWKV first runs in evaluation mode, it divides some weights, and with them its states, by powers of two against
+    overflow in float16. Edited weights would then be saved divided, so this is switched off.
 
     Args:
         model: a causal LM.
@@ -19,31 +19,31 @@ class Freeze:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._training = [module for module in model.modules() if module.training]
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._dividing: list[Any] = [module for module in model.modules() if hasattr(module, "_rescale_layers")]
-        self._divided = [module.layers_are_rescaled for module in self._dividing]
+        self._training_modules = [module for module in model.modules() if module.training]
+        self._trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._rescaling_modules: list[Any] = [m for m in model.modules() if hasattr(m, "_rescale_layers")]
+        self._were_rescaled = [module.layers_are_rescaled for module in self._rescaling_modules]
         self._rescale_every = getattr(model.config, "rescale_every", None)
         model.requires_grad_(False)
-        self._set_divided(False)
-        if self._dividing:
+        self._set_rescaled(False)
+        if self._rescaling_modules:
             model.config.rescale_every = 0
         model.eval()
 
-    def _set_divided(self, divided: bool) -> None:
-        """Let the modules divide their weights, or take an earlier division back."""
-        for module in self._dividing:
-            module.train(not divided)
+    def _set_rescaled(self, rescaled: bool) -> None:
+        """Let RWKV's modules divide their weights, or undo that."""
+        for module in self._rescaling_modules:
+            module.train(not rescaled)
             module._rescale_layers()
 
     def undo(self) -> None:
-        """Give the model its modes back."""
-        self._set_divided(False)  # while it runs undivided, it takes itself for divided
-        if self._dividing:
+        """Restore the model's modes."""
+        self._set_rescaled(False)  # RWKV set its flag when it ran, though nothing was divided
+        if self._rescaling_modules:
             self._model.config.rescale_every = self._rescale_every
-        self._set_divided(any(self._divided))
+        self._set_rescaled(any(self._were_rescaled))
         self._model.eval()
-        for module in self._training:
+        for module in self._training_modules:
             module.training = True
-        for parameter in self._trained:
+        for parameter in self._trainable_parameters:
             parameter.requires_grad_(True)

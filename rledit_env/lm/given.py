@@ -1,4 +1,4 @@
-"""The EditableLM of what a user gives as the model: a name, a model object with its tokenizer, or an EditableLM."""
+"""Makes an EditableLM of what a user gives: a model's name, a model with its tokenizer, or an EditableLM."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def editable_lm(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> EditableLM:
-    """An `EditableLM` of a model.
+    """The `EditableLM` of a model.
 
     Args:
-        model: a name or folder, as :meth:`EditableLM.load` takes it; a causal LM of transformers, which is left as it
-            is: its weights are shared and never written; or an `EditableLM`, which is returned.
-        tokenizer: of a model object; None for a name, which brings its own.
-        edit_modules, dtype, device, revision, trust_remote_code: as :meth:`EditableLM.load`; all but the first for a
-            name only.
+        model: a name or folder, as in :meth:`EditableLM.load`; a causal LM of transformers, which is not changed (its
+            weights are shared and never written); or an `EditableLM`, which is returned.
+        tokenizer: the tokenizer of a model object; None for a name, whose tokenizer is loaded with it.
+        edit_modules, dtype, device, revision, trust_remote_code: as in :meth:`EditableLM.load`; all but the first only
+            for a name.
 
     Raises:
-        ModelError: a named model cannot be had.
-        ValueError: an argument is missing, or not for such a model, or a pattern matches nothing.
+        ModelError: a named model cannot be found, fetched or used.
+        ValueError: an argument is missing or does not go with this kind of model, or a pattern matches nothing.
     """
     check_given(model, tokenizer, edit_modules, dtype, device)
     if isinstance(model, EditableLM):
@@ -45,7 +45,7 @@ def editable_lm(
     name = getattr(model, "name_or_path", "") or type(model).__name__
     patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    lm = EditableLM(sharing_copy(model), tokenizer, patterns, name, optimize=True)  # the copy is nobody else's
+    lm = EditableLM(sharing_copy(model), tokenizer, patterns, name, optimize=True)  # nobody else uses the copy
     lm.weights.leave_originals()
     return lm
 
@@ -82,12 +82,12 @@ def _shown(value: Any) -> str:
 def _check_causal(model: Any) -> None:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        mend = "give a name, a folder, a causal LM of transformers with its tokenizer, or an EditableLM"
+        advice = "give a name, a folder, a causal LM of transformers with its tokenizer, or an EditableLM"
         if hasattr(model, "merge_and_unload"):
-            mend = "give model.merge_and_unload(), the model with its adapter merged"
+            advice = "give model.merge_and_unload(), the model with its adapter merged"
         elif isinstance(getattr(model, "model", None), PreTrainedModel):
-            mend = "give its model=….model and tokenizer=….tokenizer"
-        raise ValueError(f"model is a {kind}; {mend}")
+            advice = "give its model=….model and tokenizer=….tokenizer"
+        raise ValueError(f"model is a {kind}; {advice}")
     if model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         raise ValueError(f"model is a {kind}, which is no causal language model; load it by AutoModelForCausalLM")
 

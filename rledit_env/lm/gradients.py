@@ -1,4 +1,4 @@
-"""Gradients of an LLM's losses for its edited weights, in factored form and whole."""
+"""Gradients of an LLM's losses for its edited weights, in factored form and dense."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from rledit_env.lm.weights import EditedWeights
 
 @dataclass(frozen=True)
 class Trace:
-    """The fine-tuning gradient of a batch in factored form.
+    """The fine-tuning gradient of a batch, Σ δᵀu, in factored form.
 
     Attributes:
         keys: module name → its inputs u at the N traced positions, (N, d_in) float32.
         value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
         owner: index of the passage that each position belongs to, (N,) int64.
         loss: mean answer-token cross-entropy of the batch.
-        hardest: the largest cross-entropy of any of a passage's answer tokens, (passages,) in nats.
-        sums: the sum of the cross-entropies of a passage's answer tokens, (passages,) in nats.
-        answers: how many answer tokens a passage has, (passages,) float.
+        hardest: the largest cross-entropy among each passage's answer tokens, (passages,) in nats.
+        sums: the summed cross-entropy of each passage's answer tokens, (passages,) in nats.
+        answers: the number of answer tokens of each passage, (passages,) float.
     """
 
     keys: dict[str, Tensor]
@@ -42,27 +42,29 @@ class Trace:
     answers: Tensor
 
     def of(self, passages: Tensor) -> Trace:
-        """What a batch of only some of the passages would give, chosen by a mask (passages,): the gradient is that of
-        the mean over their own answer tokens, and they are numbered anew."""
-        chosen = passages.to(self.owner.device)
-        rows = chosen[self.owner]
+        """The trace of some of the passages, chosen by a mask (passages,), as if they were the batch.
+
+        Its gradient is that of the mean over the chosen passages' answer tokens; ``owner`` counts these passages.
+        """
+        is_chosen = passages.to(self.owner.device)
+        rows = is_chosen[self.owner]
         keys, gradients = ({m: t[rows] for m, t in part.items()} for part in (self.keys, self.value_gradients))
-        tokens = float(self.answers[chosen].sum())
+        tokens = float(self.answers[is_chosen].sum())
         factor = float(self.answers.sum()) / max(tokens, 1.0)
         return Trace(
-            keys, {m: factor * g for m, g in gradients.items()}, (chosen.cumsum(0) - 1)[self.owner[rows]],
-            float(self.sums[chosen].sum()) / max(tokens, 1.0), self.hardest[chosen], self.sums[chosen],
-            self.answers[chosen],
+            keys, {m: factor * g for m, g in gradients.items()}, (is_chosen.cumsum(0) - 1)[self.owner[rows]],
+            float(self.sums[is_chosen].sum()) / max(tokens, 1.0), self.hardest[is_chosen], self.sums[is_chosen],
+            self.answers[is_chosen],
         )  # fmt: skip
 
 
 class Gradients:
-    """Takes gradients at the outputs of the edited modules, so that no weight needs one of its own.
+    """Takes gradients at the outputs of the edited modules, so that no weight has to require one.
 
     Args:
-        passes: how passages are run.
-        weights: of the edited modules.
-        overwritten: names of those whose outputs the model changes in place.
+        passes: runs the passages.
+        weights: the edited weights.
+        overwritten: names of the edited modules whose outputs the model changes in place.
     """
 
     def __init__(self, passes: Passes, weights: EditedWeights, overwritten: Collection[str] = ()) -> None:
@@ -80,72 +82,73 @@ class Gradients:
         return self.trace_batches([passages], token)[0]
 
     def trace_batches(self, batches: Sequence[Sequence[Passage]], token: str = "answer") -> list[Trace]:
-        """:meth:`trace` of several batches in one pass, each the gradient of the mean over its own answer tokens.
+        """:meth:`trace` of several batches at once; each trace is that of the mean over its batch's answer tokens.
 
-        Batch b meets the weights of set b, where there are several (see `rledit_env.lm.routing`).
+        Where there are several weight sets, batch b is run with set b (see `rledit_env.lm.routing`).
         """
         passages = [p for batch in batches for p in batch]
         batch_of = [b for b, batch in enumerate(batches) for _ in batch]
-        traced = _Traced(batches, token, list(self._weights.modules), self._passes.device, self._weights.edit_dtype)
+        modules, dtype = list(self._weights.modules), self._weights.edit_dtype
+        builder = _TraceBuilder(batches, token, modules, self._passes.device, dtype)
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs[name] = arguments[0].detach()
-            outputs[name], passed_on = self._watched(name, output)
+            outputs[name], passed_on = self._require_gradient(name, output)
             return passed_on
 
-        with self._hooked(record), torch.enable_grad():
+        with self._hook_modules(record), torch.enable_grad():
             for chunk, layout, states in self._passes.run(passages, batch_of, sharing=False):
                 targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=self._passes.device)
                 losses = negative_log_likelihood(self._passes.forward, states, targets)
-                watched = [outputs[n] for n in self._weights.modules]
-                total = (traced.shares(chunk, losses) * losses).sum()
-                gradients = torch.autograd.grad(total, watched, materialize_grads=True)
-                traced.add(chunk, layout, losses.detach(), inputs, gradients)
-        return traced.by_batch()
+                module_outputs = [outputs[n] for n in self._weights.modules]
+                total = (builder.token_weights(chunk, losses) * losses).sum()
+                gradients = torch.autograd.grad(total, module_outputs, materialize_grads=True)
+                builder.add(chunk, layout, losses.detach(), inputs, gradients)
+        return builder.traces()
 
     @contextmanager
     def collecting(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
-        """Within it, backward passes add their gradients of the edited weights (d_out, d_in), in the edited weights'
-        precision, to what it yields: a dictionary by module for each set of weights.
+        """Context in which backward passes add up their gradients of the edited weights.
 
-        A pass's gradient δᵀu is added to the sum in one product, at an edited module's outputs, so that the weights
-        themselves need no gradient and no pass leaves one to be added up. Unless ``wanted``, nothing takes gradients.
+        It yields a dictionary per weight set: module → gradient (d_out, d_in), in the edited weights' precision. Each
+        pass adds its gradient δᵀu to the sum at an edited module's outputs, so the weights need not require gradients,
+        and no pass keeps a gradient of its own. If ``wanted`` is false, gradients are switched off.
         """
         routing = self._passes.routing
         sums: list[dict[str, Tensor]] = [{} for _ in range(routing.count)]
-        places: list[dict[str, Tensor]] = [{} for _ in range(routing.count)]
+        buffers: list[dict[str, Tensor]] = [{} for _ in range(routing.count)]
 
         def watch(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return output
             keys, spans = arguments[0].detach(), routing.spans
-            output, passed_on = self._watched(name, output)
+            output, passed_on = self._require_gradient(name, output)
             output.register_hook(lambda gradient: add(name, keys, gradient, spans))
             return passed_on
 
         def add(name: str, keys: Tensor, gradient: Tensor, spans: Sequence[tuple[int, int]]) -> None:
-            keys, gradient, first = keys.flatten(0, -2), gradient.flatten(0, -2), 0
+            keys, gradient, start = keys.flatten(0, -2), gradient.flatten(0, -2), 0
             for index, count in spans or [(0, len(keys))]:
-                rows = slice(first, first := first + count)
+                rows = slice(start, start := start + count)
                 u, delta = keys[rows], gradient[rows]
                 total = sums[index].get(name)
                 if total is None:
-                    if not places[index]:
-                        places[index] = self._side_by_side()
-                    sums[index][name] = places[index].pop(name).copy_(outer(delta, u))
+                    if not buffers[index]:
+                        buffers[index] = self._allocate_gradients()
+                    sums[index][name] = buffers[index].pop(name).copy_(outer(delta, u))
                 else:
                     total.add_(outer(delta, u))
 
-        with self._hooked(watch, wanted), torch.set_grad_enabled(wanted):
+        with self._hook_modules(watch, wanted), torch.set_grad_enabled(wanted):
             yield sums
             for total in filter(None, sums):  # of modules whose outputs no loss depends on
                 total |= {n: self._zero(n) for n in self._weights.modules if n not in total}
 
     @contextmanager
-    def _hooked(self, hook: Callable[..., Tensor], wanted: bool = True) -> Iterator[None]:
-        """Within it, forward passes call the hook with each edited module's name and what hooks get."""
+    def _hook_modules(self, hook: Callable[..., Tensor], wanted: bool = True) -> Iterator[None]:
+        """Context in which forward passes call ``hook`` with an edited module's name and a forward hook's arguments."""
         modules = self._weights.modules if wanted else {}
         handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
         try:
@@ -154,8 +157,8 @@ class Gradients:
             for handle in handles:
                 handle.remove()
 
-    def _watched(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
-        """A module's output, which takes a gradient, and what the model goes on with: a copy, if it changes that."""
+    def _require_gradient(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
+        """A module's output, which now requires a gradient, and what the model gets: a copy where it overwrites it."""
         output = output if output.requires_grad else output.requires_grad_()
         return output, output.clone() if name in self.overwritten else output
 
@@ -163,24 +166,27 @@ class Gradients:
         d_in, d_out = self._weights.module_shapes[name]
         return torch.zeros(d_out, d_in, dtype=self._weights.edit_dtype, device=self._passes.device)
 
-    def _side_by_side(self) -> dict[str, Tensor]:
-        """Room for as many numbers as each edited weight has, (d_out, d_in) by module, in one piece of memory: many
-        smaller ones, made between a pass's activations, would leave holes that nothing else fits in."""
+    def _allocate_gradients(self) -> dict[str, Tensor]:
+        """Uninitialised memory for a gradient of each edited weight: module → (d_out, d_in).
+
+        It is one piece of memory: many smaller ones, allocated between a pass's activations, would fragment it.
+        """
         shapes = self._weights.module_shapes
         sizes = {n: d_in * d_out for n, (d_in, d_out) in shapes.items()}
-        whole = torch.empty(sum(sizes.values()), dtype=self._weights.edit_dtype, device=self._passes.device)
-        pieces = zip(shapes.items(), whole.split(list(sizes.values())), strict=True)
+        buffer = torch.empty(sum(sizes.values()), dtype=self._weights.edit_dtype, device=self._passes.device)
+        pieces = zip(shapes.items(), buffer.split(list(sizes.values())), strict=True)
         return {n: piece.view(d_out, d_in) for (n, (d_in, d_out)), piece in pieces}
 
 
-class _Traced:
-    """What the chunks of a trace of several batches add up to.
+class _TraceBuilder:
+    """Builds the traces of several batches from the results of chunks of passages.
 
     Args:
         batches: the passages.
-        token: which positions are kept.
+        token: which positions are traced (see :meth:`Gradients.trace`).
         modules: names of the edited modules.
-        device, dtype: of what is kept.
+        device: of the traces.
+        dtype: precision of the summed losses.
     """
 
     def __init__(
@@ -189,7 +195,7 @@ class _Traced:
     ) -> None:  # fmt: skip
         self._batches, self._device = batches, device
         self._passages = [p for batch in batches for p in batch]
-        self._chosen = [p.chosen_positions(token) for p in self._passages]
+        self._positions = [p.chosen_positions(token) for p in self._passages]
         self._batch_of = [b for b, batch in enumerate(batches) for _ in batch]
         self._totals = [sum(len(p.targets) for p in batch) for batch in batches]  # answer tokens
         self._keys: dict[str, list[Tensor]] = {n: [] for n in modules}
@@ -203,16 +209,16 @@ class _Traced:
         """Batch of each answer token of a chunk."""
         return [self._batch_of[i] for i in chunk for _ in self._passages[i].targets]
 
-    def shares(self, chunk: Sequence[int], losses: Tensor) -> Tensor:
-        """What each answer token of a chunk weighs in its batch's mean, (P,)."""
-        shares = [1 / self._totals[b] for b in self._batches_of(chunk)]
-        return torch.tensor(shares, dtype=losses.dtype, device=self._device)
+    def token_weights(self, chunk: Sequence[int], losses: Tensor) -> Tensor:
+        """The weight of each answer token of a chunk in its batch's mean loss, (P,)."""
+        weights = [1 / self._totals[b] for b in self._batches_of(chunk)]
+        return torch.tensor(weights, dtype=losses.dtype, device=self._device)
 
     def add(
         self, chunk: Sequence[int], layout: Layout, losses: Tensor, inputs: dict[str, Tensor],
         gradients: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        """Take a chunk's losses (P,) at its answer positions, and the modules' inputs and gradients in its batch."""
+        """Add a chunk: losses (P,) at its answer positions; the modules' inputs and output gradients in its batch."""
         passage_of = torch.tensor([i for i in chunk for _ in self._passages[i].targets], device=self._device)
         self._hardest.scatter_reduce_(0, passage_of, losses.to(self._hardest), "amax")
         self._sums.index_add_(0, passage_of, losses.to(self._sums))
@@ -220,21 +226,21 @@ class _Traced:
         batch_of = torch.tensor(batches, device=self._device)
         for b in sorted(set(batches)):
             self._loss[b] += float(losses[batch_of == b].sum() / self._totals[b])
-        chosen = [self._chosen[i] for i in chunk]
-        places = layout.places(chosen, self._device)
+        positions = [self._positions[i] for i in chunk]
+        places = layout.places(positions, self._device)
         for n, gradient in zip(self._keys, gradients, strict=True):
-            for parts, whole in ((self._keys, inputs[n]), (self._gradients, gradient)):
-                part = whole.flatten(0, -2)[places.to(whole.device)]
-                parts[n].append(at_least_float32(part).to(self._device))
-        self._owner.extend(i for i, positions in zip(chunk, chosen, strict=True) for _ in positions)
+            for pieces, values in ((self._keys, inputs[n]), (self._gradients, gradient)):
+                piece = values.flatten(0, -2)[places.to(values.device)]
+                pieces[n].append(at_least_float32(piece).to(self._device))
+        self._owner.extend(i for i, traced in zip(chunk, positions, strict=True) for _ in traced)
 
-    def by_batch(self) -> list[Trace]:
-        """The traces of the batches, in the passages' order."""
+    def traces(self) -> list[Trace]:
+        """The trace of each batch, with its positions in the passages' order."""
         owner = torch.tensor(self._owner, device=self._device)
         permutation = torch.argsort(owner, stable=True)
         ends = [sum(map(len, self._batches[: b + 1])) for b in range(len(self._batches))]
-        passages = [slice(end - len(batch), end) for batch, end in zip(self._batches, ends, strict=True)]
-        counts = [sum(map(len, self._chosen[own])) for own in passages]
+        slices = [slice(end - len(batch), end) for batch, end in zip(self._batches, ends, strict=True)]
+        counts = [sum(map(len, self._positions[members])) for members in slices]
 
         def split(tensor: Tensor) -> tuple[Tensor, ...]:
             return tensor[permutation].split(counts)
@@ -245,11 +251,11 @@ class _Traced:
             Trace(
                 keys={n: v[b] for n, v in keys.items()},
                 value_gradients={n: v[b] for n, v in gradients.items()},
-                owner=positions - own.start,
+                owner=positions - members.start,
                 loss=self._loss[b],
-                hardest=self._hardest[own],
-                sums=self._sums[own],
-                answers=self._answers[own],
+                hardest=self._hardest[members],
+                sums=self._sums[members],
+                answers=self._answers[members],
             )
-            for b, (positions, own) in enumerate(zip(split(owner), passages, strict=True))
+            for b, (positions, members) in enumerate(zip(split(owner), slices, strict=True))
         ]

@@ -1,7 +1,8 @@
-"""From a model's final states to its logits: the product with the output head, and what the model does after it.
+"""Computes logits from final states: the output head's product, and the model's scale or cap after it.
 
-Some models scale their logits (Cohere, Granite), some cap them (Gemma 2). Which of it a model does is read off its own
-forward, with the head replaced by known numbers (:func:`read_after_head`); no architecture's setting is named here.
+Some models scale their logits (Cohere, Granite), some cap them (Gemma 2). What a model does is found by running its own
+forward with known numbers in place of the head's output (:func:`read_after_head`); no architecture's setting is named
+here.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rledit_env.lm.kernels.products import linear
 from rledit_env.lm.module_calls import Reached, execution_device, replaced_forward
 from rledit_env.lm.precision import at_least_float32
 
-_EXACT = 1e-6  # relative difference of scales and caps that rounding to float32 explains
+_EXACT = 1e-6  # largest relative error of scales and caps from rounding to float32
 
 
 @dataclass(frozen=True)
 class AfterHead:
-    """Logits from what the output head gives, x: cap · tanh(scale · x / cap), or scale · x where there is no cap."""
+    """Computes logits from the head's output x: cap · tanh(scale · x / cap), or scale · x without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -36,7 +37,7 @@ class AfterHead:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def back_in_place(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient for the head's output from that for these logits, both (P, |V|), written over it."""
+        """Turn the gradient for these logits (P, |V|) into that for the head's output, in place."""
         if self.cap is not None:
             gradient.mul_(1 - (logits / self.cap).square())
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -47,7 +48,7 @@ class OutputHead:
 
     Args:
         module: a linear module from final states (…, d) to one number a token of the vocabulary.
-        after: what the model does with these numbers.
+        after: computes logits from these numbers, as the model does.
     """
 
     def __init__(self, module: Any, after: AfterHead) -> None:
@@ -55,7 +56,7 @@ class OutputHead:
 
     @property
     def size(self) -> int:
-        """Numbers that the head gives for a state: the vocabulary's, and what fills it up."""
+        """Numbers that the head gives for a state: one per token of the vocabulary and per row of padding."""
         return int(self.module.weight.shape[0])
 
     @property
@@ -71,28 +72,28 @@ class OutputHead:
         return self.after(self.module(hidden))
 
     def back(self, cotangents: Tensor) -> Tensor:
-        """Gradients (P, d) for the head's input from those (P, |V|) for its output."""
+        """Gradients (P, d) for the head's input from gradients (P, |V|) for its output."""
         if not self.module.weight.is_meta:
             return linear(cotangents, self.module.weight.t())
-        from accelerate.utils import align_module_device  # the weight rests on the host or the disk
+        from accelerate.utils import align_module_device  # the weight is kept on the host or the disk
 
         with align_module_device(self.module, self.device):
             return linear(cotangents, self.module.weight.t())
 
 
 def own_head_inputs(model: PreTrainedModel, head: nn.Module, input_ids: Tensor) -> Tensor:
-    """What the model's own forward gives its output head for token ids (B, L); the head itself is not run.
+    """Inputs (B, L, d) of the output head in the model's own forward, for token ids (B, L); the head is not run.
 
     Raises:
         ValueError: the model's forward does not call its head.
     """
     states: list[Tensor] = []
 
-    def take(hidden: Tensor, *_args: Any, **_kwargs: Any) -> None:
+    def record_states(hidden: Tensor, *_args: Any, **_kwargs: Any) -> None:
         states.append(hidden)
         raise Reached
 
-    with replaced_forward(head, take), suppress(Reached):
+    with replaced_forward(head, record_states), suppress(Reached):
         model(input_ids=input_ids, use_cache=False)
     if not states:
         raise ValueError(f"the forward of {type(model).__name__} does not call its output head")
@@ -101,16 +102,18 @@ def own_head_inputs(model: PreTrainedModel, head: nn.Module, input_ids: Tensor) 
 
 @torch.no_grad()
 def read_after_head(model: PreTrainedModel, head: Any, input_ids: Tensor) -> AfterHead | None:
-    """What the model does after its head, found by giving known numbers in its place; None where it is of another form
-    than :class:`AfterHead`'s."""
+    """Find what the model does after its head, by putting known numbers in place of the head's output.
+
+    Returns None where it is not of the form of :class:`AfterHead`.
+    """
     size = len(head.weight)
     numbers = torch.linspace(-100, 100, size, dtype=torch.float64)
     numbers[0], numbers[-1] = 1e-4, 1e8  # the slope at zero, and the limit
 
-    def given(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def known_output(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return numbers.to(hidden.device).repeat(*hidden.shape[:-1], 1)
 
-    with replaced_forward(head, given):
+    with replaced_forward(head, known_output):
         logits = model(input_ids=input_ids, use_cache=False).logits.double().flatten(0, -2)[-1].cpu()
     if logits.shape != numbers.shape or not torch.isfinite(logits).all():
         return None

@@ -1,4 +1,4 @@
-"""How a module is called: its forward replaced for a while, and the device that it computes on."""
+"""Replaces a module's forward temporarily, and finds the device that a module computes on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 
 class Reached(Exception):
-    """A module that was waited for has been called."""
+    """Stops a forward pass when it calls a certain module."""
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, calling the module calls this instead of its ``forward``."""
+    """Context in which calling ``module`` calls the given function instead of the module's ``forward``."""
     earlier = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -29,7 +29,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def execution_device(module: Any) -> torch.device:
-    """Where a module computes, wherever its weight rests."""
+    """The device that a module computes on; its weight may be kept elsewhere."""
     hook = getattr(module, "_hf_hook", None)  # of a model loaded with a device map
-    given = getattr(hook, "execution_device", None)
-    return module.weight.device if given is None else torch.device(given)
+    device = getattr(hook, "execution_device", None)
+    return module.weight.device if device is None else torch.device(device)

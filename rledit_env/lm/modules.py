@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.names import expand_globs
 
-# Names of the projections that widen a feed-forward block's states, and patterns for them; the first that a model has.
+# Names of the projections that widen a feed-forward block's states → a glob for them. A model's first match is used.
 _FEED_FORWARD: dict[tuple[str, ...], str] = {
     ("gate_proj", "up_proj"): "{gate,up}_proj",
     **{(name,): name for name in ("gate_up_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h")},
@@ -27,7 +27,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """
     decoder, count = model, None
     if isinstance(model, PreTrainedModel):
-        decoder = model.get_decoder()  # without a tower for images
+        decoder = model.get_decoder()  # without an image encoder
         count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [
         (module, child)
@@ -38,7 +38,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers; it cannot be edited")
-    return next((found for found in lists if len(found[1]) == count), max(lists, key=lambda found: len(found[1])))
+    return next((pair for pair in lists if len(pair[1]) == count), max(lists, key=lambda pair: len(pair[1])))
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -55,24 +55,24 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             "or bfloat16, or dequantise it first (model.dequantize())"
         )
     inside = {id(module) for module in layers.modules()}
-    found: dict[str, nn.Module] = {
+    linear: dict[str, nn.Module] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inside
     }
-    if not found:
+    if not linear:
         raise ValueError(f"{kind} has no linear modules inside its decoder layers, so there is nothing to edit")
-    return found
+    return linear
 
 
 def chosen_modules(
     model: PreTrainedModel, linear: Mapping[str, nn.Module], unfit: Mapping[str, str], patterns: Sequence[str]
 ) -> dict[str, nn.Module]:
-    """The modules that patterns name, of those that can be edited.
+    """The modules to edit, by name or glob.
 
     Args:
         model: the model.
         linear: its linear modules by name.
-        unfit: those that cannot be edited → why.
-        patterns: names or globs; a glob takes those that can be edited.
+        unfit: name of a module that cannot be edited → why.
+        patterns: names or globs; a glob matches only modules that can be edited.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing that can be edited.
@@ -82,12 +82,12 @@ def chosen_modules(
         name, reason = next(iter(unfit.items()))
         raise ValueError(f"{type(model).__name__} has no linear module that can be edited: {name}: {reason}; …")
     for pattern in patterns:
-        refused = _matched([pattern], list(unfit))
-        if refused and not _matched([pattern], fit):
+        refused = _matches([pattern], list(unfit))
+        if refused and not _matches([pattern], fit):
             raise ValueError(
                 f"edit_modules: {refused[0]} cannot be edited: {unfit[refused[0]]}. {_examples(fit)}"
             )
-        if not refused and "expert" in pattern and not _matched([pattern], fit) and (fused := _fused_experts(model)):
+        if not refused and "expert" in pattern and not _matches([pattern], fit) and (fused := _fused_experts(model)):
             raise ValueError(
                 f"edit_modules: {pattern!r}: the experts of {type(model).__name__} cannot be edited: all those of a "
                 f"layer are one parameter ({fused}), and each sees a part of the tokens. {_examples(fit)}"
@@ -95,7 +95,7 @@ def chosen_modules(
     return {name: linear[name] for name in expand_globs(patterns, fit)}
 
 
-def _matched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+def _matches(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     try:
         return expand_globs(patterns, names) if names else []
     except ValueError:
@@ -108,7 +108,7 @@ def _fused_experts(model: PreTrainedModel) -> str | None:
 
 
 def _examples(fit: Sequence[str]) -> str:
-    """What can be edited instead: one module of each kind."""
+    """A hint at what can be edited instead: one module of each kind."""
     kinds: dict[tuple[str, ...], str] = {}
     for name in fit:
         kinds.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), name)
@@ -116,13 +116,13 @@ def _examples(fit: Sequence[str]) -> str:
 
 
 def middle_modules(model: PreTrainedModel) -> tuple[str, ...]:
-    """Patterns of the modules that are edited where nobody names any.
+    """Patterns of the modules that are edited by default.
 
     These are the widening projections of the feed-forward blocks (gate and up, or their equivalent) in the layers from
-    1/5 to 2/5 of the depth, where what is known of a subject gathers at its last token (Meng et al., NeurIPS 2022) and
-    where edits generalise best (benchmarks/NOTES.md). Where no module has a name known for that, they are those that
-    widen the residual stream outside the attention, and where there is none (all experts of a layer are one
-    parameter), those that write to the residual stream.
+    1/5 to 2/5 of the depth. There, knowledge of a subject gathers at its last token (Meng et al., NeurIPS 2022), and
+    edits generalise best (benchmarks/NOTES.md). In a model without projections of known names, they are the modules
+    outside the attention that widen the residual stream; without these (where all experts of a layer are one
+    parameter), the modules that write to the residual stream.
 
     Raises:
         ValueError: the model has no such modules, or quantised ones.
@@ -132,13 +132,13 @@ def middle_modules(model: PreTrainedModel) -> tuple[str, ...]:
     named = [match for name in linear if (match := re.fullmatch(r"(\D+)\.(\d+)\.((?:(?!\d+\.).)+)", name))]
     stem, depth = named[0][1], 1 + max(int(match[2]) for match in named)
     middle = range(depth // 5, 2 * depth // 5 + 1)
-    kinds: dict[str, list[int]] = {}  # what a module is called inside a layer → the layers that have one
+    kinds: dict[str, list[int]] = {}  # name of a module inside a layer → the layers that have it
     for match in named:
         kinds.setdefault(match[3], []).append(int(match[2]))
     shapes = {kind: _shape(linear[f"{stem}.{layers[0]}.{kind}"]) for kind, layers in kinds.items()}
     patterns: list[str] = []
-    for chosen in _groups(shapes, model):
-        for kinds_together, pattern in chosen.items():
+    for choice in _groups(shapes, model):
+        for kinds_together, pattern in choice.items():
             layers = sorted(set.intersection(*(set(kinds[kind]) for kind in kinds_together)))
             if inside := [layer for layer in layers if layer in middle]:
                 patterns.append(f"{stem}.{_span(inside)}.{pattern}")
@@ -151,16 +151,16 @@ def middle_modules(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _groups(shapes: Mapping[str, tuple[int, int]], model: PreTrainedModel) -> Iterator[dict[tuple[str, ...], str]]:
-    """Kinds of modules to be edited together, the best first, each with a pattern.
+    """Yield choices of modules, the best first: kinds of modules that are edited together → a pattern for them.
 
     Args:
         shapes: kind → (d_in, d_out).
-        model: theirs.
+        model: the model.
     """
     for names, pattern in _FEED_FORWARD.items():
         blocks = [kind.removesuffix(names[0]) for kind in shapes if kind.split(".")[-1] == names[0]]
-        found = {tuple(block + name for name in names): block + pattern for block in blocks}
-        yield {kinds: pattern for kinds, pattern in found.items() if set(kinds) <= set(shapes)}
+        patterns = {tuple(block + name for name in names): block + pattern for block in blocks}
+        yield {kinds: pattern for kinds, pattern in patterns.items() if set(kinds) <= set(shapes)}
     width = model.get_input_embeddings().get_parameter("weight").shape[1]  # of the residual stream
     yield {(k,): k for k, (d_in, d_out) in shapes.items() if d_in == width < d_out and "att" not in k}
     yield {(k,): k for k, (_, d_out) in shapes.items() if d_out == width and not _READING.search(k)}
@@ -173,7 +173,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _span(layers: Sequence[int]) -> str:
-    """A pattern for layers."""
+    """A glob for layer numbers."""
     if len(layers) == 1:
         return str(layers[0])
     if list(layers) == list(range(layers[0], layers[-1] + 1)):

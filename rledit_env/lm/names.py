@@ -1,4 +1,4 @@
-"""Names of modules: patterns for them, and what they say."""
+"""Names of modules: matching them by patterns, and the layer and kind in a name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class UnknownModules(ValueError):
-    """A model has no module of a name that is to be edited."""
+    """A name or pattern of modules to edit matches none of the model's."""
 
 
 def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -20,14 +20,14 @@ def expand_globs(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     matched: set[str] = set()
     for pattern in patterns:
         expanded = [piece for braces in _expand_braces(pattern) for piece in _expand_ranges(braces)]
-        found = {name for piece in expanded for name in fnmatch.filter(names, piece)}
-        if not found:
-            close = [name for name in names if name.rsplit(".", 1)[-1] == pattern.rsplit(".", 1)[-1]] or list(names)
+        matches = {name for piece in expanded for name in fnmatch.filter(names, piece)}
+        if not matches:
+            similar = [name for name in names if name.rsplit(".", 1)[-1] == pattern.rsplit(".", 1)[-1]] or list(names)
             raise UnknownModules(
                 f"edit_modules: pattern {pattern!r} matches no linear module of the model; "
-                f"names look like {', '.join(close[:3])} … {close[-1]}"
+                f"names look like {', '.join(similar[:3])} … {similar[-1]}"
             )
-        matched |= found
+        matched |= matches
     return [name for name in names if name in matched]
 
 
@@ -56,5 +56,5 @@ def module_layer(name: str) -> int:
 def module_kind(name: str) -> str:
     """What a module is within its layer, such as "mlp.up_proj"."""
     parts = name.split(".")
-    place = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[place + 1 :])
+    layer = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[layer + 1 :])

@@ -1,4 +1,4 @@
-"""Passages through an LLM, in few forward passes: what no edit changes is cached, the rest is run."""
+"""Runs passages through an LLM in few forward passes, and caches states that no edit changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rledit_env.lm.routing import ORIGINAL, Routing
 
 
 class PrefixCache:
-    """Tensors by passage, evicted least recently used first once ``max_bytes`` is reached."""
+    """Tensors by passage; the least recently used are evicted above ``max_bytes``."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -42,7 +42,7 @@ class PrefixCache:
             self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
-        """A cache that begins with the same tensors, which are never written."""
+        """A cache with the same tensors, which are never written."""
         other = memo[id(self)] = PrefixCache(self.max_bytes)
         other.bytes, other._entries = self.bytes, self._entries.copy()
         return other
@@ -68,13 +68,12 @@ class AnswerStates:
 
 
 class Passes:
-    """Runs passages through an LLM, each at the edited weights that it is routed to.
+    """Runs passages through an LLM, each with the set of edited weights that it is routed to.
 
     Args:
-        forward: one forward pass of the LLM.
-        routing: which set of edited weights passages meet.
-        max_tokens_per_pass: bound on the padded tokens of one pass that takes gradients (four times as many where none
-            are taken).
+        forward: runs one forward pass of the LLM.
+        routing: multiplies passages by their weight sets.
+        max_tokens_per_pass: most padded tokens of one pass with gradients (four times as many without).
         prefix_cache: keeps the states that enter the first edited layer, by passage.
         reference_cache: keeps the unedited model's final states at answer positions, by passage.
     """
@@ -88,12 +87,12 @@ class Passes:
 
     @property
     def device(self) -> torch.device:
-        """Where final states are computed."""
+        """The device that computes final states."""
         return self.forward.device
 
     @property
     def token_limit(self) -> int:
-        """The most padded tokens of a pass; where nothing takes gradients, it holds one layer's activations only."""
+        """Most padded tokens of a pass: more without gradients, when it keeps only one layer's activations."""
         return self.max_tokens_per_pass * (1 if torch.is_grad_enabled() else 4)
 
     def pad_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -103,15 +102,17 @@ class Passes:
             padded[: len(row)] = torch.tensor(row)
         return ids.to(self.device)
 
-    # -- one pass after the other ----------------------------------------------------------------------------------
+    # -- passes over chunks of passages ----------------------------------------------------------------------------
 
     def chunks(
         self, rows: Sequence[Sequence[int]], sets: Sequence[int], sharing: bool = True
     ) -> Iterator[tuple[list[int], Layout]]:
-        """Indices of passages, given as token ids, in chunks for one pass each, and how they lie in its batch.
+        """Yield the chunks of passages that run in one pass each: their indices, and their layout in its batch.
 
-        ``sets`` says which set of edited weights each passage meets; ``sharing`` whether what passages begin with may
-        be in the batch once.
+        Args:
+            rows: the passages' token ids.
+            sets: each passage's weight set.
+            sharing: whether a batch may store a shared prefix once.
         """
         limit, quantum = self.token_limit, self.forward.quantum
         longest = min(self.forward.longest_packed, limit)
@@ -131,9 +132,9 @@ class Passes:
             yield members, Layout.padded([lengths[i] for i in members], quantum)
 
     def _prefix_states(self, passages: Sequence[Passage]) -> list[Tensor]:
-        """Cached states that enter the first edited layer, one (L, d) a passage."""
-        found = [self.prefix_cache.get(p.input_ids) for p in passages]
-        missing = list({p.input_ids: i for i, p in enumerate(passages) if found[i] is None}.values())
+        """States that enter the first edited layer, (L, d) for each passage; they are cached."""
+        cached = [self.prefix_cache.get(p.input_ids) for p in passages]
+        missing = list({p.input_ids: i for i, p in enumerate(passages) if cached[i] is None}.values())
         fresh: dict[tuple[int, ...], Tensor] = {}
         for chunk, layout in self.chunks([passages[i].input_ids for i in missing], [0] * len(missing)):
             ids = [passages[missing[i]].input_ids for i in chunk]
@@ -142,21 +143,21 @@ class Passes:
                 fresh[row] = states.clone()
         for key, value in fresh.items():
             self.prefix_cache.put(key, value)
-        return [fresh[p.input_ids] if state is None else state for p, state in zip(passages, found, strict=True)]
+        return [fresh[p.input_ids] if state is None else state for p, state in zip(passages, cached, strict=True)]
 
     def run(
         self, passages: Sequence[Passage], sets: Sequence[int] | None = None, sharing: bool = True
     ) -> Iterator[tuple[list[int], Layout, Tensor]]:
-        """Chunks of passage indices, how they lie in the pass's batch, and their normalised final states at the answer
-        positions (P, d); arguments as for :meth:`chunks`, all at set 0 where no ``sets`` are given."""
+        """Yield chunks of passages: their indices, their layout in the batch, and their normalised final states (P, d)
+        at the answer positions. The arguments are those of :meth:`chunks`; without ``sets``, all passages use set 0."""
         states = self._prefix_states(passages)
         sets, quantum = [0] * len(passages) if sets is None else sets, self.forward.quantum
         for chunk, layout in self.chunks([p.input_ids for p in passages], sets, sharing):
             batch = layout.batch([states[i] for i in chunk])
             places = layout.places([passages[i].positions for i in chunk], self.device)
-            more = -len(places) % quantum  # positions that nobody asks for
+            padding = -len(places) % quantum  # positions whose states are not used
             with self.routing.routed([sets[i] for i in chunk], layout.sizes):
-                final = self.forward.final_states(batch, F.pad(places, (0, more)), layout)
+                final = self.forward.final_states(batch, F.pad(places, (0, padding)), layout)
             yield chunk, layout, final[: len(places)]
 
     # -- states at answer positions --------------------------------------------------------------------------------
@@ -164,15 +165,15 @@ class Passes:
     def answer_chunks(
         self, passages: Sequence[Passage], sets: Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], AnswerStates]]:
-        """Chunks of passage indices with their final states at the answer positions, under the current weights: of set
-        0, or the sets given.
+        """Yield chunks of passage indices with their final states at the answer positions, at the current weights of
+        the given sets, or of set 0.
 
-        Chunk by chunk, so that a caller that takes gradients holds one chunk's graph at a time.
+        A caller that takes gradients thus keeps one chunk's graph in memory at a time.
         """
         for chunk, _, states in self.run(passages, sets):
-            yield chunk, self._joined([states], [passages[i] for i in chunk])
+            yield chunk, self._join([states], [passages[i] for i in chunk])
 
-    def _joined(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
+    def _join(self, pieces: Sequence[Tensor], passages: Sequence[Passage]) -> AnswerStates:
         return AnswerStates(
             hidden=torch.cat(list(pieces)) if pieces else self.forward.output.no_states(),
             targets=torch.tensor([t for p in passages for t in p.targets], dtype=torch.long, device=self.device),
@@ -190,7 +191,7 @@ class Passes:
                     chunk, states.hidden.split([len(passages[i].targets) for i in chunk]), strict=True
                 ):
                     pieces[index] = piece
-        return self._joined([p for p in pieces if p is not None], passages)
+        return self._join([p for p in pieces if p is not None], passages)
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (P, |V|) float32 from normalised final states (P, d)."""
@@ -199,40 +200,44 @@ class Passes:
     # -- the unedited model's states -------------------------------------------------------------------------------
 
     def reference_states(self, passages: Sequence[Passage]) -> list[Tensor]:
-        """θ₀'s final states at each passage's answer positions, (answer tokens, d) each: what the KL is measured
-        against. Cached."""
-        found = self._known_references(passages)
-        missing = [i for i, state in enumerate(found) if state is None]
+        """The unedited model's final states at each passage's answer positions, (answer tokens, d) each.
+
+        KL divergences are measured against them. They are cached.
+        """
+        cached = self._cached_references(passages)
+        missing = [i for i, state in enumerate(cached) if state is None]
         if missing:
             unknown = [passages[i] for i in missing]
             with self.routing.original():
                 states = self.answer_states(unknown)
-            for i, state in zip(missing, self._keep_references(unknown, states.hidden), strict=True):
-                found[i] = state
-        return [state for state in found if state is not None]
+            for i, state in zip(missing, self._cache_references(unknown, states.hidden), strict=True):
+                cached[i] = state
+        return [state for state in cached if state is not None]
 
     def states_beside_reference(
         self, passages: Sequence[Passage], sets: Sequence[int], referenced: Sequence[int]
     ) -> tuple[AnswerStates, list[Tensor]]:
-        """:meth:`answer_states`, and :meth:`reference_states` of the passages with these indices: in one pass where the
-        routing serves θ₀ as one more set."""
+        """:meth:`answer_states` of the passages, and :meth:`reference_states` of those with indices ``referenced``.
+
+        Both come from one pass where the routing serves the pre-trained weights as one more set.
+        """
         beside = [passages[i] for i in referenced]
         if not self.routing.serves_original:
             reference = self.reference_states(beside)
             return self.answer_states(passages, sets), reference
-        found = self._known_references(beside)
-        missing = [p for p, state in zip(beside, found, strict=True) if state is None]
+        cached = self._cached_references(beside)
+        missing = [p for p, state in zip(beside, cached, strict=True) if state is None]
         states = self.answer_states([*passages, *missing], [*sets, *[ORIGINAL] * len(missing)])
-        own = sum(len(p.targets) for p in passages)
-        fresh = iter(self._keep_references(missing, states.hidden[own:]))
-        reference = [next(fresh) if state is None else state for state in found]
-        return AnswerStates(states.hidden[:own], states.targets[:own], states.owner[:own]), reference
+        count = sum(len(p.targets) for p in passages)
+        fresh = iter(self._cache_references(missing, states.hidden[count:]))
+        reference = [next(fresh) if state is None else state for state in cached]
+        return AnswerStates(states.hidden[:count], states.targets[:count], states.owner[:count]), reference
 
-    def _known_references(self, passages: Sequence[Passage]) -> list[Tensor | None]:
+    def _cached_references(self, passages: Sequence[Passage]) -> list[Tensor | None]:
         return [self.reference_cache.get((p.input_ids, len(p.targets))) for p in passages]
 
-    def _keep_references(self, passages: Sequence[Passage], hidden: Tensor) -> list[Tensor]:
-        """θ₀'s states (P, d) of passages by passage, which are cached."""
+    def _cache_references(self, passages: Sequence[Passage], hidden: Tensor) -> list[Tensor]:
+        """Cache the unedited model's states (P, d), and return them passage by passage."""
         pieces = [piece.clone() for piece in hidden.split([len(p.targets) for p in passages])]
         for passage, piece in zip(passages, pieces, strict=True):
             self.reference_cache.put((passage.input_ids, len(passage.targets)), piece)

@@ -1,4 +1,4 @@
-"""Numbers in a precision: at least float32, and equal up to its rounding."""
+"""Converts numbers to float32 or more, and compares them up to rounding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def same_numbers(one: Tensor, other: Tensor, precision: torch.dtype) -> bool:
     """Whether numbers of some tokens (P, …) are the same up to a precision's rounding, measured token by token.
 
-    In bfloat16, rounding may send a token to another expert: there, most tokens count.
+    In bfloat16, rounding may send a token to another expert, so the median error decides there.
     """
-    seen = torch.isfinite(other)
-    one, other = (torch.where(seen, numbers.double(), 0.0) for numbers in (one, other))
+    is_finite = torch.isfinite(other)
+    one, other = (torch.where(is_finite, numbers.double(), 0.0) for numbers in (one, other))
     errors = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
     if precision.itemsize < 4:
         return bool(errors.median() <= 0.1)

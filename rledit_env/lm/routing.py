@@ -1,4 +1,4 @@
-"""Which set of edited weights each token of a forward pass is multiplied by."""
+"""Multiplies each token of a forward pass by its set of edited weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ORIGINAL = -1  # the set of the pre-trained weights
 
 
 class Routing(Protocol):
-    """Brings passages together with sets of edited weights, which are counted from 0.
+    """Multiplies passages by their sets of edited weights, which are counted from 0.
 
     Attributes:
-        count: how many sets there are.
-        serves_original: whether a pass can meet the pre-trained weights (:data:`ORIGINAL`) beside the others.
-        spans: of the pass that runs now: the set of the first tokens and their number, and so on; empty where all
-            tokens meet the one set.
+        count: number of sets.
+        serves_original: whether a pass can use the pre-trained weights (:data:`ORIGINAL`) together with other sets.
+        spans: for each group of consecutive tokens in the running pass, its set and its number of tokens; empty where
+            the model's modules hold the only set.
     """
 
     count: int
@@ -32,21 +32,20 @@ class Routing(Protocol):
     spans: Sequence[tuple[int, int]]
 
     def sort_keys(self, sets: Sequence[int]) -> Sequence[int]:
-        """The sets by which passages are sorted before they are cut into passes."""
+        """Keys by which passages are sorted before they are cut into passes: their sets, where these matter."""
         ...
 
     def routed(self, sets: Sequence[int], sizes: Sequence[int]) -> AbstractContextManager[None]:
-        """Within it, the first ``sizes[0]`` tokens of a batch are multiplied by the weights of ``sets[0]``, and so
-        on."""
+        """Context in which the first ``sizes[0]`` tokens of a batch use the weights of ``sets[0]``, and so on."""
         ...
 
     def original(self) -> AbstractContextManager[None]:
-        """Within it, all tokens meet the pre-trained weights."""
+        """Context in which all tokens are multiplied by the pre-trained weights."""
         ...
 
 
 class InModules:
-    """The one set that the model's modules hold: every pass meets it as it is."""
+    """A single set of edited weights, which the model's modules hold themselves."""
 
     count, serves_original = 1, False
     spans: Sequence[tuple[int, int]] = ()
@@ -65,11 +64,13 @@ class InModules:
 
 
 class BesideModules:
-    """Sets beside what the modules hold: a pass takes tokens of several, which meet the frozen weights together and at
-    an edited module their own set's weight.
+    """Several sets of edited weights, kept outside the model's modules.
+
+    A pass may run tokens of several sets. Frozen weights multiply all of them at once; an edited module multiplies each
+    set's tokens by that set's weight.
 
     Args:
-        sets: over the same modules.
+        sets: sets of the same modules.
     """
 
     serves_original = True
@@ -81,8 +82,8 @@ class BesideModules:
         self._at_original = False
 
     def sort_keys(self, sets: Sequence[int]) -> Sequence[int]:
-        alone = self.count == 1 and ORIGINAL not in sets
-        return [0] * len(sets) if self._at_original or alone else sets
+        is_only_set = self.count == 1 and ORIGINAL not in sets
+        return [0] * len(sets) if self._at_original or is_only_set else sets
 
     @contextmanager
     def routed(self, sets: Sequence[int], sizes: Sequence[int]) -> Iterator[None]:
@@ -101,15 +102,15 @@ class BesideModules:
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        before, self._at_original = self._at_original, True
+        was_original, self._at_original = self._at_original, True
         try:
             yield
         finally:
-            self._at_original = before
+            self._at_original = was_original
 
 
 def _grouped_linear(weights: Sequence[Tensor], bias: Tensor | None, counts: Sequence[int], x: Tensor) -> Tensor:
-    """x (b, L, d_in) times its set's weight (d_out, d_in): the first ``counts[0]`` tokens the first one, and so on."""
+    """Multiply x (b, L, d_in), its first ``counts[0]`` tokens by the first weight (d_out, d_in), and so on."""
     if len(weights) == 1:
         return linear(x, weights[0], bias)
     tokens = x.flatten(0, -2).split(list(counts))

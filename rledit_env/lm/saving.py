@@ -1,4 +1,4 @@
-"""A model and its tokenizer as a folder for ``from_pretrained``: what editing leaves alone is written as read."""
+"""Writes a model and its tokenizer for ``from_pretrained``; what editing does not change is written as it was read."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "vocab*", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
-# What transformers adds to a tokenizer's settings or leaves in it after use; it says nothing of the tokenizer.
+# Settings that transformers adds to a tokenizer when it is loaded or used; they do not make it another one.
 _INCIDENTAL = ("is_local", "local_files_only", "padding", "truncation")
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model, with the generation settings of the folder that it was loaded from if they are still its own."""
+    """Write a model, with the generation settings of the folder that it was loaded from unless they were changed."""
     model.save_pretrained(folder)
     source = _folder(model.config._name_or_path)
     if source is None:
         return
-    kept, written = source / GENERATION_FILE, folder / GENERATION_FILE
-    if kept.is_file():
+    source_file, written_file = source / GENERATION_FILE, folder / GENERATION_FILE
+    if source_file.is_file():
         if _settings(GenerationConfig.from_pretrained(source)) == _settings(model.generation_config):
-            shutil.copyfile(kept, written)
+            shutil.copyfile(source_file, written_file)
     elif _settings(GenerationConfig.from_model_config(model.config)) == _settings(model.generation_config):
-        written.unlink(missing_ok=True)
+        written_file.unlink(missing_ok=True)
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer: byte by byte the files that it was loaded from, unless it was changed since."""
+    """Write a tokenizer: the files that it was loaded from, byte by byte, unless it was changed since."""
     source = _folder(tokenizer.name_or_path)
     if source is None or not _is_unchanged(tokenizer, source):
         tokenizer.save_pretrained(folder)
@@ -48,12 +48,12 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _folder(name: str | None) -> Path | None:
-    """The folder that something was loaded from, if it was and there still is one."""
+    """The folder of that name, if there is one."""
     return Path(name) if name and Path(name).is_dir() else None
 
 
 def _settings(generation: Any) -> dict[str, Any]:
-    """What is set to something."""
+    """Generation settings with a value other than None and False."""
     return {name: value for name, value in generation.to_dict().items() if value is not None and value is not False}
 
 
@@ -61,18 +61,18 @@ def _is_unchanged(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
     try:
         fresh = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         return _description(fresh) == _description(tokenizer)
-    except Exception:  # the folder has changed, in as many ways as there are loaders
+    except Exception:  # a changed folder fails in as many ways as there are loaders
         return False
 
 
 def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a tokenizer is, by file that it would write."""
+    """The contents of the files that a tokenizer writes, by file name."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        found: dict[str, Any] = {}
+        contents: dict[str, Any] = {}
         for path in Path(folder).iterdir():
-            found[path.name] = path.read_bytes() if path.is_file() else None
+            contents[path.name] = path.read_bytes() if path.is_file() else None
             if path.suffix == ".json":
-                content = json.loads(found[path.name])
-                found[path.name] = {k: v for k, v in content.items() if k not in _INCIDENTAL}
-    return found
+                content = json.loads(contents[path.name])
+                contents[path.name] = {k: v for k, v in content.items() if k not in _INCIDENTAL}
+    return contents

@@ -1,4 +1,4 @@
-"""What a loaded model gives by itself for one short text, and which of our forward passes gives the same."""
+"""Compares our forward passes with a model's own on a short text, and chooses the fastest that gives the same."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rledit_env.lm.suffix import SuffixForward
 from rledit_env.lm.whole import WholeForward
 
 _TEXT = "The capital of France is Paris, and that of Peru is Lima."
-_TOKENS, _SHARED = 8, 5  # of the text, and those of its beginning, which is run beside it
-_PLAIN = {*FASTER, *FASTER.values()}  # classes that multiply by their weight and do nothing else
-# Ways to run a model, the fastest first: with our modules or its own, and layer by layer or by its own forward.
+_TOKENS, _SHARED = 8, 5  # tokens of the text, and of its beginning, which is run in the same batch
+_PLAIN = {*FASTER, *FASTER.values()}  # classes that only multiply by their weight
+# Ways to run a model, the fastest first: whether with our faster modules, and whether layer by layer.
 _WAYS = [(True, True), (True, False), (False, True), (False, False)]
 _SLOWER = {
     (True, False): "the layers of {} cannot be run one by one to its own logits; its own forward is used, which is "
@@ -42,20 +42,20 @@ _SLOWER = {
 
 
 class OwnPass:
-    """What a model gives for one short text, run by its own forward before anything of ours is in it.
+    """The results of a model's own forward for one short text, before any module is replaced.
 
     Args:
         model: a causal LM in evaluation mode.
-        tokenizer: its own.
-        linear: the linear modules that one may want to edit, by name.
+        tokenizer: its tokenizer.
+        linear: its linear modules that might be edited, by name.
 
     Attributes:
-        output: the output head, with what the model does after it.
-        unfit: linear module → why it cannot be edited; modules that can are not in it.
-        overwritten: linear modules whose outputs the model changes in place (Falcon, Llama 4).
+        output: the output head, with the scale or cap after it.
+        unfit: name of a linear module that cannot be edited → why.
+        overwritten: names of linear modules whose outputs the model changes in place (Falcon, Llama 4).
 
     Raises:
-        ValueError: the model is no causal LM, or none whose logits come from an output head.
+        ValueError: the model is no causal LM, or its logits do not come from an output head.
     """
 
     def __init__(
@@ -64,113 +64,116 @@ class OwnPass:
         head = output_head(model)
         self.kind, self.unfit = type(model).__name__, dict[str, str]()
         self.overwritten: set[str] = set()
-        self._ids = _text(tokenizer, len(head.weight)).to(execution_device(head))
-        given: list[Tensor] = []
-        handle = head.register_forward_hook(lambda _module, _args, output: given.append(output))
+        self._ids = _text_ids(tokenizer, len(head.weight)).to(execution_device(head))
+        head_outputs: list[Tensor] = []
+        handle = head.register_forward_hook(lambda _module, _args, output: head_outputs.append(output))
         try:
-            with torch.no_grad(), self._watching(linear):
+            with torch.no_grad(), self._watch_calls(linear):
                 logits = model(input_ids=self._ids, use_cache=False).logits
         finally:
             handle.remove()
-        if not given or given[-1].shape != logits.shape:
+        if not head_outputs or head_outputs[-1].shape != logits.shape:
             raise ValueError(f"{self.kind} cannot be edited: its logits do not come from one output head")
-        plain = torch.equal(given[-1].to(logits.dtype), logits)
-        after = AfterHead() if plain else read_after_head(model, head, self._ids)
+        is_unchanged = torch.equal(head_outputs[-1].to(logits.dtype), logits)
+        after = AfterHead() if is_unchanged else read_after_head(model, head, self._ids)
         if after is None:
             raise ValueError(
                 f"{self.kind} cannot be edited: it changes the logits of its output head in a way that is neither a "
                 "factor nor a cap"
             )
         self.output = OutputHead(head, after)
-        self._logits: Tensor | None = at_least_float32(logits[0])  # until :meth:`forward` has tried its ways
+        self._logits: Tensor | None = at_least_float32(logits[0])  # until :meth:`forward` has compared its ways
         self._precision = logits.dtype
-        self._choices: dict[bool, tuple[bool, bool]] = {}  # of ways, once tried: with faster modules and without
+        self._chosen_ways: dict[bool, tuple[bool, bool]] = {}  # ``optimize`` → the way chosen for it
 
     def forward(
         self, model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str, optimize: bool
     ) -> tuple[SuffixForward | WholeForward, FastModules | None]:
-        """The fastest of our ways to run the model that gives its own logits, and the faster modules that it took for
-        this; warns where it is a slower way than asked for.
+        """The fastest way to run the model that gives its own logits, and the faster modules now in it, if any.
 
-        They are tried once.
+        The ways are tried once per model. A warning says so where the chosen way is slower than the one asked for.
 
         Args:
             model: the model.
             modules: the edited modules by name.
-            name: what to call the model.
-            optimize: whether its modules may be replaced by faster ones, where these give what it gave.
+            name: the model's name in messages.
+            optimize: whether its modules may be replaced by faster ones with the same results.
 
         Raises:
-            ValueError: none of them does.
+            ValueError: no way gives the model's own logits.
         """
         _, layers = decoder_layers(model)
         edited = [i for i, layer in enumerate(layers) if set(modules.values()) & set(layer.modules())]
-        known, reason = self._choices.get(optimize), None
-        if known is None and self._logits is None:  # tried with the other kind of modules only, and edited since
-            self._logits = self._own_logits(model)
-        for has_kernels, is_split in [known] if known else [way for way in _WAYS if optimize or not way[0]]:
+        known_way, failure = self._chosen_ways.get(optimize), None
+        if known_way is None and self._logits is None:  # the ways for the other ``optimize`` were tried before
+            self._logits = self._compute_logits(model)
+        for has_kernels, is_split in [known_way] if known_way else [way for way in _WAYS if optimize or not way[0]]:
             fast, is_chosen = FastModules(model) if has_kernels else None, False
             try:
-                found: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
+                forward: SuffixForward | WholeForward = WholeForward(model, layers, self.output)
                 if is_split:
-                    found = SuffixForward(model, min(edited), max(edited), self.output)
-                if known or self._agrees(found, modules):
-                    self._settle((has_kernels, is_split), name or self.kind, optimize)
+                    forward = SuffixForward(model, min(edited), max(edited), self.output)
+                if known_way or self._agrees(forward, modules):
+                    self._remember((has_kernels, is_split), name or self.kind, optimize)
                     is_chosen = True
-                    return found, fast
-            except FAILURES as error:  # a model of another make
-                reason = None if is_split else error
+                    return forward, fast
+            except FAILURES as error:  # an unfamiliar architecture
+                failure = None if is_split else error
             finally:
                 if fast is not None and not is_chosen:
                     fast.undo()
-        said = "" if reason is None else f" ({' '.join(str(reason).split())[:200]})"
+        detail = "" if failure is None else f" ({' '.join(str(failure).split())[:200]})"
         raise ValueError(
             f"{name or self.kind} ({self.kind}) cannot be edited: what it gives for a token depends on later tokens or "
-            f"on other texts beside it{said}; give a decoder-only model, one that is made to continue texts"
+            f"on other texts beside it{detail}; give a decoder-only model, one that is made to continue texts"
         )
 
     @torch.no_grad()
-    def _own_logits(self, model: PreTrainedModel) -> Tensor:
-        """What the model's own forward gives for the text, (_TOKENS, |V|)."""
+    def _compute_logits(self, model: PreTrainedModel) -> Tensor:
+        """The text's logits (_TOKENS, |V|) by the model's own forward."""
         return at_least_float32(model(input_ids=self._ids, use_cache=False).logits[0])
 
-    def _settle(self, way: tuple[bool, bool], name: str, optimize: bool) -> None:
-        """Remember the way that the model is run, and say so where it is a slow one."""
-        if optimize not in self._choices:
+    def _remember(self, way: tuple[bool, bool], name: str, optimize: bool) -> None:
+        """Remember the chosen way, and warn where it is a slow one."""
+        if optimize not in self._chosen_ways:
             slower = _SLOWER.get((way[0] or not optimize, way[1]))
             if slower is not None:
                 warnings.warn(f"{name}: {slower.format(self.kind)}", stacklevel=5)
-        self._choices[optimize], self._logits = way, None
+        self._chosen_ways[optimize], self._logits = way, None
 
     @torch.no_grad()
     def _agrees(self, forward: Forward, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether a pass of the text and, padded to its length, its beginning gives the model's own logits for both,
-        and the edited modules see their tokens row by row."""
+        """Whether one pass of the text and its beginning, padded to the same length, gives the model's own logits for
+        both, and the inputs of the edited modules are the batch's tokens row by row."""
         assert self._logits is not None
         layout = Layout.padded([_TOKENS, _SHARED])
         places = layout.places([range(_TOKENS), range(_SHARED)], forward.device)
         batch = layout.batch([self._ids[0], self._ids[0, :_SHARED]]).to(forward.device)
-        seen: list[Tensor] = []
-        handles = [m.register_forward_pre_hook(lambda _module, args: seen.append(args[0])) for m in modules.values()]
+        all_inputs: list[Tensor] = []
+
+        def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            all_inputs.append(args[0])
+
+        handles = [module.register_forward_pre_hook(record) for module in modules.values()]
         try:
             logits = forward.logits(forward.final_states(forward.prefix(batch, layout), places, layout))
         finally:
             for handle in handles:
                 handle.remove()
-        rows = [keys.reshape(2, -1, keys.shape[-1])[:, :_SHARED] for keys in seen]
+        rows = [inputs.reshape(2, -1, inputs.shape[-1])[:, :_SHARED] for inputs in all_inputs]
         return same_numbers(logits, torch.cat([self._logits, self._logits[:_SHARED]]), self._precision) and all(
             same_numbers(second, first, self._precision) for first, second in rows
         )
 
     @contextmanager
-    def _watching(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Within it, :attr:`unfit` takes note of how a forward of the text calls these modules."""
+    def _watch_calls(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Context that fills :attr:`unfit` and :attr:`overwritten` by how a forward of the text calls these modules."""
         calls: Counter[str] = Counter()
-        outputs: dict[str, tuple[Tensor, int]] = {}  # with how often each was changed when it was given
+        outputs: dict[str, tuple[Tensor, int]] = {}  # name → output, and its version when it was returned
 
         def watch(name: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
             calls[name] += 1
-            if (reason := _unfit(module, args, output)) is not None:
+            if (reason := _why_unfit(module, args, output)) is not None:
                 self.unfit[name] = reason
             else:
                 outputs[name] = output, output._version
@@ -189,17 +192,17 @@ class OwnPass:
                 self.unfit[name] = f"the model's forward calls it {calls[name]} times in one pass"
 
 
-_known: WeakKeyDictionary[PreTrainedModel, OwnPass] = WeakKeyDictionary()
+_own_passes: WeakKeyDictionary[PreTrainedModel, OwnPass] = WeakKeyDictionary()
 
 
 def own_pass(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, nn.Module]
 ) -> OwnPass:
-    """The model's :class:`OwnPass`, which is run once a model."""
-    found = _known.get(model)
-    if found is None or found.output.module is not output_head(model):
-        found = _known[model] = OwnPass(model, tokenizer, linear)
-    return found
+    """The model's :class:`OwnPass`, which is made once per model."""
+    known_pass = _own_passes.get(model)
+    if known_pass is None or known_pass.output.module is not output_head(model):
+        known_pass = _own_passes[model] = OwnPass(model, tokenizer, linear)
+    return known_pass
 
 
 def output_head(model: PreTrainedModel) -> Any:
@@ -211,21 +214,21 @@ def output_head(model: PreTrainedModel) -> Any:
     head: Any = model.get_output_embeddings()
     if head is None:
         vocabulary: Any = model.get_input_embeddings()
-        sized = [m for m in model.modules() if isinstance(m, nn.Linear) and len(m.weight) == len(vocabulary.weight)]
-        if not sized:
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and len(m.weight) == len(vocabulary.weight)]
+        if not heads:
             raise ValueError(f"{type(model).__name__} has no output head; give a causal language model")
-        head = sized[-1]
+        head = heads[-1]
     return head
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
-    """Token ids of a text, (1, _TOKENS)."""
+def _text_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
+    """Token ids (1, _TOKENS) of the text."""
     ids = [*tokenizer(_TEXT)["input_ids"], *range(1, _TOKENS)]
     return torch.tensor([[i % vocabulary for i in ids[:_TOKENS]]])
 
 
-def _unfit(module: Any, args: tuple[Any, ...], output: Any) -> str | None:
-    """Why a linear module, called so for the text, cannot be edited; None where it can."""
+def _why_unfit(module: Any, args: tuple[Any, ...], output: Any) -> str | None:
+    """Why a linear module cannot be edited, judging by this call of it for the text; None where it can."""
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return "it takes more than its input, or gives more than its output"
     keys, width = args[0], args[0].shape[-1]

@@ -12,19 +12,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def frozen_weights(model: nn.Module, edited: Iterable[str] = ()) -> dict[int, Any]:
-    """The memo with which a deep copy of a model shares all weights but those of the edited modules.
+    """A memo for ``copy.deepcopy`` of a model; the copy then shares all weights but those of the edited modules.
 
-    The copy has parameters of its own over the same memory, so that whether they take gradients is each one's affair.
+    The copy has its own parameters over the same memory, which may require gradients independently of the model's.
     """
-    own = {id(model.get_submodule(name).weight) for name in edited}
+    edited_ids = {id(model.get_submodule(name).weight) for name in edited}
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        if id(parameter) not in own:
-            plain = type(parameter) is nn.Parameter
-            shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if plain else parameter
+        if id(parameter) not in edited_ids:
+            is_plain = type(parameter) is nn.Parameter
+            shared[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if is_plain else parameter
     return shared
 
 
 def sharing_copy(model: Model) -> Model:
-    """A copy of a model's modules over the same weights."""
+    """A copy of a model over the same weights."""
     return copy.deepcopy(model, frozen_weights(model))

@@ -1,8 +1,8 @@
-"""Several environments' edited weights over one frozen model, and one pass that serves them all.
+"""Several environments' edited weights over one frozen model, and forward passes that serve them all.
 
-A pass takes rows of many passages. All rows meet the frozen weights together; at an edited module, each environment's
-rows meet its own weight (`rledit_env.lm.routing`). Cached prefixes and θ₀'s states do not depend on the edits, so they
-are shared.
+A pass runs passages of many environments. Frozen weights multiply all tokens at once; an edited module multiplies each
+environment's tokens by that environment's weight (`rledit_env.lm.routing`). Cached prefix states and the unedited
+model's states do not depend on the edits, so they are shared.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rledit_env.lm.weights import EditedWeights
 
 
 class StreamLM(EditableLM):
-    """An `EditableLM` composed of edited weights of its own and what another one has beside these: the frozen model,
-    the tokenizer and the caches.
+    """An `EditableLM` with its own edited weights, over another one's frozen model, tokenizer and caches.
 
-    What it adds in memory is its edited weights: a master copy in float32 and, where the model runs in less, the copy
-    that it runs with (:attr:`nbytes`). It begins with the pre-trained weights and leaves ``shared``'s own alone.
+    It takes memory only for its edited weights (:attr:`nbytes`): a master copy in float32 and, where the model runs in
+    a lower precision, the copy that it runs with. It begins with the pre-trained weights and does not change the edited
+    weights of ``shared``.
 
     Args:
-        shared: whose frozen weights, tokenizer and caches are used.
-        sets: the sets of edited weights that its passes serve, its own first; None for a new one.
+        shared: the LM whose frozen model, tokenizer and caches are used.
+        sets: the sets of edited weights that its passes serve, its own first; None means one new set.
     """
 
     nbytes = AttributeOf[int]("weights")
@@ -37,7 +37,7 @@ class StreamLM(EditableLM):
     def __init__(self, shared: EditableLM, sets: Sequence[EditedWeights] | None = None) -> None:
         self.model, self.tokenizer, self.tokens = shared.model, shared.tokenizer, shared.tokens
         self.name, self.revision = shared.name, shared.revision
-        self._changes = []  # the model is not its own to give back
+        self._changes = []  # ``shared`` undoes its changes of the model
         sets = [shared.weights.beside()] if sets is None else sets
         caches = shared.prefix_cache, shared.reference_cache
         self.text_cache = shared.text_cache
@@ -47,7 +47,7 @@ class StreamLM(EditableLM):
         self.decoder = Decoder(self.passes, self.tokens)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamLM:
-        """Another one with the same edited weights, its own, over what this one shares."""
+        """An LM with a copy of the edited weights, over the same frozen model and tokenizer."""
         other = memo[id(self)] = StreamLM(self)
         other.prefix_cache = copy.deepcopy(self.prefix_cache, memo)
         other.reference_cache = copy.deepcopy(self.reference_cache, memo)
@@ -56,12 +56,13 @@ class StreamLM(EditableLM):
 
 
 def together(streams: Sequence[StreamLM]) -> EditableLM:
-    """The LMs as one, to be given to :meth:`EditableLM.trace_batches` and `rledit_env.scoring.score_streams`.
+    """One LM with the edited weights of all the LMs, whose passes serve them together. Nothing is copied.
 
-    Their s-th batch or request then meets the weights of ``streams[s]``. Nothing is copied.
+    :meth:`EditableLM.trace_batches` and `rledit_env.scoring.score_streams` then use the weights of ``streams[s]`` for
+    batch or request s.
 
     Raises:
-        ValueError: there are none, or they are not of one frozen model.
+        ValueError: there are no LMs, or they do not share one frozen model.
     """
     if len({id(stream.model) for stream in streams}) != 1:
         raise ValueError(f"the {len(streams)} streams share no frozen model; make them from one EditableLM")

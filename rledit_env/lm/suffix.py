@@ -1,8 +1,8 @@
 """The forward pass of an edited LLM, computing only what an edit can change.
 
-Layers below the first edited one see weights that never change: their output is computed once per passage and cached
-(`rledit_env.lm.passes.PrefixCache`). The layers above run on cached states (:class:`SuffixForward.run`), and the output
-head is applied at the positions that predict an answer token only.
+The weights of layers below the first edited one never change, so their output is computed once per passage and cached
+(`rledit_env.lm.passes.PrefixCache`). The layers above run on the cached states (:meth:`SuffixForward.run`). The output
+head is applied only at positions that predict an answer token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
 
 class Stub:
-    """Stands for a decoder layer's ``forward``: notes what the layer was called with and passes the states on."""
+    """Replaces a decoder layer's ``forward``: records the layer's arguments and returns its input states."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
@@ -47,9 +47,9 @@ class SuffixForward:
     """Splits a Hugging Face causal LM at a decoder layer.
 
     The arguments that the model gives its layers (masks, rotary embeddings, windows) are recorded from the model's own
-    forward with its layers replaced by stubs, so that nothing of an architecture is written again here. Passages are
-    padded on the right (with causal attention no real token sees the padding, hence no padding mask is needed), or lie
-    end to end in one row where the attention is known to keep them apart (:attr:`longest_packed`).
+    forward with its layers replaced by stubs, so no architecture's code is repeated here. Passages are padded on the
+    right (with causal attention no real token sees the padding, so no padding mask is needed), or packed in one row
+    where the attention is known to keep them apart (:attr:`longest_packed`).
 
     Args:
         model: a causal LM in evaluation mode.
@@ -58,7 +58,7 @@ class SuffixForward:
         output: the model's output head.
 
     Raises:
-        ValueError: the model has no layers or no final norm where they are sought.
+        ValueError: the model has no list of layers, or no final norm under a known name.
     """
 
     def __init__(self, model: PreTrainedModel, first_layer: int, last_edited: int, output: OutputHead) -> None:
@@ -66,8 +66,8 @@ class SuffixForward:
         self._config = model.config.get_text_config()
         self.base, self.layers = decoder_layers(model)
         self.first_layer, self.last_edited = first_layer, last_edited
-        self._attention = ""  # the name of a layer's attention, once needed
-        self.continues: bool | None = None  # whether passages' tails can be run alone, once tried
+        self._attention = ""  # name of the attention in a layer; :attr:`narrows` sets it
+        self.continues: bool | None = None  # whether passages' tails can be run alone; None before a trial
         norm_name = next((name for name in FINAL_NORMS if hasattr(self.base, name)), None)
         if norm_name is None:
             raise ValueError(f"{type(self.base).__name__} has no final norm under any of the names {FINAL_NORMS}")
@@ -76,10 +76,10 @@ class SuffixForward:
 
     @property
     def quantum(self) -> int:
-        """Rows of matrix products are kept to multiples of this (see `rledit_env.lm.kernels.products`).
+        """The number of rows of matrix products is kept to multiples of this (see `rledit_env.lm.kernels.products`).
 
-        In float32 a size costs more memory than in bfloat16: 32 instead of 16 is 50 to 100 MB less at the peak of a
-        training step of 135M parameters, and 1 % of its time.
+        In float32 each size takes more memory than in bfloat16: 32 instead of 16 saves 50 to 100 MB at the peak of a
+        training step of 135M parameters, and costs 1 % of its time.
         """
         weight = self.output.module.weight  # (|V|, d)
         if not compiled(weight, 16 * weight.shape[1] ** 2):
@@ -88,18 +88,20 @@ class SuffixForward:
 
     @property
     def device(self) -> torch.device:
-        """Where the final states are computed, wherever the weights rest."""
+        """The device that computes final states; the weights may be kept elsewhere."""
         return execution_device(self.norm if hasattr(self.norm, "weight") else self.output.module)
 
     @property
     def cache_argument(self) -> str:
-        """What this release of transformers calls the decoder's argument for cached keys and values."""
+        """Name of the decoder's argument for cached keys and values, which depends on the release of transformers."""
         names = inspect.signature(self.base.forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
     def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: Any) -> list[Stub]:
-        """The model's forward (given ``options`` too) with layers ``first_stub`` and above replaced by stubs, which
-        are returned."""
+        """Run the model's forward, with ``options``, and layers ``first_stub`` and above replaced by stubs.
+
+        Returns the stubs.
+        """
         stubs = [Stub() for _ in self.layers[first_stub:]]
         with ExitStack() as stack, torch.no_grad():
             for layer, stub in zip(self.layers[first_stub:], stubs, strict=True):
@@ -108,29 +110,30 @@ class SuffixForward:
         return stubs
 
     def run_below(self, input_ids: Tensor, layer: int) -> None:
-        """Run the layers below one, and no others, on token ids (B, L): for what hooks on their modules see."""
+        """Run only the layers below ``layer`` on token ids (B, L), for hooks on their modules."""
         self._run_stubbed(input_ids, layer)
 
     def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
-        """States that enter the first suffix layer, for token ids (B, L): (B, L, d)."""
-        hidden = self._run_laid_out(input_ids, self.first_layer, layout)[0].hidden
+        """States (B, L, d) that enter the first suffix layer, for token ids (B, L)."""
+        hidden = self._run_batch(input_ids, self.first_layer, layout)[0].hidden
         assert hidden is not None
         return hidden
 
-    def _run_laid_out(self, input_ids: Tensor, first_stub: int, layout: Layout) -> list[Stub]:
-        """:meth:`_run_stubbed` of passages that lie so in the batch."""
+    def _run_batch(self, input_ids: Tensor, first_stub: int, layout: Layout) -> list[Stub]:
+        """Call :meth:`_run_stubbed` for passages with this layout."""
         options = {"position_ids": layout.position_ids(input_ids.device)} if layout.packed else {}
         with packed(layout.packing):
             return self._run_stubbed(input_ids, first_stub, **options)
 
     def _layer_arguments(self, layout: Layout) -> list[Stub]:
+        """The arguments of each suffix layer for a batch of this layout; those of padded batches are cached."""
         stubs = None if layout.packed else self._arguments.get(layout.shape)
         if stubs is None:
             ids = torch.zeros(layout.shape, dtype=torch.long, device=self.device)
-            stubs = self._run_laid_out(ids, 0, layout)[self.first_layer :]
+            stubs = self._run_batch(ids, 0, layout)[self.first_layer :]
             for stub in stubs:
                 stub.hidden = None
-            if layout.packed:  # such a row hardly ever comes again
+            if layout.packed:  # the same row hardly ever comes again
                 return stubs
             self._arguments[layout.shape] = stubs
             if len(self._arguments) > 256:
@@ -140,32 +143,34 @@ class SuffixForward:
         return stubs
 
     def run(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """Final states before the last norm, from states (B, L, d) that enter the first suffix layer."""
+        """Final states (B, L, d) before the last norm, from states (B, L, d) that enter the first suffix layer."""
         with packed(layout.packing):
-            return self._through(self.layers[self.first_layer :], self._layer_arguments(layout), hidden)
+            return self._run_layers(self.layers[self.first_layer :], self._layer_arguments(layout), hidden)
 
     def run_to(self, hidden: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        """:meth:`run` at some of the batch's tokens only, (P, d), counted row by row: in the last layer, whatever
-        follows the attention is computed for them alone."""
+        """:meth:`run` at some tokens only, (P, d); ``places`` are their indices in the batch, counted row by row.
+
+        The last layer computes what follows its attention for these tokens only.
+        """
         if not self.narrows:
             return self.run(hidden, layout).flatten(0, 1)[places]
         arguments = self._layer_arguments(layout)
         with packed(layout.packing):
-            hidden = self._through(self.layers[self.first_layer : -1], arguments, hidden)
-            return self._last_at(hidden, arguments[-1], places)
+            hidden = self._run_layers(self.layers[self.first_layer : -1], arguments, hidden)
+            return self._run_last_layer(hidden, arguments[-1], places)
 
     @staticmethod
-    def _through(layers: Iterable[Any], arguments: Iterable[Stub], hidden: Tensor) -> Tensor:
+    def _run_layers(layers: Iterable[Any], arguments: Iterable[Stub], hidden: Tensor) -> Tensor:
         for layer, stub in zip(layers, arguments, strict=False):
             output = layer(hidden, *stub.args, **stub.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
-    def _last_at(self, hidden: Tensor, stub: Stub, places: Tensor) -> Tensor:
-        """The last layer's states (P, d) at some tokens, from those (B, L, d) that enter it.
+    def _run_last_layer(self, hidden: Tensor, stub: Stub, places: Tensor) -> Tensor:
+        """Outputs (P, d) of the last layer at some tokens, from the states (B, L, d) that enter it.
 
-        The layer runs twice: for all tokens as far as its attention, which alone looks at other tokens, and for the
-        chosen ones (as one sequence) with the attention's output given.
+        The layer runs twice: first for all tokens up to its attention, the only part that combines tokens, then for the
+        chosen tokens, as one sequence, with the attention's output given.
         """
         layer: Any = self.layers[-1]
         attention: Any = getattr(layer, self._attention)
@@ -178,94 +183,97 @@ class SuffixForward:
         with replaced_forward(attention, stop), suppress(Reached):
             layer(hidden, *stub.args, **stub.kwargs)
         output = attention(*called[0], **called[1])
-        chosen = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
-        given = (chosen, *output[1:]) if isinstance(output, tuple) else chosen
-        with replaced_forward(attention, lambda *_args, **_kwargs: given):
-            return self._through([layer], [stub], hidden.flatten(0, 1)[places][None])[0]
+        chosen_output = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)[places][None]
+        attention_output = (chosen_output, *output[1:]) if isinstance(output, tuple) else chosen_output
+        with replaced_forward(attention, lambda *_args, **_kwargs: attention_output):
+            return self._run_layers([layer], [stub], hidden.flatten(0, 1)[places][None])[0]
 
     @cached_property
     def narrows(self) -> bool:
-        """Whether the last layer can be computed at some positions only: no edited module is in it, and doing so gives
-        what the whole layer gives (tried once, on this very model)."""
-        found = [name for name in ATTENTIONS if hasattr(self.layers[-1], name)]
-        if self.last_edited >= len(self.layers) - 1 or not found:
+        """Whether the last layer can be computed at some positions only: it has no edited module, and the results are
+        those of the whole layer (tried once, on this model)."""
+        names = [name for name in ATTENTIONS if hasattr(self.layers[-1], name)]
+        if self.last_edited >= len(self.layers) - 1 or not names:
             return False
-        self._attention = found[0]
+        self._attention = names[0]
         layout = Layout.padded([3, 3])
-        hidden, places = self._numbers(layout), torch.tensor([2, 3, 4])
+        hidden, places = self._random_states(layout), torch.tensor([2, 3, 4])
         stub = self._layer_arguments(layout)[-1]
         with torch.no_grad():
-            whole = self._through(self.layers[-1:], [stub], hidden).flatten(0, 1)[places]
+            expected = self._run_layers(self.layers[-1:], [stub], hidden).flatten(0, 1)[places]
             try:
-                mine = self._last_at(hidden, stub, places)
-            except (IndexError, RuntimeError, TypeError, ValueError):  # a layer of another make
+                narrowed = self._run_last_layer(hidden, stub, places)
+            except (IndexError, RuntimeError, TypeError, ValueError):  # a layer of unfamiliar architecture
                 return False
-        return self._agree(mine, whole)
+        return self._agree(narrowed, expected)
 
     @cached_property
     def _attends_only(self) -> bool:
-        """Whether every layer has an attention, so that keys and values are all that it keeps of earlier tokens."""
+        """Whether every layer has an attention, so that it keeps only keys and values of earlier tokens."""
         return all(any(hasattr(layer, name) for name in ATTENTIONS) for layer in self.layers)
 
     @property
     def batching(self) -> str:
-        """All texts together, where keys and values are all that is kept; else what the model's own forward allows."""
-        return "padded" if self._attends_only else self._whole().batching
+        """Texts of any length where layers keep only keys and values; else what the model's own forward allows."""
+        return "padded" if self._attends_only else self._own_forward().batching
 
-    def _whole(self) -> WholeForward:
+    def _own_forward(self) -> WholeForward:
         return WholeForward.of(self)
 
     @property
     def shares(self) -> bool:
-        """Whether passages end to end may hold once what they begin with: on a CPU. A GPU has a kernel of its own for
-        sequences end to end, which takes each whole; what sharing would gain there was not measured."""
+        """Whether packed passages may store a shared prefix once: only on a CPU.
+
+        A GPU's kernel for packed sequences takes each of them whole; what sharing would gain there was not measured.
+        """
         return self.device.type == "cpu"
 
     @property
     def longest_packed(self) -> int:
-        """Tokens of the longest passages that may lie end to end in one row; 0 where none may: where the attention is
-        not (or no longer) `rledit_env.lm.kernels.attention`'s, which alone keeps them apart, or :attr:`packs` says so.
-        """
+        """Tokens of the longest passages that may be packed in one row: :attr:`packs`, or 0 where the attention is not
+        (or no longer) that of `rledit_env.lm.kernels.attention`, the only one that keeps packed passages apart."""
         return self.packs if self._config._attn_implementation == NAME else 0
 
     @cached_property
     def packs(self) -> int:
-        """:attr:`longest_packed` with that attention: 0 where the model, embeddings and all, does not give passages
-        that lie so what it gives each alone (tried once, on this very model)."""
+        """:attr:`longest_packed` with that attention: 0 where the model, embeddings included, gives packed passages
+        other states than padded ones (tried once, on this model)."""
         if any(hasattr(layer, "_hf_hook") for layer in self.layers):
             return 0
-        # Of tokens that are all different, but for one beginning, which the row holds once where rows may.
+        # The texts have no token in common but a prefix of two of them, which the row stores once if :attr:`shares`.
         texts = [torch.arange(1, 6), torch.tensor([1, 2, 6, 7]), torch.arange(8, 15)]
         lengths = [len(text) for text in texts]
         row = Layout.sharing([text.tolist() for text in texts], [0] * 3) if self.shares else Layout.end_to_end(lengths)
-        found = []
+        layout_states = []
         for layout in (row, Layout.padded(lengths)):
             with torch.no_grad():
                 try:
                     final = self.run(self.prefix(layout.batch(texts).to(self.device), layout), layout)
-                except (IndexError, RuntimeError, TypeError, ValueError):  # a model of another make
+                except (IndexError, RuntimeError, TypeError, ValueError):  # an unfamiliar architecture
                     return 0
-            found.append(torch.cat(layout.split(final)).double())
-        mine, whole = found
-        # Token by token, since some have states a thousand times as large as the others'.
+            layout_states.append(torch.cat(layout.split(final)).double())
+        packed_states, padded_states = layout_states
+        # Compared token by token, since some tokens' states are a thousand times as large as others'.
         tolerance = 0.1 if final.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        same = bool(((mine - whole).norm(dim=1) <= tolerance * whole.norm(dim=1)).all())
+        same = bool(((packed_states - padded_states).norm(dim=1) <= tolerance * padded_states.norm(dim=1)).all())
         windows = [getattr(self._config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         return min([SHORT, *(w for w in windows if w)]) if same else 0
 
-    def _numbers(self, layout: Layout) -> Tensor:
-        """States (B, L, d) to try something on."""
+    def _random_states(self, layout: Layout) -> Tensor:
+        """Random states (B, L, d) for a trial."""
         weight = self.output.module.weight
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*layout.shape, weight.shape[1], generator=generator).to(self.device, weight.dtype)
 
     @staticmethod
-    def _agree(mine: Tensor, whole: Tensor) -> bool:
-        tolerance = 0.05 if mine.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        return mine.shape == whole.shape and float((mine - whole).abs().max()) <= tolerance * float(whole.abs().max())
+    def _agree(states: Tensor, expected: Tensor) -> bool:
+        if states.shape != expected.shape:
+            return False
+        tolerance = 0.05 if states.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        return float((states - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        """Normalised final states (P, d) at some of the batch's tokens, counted row by row, from the states (B, L, d)
+        """Normalised final states (P, d) at some tokens, given by indices counted row by row, from the states (B, L, d)
         that enter the first suffix layer."""
         return self.norm(self.run_to(prefix, places, layout))
 
@@ -274,9 +282,9 @@ class SuffixForward:
         return self.output.logits(hidden)
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
-        """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|)."""
+        """Texts (R, L + length) that begin with tokens (R, L); ``draw`` picks next tokens (R, 1) by logits (R, |V|)."""
         if not self._attends_only:
-            return self._whole().extended(input_ids, length, draw)
+            return self._own_forward().extended(input_ids, length, draw)
         cache, ids, text = DynamicCache(), input_ids, [input_ids]
         for _ in range(length):
             options: dict[str, Any] = {"use_cache": True, self.cache_argument: cache}

@@ -1,4 +1,4 @@
-"""Text as token ids of one LLM: the one place that decides how a prompt and its answer become tokens."""
+"""Prompts and answers as token ids of one LLM. No other module decides how they become tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTEXT_SETTINGS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
     "context_length", "max_target_positions",
 )  # fmt: skip
-NO_BOUND = 10**9  # tokens; tokenizers without a bound name a larger number
+NO_BOUND = 10**9  # tokens; a tokenizer without a bound has a larger ``model_max_length``
 
 _TRAILING_SPACE = re.compile(r"(?<=\S) +\Z")
 
@@ -27,8 +27,8 @@ Offsets = Sequence[tuple[int, int]]
 class TextEncoder:
     """Texts and pairs of prompt and answer as token ids.
 
-    What the tokenizer puts at the beginning of a text is kept (once: a text that holds it already gets no second one);
-    what it appends, such as an end-of-sequence token, is not.
+    Tokens that the tokenizer puts before every text are kept, but not added again to a text that begins with them.
+    Tokens that it appends, such as an end-of-sequence token, are left out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,21 +36,21 @@ class TextEncoder:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """What the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        """Tokens that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
-        return list(whole[: starts[0]]) if starts else []
+        with_special = self.tokenizer("a")["input_ids"]
+        starts = [i for i in range(len(with_special) - len(plain) + 1) if with_special[i : i + len(plain)] == plain]
+        return list(with_special[: starts[0]]) if starts else []
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """The texts of the tokenizer's special tokens, which chat templates are made of."""
+        """The texts of the tokenizer's special tokens, which chat templates consist of."""
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple(token.content for token in added if token.special and token.content.strip())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that is to be continued."""
-        return self._encoded([text])[0][0]
+        return self._encode_all([text])[0][0]
 
     def joined(self, prompt: str, answer: str) -> str:
         """The prompt and its answer as one text."""
@@ -60,47 +60,49 @@ class TextEncoder:
         """Each prompt with its answer: token ids, the characters of the joined text that each token covers, and the
         index of the first token of the answer (the number of tokens where it has none)."""
         tails = [self._continuation(*pair) for pair in zip(prompts, answers, strict=True)]
-        encoded = self._encoded([prompt + tail for prompt, tail in zip(prompts, tails, strict=True)])
+        encoded = self._encode_all([prompt + tail for prompt, tail in zip(prompts, tails, strict=True)])
         rows = [
             (ids, offsets, next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids)))
             for (ids, offsets), prompt in zip(encoded, prompts, strict=True)
         ]
-        # Where no white space of the answer's parts them, a token may reach over the border, which the prompt alone,
-        # as it is generated from, never has.
-        close = [i for i, tail in enumerate(tails) if not tail[:1].isspace() or prompts[i][-1:].isspace()]
-        for i, (ids, offsets) in zip(close, self._encoded([prompts[i] for i in close]), strict=True):
+        # An answer that does not begin with white space may share a token with the prompt's end. The model, which
+        # generates from the prompt alone, never sees that token; so both are encoded separately where that happens.
+        adjoining = [i for i, tail in enumerate(tails) if not tail[:1].isspace() or prompts[i][-1:].isspace()]
+        for i, (ids, offsets) in zip(adjoining, self._encode_all([prompts[i] for i in adjoining]), strict=True):
             if rows[i][0][: len(ids)] == ids:
                 rows[i] = (*rows[i][:2], len(ids))
             else:
-                more, places = self._continued(tails[i])
-                shifted = [(start + len(prompts[i]), end + len(prompts[i])) for start, end in places]
-                rows[i] = (ids + more, [*offsets, *shifted], len(ids))
+                tail_ids, tail_offsets = self._encode_continuation(tails[i])
+                shifted = [(start + len(prompts[i]), end + len(prompts[i])) for start, end in tail_offsets]
+                rows[i] = (ids + tail_ids, [*offsets, *shifted], len(ids))
         return rows
 
     def _continuation(self, prompt: str, answer: str) -> str:
-        """The answer with what parts it from the prompt. A space that it brings parts it from a word, and is left out
-        where white space or a special token does so already. A space behind its last word is left out, too: a model
-        writes it before the next word."""
+        """The answer, with its separator from the prompt in front.
+
+        Spaces at its start are left out where the prompt ends with white space or a special token. Spaces at its end
+        are always left out, since a model writes a space before the next word.
+        """
         answer = _TRAILING_SPACE.sub("", answer)
         if prompt[-1:].isspace() or prompt.endswith(self.special_tokens):
             return answer.lstrip(" ")
         return separator(prompt, answer) + answer
 
-    def _continued(self, text: str) -> tuple[list[int], Offsets]:
-        """Tokens of a text that goes on without a space, without the space that some tokenizers put before a text."""
+    def _encode_continuation(self, text: str) -> tuple[list[int], Offsets]:
+        """Tokens of a text that follows another, without the space that some tokenizers put before every text."""
         anchor = "a" if text[:1].isspace() else "\n"  # tokenizers join neither a line end with a word nor the reverse
-        ids, offsets = self._plain([anchor + text])[0]
+        ids, offsets = self._encode_plain([anchor + text])[0]
         first = next((i for i, (_, end) in enumerate(offsets) if end > 1), len(ids))
         return ids[first:], [(max(start - 1, 0), end - 1) for start, end in offsets[first:]]
 
-    def _encoded(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         prefix = self.prefix
         return [
             (ids, offsets) if ids[: len(prefix)] == prefix else (prefix + ids, [(0, 0)] * len(prefix) + list(offsets))
-            for ids, offsets in self._plain(texts)
+            for ids, offsets in self._encode_plain(texts)
         ]
 
-    def _plain(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+    def _encode_plain(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         if not texts:
             return []
         encoding = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -111,18 +113,18 @@ class PassageEncoder:
     """Prompts and answers as passages of one LLM.
 
     Args:
-        tokenizer: a fast one, which tells which characters a token covers.
-        model: the LLM, for the tokens that it takes.
-        name: what to call it in messages.
+        tokenizer: a fast tokenizer, which tells which characters a token covers.
+        model: the LLM, which bounds the number of tokens and their ids.
+        name: the LLM's name in messages.
 
     Attributes:
         tokenizer: the tokenizer.
-        text: how texts become its token ids.
-        context_length: the most tokens that the model takes; ``sys.maxsize`` where nothing bounds them, as with ALiBi
+        text: encodes texts.
+        context_length: most tokens that the model takes; ``sys.maxsize`` where nothing bounds them, as with ALiBi
             and state spaces.
 
     Raises:
-        ValueError: the tokenizer is a slow one.
+        ValueError: the tokenizer is slow.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str = "") -> None:
@@ -138,8 +140,8 @@ class PassageEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills up rows of token ids, which no token sees: the tokenizer's pad token, or another one where it has
-        none, or none that the model has an embedding for."""
+        """Token id for padding, which no token attends to: the tokenizer's pad token, or, where the model has no
+        embedding for that, another token."""
         tokenizer = self.tokenizer
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
         return next((token for token in candidates if token is not None and token < self._embedded), 0)
@@ -155,9 +157,9 @@ class PassageEncoder:
 
         Args:
             prompt, answer: texts.
-            subject: what the prompt is about: its text, sought in the prompt (`find_subject`), or its first character
-                there and the one after its last.
-            origin: the place of the fact, for messages.
+            subject: what the prompt is about: its text, which is searched for in the prompt (`find_subject`), or the
+                index of its first character there and of the one after its last.
+            origin: where the fact was read from, for messages.
 
         Raises:
             ValueError: the passage is longer than the model's context, or the answer has no token.
@@ -196,7 +198,7 @@ def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _span(prompt: str, subject: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Where the subject stands in the prompt."""
+    """First character of the subject in the prompt, and the one after its last."""
     if not isinstance(subject, str):
         return subject
     start = find_subject(prompt, subject)

@@ -1,4 +1,4 @@
-"""The edited weights of a model, and every way in which they change."""
+"""The edited weights of a model, and all changes of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rledit_env.lm.precision import at_least_float32
 
 
 class NotFiniteError(ValueError):
-    """An update has the right form, but holds a number that is not finite."""
+    """An update has the right form, but contains a number that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Originals:
 
 
 class EditedWeights:
-    """The one owner of a set of edited weights.
+    """A set of edited weights. Nothing else changes them.
 
-    They are kept in float32 whatever precision the model runs in (in float64 for a float64 model); what the model runs
-    with is refreshed from them after every update. That is what its modules hold, or where there are several sets over
-    the same modules, tensors beside these (see `rledit_env.lm.routing`).
+    A master copy is kept in float32 whatever precision the model runs in (in float64 for a float64 model). After every
+    update, the tensors that the model runs with are refreshed from it. These are its modules' own weights or, where
+    several sets share the modules, separate tensors (see `rledit_env.lm.routing`).
 
     Args:
         modules: the edited linear modules (``nn.Linear`` or GPT-2's ``Conv1D``) by name.
 
     Attributes:
-        modules: these.
+        modules: the edited modules by name.
         module_shapes: module → (d_in, d_out).
         originals: the pre-trained weights.
         run: module → W (d_out, d_in) in the model's precision; the master copy itself where that is precise enough.
-        holder: the environment whose episode the weights are those of; None before any.
+        holder: reference to the environment whose episode the weights belong to; None before any episode.
     """
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
@@ -68,38 +68,38 @@ class EditedWeights:
                     "device map that keeps the layers of edit_modules on a device"
                 )
         run = {name: oriented(module, module.weight.data) for name, module in modules.items()}
-        self._take(dict(modules), run, Originals.of({name: weight.clone() for name, weight in run.items()}))
+        self._set_tensors(dict(modules), run, Originals.of({name: weight.clone() for name, weight in run.items()}))
 
-    def _take(self, modules: dict[str, Any], run: dict[str, Tensor], originals: Originals) -> None:
+    def _set_tensors(self, modules: dict[str, Any], run: dict[str, Tensor], originals: Originals) -> None:
         self.modules, self.run, self.originals = modules, run, originals
         self._master = {name: at_least_float32(weight) for name, weight in run.items()}
         self.module_shapes = {name: (weight.shape[1], weight.shape[0]) for name, weight in run.items()}
         self.holder: ref[Any] | None = None
 
     def beside(self) -> EditedWeights:
-        """Another set for the same modules, which do not hold it; it begins with the pre-trained weights."""
+        """Another set for the same modules, in separate tensors; it begins with the pre-trained weights."""
         other = type(self).__new__(type(self))
-        other._take(self.modules, {n: w.clone() for n, w in self.originals.run.items()}, self.originals)
+        other._set_tensors(self.modules, {n: w.clone() for n, w in self.originals.run.items()}, self.originals)
         return other
 
     def copied(self, modules: Mapping[str, Any]) -> EditedWeights:
-        """The same weights in copies of the modules; the pre-trained ones are shared."""
+        """The same weights in copies of the modules; the pre-trained weights are shared."""
         other = type(self).__new__(type(self))
-        other._take(dict(modules), {n: oriented(m, m.weight.data) for n, m in modules.items()}, self.originals)
+        other._set_tensors(dict(modules), {n: oriented(m, m.weight.data) for n, m in modules.items()}, self.originals)
         other.restore(self._master)
         return other
 
     def leave_originals(self) -> None:
-        """Edit copies from now on: the tensors that the modules came with become the pre-trained weights, which are
-        never written."""
-        given, own = self.run, self.originals.run
+        """Edit copies from now on: the modules' present tensors become the pre-trained weights, which are never
+        written."""
+        originals, copies = self.run, self.originals.run
         for name, module in self.modules.items():
-            module.weight.data = oriented(module, own[name])
-        self._take(self.modules, own, Originals.of(given))
+            module.weight.data = oriented(module, copies[name])
+        self._set_tensors(self.modules, copies, Originals.of(originals))
 
     @property
     def device(self) -> torch.device:
-        """Where updates are expected."""
+        """The device on which updates are expected."""
         return next(iter(self._master.values())).device
 
     @property
@@ -109,9 +109,9 @@ class EditedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the set takes, beside the pre-trained weights."""
-        own = {w.data_ptr(): w.nbytes for weights in (self._master, self.run) for w in weights.values()}
-        return sum(own.values())
+        """Bytes of memory that the set takes, without the pre-trained weights."""
+        sizes = {w.data_ptr(): w.nbytes for weights in (self._master, self.run) for w in weights.values()}
+        return sum(sizes.values())
 
     def weight(self, name: str) -> Tensor:
         """The edited weight W_t (d_out, d_in), float32; not a copy: read only."""
@@ -125,10 +125,10 @@ class EditedWeights:
         """Add ΔW = ṽᵀũ to each weight, from factors ũ (N, d_in) and ṽ (N, d_out).
 
         Returns:
-            What takes it back, as long as no other change came after.
+            A function that undoes the update, as long as no other change came after it.
 
         Raises:
-            RuntimeError: factors do not fit a weight; none has changed.
+            RuntimeError: factors do not fit a weight; no weight has changed.
         """
         like = next(iter(self._master.values()))
         return self._add((n, values[n].to(like).t() @ keys[n].to(like)) for n in self.modules)
@@ -137,7 +137,7 @@ class EditedWeights:
         """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
 
         Returns:
-            What takes it back, as long as no other change came after.
+            A function that undoes the update, as long as no other change came after it.
 
         Raises:
             ValueError: as :meth:`matrices`; no weight has changed.
@@ -152,14 +152,14 @@ class EditedWeights:
                 before[name] = self._master[name].clone()
                 self._master[name] += update
                 self._refresh(name)
-        except BaseException:  # such as Ctrl-C, or a device without memory for the next one
+        except BaseException:  # such as Ctrl-C, or no memory left on the device
             self._put_back(before)
             raise
         return partial(self._put_back, before)
 
     @torch.no_grad()
     def replace(self, accumulated: Mapping[str, Any]) -> None:
-        """Make W = W₀ + A for the modules named, from accumulated changes A (d_out, d_in); the others stay as they are.
+        """Set W = W₀ + A for the modules named, from accumulated changes A (d_out, d_in); the others stay as they are.
 
         Raises:
             ValueError: as :meth:`matrices`; no weight has changed.
@@ -174,7 +174,7 @@ class EditedWeights:
 
         Args:
             given: arrays or tensors by module; modules may be left out.
-            place: what errors call them.
+            place: name of ``given`` in errors.
 
         Raises:
             ValueError: a module is not among the edited ones, or its matrix has a wrong shape or a number that is not
@@ -191,15 +191,15 @@ class EditedWeights:
             )
         checked: dict[str, Tensor] = {}
         for name, value in given.items():
-            wanted = self.module_shapes[name][::-1]
+            shape = self.module_shapes[name][::-1]
             try:
                 matrix = torch.as_tensor(value, dtype=self.edit_dtype, device=self.device)
                 if matrix.layout is not torch.strided:
                     raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{place}[{name!r}] is no array of numbers ({error}); give {wanted}") from error
-            if matrix.shape != wanted:
-                raise ValueError(f"{place}[{name!r}] has shape {tuple(matrix.shape)}; give (d_out, d_in) = {wanted}")
+                raise ValueError(f"{place}[{name!r}] is no array of numbers ({error}); give {shape}") from error
+            if matrix.shape != shape:
+                raise ValueError(f"{place}[{name!r}] has shape {tuple(matrix.shape)}; give (d_out, d_in) = {shape}")
             if not torch.isfinite(matrix).all():
                 row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
                 raise NotFiniteError(
@@ -215,8 +215,8 @@ class EditedWeights:
 
     def restore(self, snapshot: Mapping[str, Tensor] | None = None) -> None:
         """Put back a snapshot, or the pre-trained weights, bit for bit."""
-        wanted = self.originals.exact if snapshot is None else snapshot
-        self._put_back({name: wanted[name] for name in self.modules})
+        weights = self.originals.exact if snapshot is None else snapshot
+        self._put_back({name: weights[name] for name in self.modules})
 
     @torch.no_grad()
     def _put_back(self, weights: Mapping[str, Tensor]) -> None:
@@ -230,8 +230,8 @@ class EditedWeights:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Within it the weights may be changed, by another environment too; afterwards they are as before, and the same
-        environment goes on with them."""
+        """Context in which the weights may be changed, also by another environment; afterwards they and
+        :attr:`holder` are as before."""
         weights, holder = self.snapshot(), self.holder
         try:
             yield
@@ -240,11 +240,11 @@ class EditedWeights:
             self.holder = holder
 
     def original_in_modules(self) -> AbstractContextManager[None]:
-        """Within it the modules hold the pre-trained weights; no copying."""
+        """Context in which the modules hold the pre-trained weights; nothing is copied."""
         return self._in_modules(self.originals.run)
 
     def in_modules(self) -> AbstractContextManager[None]:
-        """Within it the modules hold these weights, as those of a set that is beside them else do not; no copying."""
+        """Context in which the modules hold these weights, also where they are separate tensors; nothing is copied."""
         return self._in_modules(self.run)
 
     @contextmanager
@@ -265,5 +265,5 @@ class EditedWeights:
 
 
 def oriented(module: Any, weight: Tensor) -> Tensor:
-    """A module's weight as (d_out, d_in), or one of that shape as the module holds it; a view."""
+    """Turn a module's weight into (d_out, d_in), or a matrix of that shape into the module's form; a view."""
     return weight.t() if isinstance(module, Conv1D) else weight

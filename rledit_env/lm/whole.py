@@ -1,7 +1,7 @@
-"""The forward pass of an edited LLM whose layers cannot be run apart from it: the model's own, from its token ids on.
+"""The model's own forward pass, for LLMs whose layers cannot be run one by one.
 
-It computes more than `rledit_env.lm.suffix.SuffixForward` (every layer in every pass, padding too), but asks nothing
-of the model than that its forward ends in its output head.
+It computes more than `rledit_env.lm.suffix.SuffixForward` (every layer in every pass, and padding), but only requires
+that the model's forward ends in its output head.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WholeForward:
 
     @classmethod
     def of(cls, forward: Forward) -> WholeForward:
-        """The one of another pass's model."""
+        """The model's own forward pass, for the model of another forward pass."""
         return cls(forward.model, forward.layers, forward.output)
 
     @property
@@ -50,7 +50,7 @@ class WholeForward:
         return input_ids
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        """States (P, d) that the output head takes, at some tokens, counted row by row, of token ids (B, L)."""
+        """Inputs (P, d) of the output head at some of the token ids (B, L), given by indices counted row by row."""
         return own_head_inputs(self.model, self.output.module, prefix).flatten(0, 1)[places]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class WholeForward:
         return self.output.logits(hidden)
 
     def run_below(self, input_ids: Tensor, layer: int) -> None:
-        """Run the layers below one, and no others, on token ids (B, L): for what hooks on their modules see."""
+        """Run only the layers below ``layer`` on token ids (B, L), for hooks on their modules."""
 
         def stop(*_args: Any, **_kwargs: Any) -> None:
             raise Reached
@@ -70,37 +70,40 @@ class WholeForward:
             self.model(input_ids=input_ids, use_cache=False)
 
     def extended(self, input_ids: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
-        """Texts (R, L + length) from their first tokens (R, L), each next token drawn from the logits (R, |V|); the
-        model keeps what it needs from token to token in its own way."""
+        """Texts (R, L + length) that begin with tokens (R, L); ``draw`` picks next tokens (R, 1) by logits (R, |V|).
+
+        The model's own generation keeps the state from token to token.
+        """
         if length < 1:
             return input_ids
         parts = input_ids.split(1) if self.batching == "alone" else [input_ids]
-        return torch.cat([self._generated(part, length, logits_processor=[_Drawing(draw)]).sequences for part in parts])
+        return torch.cat([self._generate(part, length, logits_processor=[_Drawing(draw)]).sequences for part in parts])
 
     @cached_property
     def batching(self) -> str:
-        """Which texts the model continues together as it does alone (tried once): those of any length, "padded" on the
-        left, those of one length ("by length"), or none ("alone"), since some keep no state for each row or take
-        padding for text."""
+        """Which texts the model continues in one batch as it does alone (tried once, see `Forward`).
+
+        Some models keep no state for each row, or treat padding as text.
+        """
         first, second, longer = list(range(3, 9)), list(range(9, 15)), list(range(3, 12))
         try:
             alone = self._next_logits([first])
-            for other, found in ((longer, "padded"), (second, "by length")):
+            for other, batching in ((longer, "padded"), (second, "by length")):
                 if same_numbers(self._next_logits([first, other]), alone, alone.dtype):
-                    return found
+                    return batching
         except FAILURES:  # a model that takes one text at a time
             pass
         return "alone"
 
     def _next_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Of the first row, what the model gives for the next tokens, (tokens, |V|)."""
+        """Logits of the next three tokens of the first row, (3, |V|)."""
         ids, mask = (part.to(self.device) for part in padded_on_left(rows, 0))
-        output = self._generated(ids, 3, attention_mask=mask, output_logits=True)
+        output = self._generate(ids, 3, attention_mask=mask, output_logits=True)
         return torch.stack([logits[0] for logits in output.logits])
 
     @torch.no_grad()
-    def _generated(self, input_ids: Tensor, length: int, **options: Any) -> Any:
-        """What the model's own generation gives for exactly so many tokens."""
+    def _generate(self, input_ids: Tensor, length: int, **options: Any) -> Any:
+        """The output of the model's own generation of exactly ``length`` tokens."""
         settings = GenerationConfig(
             max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, pad_token_id=0,
             return_dict_in_generate=True,
@@ -111,7 +114,7 @@ class WholeForward:
 
 
 class _Drawing(LogitsProcessor):
-    """Lets greedy decoding take the tokens that are drawn."""
+    """Makes greedy decoding take the tokens that ``draw`` picks."""
 
     def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
         self.draw = draw
@@ -122,12 +125,12 @@ class _Drawing(LogitsProcessor):
 
 
 class WholePassages:
-    """Passages run whole, again and again: what `rledit_env.lm.continued.ContinuedForward` does with their tails.
+    """Runs whole passages repeatedly, as `rledit_env.lm.continued.ContinuedForward` runs their tails.
 
     Args:
-        forward: the LLM's.
+        forward: the LLM's forward pass.
         passages: B passages.
-        starts: of each, the place of its subject's last token.
+        starts: index of the subject's last token in each passage.
         input_ids: their tokens (B, L), padded on the right.
     """
 
@@ -140,7 +143,7 @@ class WholePassages:
         self.subjects = torch.tensor(starts, device=input_ids.device)
 
     def places(self, passages: Sequence[Passage]) -> Tensor:
-        """Where these passages' answer positions (the first passages of those run) lie among all tokens."""
+        """Indices of the answer positions of these passages, the first of those run, among all tokens."""
         rest = len(self.subjects) - len(passages)
         return self._layout.places([p.positions for p in passages] + [range(0)] * rest, self._ids.device)
 
@@ -149,5 +152,5 @@ class WholePassages:
         return self.output.logits(hidden)
 
     def states(self, places: Tensor) -> Tensor:
-        """Final states (P, d) at those places."""
+        """Final states (P, d) at the tokens with indices ``places``."""
         return self._forward.final_states(self._ids, places, self._layout)

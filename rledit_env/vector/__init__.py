@@ -1,4 +1,4 @@
-"""Many streams of edits on one copy of the frozen language model."""
+"""Many environments on one copy of the frozen language model."""
 
 from rledit_env.vector.env import LifelongEditVectorEnv
 from rledit_env.vector.views import VectorGradientFeatures, VectorScaledUpdate

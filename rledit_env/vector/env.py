@@ -1,4 +1,4 @@
-"""LifelongEditVectorEnv: many streams of edits on one copy of the frozen language model."""
+"""LifelongEditVectorEnv: many environments on one copy of the frozen language model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rledit_env.updates import Update
 
 
 class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
-    """`num_envs` environments (`rledit_env.env.LifelongEditEnv`) that share one frozen LLM and one pass of it.
+    """`num_envs` environments (`rledit_env.env.LifelongEditEnv`) that share one frozen LLM and its forward passes.
 
-    Each stream owns its edited weights, its facts and its random state, nothing else: the frozen weights, the tokenised
-    facts and the caches are there once, and a stream adds to the memory what its edited weights take
-    (`envs[i].lm.nbytes`). All streams are traced and scored together. What comes out is what separate environments
-    with the same seeds give, to float32 rounding.
+    Each environment owns its edited weights, facts and random state. The frozen weights, the tokenised facts and the
+    caches are shared, so an environment takes only the memory of its edited weights (`envs[i].lm.nbytes`). All
+    environments are traced and scored together. The results are those of separate environments with the same seeds, to
+    float32 rounding.
 
     ```python
     >>> import gymnasium as gym
@@ -41,31 +41,31 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
 
     ```
 
-    Observations and actions are the single environment's dictionaries whose arrays have a first axis more, the stream:
-    with ``array_backend="numpy"`` padded to `max_tokens` rows, as the spaces say; with "torch" tensors on the LLM's
-    device padded with zero rows to the most rows that any stream has in use, `mask` (num_envs, rows) telling which.
-    Actions may have either number of rows; those beyond a stream's rows in use are ignored. Dense actions are
-    (num_envs, d_out, d_in) by module. Stream i's own action is
-    checked as the single environment checks it, and if any is rejected, no stream has changed.
+    Observations and actions are the single environment's dictionaries; their arrays have an additional first axis, the
+    environment. With ``array_backend="numpy"`` they are padded to `max_tokens` rows, as in the spaces. With "torch"
+    they are tensors on the LLM's device, padded with zero rows to the largest number of rows in use; `mask`
+    (num_envs, rows) is 1 for rows in use. Actions may have either number of rows; those beyond an environment's rows in
+    use are ignored. Dense actions are (num_envs, d_out, d_in) by module. Each environment's action is checked as in the
+    single environment; if one is rejected, no environment has changed.
 
-    A stream ends alone: after its last batch, or when an update breaks its weights.
+    Episodes end independently: after the last batch, or when an update breaks the weights.
 
-    Copies and pickles are as those of the single environment (see "Copies" there): of all streams, with weights of
-    their own, over the same frozen model.
+    Copies and pickles are as for the single environment (see "Copies" there): they have all environments, with their
+    own weights, over the same frozen model.
 
     Args:
         kind: as in `LifelongEditEnv`, like every argument that is not named here; ``model`` may be an `EditableLM`,
-            whose own edited weights are then left alone.
-        num_envs: streams.
-        autoreset_mode: what happens to a stream that has ended (see `gymnasium.vector.AutoresetMode`).
-            NEXT_STEP: its next action is ignored and answered with a new episode's first observation and reward 0.
+            whose own edited weights then do not change.
+        num_envs: number of environments.
+        autoreset_mode: what happens when an environment's episode has ended (see `gymnasium.vector.AutoresetMode`).
+            NEXT_STEP: its next action is ignored; that step begins a new episode, with reward 0.
             SAME_STEP: it is reset at once; the last observation and info are in ``infos["final_obs"]`` (an array of
             single observations) and ``infos["final_info"]``.
             DISABLED: the caller resets it, ``reset(options={"reset_mask": …})``.
 
     Attributes:
-        envs: the streams as environments: `envs[i].evaluate()`, `envs[i].lm`, `envs[i].history`. To step one of them
-            alone is to leave the others' step undone.
+        envs: the single environments: `envs[i].evaluate()`, `envs[i].lm`, `envs[i].history`. Do not step one of them
+            alone, since the others would not take that step.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if reward_config is not None and reward_config.looks_back:
             raise ValueError("a vectorised environment keeps no weights of before a step, which locality_reference="
                              "'previous' compares with; give 'original', or use a single environment")
-        self._observations: list[dict[str, Any]] = [{}] * num_envs  # each stream's latest, as tensors without padding
+        self._observations: list[dict[str, Any]] = [{}] * num_envs  # the latest ones, as tensors without padding
         self._ended = np.zeros(num_envs, dtype=np.bool_)
 
     def pickled_state(self) -> dict[str, Any]:
@@ -104,19 +104,19 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self._observations, self._ended = state["latest"]
-        for env, own in zip(self.envs, state["environments"], strict=True):
-            env.__setstate__(own)
+        for env, env_state in zip(self.envs, state["environments"], strict=True):
+            env.__setstate__(env_state)
 
-    # The spaces hold bounds for every number of every stream, which nothing here needs.
+    # Made only when used: the spaces have bounds for every number of every environment.
 
     @cached_property
     def observation_space(self) -> gym.Space[Any]:  # type: ignore[override]
-        """The observations of all streams, padded."""
+        """The space of the observations of all environments, padded."""
         return batch_space(self.single_observation_space, self.num_envs)
 
     @cached_property
     def action_space(self) -> gym.Space[Any]:  # type: ignore[override]
-        """The actions of all streams, padded."""
+        """The space of the actions of all environments, padded."""
         return batch_space(self.single_action_space, self.num_envs)
 
     # -- the Markov decision processes ---------------------------------------------------------------------------
@@ -127,18 +127,18 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         seed: int | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin new episodes, in all streams or in those that ``options["reset_mask"]`` names.
+        """Begin new episodes in all environments, or in those that ``options["reset_mask"]`` selects.
 
         Args:
-            seed: of stream i: ``seed + i``, or ``seed[i]``.
-            options: as the single environment's, for every stream; ``indices`` may also be (num_envs, T·n), a row a
-                stream. ``reset_mask``: (num_envs,) bool; the other streams stay as they are.
+            seed: environment i gets ``seed + i``, or ``seed[i]``.
+            options: the single environment's options, for every environment; ``indices`` may also be (num_envs, T·n),
+                one row per environment. ``reset_mask``: (num_envs,) bool; the other environments stay as they are.
 
         Raises:
-            ValueError: an option makes no sense, or there are not as many seeds as streams.
+            ValueError: an option is invalid, or the number of seeds is not `num_envs`.
         """
         options = dict(options or {})
-        chosen = self._reset_mask(options.pop("reset_mask", None))
+        to_reset = self._reset_mask(options.pop("reset_mask", None))
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         else:
@@ -146,17 +146,17 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} streams; give one a stream")
         indices: Any = options.get("indices")
-        by_stream = indices is not None and np.ndim(indices) == 2
-        if by_stream and len(indices) != self.num_envs:
+        has_rows = indices is not None and np.ndim(indices) == 2
+        if has_rows and len(indices) != self.num_envs:
             raise ValueError(f"indices have {len(indices)} rows for {self.num_envs} streams; give one a stream")
         infos: dict[str, Any] = {}
-        for i in chosen:
-            own = {**options, "indices": indices[i]} if by_stream else options
-            infos = self._add_info(infos, self.envs[i].begin(seeds[i], own), i)
+        for i in to_reset:
+            env_options = {**options, "indices": indices[i]} if has_rows else options
+            infos = self._add_info(infos, self.envs[i].begin(seeds[i], env_options), i)
             self._ended[i] = False
-        for i, trace in self._traces(chosen).items():
+        for i, trace in self._traces(to_reset).items():
             self._observations[i] = self.envs[i].episode.observe(trace)
-        return self._batched(), infos
+        return self._batch_observations(), infos
 
     def _reset_mask(self, mask: Any) -> list[int]:
         if mask is None:
@@ -171,26 +171,26 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         return [int(i) for i in np.flatnonzero(mask)]
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """A step of every stream: see `LifelongEditEnv.step` and ``autoreset_mode``.
+        """A step of every environment: see `LifelongEditEnv.step` and ``autoreset_mode``.
 
         Returns:
-            observations; rewards (num_envs,) float64; terminations and truncations (num_envs,) bool; infos: the single
-            environments', gathered as Gymnasium does it (arrays by key, with the mask ``_key``). ``action_gradient`` is
-            padded as the action is.
+            observations; rewards (num_envs,) float64; terminations and truncations (num_envs,) bool; infos: those of
+            the single environments, gathered as in Gymnasium (arrays by key, with the mask ``_key``);
+            ``action_gradient`` is padded as the action is.
 
         Raises:
-            ValueError: some stream's action is rejected; nothing has changed in any stream.
-            gymnasium.error.ResetNeeded: a stream was never begun, or has ended and autoreset is disabled.
+            ValueError: an environment's action is rejected; no environment has changed.
+            gymnasium.error.ResetNeeded: an episode was never begun, or has ended and autoreset is disabled.
         """
         mode = self.autoreset_mode
-        renewed = [i for i in range(self.num_envs) if self._ended[i] and mode is AutoresetMode.NEXT_STEP]
-        stepping = [i for i in range(self.num_envs) if i not in renewed]
+        restarting = [i for i in range(self.num_envs) if self._ended[i] and mode is AutoresetMode.NEXT_STEP]
+        stepping = [i for i in range(self.num_envs) if i not in restarting]
         accepted = {i: self._accept(i, actions) for i in stepping}
-        outcomes = self._outcomes(accepted)
+        outcomes = self._apply_all(accepted)
         episodes = [env.episode for env in self.envs]
 
         infos: dict[str, Any] = {}
-        begun = {i: self.envs[i].begin() for i in renewed}  # infos of new episodes
+        begun = {i: self.envs[i].begin() for i in restarting}  # infos of new episodes
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
 
         def conclude(i: int, trace: Trace | None) -> None:
@@ -199,7 +199,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
             if self.render_mode == "human":
                 self.envs[i].render()
             episodes[i].forget_before()
-            info = self._padded(info)
+            info = self._pad_info(info)
             ended[i] = episodes[i].over
             if ended[i] and mode is AutoresetMode.SAME_STEP:
                 last = {"final_obs": episodes[i].presented(observation), "final_info": info}
@@ -217,7 +217,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
                 concluded.add(i)
         begun_or_left = [i for i in range(self.num_envs) if i in begun or i not in concluded]
         waiting = [i for i in begun_or_left if not episodes[i].over]
-        while waiting:  # a second time where the next batch shows that an update broke the model, and all begins anew
+        while waiting:  # again where a trace shows that an update broke the model, and an episode restarts
             new = set(begun)
             for i, trace in self._traces(waiting).items():
                 if i in new:
@@ -228,29 +228,29 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         for i, info in begun.items():
             infos = self._add_info(infos, info, i)
         self._ended = ended
-        return self._batched(), rewards, ended.copy(), np.zeros_like(ended), infos
+        return self._batch_observations(), rewards, ended.copy(), np.zeros_like(ended), infos
 
     def _accept(self, i: int, actions: Any) -> Update:
-        """Stream i's update; raises, with nothing changed, for what its `step` would reject."""
+        """Environment i's update; raises, with nothing changed, for what its `step` would reject."""
         try:
-            return self.envs[i].accept(self._own(i, actions))
+            return self.envs[i].accept(self._part_of(i, actions))
         except ValueError as error:
             raise ValueError(f"stream {i}: {error}") from error
 
-    def _outcomes(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, dict[str, Any]]]:
-        """The rewards and infos of the streams that step, by the updates that they make."""
+    def _apply_all(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, dict[str, Any]]]:
+        """Apply the updates of the environments that step; their rewards and infos."""
         episodes = {i: self.envs[i].episode for i in accepted}
-        made = {i: episodes[i].apply(update) for i, update in accepted.items()}
+        applied = {i: episodes[i].apply(update) for i, update in accepted.items()}
         for i, trace in self._traces([i for i, episode in episodes.items() if episode.may_repeat]).items():
             episodes[i].checked = trace
-        scores = self._scores(list(accepted))
-        return {i: episode.reward(made[i], scores[i]) for i, episode in episodes.items()}
+        scores = self._score(list(accepted))
+        return {i: episode.reward(applied[i], scores[i]) for i, episode in episodes.items()}
 
-    def _own(self, i: int, actions: Any) -> Any:
-        """Stream i's part of the actions; what is no dictionary by module is passed on, for the check to name."""
+    def _part_of(self, i: int, actions: Any) -> Any:
+        """Environment i's part of the actions; anything but a dictionary by module is passed on, and rejected later."""
         if not isinstance(actions, Mapping):
             return actions
-        shown = max((len(o["mask"]) for o in self._observations if o), default=0)
+        padded_rows = max((len(o["mask"]) for o in self._observations if o), default=0)
 
         def row(part: str, module: str, value: Any) -> Any:
             try:
@@ -262,101 +262,101 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
                     f"action[{part!r}][{module!r}] has shape {tuple(array.shape)}; its first axis must be the "
                     f"{self.num_envs} streams"
                 )
-            padded = part in ("keys", "values") and array.ndim == 3 and array.shape[1] == shown
-            return array[i][: self.envs[i].episode.rows] if padded else array[i]
+            is_padded = part in ("keys", "values") and array.ndim == 3 and array.shape[1] == padded_rows
+            return array[i][: self.envs[i].episode.rows] if is_padded else array[i]
 
         return {
             part: {m: row(part, m, value) for m, value in by.items()} if isinstance(by, Mapping) else by
             for part, by in actions.items()
         }
 
-    def _traces(self, streams: Sequence[int]) -> dict[int, Trace]:
-        """The current batches of some streams, traced in one pass."""
-        if not streams:
+    def _traces(self, indices: Sequence[int]) -> dict[int, Trace]:
+        """The traces of some environments' current batches, computed together."""
+        if not indices:
             return {}
-        joint = together([self._lm(i) for i in streams])
-        edits = [self.envs[i].episode.edits() for i in streams]
-        return dict(zip(streams, joint.trace_batches(edits, self.envs[0].token), strict=True))
+        joint = together([self._lm(i) for i in indices])
+        edits = [self.envs[i].episode.edits() for i in indices]
+        return dict(zip(indices, joint.trace_batches(edits, self.envs[0].token), strict=True))
 
-    def _scores(self, streams: Sequence[int]) -> dict[int, Scores]:
-        """What the rewards of some streams look at, scored in one pass."""
+    def _score(self, indices: Sequence[int]) -> dict[int, Scores]:
+        """The scores for the rewards of some environments, computed together."""
         config = self.envs[0].reward_config
-        requests = {i: self.envs[i].episode.batches_to_score() for i in streams}
-        scores = dict.fromkeys(streams, NO_SCORES)
-        asked = [i for i in streams if requests[i]]
-        if asked and config is not None:
-            joint = together([self._lm(i) for i in asked])
+        requests = {i: self.envs[i].episode.batches_to_score() for i in indices}
+        by_index = dict.fromkeys(indices, NO_SCORES)
+        scored = [i for i in indices if requests[i]]
+        if scored and config is not None:
+            joint = together([self._lm(i) for i in scored])
             gradient = self.envs[0].reward_gradient
-            found = score_streams(joint, [requests[i] for i in asked], config, gradient)
-            scores |= dict(zip(asked, found, strict=True))
-        return scores
+            all_scores = score_streams(joint, [requests[i] for i in scored], config, gradient)
+            by_index |= dict(zip(scored, all_scores, strict=True))
+        return by_index
 
     def _lm(self, i: int) -> StreamLM:
         lm = self.envs[i].lm
         assert isinstance(lm, StreamLM)
         return lm
 
-    def _padded(self, info: dict[str, Any]) -> dict[str, Any]:
-        """An info whose NumPy arrays have the same shapes in all streams, which gathering them asks for."""
+    def _pad_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The info with NumPy arrays of the same shapes in all environments, as gathering them requires."""
         if self.array_backend == "torch" or "keys" not in info.get("action_gradient", {}):
             return info
 
-        def padded(array: np.ndarray) -> np.ndarray:
+        def pad(array: np.ndarray) -> np.ndarray:
             return np.pad(array, ((0, self.max_tokens - len(array)), (0, 0)))
 
         by_part = info["action_gradient"].items()
-        return {**info, "action_gradient": {part: {m: padded(g) for m, g in by.items()} for part, by in by_part}}
+        return {**info, "action_gradient": {part: {m: pad(g) for m, g in by.items()} for part, by in by_part}}
 
-    def _batched(self) -> Any:
-        """The latest observations of all streams as one, in the array backend asked for."""
+    def _batch_observations(self) -> Any:
+        """The latest observations of all environments as one, in the array backend asked for."""
         latest = self._observations
-        torch_wanted = self.array_backend == "torch"
-        rows = max(len(o["mask"]) for o in latest) if torch_wanted else self.max_tokens
+        is_torch = self.array_backend == "torch"
+        rows = max(len(o["mask"]) for o in latest) if is_torch else self.max_tokens
 
-        def stacked(parts: Sequence[Tensor], padded: bool = True) -> Any:
+        def stack(parts: Sequence[Tensor], padded: bool = True) -> Any:
             shape = (self.num_envs, rows if padded else len(parts[0]), *parts[0].shape[1:])
-            device = parts[0].device if torch_wanted else "cpu"
-            batch = torch.zeros(shape, dtype=parts[0].dtype if torch_wanted else torch.float32, device=device)
-            for own, part in zip(batch, parts, strict=True):
-                own[: len(part)] = part
-            return batch if torch_wanted else batch.numpy()
+            device = parts[0].device if is_torch else "cpu"
+            batch = torch.zeros(shape, dtype=parts[0].dtype if is_torch else torch.float32, device=device)
+            for row, part in zip(batch, parts, strict=True):
+                row[: len(part)] = part
+            return batch if is_torch else batch.numpy()
 
         modules = self.envs[0].lm.module_shapes
         factors = ("keys", "value_gradients")
         return {
-            **{part: {m: stacked([o[part][m] for o in latest]) for m in modules} for part in factors},
-            "mask": stacked([o["mask"] for o in latest]),
-            "edit_loss": stacked([o["edit_loss"] for o in latest], padded=False),
-            "progress": stacked([o["progress"] for o in latest], padded=False),
+            **{part: {m: stack([o[part][m] for o in latest]) for m in modules} for part in factors},
+            "mask": stack([o["mask"] for o in latest]),
+            "edit_loss": stack([o["edit_loss"] for o in latest], padded=False),
+            "progress": stack([o["progress"] for o in latest], padded=False),
         }
 
-    # -- looking ---------------------------------------------------------------------------------------------------
+    # -- inspecting ------------------------------------------------------------------------------------------------
 
     def render(self) -> tuple[Any, ...] | None:
-        """What every stream's `render` gives; None without a mode, and with "human", which prints it."""
+        """The results of every environment's `render`; None without a mode, and with "human", which prints."""
         frames = tuple(env.render() for env in self.envs)
         return None if self.render_mode in (None, "human") else frames
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """A method's results, or an attribute, of every stream."""
-        found = [getattr(env, name) for env in self.envs]
-        return tuple(value(*args, **kwargs) if callable(value) else value for value in found)
+        """A method's results, or an attribute, of every environment."""
+        attributes = [getattr(env, name) for env in self.envs]
+        return tuple(value(*args, **kwargs) if callable(value) else value for value in attributes)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
-        """An attribute of every stream."""
+        """An attribute of every environment."""
         return self.call(name)
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """The streams' random generators."""
+        """The environments' random generators."""
         return tuple(env.np_random for env in self.envs)
 
     @property
     def np_random_seed(self) -> tuple[int | None, ...]:  # type: ignore[override]
-        """The streams' seeds."""
+        """The environments' seeds."""
         return tuple(env.np_random_seed for env in self.envs)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Restore every stream's weights and drop the caches."""
+        """Restore every environment's weights and clear the caches."""
         for env in self.envs:
             env.close()

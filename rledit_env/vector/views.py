@@ -1,4 +1,4 @@
-"""The low-dimensional views of `rledit_env.wrappers`, of all streams of a vector environment."""
+"""The low-dimensional views of `rledit_env.wrappers` for all environments of a vector environment."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rledit_env.vector.env import LifelongEditVectorEnv
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 
-def _streams(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
-    """The streams inside wrappers that leave their observations and actions as they are.
+def _environments(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
+    """The environments of a vector environment inside wrappers that do not change its observations and actions.
 
     Raises:
-        ValueError: it is something else, or a wrapper has replaced what is to be read.
+        ValueError: ``env`` is something else, or a wrapper has replaced a part that is read.
     """
     kind = type(env).__name__
     if isinstance(env, gym.Env):
         single = f"use rledit_env.wrappers.{reader.removeprefix('Vector')}"
         raise ValueError(f"{reader} takes a vector environment, but {kind} is a single one; {single}")
     if not isinstance(env, VectorEnv):
-        mend = "give what gymnasium.make_vec returns"
-        raise ValueError(f"{reader} takes a vector environment, but was given a {kind}; {mend}")
+        advice = "give what gymnasium.make_vec returns"
+        raise ValueError(f"{reader} takes a vector environment, but was given a {kind}; {advice}")
     inner: Any = env.unwrapped
     if not isinstance(inner, LifelongEditVectorEnv):
         raise ValueError(
@@ -40,7 +40,7 @@ def _streams(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[Lifelo
 
 
 class _VectorView:
-    """Mixed into a view: a copy is made anew around the copied environment."""
+    """Mixin for a view: a copy is a new view around the copied environment."""
 
     env: Any
     arguments: dict[str, Any]
@@ -54,52 +54,52 @@ def _viewed(view: Any, env: Any, arguments: dict[str, Any]) -> Any:
     return view(env, **arguments)
 
 
-def _of_stream(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Stream i's part of a dictionary of arrays, or of dictionaries of arrays, of all streams."""
-    return {k: _of_stream(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
+def _of_environment(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Environment i's part of a dictionary of arrays, or of dictionaries of arrays, of all environments."""
+    return {k: _of_environment(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
 
 
 class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any, np.ndarray]):
-    """`rledit_env.wrappers.GradientFeatures` of every stream: Box(−1, 1, (num_envs, F)).
+    """`rledit_env.wrappers.GradientFeatures` of every environment: Box(−1, 1, (num_envs, F)).
 
     Args:
-        env: the vectorised environment, or `VectorScaledUpdate` around it. Not with ``AutoresetMode.SAME_STEP``: the
-            weights that a last observation's features speak of are then gone.
-        arguments: of `GradientFeatures`.
+        env: the vector environment, or `VectorScaledUpdate` around it. Not with ``AutoresetMode.SAME_STEP``, where the
+            weights that the last observation's features need are already replaced.
+        arguments: arguments of `GradientFeatures`.
 
     Raises:
-        ValueError: the environment resets in the same step, or is none of this package, or has no raw observations.
+        ValueError: the environment resets in the same step, is not of this package, or has no raw observations.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
-        streams = _streams(env, "VectorGradientFeatures", ("observation",))
+        envs = _environments(env, "VectorGradientFeatures", ("observation",))
         super().__init__(env)
         self.arguments = arguments
-        self.views = [GradientFeatures(stream, **arguments) for stream in streams]
+        self.views = [GradientFeatures(inner, **arguments) for inner in envs]
         self.single_observation_space = self.views[0].observation_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def observations(self, observations: Any) -> np.ndarray:
         """The features (num_envs, F) of the raw observations."""
-        return np.stack([view.observation(_of_stream(observations, i)) for i, view in enumerate(self.views)])
+        return np.stack([view.observation(_of_environment(observations, i)) for i, view in enumerate(self.views)])
 
 
 class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarray]):
-    """`rledit_env.wrappers.ScaledUpdate` of every stream: Box(−1, 1, (num_envs, A)).
+    """`rledit_env.wrappers.ScaledUpdate` of every environment: Box(−1, 1, (num_envs, A)).
 
     Args:
-        env: the vectorised environment.
-        arguments: of `ScaledUpdate`.
+        env: the vector environment.
+        arguments: arguments of `ScaledUpdate`.
 
     Raises:
-        ValueError: as `ScaledUpdate`.
+        ValueError: as in `ScaledUpdate`.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
-        streams = _streams(env, "VectorScaledUpdate")
+        envs = _environments(env, "VectorScaledUpdate")
         super().__init__(env)
         self.arguments = arguments
-        self.scaled = ScaledUpdate(streams[0], **arguments)
+        self.scaled = ScaledUpdate(envs[0], **arguments)
         self.single_action_space = self.scaled.action_space
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._observations: Any = None
@@ -109,7 +109,7 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
         return self._observations, infos
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """A step of every stream with the factors that its action means.
+        """A step of every environment with the factors that its action stands for.
 
         Raises:
             ValueError: an action has a wrong shape or a number that is not finite; nothing has changed.
@@ -122,7 +122,7 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
         return result
 
     def factors(self, observations: Any, actions: Any) -> dict[str, dict[str, Any]]:
-        """The raw environment's actions: update factors by module, padded as the observations are."""
+        """The raw environments' actions: update factors by module, padded as the observations are."""
         actions = np.asarray(actions, dtype=np.float32)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"the actions have shape {actions.shape}; they must be {self.action_space.shape}")
@@ -131,10 +131,10 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
             batch[part] = {m: 0 * v for m, v in observations[like].items()}
         for i, action in enumerate(actions):
             try:
-                own = self.scaled.factors(_of_stream(observations, i), action)
+                factors = self.scaled.factors(_of_environment(observations, i), action)
             except ValueError as error:
                 raise ValueError(f"stream {i}: {error}") from error
-            for part, by_module in own.items():
+            for part, by_module in factors.items():
                 for m, factor in by_module.items():
                     batch[part][m][i, : len(factor)] = factor
         return batch

@@ -1,7 +1,7 @@
 """Low-dimensional views of the environment, for libraries that take flat Box spaces.
 
-A raw observation and action have millions of numbers. With these wrappers an agent sees some features of each edited
-module and chooses how strongly a base rule edits it:
+Raw observations and actions have millions of numbers. With these wrappers an agent sees a few features of each edited
+module, and chooses how strongly a base rule edits it:
 
     env = gym.make("rledit_env:RLEdit-CounterFact-v0", array_backend="torch")
     env = GradientFeatures(ScaledUpdate(env))

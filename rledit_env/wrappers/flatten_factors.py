@@ -14,25 +14,25 @@ from rledit_env.nesting import environment_inside
 
 
 class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """The whole factors as one Box each way, for small models: what a policy over raw gradients needs.
+    """The whole observation and action as one Box each, for policies over raw gradients of small models.
 
     The observation is keys and value gradients of every module (padded to N rows), the mask, the edit loss and the
     progress, one after the other. The action, Box(−1, 1), is update keys and values of every module, each row scaled to
     the size of the observed one: an action of ±1 everywhere has rows with ‖ũᵢ‖ = ‖uᵢ‖ and ‖ṽᵢ‖ = ``step_size`` · ‖δᵢ‖,
-    those of a step of plain fine-tuning, and the zero action edits nothing. (For a module's row i, ũᵢ = ‖uᵢ‖/√d_in · aᵢ
+    as in a step of plain fine-tuning, and the zero action edits nothing. (For a module's row i, ũᵢ = ‖uᵢ‖/√d_in · aᵢ
     and ṽᵢ = step_size · ‖δᵢ‖/√d_out · bᵢ.)
 
-    Observations are as large as the model makes them: put `gymnasium.wrappers.NormalizeObservation`, or
-    Stable-Baselines3's `VecNormalize`, around it.
+    Observations are not scaled: put `gymnasium.wrappers.NormalizeObservation`, or Stable-Baselines3's `VecNormalize`,
+    around it.
 
     Args:
         env: the environment with ``array_backend="numpy"``.
-        limit: refuse spaces of more numbers than this, which no standard library will train on.
-        step_size: the size of updates; None: the action is the factors as they are, without bounds, which is not for
-            algorithms that need some.
+        limit: refuse spaces of more numbers than this, which standard libraries cannot train on.
+        step_size: the size of updates; with None the action is the factors themselves, in a space without bounds, which
+            some algorithms do not accept.
 
     Raises:
-        ValueError: an argument makes no sense, or what it is put around has no raw observations and actions.
+        ValueError: an argument is invalid, or the environment has no raw observations and actions.
     """
 
     def __init__(self, env: gym.Env[Any, Any], limit: int = 10_000_000, step_size: float | None = 0.01) -> None:
@@ -56,7 +56,7 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self.action_space = actions if step_size is None else spaces.Box(-1.0, 1.0, actions.shape, np.float32)
         self._sizes: dict[str, dict[str, np.ndarray]] | None = None  # of the rows of update factors, (N, 1) by module
 
-    def _flat(self, observation: Any) -> Any:
+    def _flatten(self, observation: Any) -> Any:
         if self.step_size is not None:
             parts = {"keys": ("keys", 1.0), "values": ("value_gradients", self.step_size)}
             self._sizes = {
@@ -67,13 +67,13 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
-        return self._flat(observation), info
+        return self._flatten(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """A step with the factors that the flat action means; numbers beyond ±1 are taken as ±1.
+        """A step with the factors that the flat action stands for; it is clipped to ±1.
 
         Raises:
-            ValueError: as the environment's, or the action is not as long as the space says.
+            ValueError: as the environment's `step`, or the action's length is not that of the space.
             gymnasium.error.ResetNeeded: no episode was begun.
         """
         action = np.asarray(action, dtype=np.float32)
@@ -86,4 +86,4 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
                 for part, sizes in self._sizes.items()
             }
         observation, reward, terminated, truncated, info = self.env.step(factors)
-        return self._flat(observation), reward, terminated, truncated, info
+        return self._flatten(observation), reward, terminated, truncated, info

@@ -1,4 +1,4 @@
-"""RelativeReward: how much better than the zero action, on streams that come again."""
+"""RelativeReward: the reward minus the zero action's, on a fixed set of episodes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from rledit_env.nesting import check_single
 
 
 class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """The reward less what the zero action gets at the same step of the same stream; for training.
+    """The reward minus the zero action's reward at the same step of the same episode; for training.
 
-    Returns of short streams differ mostly because their facts differ, which tells an algorithm nothing about its
-    actions. Facts do not depend on actions, and so neither does the zero action's reward: subtracting it leaves the
-    order of all policies as it is and removes that noise (an input-dependent baseline, Mao et al., ICLR 2019). To be
-    affordable, it needs streams that come again: `reset` goes through a fixed set of them, in a new order every time,
-    and measures each with the zero action once, when it first comes.
+    Returns of short episodes differ mostly because their facts differ, which tells an algorithm nothing about its
+    actions. Facts do not depend on actions, so neither does the zero action's reward: subtracting it keeps the order of
+    all policies and removes that noise (an input-dependent baseline, Mao et al., ICLR 2019). To keep this cheap,
+    episodes recur: `reset` goes through a fixed set of them, in a new order every time, and measures each with the zero
+    action once, at its first use.
 
-    `info["reward"]` is the environment's own reward; ``baseline_steps`` counts the steps that were taken to measure
-    (they are environment steps like others and belong in every comparison of algorithms).
+    `info["reward"]` is the environment's own reward; ``baseline_steps`` counts the steps of these measurements (they
+    are environment steps and must be counted in every comparison of algorithms).
 
     Args:
-        env: one whose actions are a Box, such as `GradientFeatures(ScaledUpdate(env))`.
-        streams: of the set.
+        env: an environment whose actions are a Box, such as `GradientFeatures(ScaledUpdate(env))`.
+        streams: number of episodes in the set.
 
     Raises:
-        ValueError: the environment has no Box of actions, or has such a wrapper already, or ``streams`` is not
+        ValueError: the environment's actions are not a Box, it has such a wrapper already, or ``streams`` is not
             positive.
     """
 
@@ -52,7 +52,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             )
         self.streams, self.baseline_steps = streams, 0
         self._zero = np.zeros(env.action_space.shape, np.float32)
-        self._baselines: dict[int, list[float]] = {}  # seed of a stream → the zero action's rewards
+        self._baselines: dict[int, list[float]] = {}  # seed of an episode → the zero action's rewards
         self._begin(0)
 
     def _begin(self, seed: int) -> None:
@@ -62,26 +62,26 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._current: int | None = None
 
     def measure(self, seed: int | None = None) -> np.ndarray:
-        """Run the zero action on all streams of the set; returns the observations it met, one a row.
+        """Run the zero action in all episodes of the set; returns the observations, one per row.
 
         Args:
-            seed: draws another set first, the one that `reset` draws for it.
+            seed: draws another set first, the same as `reset` with this seed.
         """
         if seed is not None:
             self._begin(seed)
         return np.concatenate([self._measure(seed) for seed in self._seeds])
 
     def state(self) -> dict[str, Any]:
-        """The set of streams, which of them are still to come, and what was measured, as JSON takes it; a stream that
-        has begun is still to come."""
-        begun = [] if self._current is None else [self._current]
+        """The set of episodes, the queue of those still to come, and the measurements, for JSON; the episode that has
+        begun is in the queue."""
+        current = [] if self._current is None else [self._current]
         return {
-            "rng": self._rng.bit_generator.state, "seeds": self._seeds, "queue": [*self._queue, *begun],
+            "rng": self._rng.bit_generator.state, "seeds": self._seeds, "queue": [*self._queue, *current],
             "baselines": [[seed, rewards] for seed, rewards in self._baselines.items()], "steps": self.baseline_steps,
         }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` returned, with the next `reset`."""
+        """Restore what :meth:`state` returned; the next `reset` continues from there."""
         self._rng.bit_generator.state = state["rng"]
         self._seeds, self._queue, self._current = list(state["seeds"]), list(state["queue"]), None
         self._baselines, self.baseline_steps = dict(state["baselines"]), state["steps"]
@@ -99,11 +99,11 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return np.stack(observations)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """The next stream of the set.
+        """Begin the next episode of the set.
 
         Args:
             seed: draws another set (the same for the same seed) and begins with it.
-            options: none: the streams are the set's.
+            options: must be empty, since the facts are those of the set.
 
         Raises:
             ValueError: options were given.
@@ -114,15 +114,15 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             self._begin(seed)
         if not self._queue:
             self._queue = [self._seeds[i] for i in self._rng.permutation(self.streams)]
-        self._current = stream = self._queue.pop()
-        if stream not in self._baselines:
-            self._measure(stream)
-        self._baseline, self._step = self._baselines[stream], 0
-        return self.env.reset(seed=stream)
+        self._current = episode_seed = self._queue.pop()
+        if episode_seed not in self._baselines:
+            self._measure(episode_seed)
+        self._baseline, self._step = self._baselines[episode_seed], 0
+        return self.env.reset(seed=episode_seed)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        # Where the zero action broke the model, its stream was shorter, and nothing is known of it from there on.
+        # Where the zero action broke the model, its episode ended early, and later steps have no baseline.
         baseline = self._baseline[self._step] if self._step < len(self._baseline) else 0.0
         self._step += 1
         return observation, float(reward) - baseline, terminated, truncated, {**info, "reward": float(reward)}

@@ -1,4 +1,4 @@
-"""Views by module: features of the gradient to see, and a base rule's update to scale."""
+"""Views by module: features of the gradient as observation, and scales of a base rule's update as action."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rledit_env.nesting import environment_inside
 
 Rule = Literal["gradient", "least_squares"]
 Share = Literal["module", "kind", "all"]
-DECADES = 6.0  # of the norms' logarithms that count
+DECADES = 6.0  # of norms, which log₁₀ / DECADES maps to 1
 
 
 # ------------------------------------------------------------------------- the mathematics, which needs no environment
 
 
 def module_groups(modules: Iterable[str], share: Share) -> list[int]:
-    """The group of each module: those of a group share a view's numbers.
+    """The index of each module's group; the modules of a group share a view's numbers.
 
     Args:
         modules: dotted names.
-        share: "module", every module is its own group; "kind", those of the same last name (all ``gate_proj``, …) are
-            one; "all", all are one.
+        share: "module": every module is its own group; "kind": modules of the same last name (all ``gate_proj``, …) are
+            one group; "all": all modules are one group.
 
     Raises:
-        ValueError: another ``share``.
+        ValueError: ``share`` is something else.
     """
     names = list(modules)
     if share not in ("module", "kind", "all"):
@@ -60,13 +60,13 @@ def state_features(by_module: Sequence[Sequence[float]], groups: Sequence[int], 
     """The features (4 G + 2,) of a state.
 
     Args:
-        by_module: of each module, what :func:`module_features` gives.
-        groups: of each module, its group of G; the features are the means over the groups' modules.
+        by_module: for each module, its :func:`module_features`.
+        groups: for each module, the index of its group; the features are the means over each group's modules.
         loss: the edit loss.
-        progress: share of the stream, 0 to 1.
+        progress: share of the episode, 0 to 1.
     """
-    values, place = np.asarray(by_module), np.asarray(groups)
-    means = np.stack([values[place == g].mean(0) for g in range(max(groups) + 1)])  # (G, 4)
+    values, group_of = np.asarray(by_module), np.asarray(groups)
+    means = np.stack([values[group_of == g].mean(0) for g in range(max(groups) + 1)])  # (G, 4)
     features = [*means.ravel(), loss / (1 + loss), 2 * progress - 1]
     return np.clip(np.asarray(features, dtype=np.float32), -1.0, 1.0)
 
@@ -78,13 +78,13 @@ def ridge_keys(u: Tensor, damping: float) -> Tensor:
 
 
 def _decades(rows: Tensor) -> float:
-    """log₁₀ of the root mean square of the rows' norms, over the decades that count."""
+    """log₁₀ of the root mean square of the rows' norms, divided by ``DECADES``."""
     mean = float(rows.square().sum(1).mean()) if len(rows) else 0.0
     return math.log10(max(mean, 1e-30)) / 2 / DECADES
 
 
 def _alignment(u: Tensor, delta: Tensor, change: Tensor, change_norm: Tensor) -> float:
-    """cos(δᵀu, ΔW), from the factors."""
+    """cos(δᵀu, W_t − W₀), from the factors."""
     product = ((delta @ change) * u).sum()
     norm = ((u @ u.T) * (delta @ delta.T)).sum().clamp(min=0).sqrt() * change_norm
     return float(product / norm) if norm > 0 else 0.0
@@ -93,7 +93,7 @@ def _alignment(u: Tensor, delta: Tensor, change: Tensor, change_norm: Tensor) ->
 # --------------------------------------------------------------------------------------------------------- the views
 
 
-def _used(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _rows_in_use(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Keys and value gradients of the rows in use, as tensors, whatever the array backend."""
     rows = int(observation["mask"].sum())
     keys, gradients = (
@@ -104,27 +104,27 @@ def _used(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[st
 
 
 class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
-    """Features of the fine-tuning gradient instead of the gradient: Box(−1, 1, (4 G + 2,)) for G groups of modules.
+    """Features of the fine-tuning gradient as observations: Box(−1, 1, (4 G + 2,)) for G groups of modules.
 
-    | place | feature | scaled by |
+    | index | feature | scaled by |
     |---|---|---|
     | 4 g | root mean square norm of a module's keys | log₁₀, six decades to 1 |
     | 4 g + 1 | root mean square norm of its value gradients | log₁₀, six decades to 1 |
     | 4 g + 2 | cosine of its new gradient δᵀu and its accumulated update W_t − W₀; 0 before the first | itself |
     | 4 g + 3 | ‖W_t − W₀‖ / ‖W₀‖ | tanh |
     | 4 G | the edit loss | x / (1 + x) |
-    | 4 G + 1 | progress in the stream | 2 x − 1 |
+    | 4 G + 1 | progress in the episode | 2 x − 1 |
 
     A group's features are the means over its modules; by default every module is a group. Everything is clipped to
-    [−1, 1]. All features come from the state alone: none is a running statistic, so that
-    `gymnasium.wrappers.NormalizeObservation` can be put around it where one is wanted.
+    [−1, 1]. All features depend on the state alone. None is a running statistic;
+    `gymnasium.wrappers.NormalizeObservation` can be put around it for these.
 
     Args:
         env: the environment, or `ScaledUpdate` around it (which needs the raw observations).
-        share: which modules are a group (see :func:`module_groups`). Few features are learned from in fewer steps.
+        share: which modules are a group (see :func:`module_groups`). With fewer features, learning takes fewer steps.
 
     Raises:
-        ValueError: what it is put around has no raw observations; the message names the right order.
+        ValueError: the environment has no raw observations; the message names the right order of wrappers.
     """
 
     def __init__(self, env: gym.Env[Any, Any], share: Share = "module") -> None:
@@ -137,14 +137,14 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
 
     @property
     def lm(self) -> Any:
-        """The LLM, of whose weights the features speak."""
+        """The LLM whose weights the features describe."""
         inner: Any = self.unwrapped
         return inner.lm
 
     @torch.no_grad()
     def observation(self, observation: Any) -> np.ndarray:
         """The features (4 G + 2,) of a raw observation."""
-        keys, gradients = _used(observation, self.lm.device)
+        keys, gradients = _rows_in_use(observation, self.lm.device)
         by_module = [
             module_features(u, gradients[m], self.lm.weight(m) - self.lm.original_weight(m), self._original_norms[m])
             for m, u in keys.items()
@@ -155,9 +155,9 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
 
 
 class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """The agent scales a base rule's update: Box(−1, 1, (G,)), (2 G,) or more for G groups of modules.
+    """Actions scale a base rule's update: Box(−1, 1, (G,)), (2 G,) or more for G groups of modules.
 
-    The zero action is the base rule itself. For the modules of group g
+    The zero action is the base rule itself. For the modules of group g:
 
     | numbers | meaning |
     |---|---|
@@ -174,14 +174,14 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         rule: the base rule.
         step_size: η of the zero action; 1 suits single facts and the default model.
         damping: λ of the zero action.
-        span: how far an action of ±1 goes, as a factor.
-        rank: vectors of the basis; 0 for none.
-        seed: of the basis: the orthonormal part of a random matrix (d_out, rank) for each module.
+        span: factor by which an action of ±1 scales.
+        rank: number of basis vectors; 0 for none.
+        seed: seed of the basis, the orthonormal part of a random matrix (d_out, rank) for each module.
         share: which modules are a group (see :func:`module_groups`); by default every module is one.
 
     Raises:
-        ValueError: an argument makes no sense, or what it is put around has no raw observations and actions; the
-            message names the right order.
+        ValueError: an argument is invalid, or the environment has no raw observations and actions; the message names
+            the right order of wrappers.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """A step with the factors that the action means.
+        """A step with the factors that the action stands for.
 
         Raises:
             ValueError: the action has a wrong shape or a number that is not finite; nothing has changed.
@@ -245,7 +245,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         if not np.isfinite(action).all():
             place = int(np.flatnonzero(~np.isfinite(action))[0])
             raise ValueError(f"the action's number {place} is not finite; nothing was applied")
-        keys, gradients = _used(observation, self.device)
+        keys, gradients = _rows_in_use(observation, self.device)
         parts = torch.from_numpy(np.clip(action, -1.0, 1.0)).view(-1, max(self.groups) + 1)[:, self.groups]
         scale = self.span ** parts  # (numbers of a group, M)
         update_keys, values = {}, {}

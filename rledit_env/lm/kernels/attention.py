@@ -39,14 +39,14 @@ def short_attention(
 
     The sequences of edits have a dozen tokens or so. PyTorch's kernel, made for long ones, takes 1.7 times as long on
     them in float32 (forward and backward, 40 sequences of 12 tokens), and its gradient eight times as long in bfloat16.
-    That is on a CPU. On a GPU PyTorch's kernels are used, in the query's precision; packed sequences use its flash
-    attention where that can take them.
+    These times are for a CPU. On a GPU PyTorch's kernels are used, in the query's precision; packed sequences use its
+    flash attention where that can take them.
 
     Args:
         query: (B, heads, L, d).
         key, value: (B, key-value heads, K, d).
         attention_mask: (B or 1, 1, L, K) bool, whether a query may see a key; None is causal, with K = L.
-        others: as transformers gives them to an attention function.
+        dropout, scaling, is_causal, options: as transformers gives them to an attention function.
 
     Returns:
         (B, L, heads, d), and None in place of the weights.
@@ -54,25 +54,25 @@ def short_attention(
     dtype, (batch, heads, length, width) = query.dtype, query.shape
     scale = width**-0.5 if scaling is None else scaling
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    plain = not dropout and all(options.get(name) is None for name in ("position_bias", "softcap"))
+    is_plain = not dropout and all(options.get(name) is None for name in ("position_bias", "softcap"))
     if (packing := current_packing()) is not None:
-        if not (causal and plain and key.shape[2] == length and value.shape[3] == width):
+        if not (causal and is_plain and key.shape[2] == length and value.shape[3] == width):
             raise ValueError("this attention is not of the kind that keeps packed sequences apart")
         use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
-        attend = _by_packed_kernel if use_kernel else _PackedAttention.apply
+        attend = _run_packed_kernel if use_kernel else _PackedAttention.apply
         return attend(query, key, value, scale, packing).transpose(1, 2), None
-    others: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
-    sdpa: Callable[..., Any] = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **others)
+    arguments: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
+    sdpa: Callable[..., Any] = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **arguments)
     if query.is_cuda:
         with sdpa_kernel(PLANLESS):
             return sdpa(query, key, value)
-    if dtype in (torch.bfloat16, torch.float16):  # one copy: in order, too
+    if dtype in (torch.bfloat16, torch.float16):  # one copy for precision and memory order
         query, key, value = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (query, key, value))
     masked = (
         attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
         and attention_mask.shape[1] == 1 and key.shape[2] <= 4 * SHORT
     )  # fmt: skip
-    if not ((masked or causal and key.shape[2] == length) and plain and length <= SHORT and value.shape[3] == width):
+    if not ((masked or causal and key.shape[2] == length) and is_plain and length <= SHORT and value.shape[3] == width):
         return sdpa(query, key, value)[0].to(dtype), None
     groups = key.shape[1]  # each serves heads / groups queries, whose rows make one product with it
     output = _ShortAttention.apply(
@@ -96,7 +96,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, seen: Tensor | None) -> Tensor:
         if seen is None:
-            weights = _weights(query, key, scale, causal_mask(query, key))
+            weights = _attention_weights(query, key, scale, causal_mask(query, key))
         else:
             scores = torch.bmm(key, query.mT).mul_(scale)
             batch, length = len(seen), seen.shape[2]
@@ -122,15 +122,15 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
         groups = key.shape[1]
-        outputs, kept = [], []
+        outputs, saved = [], []
         parts = packing.apart(query), packing.apart(key, keys=True), packing.apart(value, keys=True)
         for group, (q, k, v) in enumerate(zip(*parts, strict=True)):
             shape = (len(q) * groups, -1, q.shape[3])
             rows = [x.view(shape) for x in (q, k, v)]
-            weights = _weights(rows[0], rows[1], scale, packing.mask(group, rows[0], rows[1]))
+            weights = _attention_weights(rows[0], rows[1], scale, packing.mask(group, rows[0], rows[1]))
             outputs.append(torch.bmm(weights.mT, rows[2]).view(q.shape))
-            kept += [*rows, weights]
-        ctx.save_for_backward(*kept)
+            saved += [*rows, weights]
+        ctx.save_for_backward(*saved)
         ctx.scale, ctx.packing = scale, packing
         return packing.joined(outputs, query.shape[2], query.dtype)
 
@@ -138,13 +138,13 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         packing, length, dtype = ctx.packing, cotangent.shape[2], cotangent.dtype
-        found: list[list[Tensor]] = [[], [], []]
+        gradients: list[list[Tensor]] = [[], [], []]
         for i, part in enumerate(packing.apart(cotangent, zero=True)):
             query, key, value, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
-            three = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
-            for parts, gradient, each in zip(found, three, (part, key, value), strict=True):
-                parts.append(gradient.view(len(part), -1, *each.shape[-2:]))
-        joined = (packing.joined(parts, length, dtype, keys=place > 0) for place, parts in enumerate(found))
+            group_gradients = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
+            for parts, gradient, states in zip(gradients, group_gradients, (part, key, value), strict=True):
+                parts.append(gradient.view(len(part), -1, *states.shape[-2:]))
+        joined = (packing.joined(parts, length, dtype, keys=index > 0) for index, parts in enumerate(gradients))
         return *joined, None, None
 
 
@@ -157,7 +157,7 @@ def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
     )  # fmt: skip
 
 
-def _by_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
+def _run_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Packing) -> Tensor:
     """The result of :class:`_PackedAttention`, computed by PyTorch's flash attention."""
     ends, longest = packing.ends(query.device), packing.longest
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
@@ -171,26 +171,26 @@ def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
     packing = Packing([3, 17, 9])
     numbers = torch.randn(4, 29, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     query, key, value = numbers[None], numbers[None, :2], numbers[None, 2:]
-    ways: list[Callable[..., Any]] = [_by_packed_kernel, _PackedAttention.apply]
+    implementations: list[Callable[..., Any]] = [_run_packed_kernel, _PackedAttention.apply]
     try:
-        found = []
-        for attention in ways:
+        results = []
+        for attention in implementations:
             leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
             with torch.enable_grad():
                 output = attention(*leaves, 0.3, packing)
-                found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
-    except torch.OutOfMemoryError:  # says nothing about the kernel, and the answer is kept
+                results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and the answer is cached
         raise
     except (AttributeError, TypeError, RuntimeError) as error:  # no such operation, another signature or GPU
         warn_once("attention of packed sequences", shown(error))
         return False
-    if all(bool((a - b).norm() <= 0.03 * b.norm()) for a, b in zip(*found, strict=True)):
+    if all(bool((a - b).norm() <= 0.03 * b.norm()) for a, b in zip(*results, strict=True)):
         return True
     warn_once("attention of packed sequences", "its numbers are others")
     return False
 
 
-def _weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
+def _attention_weights(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> Tensor:
     """softmax(s · k qᵀ + mask) over the keys, (b, K, r · L); the mask may be (K, r · L)."""
     return torch.baddbmm(mask.expand(len(key), *mask.shape[-2:]), key, query.mT, alpha=scale).softmax(1)
 

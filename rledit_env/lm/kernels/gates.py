@@ -17,8 +17,8 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) ⊙ up, which keeps only these two for its gradient: two thirds of the memory of the single operations,
-    to the same rounding."""
+    """silu(gate) ⊙ up. It saves only these two tensors for its gradient, two thirds of the memory that the single
+    operations save, and rounds as they do."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class _Gate(torch.autograd.Function):
 
 
 class FastGate(nn.Module):
-    """Mixed into the class of a model's gated feed-forward layers by :func:`prefer_fast_gates`."""
+    """Mixin for a model's gated feed-forward layers (see :func:`prefer_fast_gates`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self
@@ -65,7 +65,7 @@ def _faster(module: nn.Module) -> type[nn.Module] | None:
     trial = copy.copy(module)
     trial._modules = {**small, "act_fn": module.get_submodule("act_fn")}
     x = torch.randn(3, 4, generator=generator)
-    wanted = trial(x)
+    expected = trial(x)
     trial.__class__ = faster
-    got = trial(x)
-    return faster if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-5) else None
+    actual = trial(x)
+    return faster if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-5, atol=1e-5) else None

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from rledit_env.lm.kernels.packing import Packing, own_tokens
 
-WORTH_SHARING = 0.95  # prefixes are shared only where at most this share of the tokens is left
+WORTH_SHARING = 0.95  # prefixes are shared only where that leaves at most this fraction of the tokens
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the passages of a forward pass are in its batch (B, L); the rest of it is padding.
+    """Where the passages of a forward pass are in its batch (B, L); all other tokens are padding.
 
     Attributes:
         lengths: tokens of each passage.
         shape: (B, L).
-        packed: whether they are end to end in one row; otherwise each has a row of its own.
-        paths: for each passage, the indices of its tokens in that row, where prefixes are shared: first those of the
-            prefix, which an earlier passage has, too, then its own, which are consecutive; None: nothing is shared.
+        packed: whether the passages are end to end in one row; otherwise each has its own row.
+        paths: where prefixes are shared, the indices of each passage's tokens in that row: first those of the prefix,
+            which an earlier passage has, too, then its own, which are consecutive; None means that nothing is shared.
     """
 
     lengths: Sequence[int]
@@ -61,12 +61,12 @@ class Layout:
             rows: the passages' token ids.
             streams: for each passage, the weight set that it is multiplied by; only passages of one set share prefixes,
                 and they are next to each other.
-            quantum: as there.
+            quantum: as in :meth:`end_to_end`.
         """
         places: dict[tuple[int, int], int] = {}  # (the index of the token before it, a token) → its index
         paths: list[list[int]] = []
-        for row, stream in zip(rows, streams, strict=True):
-            before, path = -2 - stream, []  # weight sets count from −1, tokens' indices from 0
+        for row, weight_set in zip(rows, streams, strict=True):
+            before, path = -2 - weight_set, []  # weight sets count from −1, tokens' indices from 0
             for token in row:
                 before = places.setdefault((before, token), len(places))
                 path.append(before)
@@ -77,7 +77,7 @@ class Layout:
 
     @cached_property
     def own(self) -> list[int]:
-        """Tokens of each passage that no earlier one has."""
+        """Number of tokens of each passage that no earlier one has."""
         return list(self.lengths) if self.paths is None else own_tokens(self.paths)
 
     @cached_property
@@ -89,30 +89,30 @@ class Layout:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Tokens from each passage's first own one to the next passage's, with padding; they add up to the batch."""
+        """Number of tokens from each passage's first own one to the next passage's, with padding; they sum to B · L."""
         ends = [*self.starts[1:], self.shape[0] * self.shape[1]]
         return [end - start for start, end in zip(self.starts, ends, strict=True)]
 
     @cached_property
     def packing(self) -> Packing | None:
-        """What attention needs to keep the passages apart; None where each has a row of its own."""
+        """What attention needs to keep the passages apart; None where each has its own row."""
         return Packing(self.lengths, self.paths) if self.packed else None
 
     def position_ids(self, device: torch.device) -> Tensor:
         """Position of each token in its passage, (1, L), for packed passages; 0 in padding."""
         lengths = zip(self.lengths, self.own, strict=True)
-        places = [place for length, own in lengths for place in range(length - own, length)]
-        return torch.tensor([places + [0] * (self.shape[1] - len(places))], device=device)
+        positions = [place for length, own in lengths for place in range(length - own, length)]
+        return torch.tensor([positions + [0] * (self.shape[1] - len(positions))], device=device)
 
     def batch(self, rows: Sequence[Tensor]) -> Tensor:
         """The batch (B, L, …) of each passage's numbers (length, …), zero in padding. Those of a shared prefix are
         taken from the first passage that has it."""
         if self.packed:
-            whole = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
+            joined = torch.cat([row[len(row) - own :] for row, own in zip(rows, self.own, strict=True)])[None]
         else:
-            whole = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        missing = [wanted - have for wanted, have in zip(self.shape, whole.shape, strict=False)]
-        return F.pad(whole, [0, 0] * (whole.dim() - 2) + [0, missing[1], 0, missing[0]])
+            joined = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        missing = [size - present for size, present in zip(self.shape, joined.shape, strict=False)]
+        return F.pad(joined, [0, 0] * (joined.dim() - 2) + [0, missing[1], 0, missing[0]])
 
     def split(self, batch: Tensor) -> list[Tensor]:
         """Each passage's part (length, …) of a batch (B, L, …), with its prefix; views where nothing is shared."""
@@ -123,9 +123,9 @@ class Layout:
 
     def places(self, positions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """Indices, among the batch's tokens, of the given positions of each passage, one passage after the other."""
-        tokens = self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
-        found = [path[p] for path, chosen in zip(tokens, positions, strict=True) for p in chosen]
-        return torch.tensor(found, dtype=torch.long, device=device)
+        paths = self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        indices = [path[p] for path, chosen in zip(paths, positions, strict=True) for p in chosen]
+        return torch.tensor(indices, dtype=torch.long, device=device)
 
 
 def padded_on_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
@@ -157,35 +157,37 @@ def sharing_chunks(
     """
     lengths = [len(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (streams[i], rows[i]))
-    own = list(lengths)  # tokens that each does not share with the one before it
+    own_counts = list(lengths)  # tokens that each does not share with the one before it
     for before, i in pairwise(order):
         if streams[before] == streams[i]:
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(rows[before], rows[i], strict=False))
-            own[i] -= sum(1 for _ in alike)
-    if sum(own) > WORTH_SHARING * sum(lengths):
+            own_counts[i] -= sum(1 for _ in alike)
+    if sum(own_counts) > WORTH_SHARING * sum(lengths):
         yield from even_chunks(lengths, max_tokens, streams, quantum)
     else:
-        yield from _cut(order, lengths, own, max_tokens, quantum)
+        yield from _cut(order, lengths, own_counts, max_tokens, quantum)
 
 
 def _cut(
     order: Sequence[int], first: Sequence[int], then: Sequence[int], max_tokens: int, quantum: int
 ) -> Iterator[list[int]]:
-    """Cut the passages, in this order, into chunks. A passage that begins a chunk counts ``first`` tokens, any other
-    ``then``."""
-    left = sum(then[i] for i in order)
+    """Cut the passages, in this order, into chunks.
+
+    Passage i counts ``first[i]`` tokens where it begins a chunk, else ``then[i]``.
+    """
+    remaining = sum(then[i] for i in order)
     chunk: list[int] = []
-    tokens, wanted, step = 0, 0.0, 1
+    tokens, target, step = 0, 0.0, 1
     for i in order:
-        over = tokens + then[i] > wanted if step > 1 else tokens + then[i] / 2 > wanted
-        if chunk and (tokens + then[i] > max_tokens or over):
+        is_full = tokens + then[i] > target if step > 1 else tokens + then[i] / 2 > target
+        if chunk and (tokens + then[i] > max_tokens or is_full):
             yield chunk
-            left += first[i] - then[i] - tokens
+            remaining += first[i] - then[i] - tokens
             chunk, tokens = [], 0
         if not chunk:
-            wanted = left / max(1, -(-left // max_tokens))  # tokens a chunk
-            step = whole_quantum(math.ceil(wanted), quantum)
-            wanted = wanted if step == 1 else -(-math.ceil(wanted) // step) * step
+            target = remaining / max(1, -(-remaining // max_tokens))  # tokens per chunk
+            step = whole_quantum(math.ceil(target), quantum)
+            target = target if step == 1 else -(-math.ceil(target) // step) * step
         tokens += then[i] if chunk else first[i]
         chunk.append(i)
     if chunk:
@@ -193,8 +195,8 @@ def _cut(
 
 
 def whole_quantum(tokens: int, quantum: int) -> int:
-    """The quantum for about so many tokens: ``quantum``, or four times as much for more than 32 of them, so that there
-    are few different sizes (1 stays 1)."""
+    """The quantum for about so many tokens: ``quantum``, or four times that for more than 32 quanta, so that there are
+    few different sizes (1 stays 1)."""
     return 4 * quantum if tokens > 32 * quantum > 32 else quantum
 
 

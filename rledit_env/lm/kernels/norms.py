@@ -16,8 +16,8 @@ from rledit_env.lm.precision import at_least_float32
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) · scale with the gradient of x written out: half the time of autograd's single operations, and little
-    memory beside x.
+    """x / rms(x) · scale whose gradient is written out. It takes half the time of autograd's single operations and
+    little memory beside x.
 
     ``scale`` (width,) is in float32 for norms that round the product once (Gemma), in x's precision for those that
     round x / rms(x) first (Llama).
@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class FastNorm(nn.Module):
-    """Mixed into the class of a model's norms by :func:`prefer_fast_norms`."""
+    """Mixin for a model's root mean square norms (see :func:`prefer_fast_norms`)."""
 
     weight: Tensor
     one_more = False  # whether the scale is 1 + weight (Gemma), in float32
@@ -84,11 +84,11 @@ def _faster(module: Any) -> type[nn.Module] | None:
     trial = copy.deepcopy(module)
     numbers = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x, trial.weight.data = numbers[:3], numbers[3]
-    wanted = trial(x)
+    expected = trial(x)
     for one_more in (False, True):
         scale = 1.0 + at_least_float32(trial.weight) if one_more else trial.weight
-        got = _normalised(x, scale, _epsilon(module))
+        actual = _normalised(x, scale, _epsilon(module))
         tolerance = 0.01 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-5
-        if got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=tolerance, atol=tolerance):
+        if actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
             return type(f"Fast{cls.__name__}", (FastNorm, cls), {"one_more": one_more, "__module__": cls.__module__})
     return None

@@ -1,4 +1,4 @@
-"""Sequences packed in one row, of which each attends only to itself."""
+"""Packed sequences: several sequences in one row, whose tokens attend only to their own sequence."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 64  # tokens of a short sequence; the scores (L, L) of every head are held as they are
-NAME = "short_float32"  # of the attention that keeps them apart, in transformers' registry
-LIKE = 0.5  # packed sequences attend together if the shortest has at least this share of the longest's tokens
+SHORT = 64  # most tokens of a short sequence, whose scores (L, L) are stored for every head
+NAME = "short_float32"  # the name of `short_attention` in transformers' registry
+LIKE = 0.5  # a group's shortest sequence has at least this fraction of the longest one's tokens
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class _Places:
     A place is a cell of a padded group, counted sequence by sequence.
 
     Attributes:
-        groups: for each, the number of its sequences; the length that they are padded to; the token of the row in each
-            place, as a slice where these are consecutive (padding has some token); and the places that are padding.
-        copies: the places of each token, token after token, counted through all groups.
-        firsts: for each token, where its places begin in ``copies``; None where every token has one place.
+        groups: for each group, the number of its sequences; the length that they are padded to; the index of the row's
+            token in each place, as a slice where these are consecutive (padding has any token); and the places of the
+            padding.
+        copies: the places of the first token, then of the second, and so on, counted through all groups.
+        firsts: for each token, the index in ``copies`` of its first place; None where every token has one place.
     """
 
     groups: list[tuple[int, int, slice | Tensor, Tensor]]
@@ -39,22 +40,23 @@ class _Places:
     @classmethod
     def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> _Places:
         """The maps for groups of sequences, each given by the indices of its tokens in the row."""
-        found: list[tuple[int, int, slice | Tensor, Tensor]] = []
-        tokens, held = [], []
+        maps: list[tuple[int, int, slice | Tensor, Tensor]] = []
+        sources, masks = [], []
         for members in groups:
             longest = max(map(len, members))
             source = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in members]).flatten()
-            own = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
+            is_token = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
             begin, end = int(source[0]), int(source[-1]) + 1
-            whole = bool(own.all()) and end - begin == len(source)
-            found.append((len(members), longest, slice(begin, end) if whole else source, (~own).nonzero()[:, 0]))
-            tokens.append(source)
-            held.append(own)
-        places = torch.cat(held).nonzero()[:, 0]
-        theirs = torch.cat(tokens)[places]
-        counts = theirs.bincount()
+            is_consecutive = bool(is_token.all()) and end - begin == len(source)
+            where = slice(begin, end) if is_consecutive else source
+            maps.append((len(members), longest, where, (~is_token).nonzero()[:, 0]))
+            sources.append(source)
+            masks.append(is_token)
+        places = torch.cat(masks).nonzero()[:, 0]
+        tokens = torch.cat(sources)[places]
+        counts = tokens.bincount()
         firsts = counts.cumsum(0) - counts
-        return cls(found, places[theirs.argsort(stable=True)], None if len(counts) == len(places) else firsts)
+        return cls(maps, places[tokens.argsort(stable=True)], None if len(counts) == len(places) else firsts)
 
     def to(self, device: torch.device) -> _Places:
         """The same maps, for tensors on a device."""
@@ -66,7 +68,7 @@ class _Places:
 
 
 def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens of each sequence belong to no earlier one; in the row they come after all earlier sequences.
+    """Number of tokens of each sequence that no earlier one has; in the row they come after all earlier sequences.
 
     Args:
         paths: for each sequence, the indices of its tokens in the row.
@@ -76,16 +78,16 @@ def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
 
 
 class Packing:
-    """Sequences packed in one row, each of which attends only to itself.
+    """Sequences packed in one row, whose tokens attend only to their own sequence.
 
-    Sequences of similar length attend together, padded to the longest of them: the row's tokens are copied into one
-    tensor (b, heads, l, d) a group, and the results copied back. A token of a shared prefix is a key of every sequence
-    that has it, and a query of the first.
+    Sequences of similar length form a group and are padded to the longest of them. The row's tokens are copied into one
+    tensor (b, heads, l, d) per group, and the results are copied back. A token of a shared prefix is a key of every
+    sequence that has it, and a query of the first one only.
 
     Args:
         lengths: tokens of each sequence.
-        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None: no prefix is shared,
-            and the sequences follow one another.
+        paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None means that no prefix
+            is shared, and the sequences follow one another.
     """
 
     def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
@@ -99,17 +101,19 @@ class Packing:
 
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
-        """Groups of sequences of similar length: their tokens' indices, and how many of these an earlier one has."""
-        found = [(path, len(path) - own) for path, own in zip(self._paths, own_tokens(self._paths), strict=True) if own]
-        order = sorted(found, key=lambda one: -len(one[0]))
+        """Groups of sequences of similar length: the indices of each one's tokens, and how many an earlier one has."""
+        own_counts = own_tokens(self._paths)
+        sequences = [(path, len(path) - own) for path, own in zip(self._paths, own_counts, strict=True) if own]
+        order = sorted(sequences, key=lambda sequence: -len(sequence[0]))
         groups = []
         while order:
             bound = LIKE * len(order[0][0])
-            groups.append(sorted((one for one in order if len(one[0]) >= bound), key=lambda one: one[0][-1]))
-            order = [one for one in order if len(one[0]) < bound]
+            members = [sequence for sequence in order if len(sequence[0]) >= bound]
+            groups.append(sorted(members, key=lambda sequence: sequence[0][-1]))
+            order = [sequence for sequence in order if len(sequence[0]) < bound]
         return groups
 
-    def _on(self, device: torch.device) -> tuple[_Places, _Places]:
+    def _places_on(self, device: torch.device) -> tuple[_Places, _Places]:
         """The maps of queries and of keys, for tensors on a device."""
         if device not in self._placed:
             keys = _Places.of([[path for path, _ in group] for group in self._groups])
@@ -118,19 +122,21 @@ class Packing:
         return self._placed[device]
 
     def ends(self, device: torch.device) -> Tensor:
-        """Where the sequences begin, and where the last one ends, (sequences + 1,) int32. Only for sequences that share
-        no prefix."""
+        """The start of each sequence and the end of the last one, (sequences + 1,) int32; not valid where prefixes are
+        shared."""
         self._ends = self._ends.to(device)
         return self._ends
 
     def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
-        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) a group, in at least float32. With ``keys`` the
-        row holds keys or values, whose sequences include shared prefixes; with ``zero`` padding is zero."""
+        """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) per group, in at least float32.
+
+        With ``keys`` the row has keys or values, whose sequences include shared prefixes; with ``zero`` padding is 0.
+        """
         _, heads, length, width = row.shape
         tokens = row.transpose(1, 2).reshape(length, heads * width)
         dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
         parts = []
-        for batch, longest, source, padding in self._on(row.device)[keys].groups:
+        for batch, longest, source, padding in self._places_on(row.device)[keys].groups:
             part = tokens[source] if isinstance(source, slice) else tokens.index_select(0, source)
             if zero and len(padding):
                 part.index_fill_(0, padding, 0)
@@ -140,18 +146,20 @@ class Packing:
         return parts
 
     def joined(self, parts: Sequence[Tensor], length: int, dtype: torch.dtype, keys: bool = False) -> Tensor:
-        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``. A token in
-        several places gets the sum of them; padding of the row is zero."""
+        """Copy the groups' tensors (b, heads, l, d) back into a row (1, heads, N, d), where N is ``length``.
+
+        A token in several places gets their sum; padding of the row is zero.
+        """
         _, heads, _, width = parts[0].shape
-        places = self._on(parts[0].device)[keys]
+        places = self._places_on(parts[0].device)[keys]
         precision = dtype if places.firsts is None else parts[0].dtype
         rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        tokens = whole.new_empty(length, heads * width, dtype=dtype)
+        all_rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        tokens = all_rows.new_empty(length, heads * width, dtype=dtype)
         if places.firsts is None:
-            torch.index_select(whole, 0, places.copies, out=tokens[: self.tokens])
+            torch.index_select(all_rows, 0, places.copies, out=tokens[: self.tokens])
         else:
-            tokens[: self.tokens] = F.embedding_bag(places.copies, whole, places.firsts, mode="sum")
+            tokens[: self.tokens] = F.embedding_bag(places.copies, all_rows, places.firsts, mode="sum")
         tokens[self.tokens :] = 0
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
@@ -164,7 +172,7 @@ class Packing:
 
     def _shared_mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:
         members = self._groups[group]
-        length = self._on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
+        length = self._places_on(key.device)[0].groups[group][1]  # L, query tokens of a sequence
         first = torch.tensor([[shared] for _, shared in members], device=key.device)
         last = first + torch.arange(length, device=key.device)  # (b, L): the last key that a query sees
         unseen = torch.arange(key.shape[1], device=key.device)[:, None] > last[:, None]  # (b, K, L)
@@ -177,14 +185,14 @@ _packing: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 
 def current_packing() -> Packing | None:
-    """How the sequences lie in the row that now runs; None where every row is one sequence."""
+    """The packing of the row that is running; None where every row is one sequence."""
     return _packing.get()
 
 
 @contextmanager
 def packed(packing: Packing | None) -> Iterator[None]:
-    """Within it, `rledit_env.lm.kernels.attention.short_attention` reads a row as sequences packed in this way; None:
-    as one sequence."""
+    """Context in which `rledit_env.lm.kernels.attention.short_attention` treats a row as packed sequences; for None, as
+    one sequence."""
     token = _packing.set(packing)
     try:
         yield

@@ -1,11 +1,11 @@
 """Matrix products on a CPU.
 
 PyTorch multiplies float32 matrices by Intel's MKL, which uses half of the vector units of other makers' processors.
-oneDNN, which PyTorch brings along and multiplies bfloat16 with, uses all of them: 490 instead of 215 GFLOP/s on two
+oneDNN, which comes with PyTorch and does its bfloat16 products, uses all of them: 490 instead of 215 GFLOP/s on two
 cores of an AMD EPYC, to the same rounding.
 
-oneDNN generates code for every new size, which takes time and keeps up to 1 MB. So rows, whose number changes from one
-product to the next, are filled up with zeros to a few fixed numbers.
+oneDNN generates code for every new size, which takes time and up to 1 MB of memory. So matrices, whose number of rows
+changes from one product to the next, are padded with zero rows to a few fixed numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rledit_env.lm.classes import prefer
 from rledit_env.lm.kernels.warning import shown, warn_once
 
-WORTHWHILE = 2**20  # float32 multiplications from which on oneDNN's overhead of 10 µs pays
+WORTHWHILE = 2**20  # float32 multiplications above which oneDNN saves more than its overhead of 10 µs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,15 +32,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return _evenly(x, weight, bias)
+    return _multiply_padded(x, weight, bias)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b, the sum of the rows' outer products: (m, k), (m, n) → (k, n); no gradient."""
     if not compiled(a, a.numel() * b.shape[1]) or a.dtype != b.dtype or not a.numel():
         return a.t() @ b
-    more = even(len(a)) - len(a)
-    a, b = (F.pad(rows, (0, 0, 0, more)) if more else rows for rows in (a, b))
+    padding = even(len(a)) - len(a)
+    a, b = (F.pad(rows, (0, 0, 0, padding)) if padding else rows for rows in (a, b))
     return _multiplied(a.t(), b.t(), None)
 
 
@@ -54,7 +54,7 @@ def compiled(operand: Tensor, multiplications: int) -> bool:
 
 
 def even(rows: int) -> int:
-    """A number of rows rounded up to one of the few that products are computed with."""
+    """The number of rows, rounded up to one of the few for which products are computed."""
     if rows <= 16:
         return 1 << max(rows - 1, 0).bit_length()
     quantum = 16 if rows <= 512 else 64
@@ -85,12 +85,12 @@ def prefer_fast_products(model: PreTrainedModel) -> None:
 
 
 class _Linear(torch.autograd.Function):
-    """:func:`linear` with its gradients by the same products."""
+    """:func:`linear` whose gradients are computed by the same kind of products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _evenly(x, weight, bias)
+        return _multiply_padded(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -105,10 +105,10 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _evenly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    more = even(len(rows)) - len(rows)
-    output = _multiplied(F.pad(rows, (0, 0, 0, more)) if more else rows, weight, bias)
+    padding = even(len(rows)) - len(rows)
+    output = _multiplied(F.pad(rows, (0, 0, 0, padding)) if padding else rows, weight, bias)
     return output[: len(rows)].view(*x.shape[:-1], -1)
 
 
@@ -126,11 +126,11 @@ def _available() -> bool:
     numbers = torch.randn(3, 48, 40, generator=torch.Generator().manual_seed(0))
     x, weight, bias = numbers[0], numbers[1][:24].t(), numbers[2, 0]
     try:
-        got = _multiplied(x[:, :24], weight, bias)
+        actual = _multiplied(x[:, :24], weight, bias)
     except (AttributeError, RuntimeError, TypeError) as error:
         warn_once("matrix product", shown(error))
         return False
-    if torch.allclose(got, F.linear(x[:, :24], weight, bias), rtol=1e-5, atol=1e-5):
+    if torch.allclose(actual, F.linear(x[:, :24], weight, bias), rtol=1e-5, atol=1e-5):
         return True
     warn_once("matrix product", "its numbers are others")
     return False

@@ -14,9 +14,9 @@ from rledit_env.lm.kernels.warning import shown, warn_once
 
 
 class FastModules:
-    """The faster modules in a model: put in, where they suit it, when this is made.
+    """Puts faster modules into a model where they suit it; :meth:`undo` takes them out again.
 
-    A kernel that fails with the installed torch or transformers is left out, which is said once.
+    A kernel that fails with the installed torch or transformers is left out, with a warning.
 
     Args:
         model: a causal LM.
@@ -27,17 +27,17 @@ class FastModules:
         self._attention = model.config._attn_implementation
         classes = _classes(model)
         for kernel, prefer in _kernels().items():
-            before = _classes(model)
+            classes_before = _classes(model)
             try:
                 prefer(model)
-            except Exception as error:  # made for another release, a kernel fails in as many ways as there are
-                _put_back(before)
+            except Exception as error:  # with another release, a kernel may fail in any way
+                _restore_classes(classes_before)
                 warn_once(kernel, shown(error))
         self._classes = [(module, cls) for module, cls in classes if type(module) is not cls]
 
     def undo(self) -> None:
-        """Give the model its own modules back."""
-        _put_back(self._classes)
+        """Restore the model's own modules."""
+        _restore_classes(self._classes)
         if self._model.config._attn_implementation != self._attention:
             self._model.set_attn_implementation(self._attention)
 
@@ -50,7 +50,7 @@ def _kernels() -> dict[str, Callable[[PreTrainedModel], None]]:
 
 
 def _prefer_fast_attention(model: PreTrainedModel) -> None:
-    from rledit_env.lm.kernels.attention import prefer_fast_attention  # another release may lack what that imports
+    from rledit_env.lm.kernels.attention import prefer_fast_attention  # its imports fail with some releases
 
     prefer_fast_attention(model)
 
@@ -59,6 +59,6 @@ def _classes(model: PreTrainedModel) -> list[tuple[nn.Module, type[nn.Module]]]:
     return [(module, type(module)) for module in model.modules()]
 
 
-def _put_back(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+def _restore_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     for module, cls in classes:
         module.__class__ = cls

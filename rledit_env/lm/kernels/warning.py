@@ -1,4 +1,4 @@
-"""Saying once that a kernel is not used."""
+"""Warns once that a kernel is not used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 
 @cache
 def warn_once(kernel: str, reason: str) -> None:
-    """Warn that a kernel does not fit what is installed, the first time in a process that there is this reason."""
+    """Warn that a kernel does not fit the installed packages, once in a process for each reason."""
     warnings.warn(
         f"rledit's {kernel} does not fit the installed torch or transformers ({reason}); the plain one is used, which "
         "is slower",

@@ -1,2 +1,2 @@
-"""Names to weights on disk, and weights on disk to a frozen model."""
+"""Fetches a model's weights to the disk by name, and loads them as a frozen model."""
 

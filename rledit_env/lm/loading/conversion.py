@@ -1,4 +1,4 @@
-"""A GGUF file to a folder as save_pretrained writes it."""
+"""Converts a GGUF file to a folder as ``save_pretrained`` writes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the GGUF model as float32 safetensors with its tokenizer into ``folder`` (about 30 s for 135M)."""
     arguments: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     weights = {**arguments, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # newer versions may otherwise keep the weights packed on a GPU
+    if hasattr(transformers, "GgufConfig"):  # otherwise newer versions may keep the weights packed on a GPU
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with (
         tqdm(total=4, desc="converting", unit="stage", disable=not progress) as stages,
@@ -45,7 +45,7 @@ def convert(gguf: Path, folder: Path, progress: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own."""
+    """Context in which transformers shows no progress bars."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

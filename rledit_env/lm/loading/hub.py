@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, which stay in the hub's own cache."""
+"""Fetches models from the Hugging Face hub, into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rledit_env.lm.loading.registry import ModelError
 
 
 def fetch_from_hub(name: str, revision: str | None, with_code: bool) -> Path:
-    """The folder of a hub id's files, fetched where need be.
+    """The folder of a hub id's files, which are fetched if needed.
 
     Raises:
-        ModelError: the hub does not give it.
+        ModelError: the hub does not give the model.
     """
     from huggingface_hub import snapshot_download
 
@@ -33,5 +33,5 @@ def fetch_from_hub(name: str, revision: str | None, with_code: bool) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first."""
+    """The first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Model names to frozen models in memory."""
+"""Loads frozen models by name."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model called ``name``, frozen (eval mode, no parameter requires a gradient), and its tokenizer.
 
-    The tokenizer gives offset mappings; it is as it was saved, also where that means no pad token. Attention runs
+    The tokenizer gives offset mappings. It is as it was saved, even without a pad token. Attention runs
     through PyTorch's scaled dot product where the architecture can; Gemma 2's soft-capped attention cannot, and runs
     eagerly.
 
     Args:
-        name: registry name, local folder or hub id ``owner/name``; fetched first where need be.
+        name: registry name, local folder or hub id ``owner/name``; fetched first if needed.
         dtype: precision of the weights.
         device: where the weights go.
         progress: show progress bars when the model has to be fetched.
         cache: as in :func:`fetch`.
-        spread: over which devices, the host and the disk the weights go instead (not for the tiny models, which are
-            built in memory).
+        spread: spreads the weights over several devices, the host and the disk instead (not for the tiny models, which
+            are built in memory).
         revision: as in :func:`fetch`.
-        trust_remote_code: run the code that the model brings, where it needs that.
+        trust_remote_code: run code that comes with the model, where it needs that.
 
     Raises:
-        ModelError: as :func:`fetch`; a model that is quantised, no decoder-only language model, or needs code of its
-            own that nobody asked to trust; or a folder that cannot be loaded, or a tokenizer that gives no offsets.
+        ModelError: as :func:`fetch`; or the model is quantised, is no decoder-only language model, or needs code of its
+            own without ``trust_remote_code``; or the folder cannot be loaded, or the tokenizer gives no offsets.
     """
     name = os.fspath(name)
     model: Any
@@ -124,7 +124,7 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
     """Refuse, by its configuration, a model that cannot be edited or must not be loaded.
 
     Raises:
-        ModelError: it is quantised, no decoder-only language model, or needs code that is not trusted.
+        ModelError: the model is quantised, is no decoder-only language model, or needs code that is not trusted.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def _check_kind(name: str, folder: Path, trust_remote_code: bool) -> None:
             raise ModelError(_NEEDS_CODE.format(name))
         return
     has_encoder = bool(config.get("is_encoder_decoder"))
-    fills_gaps = any(str(made).endswith("ForMaskedLM") for made in config.get("architectures") or ())
+    fills_gaps = any(str(architecture).endswith("ForMaskedLM") for architecture in config.get("architectures") or ())
     is_known = kind in CONFIG_MAPPING_NAMES
     if has_encoder or fills_gaps or (is_known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         what = "an encoder-decoder model" if has_encoder else "no causal language model"

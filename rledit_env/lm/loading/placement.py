@@ -1,4 +1,4 @@
-"""Where a model goes and in which precision: what a user means."""
+"""Resolves the device and the precision of a model."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """How the weights of a model are spread over several devices, the host and the disk, as ``from_pretrained`` takes
-    it; None: not at all."""
+    """Arguments of ``from_pretrained`` that spread a model's weights over several devices, the host and the disk.
+
+    With None for all, they are not spread.
+    """
 
     device_map: str | Mapping[str, Any] | None = None
     offload_folder: str | os.PathLike[str] | None = None
     max_memory: Mapping[Any, Any] | None = None
 
     def options(self) -> dict[str, Any]:
-        """What is given, by name."""
+        """The arguments that are not None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """The device meant; ``"auto"`` is the accelerator if there is one, else the CPU."""
+    """The device; ``"auto"`` is the accelerator if there is one, else the CPU."""
     if device != "auto":
         try:
-            found = torch.device(device)
-            torch.empty(0, device=found)
+            resolved = torch.device(device)
+            torch.empty(0, device=resolved)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"device is {str(device)!r}, which this machine or build of torch does not have "
                 f"({' '.join(str(error).split())[:200]}); give 'auto', 'cpu' or one that is there"
             ) from error
-        return found
+        return resolved
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The precision meant, for the frozen weights.
+    """The precision of the frozen weights.
 
     ``"auto"`` is bfloat16 where the device multiplies it natively (CUDA, and processors with AVX512-BF16 or AMX), else
     float32. Names are torch's, such as ``"float32"``.
@@ -50,10 +52,10 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     if dtype == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bfloat16()
         return torch.bfloat16 if native else torch.float32
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; give 'auto', 'float32', 'bfloat16' or another floating torch dtype")
-    return found
+    return resolved
 
 
 def cpu_has_bfloat16() -> bool:

@@ -61,15 +61,15 @@ MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in _SPECS}
 
 def cache_dir() -> Path:
     """The folder for converted models: ``$RLEDIT_CACHE``, else ``$XDG_CACHE_HOME/rledit``, else ``~/.cache/rledit``."""
-    if own := os.environ.get("RLEDIT_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("RLEDIT_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rledit"
 
 
 def default_edit_modules(name: str | os.PathLike[str], model: PreTrainedModel) -> tuple[str, ...]:
     """Glob patterns of the modules edited by default.
 
-    The registry's own for its names; for any other model those of
+    For names of the registry, these are in the registry; for any other model they come from
     :func:`~rledit_env.lm.modules.middle_modules`.
 
     Raises:

@@ -1,8 +1,8 @@
 """Tiny, randomly initialised models of seven architectures, with a byte-level tokenizer: nothing to download.
 
-They know nothing; they exist so that tests run over every architecture in seconds. Each has four layers and whatever
-makes its architecture different: grouped key-value heads, head sizes that do not divide the hidden size, sliding
-windows short enough to matter on one sentence, soft-capped logits, biases, tied embeddings, ``Conv1D``.
+They know nothing; they exist so that tests run over every architecture in seconds. Each has four layers and the
+features of its architecture: grouped key-value heads, head sizes that do not divide the hidden size, sliding windows
+short enough to matter on one sentence, soft-capped logits, biases, tied embeddings, ``Conv1D``.
 """
 
 from __future__ import annotations

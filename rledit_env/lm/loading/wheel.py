@@ -35,7 +35,7 @@ def install(
     download: Callable[[ModelSpec, Path, bool], Path] | None = None,
     convert: Callable[[Path, Path, bool], None] | None = None,
 ) -> Path:
-    """Download, verify and convert ``spec`` into ``cache/models/<name>``; return at once where it is complete already.
+    """Download, verify and convert ``spec`` into ``cache/models/<name>``; return at once if that is complete already.
 
     Everything is written in a temporary folder beside the final one and renamed at the end, under a file lock that the
     operating system releases when its holder dies.
@@ -88,19 +88,19 @@ def _unwritable(cache: Path, error: OSError) -> ModelError:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Make sure that an incomplete model, which is made anew, holds nothing else.
+    """Check that the folder of an incomplete model, which will be replaced, has no other files.
 
     Raises:
-        FileExistsError: it does.
+        FileExistsError: it has.
     """
     if not folder.is_dir():
         return
-    own = {MARKER, _MARKER}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one names nothing
-        own |= set(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["files"])
+    known_files = {MARKER, _MARKER}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged marker names no files
+        known_files |= set(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["files"])
     if (marker := read_marker(folder)) is not None:
-        own |= set(marker.files)
-    foreign = min((path.name for path in folder.iterdir() if path.name not in own), default=None)
+        known_files |= set(marker.files)
+    foreign = min((path.name for path in folder.iterdir() if path.name not in known_files), default=None)
     if foreign is not None:
         raise FileExistsError(f"{folder} holds {foreign}, which rledit did not write: move that away")
 
@@ -178,7 +178,7 @@ def pip_download(spec: ModelSpec, work: Path, progress: bool) -> Path:
 def _largest_file(folder: Path) -> int:
     largest = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves files while we look
+        with contextlib.suppress(OSError):  # pip moves files meanwhile
             largest = max(largest, path.stat().st_size)
     return largest
 
@@ -196,8 +196,8 @@ def _unpack(name: str, source: WheelSource, wheel: Path, work: Path) -> Path:
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:
-    if (found := sha256_of(path)) != expected:
+    if (actual := sha256_of(path)) != expected:
         raise ModelError(
-            f"{what} has sha256 {found}, expected {expected}; "
+            f"{what} has sha256 {actual}, expected {expected}; "
             f"it is broken or another version, so fetch it again"
         )
