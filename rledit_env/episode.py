@@ -32,7 +32,7 @@ from rledit_env.updates import NOTHING, Update
 # Attributes of an episode in a pickle; the LLM's weights, the order of the facts and the random state are in it, too.
 KEPT = (
     "history", "position", "over", "rows", "refused", "answers_before", "scene", "choices", "first_scored",
-    "open_facts",
+    "open_edits",
 )  # fmt: skip
 GRADIENTS = ("reward_gradient", "action_gradient")  # the parts of `info` that are tensors
 
@@ -64,7 +64,7 @@ class EditEpisode:
         position: the place in the episode: index of the batch times ``steps_per_batch``, plus the presentation.
         over: whether no step can be taken: the episode has ended, or none was begun.
         rows: rows in use of the latest observation.
-        open_facts: which facts of the batch are presented, (n,) bool; None for all.
+        open_edits: which of the batch's :meth:`edits` had not taken when last observed, bool; None where nobody looked.
         choices: for each fact, a number in [0, 1) that picks one of its paraphrases and unrelated pairs.
         first_scored: the first batch that is scored, with a ``batch_stride``.
         refused: whether the step's action was not finite, and is skipped.
@@ -92,7 +92,7 @@ class EditEpisode:
         self.history: list[dict[str, float]] = []
         self.position = self.rows = self.first_scored = 0
         self.over, self.refused = True, False
-        self.open_facts: np.ndarray | None = None
+        self.open_edits: np.ndarray | None = None
         self.choices = np.empty(0)
         self.checked: Trace | None = None
         self.weights_before: dict[str, Tensor] | None = None
@@ -144,7 +144,7 @@ class EditEpisode:
         self.first_scored = int(random.integers(stride)) if stride > 1 else 0
         if not keep_weights:
             self.lm.restore()
-        self.position, self.over = int(start), False
+        self.position, self.over, self.open_edits = int(start), False, None
         self.history, self.scene = [], None
         return {"indices": self.stream.indices.copy(), "source": self.stream.dataset.source}
 
@@ -200,8 +200,13 @@ class EditEpisode:
 
     def presented_facts(self) -> list[int]:
         """Indices of the presented facts in their batch."""
-        n = self.stream.batch_size
-        return list(range(n)) if self.open_facts is None else np.flatnonzero(self.open_facts).tolist()
+        every = np.ones(self.stream.batch_size, bool)
+        return np.flatnonzero(every if self.open_facts is None else self.open_facts).tolist()
+
+    @property
+    def open_facts(self) -> np.ndarray | None:
+        """Which facts of the batch are presented, (n,) bool: those of which an edit is open. None for all."""
+        return None if self.open_edits is None else self.open_edits.reshape(-1, self.stream.batch_size).any(0)
 
     def _answers(self, batch: int) -> list[str]:
         records = self.stream.batch(batch)
@@ -211,17 +216,16 @@ class EditEpisode:
 
     def trace(self) -> Trace:
         """Keys and value gradients of the current batch at the present weights."""
-        return self.lm.trace(self.edits(), self.settings.token)
+        return self.lm.trace(self.edits(), self.settings.token, self.settings.present_until, self.open_edits)
 
     def observe(self, trace: Trace | None) -> dict[str, Any]:
         """The observation at the current position as tensors, given its batch's trace (None after the last)."""
         progress = self.position / self.steps
-        self.open_facts = None
+        self.open_edits = None
         if trace is not None:
             if self.settings.present_until is not None:
-                untaken = self._untaken(trace)
-                self.open_facts = np.any(untaken.reshape(-1, self.stream.batch_size), axis=0, keepdims=True)[0]
-                trace = trace if untaken.all() else trace.of(torch.from_numpy(untaken))
+                self.open_edits = self._untaken(trace)
+                trace = trace if self.open_edits.all() else trace.of(torch.from_numpy(self.open_edits))
             observation = spaces.torch_observation(trace, progress)
         else:
             observation = spaces.empty_observation(self.lm.module_shapes, progress, self.lm.device)
@@ -245,7 +249,7 @@ class EditEpisode:
     @contextmanager
     def all_or_nothing(self) -> Iterator[EditEpisode]:
         """Context of one step; an error in it leaves the episode as it was before."""
-        before = self.position, self.over, self.rows, self.open_facts, len(self.history)
+        before = self.position, self.over, self.rows, self.open_edits, len(self.history)
         random = self.random.bit_generator.state
         try:
             yield self
@@ -253,7 +257,7 @@ class EditEpisode:
             if self.recorder is None or isinstance(error, DivergenceError):  # which is recorded as undone
                 if self._undo is not None:
                     self._undo()
-                self.position, self.over, self.rows, self.open_facts, length = before
+                self.position, self.over, self.rows, self.open_edits, length = before
                 self.random.bit_generator.state = random
                 del self.history[length:]
             raise
@@ -339,7 +343,7 @@ class EditEpisode:
         self._step_position = self.position
         if self._ends_batch():
             self.position += self.settings.steps_per_batch - self.position % self.settings.steps_per_batch
-            self.checked = None
+            self.checked = self.open_edits = None
         else:
             self.position += 1
         self.over = self.position == self.steps or (info["diverged"] and self.settings.on_divergence == "end")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ class Trace:
     Attributes:
         keys: module name → its inputs u at the N traced positions, (N, d_in) float32.
         value_gradients: module name → gradient δ of the loss with respect to its outputs there, (N, d_out) float32.
-        owner: index of the passage that each position belongs to, (N,) int64.
+        owner: index of the passage that each position belongs to, (N,) int64. Passages that have taken may have no
+            position (see :meth:`Gradients.trace`).
         loss: mean answer-token cross-entropy of the batch.
         hardest: the largest cross-entropy among each passage's answer tokens, (passages,) in nats.
         sums: the summed cross-entropy of each passage's answer tokens, (passages,) in nats.
@@ -70,7 +73,10 @@ class Gradients:
     def __init__(self, passes: Passes, weights: EditedWeights, overwritten: Collection[str] = ()) -> None:
         self._passes, self._weights, self.overwritten = passes, weights, frozenset(overwritten)
 
-    def trace(self, passages: Sequence[Passage], token: str = "answer") -> Trace:
+    def trace(
+        self, passages: Sequence[Passage], token: str = "answer", until: float | None = None,
+        untaken: np.ndarray | None = None,
+    ) -> Trace:  # fmt: skip
         """Keys and value gradients of the mean answer-token cross-entropy at the current weights.
 
         Args:
@@ -78,18 +84,47 @@ class Gradients:
             token: which positions: those that predict an answer token (``"answer"``), the subject's last token
                 (``"subject"``; the answer positions where a record names no subject), both
                 (``"subject+answer"``), or every token (``"all"``).
+            until: passages whose every answer token has at least this probability have taken.
+            untaken: which passages had not taken before, (passages,) bool. The others are run without gradients first,
+                and get no positions in the trace if they still have taken, which halves their cost.
         """
-        return self.trace_batches([passages], token)[0]
+        return self.trace_batches([passages], token, until, [untaken])[0]
 
-    def trace_batches(self, batches: Sequence[Sequence[Passage]], token: str = "answer") -> list[Trace]:
+    def trace_batches(
+        self, batches: Sequence[Sequence[Passage]], token: str = "answer", until: float | None = None,
+        untaken: Sequence[np.ndarray | None] | None = None,
+    ) -> list[Trace]:  # fmt: skip
         """:meth:`trace` of several batches at once; each trace is that of the mean over its batch's answer tokens.
 
         Where there are several weight sets, batch b is run with set b (see `rledit_env.lm.routing`).
         """
         passages = [p for batch in batches for p in batch]
         batch_of = [b for b, batch in enumerate(batches) for _ in batch]
-        modules, dtype = list(self._weights.modules), self._weights.edit_dtype
-        builder = _TraceBuilder(batches, token, modules, self._passes.device, dtype)
+        builder = _TraceBuilder(batches, token, self._weights, self._passes.device)
+        traced = list(range(len(passages)))
+        if until is not None and untaken is not None:
+            masks = [np.ones(len(b), bool) if m is None else m for b, m in zip(batches, untaken, strict=True)]
+            taken = self._check_taken(passages, batch_of, np.flatnonzero(~np.concatenate(masks)), until)
+            builder.add_losses(list(taken), list(taken.values()))
+            traced = [i for i in traced if i not in taken]
+        self._trace(builder, passages, batch_of, traced)
+        return builder.traces()
+
+    def _check_taken(
+        self, passages: Sequence[Passage], batch_of: Sequence[int], candidates: Iterable[int], until: float
+    ) -> dict[int, Tensor]:
+        """Those of the candidates that have taken: index → its answer tokens' cross-entropy (A,)."""
+        chosen = list(candidates)
+        states = self._passes.answer_states([passages[i] for i in chosen], [batch_of[i] for i in chosen])
+        with torch.no_grad():
+            losses = negative_log_likelihood(self._passes.forward, states.hidden, states.targets)
+        by_passage = zip(chosen, losses.split([len(passages[i].targets) for i in chosen]), strict=True)
+        return {i: loss for i, loss in by_passage if float(loss.max()) <= -math.log(until)}
+
+    def _trace(
+        self, builder: _TraceBuilder, passages: Sequence[Passage], batch_of: Sequence[int], traced: Sequence[int]
+    ) -> None:
+        """Add the chosen passages to the traces."""
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
@@ -99,14 +134,15 @@ class Gradients:
             return passed_on
 
         with self._hook_modules(record), torch.enable_grad():
-            for chunk, layout, states in self._passes.run(passages, batch_of, sharing=False):
+            chosen, sets = [passages[i] for i in traced], [batch_of[i] for i in traced]
+            for places, layout, states in self._passes.run(chosen, sets, sharing=False):
+                chunk = [traced[i] for i in places]
                 targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=self._passes.device)
                 losses = negative_log_likelihood(self._passes.forward, states, targets)
                 module_outputs = [outputs[n] for n in self._weights.modules]
                 total = (builder.token_weights(chunk, losses) * losses).sum()
                 gradients = torch.autograd.grad(total, module_outputs, materialize_grads=True)
                 builder.add(chunk, layout, losses.detach(), inputs, gradients)
-        return builder.traces()
 
     @contextmanager
     def collecting(self, wanted: bool = True) -> Iterator[list[dict[str, Tensor]]]:
@@ -184,25 +220,26 @@ class _TraceBuilder:
     Args:
         batches: the passages.
         token: which positions are traced (see :meth:`Gradients.trace`).
-        modules: names of the edited modules.
+        weights: the edited weights.
         device: of the traces.
-        dtype: precision of the summed losses.
     """
 
     def __init__(
-        self, batches: Sequence[Sequence[Passage]], token: str, modules: Sequence[str], device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self, batches: Sequence[Sequence[Passage]], token: str, weights: EditedWeights, device: torch.device
+    ) -> None:
         self._batches, self._device = batches, device
         self._passages = [p for batch in batches for p in batch]
         self._positions = [p.chosen_positions(token) for p in self._passages]
         self._batch_of = [b for b, batch in enumerate(batches) for _ in batch]
         self._totals = [sum(len(p.targets) for p in batch) for batch in batches]  # answer tokens
-        self._keys: dict[str, list[Tensor]] = {n: [] for n in modules}
-        self._gradients: dict[str, list[Tensor]] = {n: [] for n in modules}
+        empty = {n: [torch.zeros(0, d, device=device) for d in shape] for n, shape in weights.module_shapes.items()}
+        self._keys = {n: [rows] for n, (rows, _) in empty.items()}
+        self._gradients = {n: [rows] for n, (_, rows) in empty.items()}
         self._owner: list[int] = []
         self._loss = [0.0] * len(batches)
-        self._hardest, self._sums = torch.zeros(2, len(self._passages), dtype=dtype, device=device)
+        self._hardest, self._sums = torch.zeros(
+            2, len(self._passages), dtype=weights.edit_dtype, device=device
+        )
         self._answers = torch.tensor([float(len(p.targets)) for p in self._passages], device=device)
 
     def _batches_of(self, chunk: Sequence[int]) -> list[int]:
@@ -219,13 +256,7 @@ class _TraceBuilder:
         gradients: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """Add a chunk: losses (P,) at its answer positions; the modules' inputs and output gradients in its batch."""
-        passage_of = torch.tensor([i for i in chunk for _ in self._passages[i].targets], device=self._device)
-        self._hardest.scatter_reduce_(0, passage_of, losses.to(self._hardest), "amax")
-        self._sums.index_add_(0, passage_of, losses.to(self._sums))
-        batches = self._batches_of(chunk)
-        batch_of = torch.tensor(batches, device=self._device)
-        for b in sorted(set(batches)):
-            self._loss[b] += float(losses[batch_of == b].sum() / self._totals[b])
+        self.add_losses(chunk, losses.split([len(self._passages[i].targets) for i in chunk]))
         positions = [self._positions[i] for i in chunk]
         places = layout.places(positions, self._device)
         for n, gradient in zip(self._keys, gradients, strict=True):
@@ -234,13 +265,26 @@ class _TraceBuilder:
                 pieces[n].append(at_least_float32(piece).to(self._device))
         self._owner.extend(i for i, traced in zip(chunk, positions, strict=True) for _ in traced)
 
+    def add_losses(self, chunk: Sequence[int], by_passage: Sequence[Tensor]) -> None:
+        """Add the losses of passages, (answer tokens,) each."""
+        if not chunk:
+            return
+        losses = torch.cat(list(by_passage))
+        passage_of = torch.tensor([i for i in chunk for _ in self._passages[i].targets], device=self._device)
+        self._hardest.scatter_reduce_(0, passage_of, losses.to(self._hardest), "amax")
+        self._sums.index_add_(0, passage_of, losses.to(self._sums))
+        batches = self._batches_of(chunk)
+        batch_of = torch.tensor(batches, device=self._device)
+        for b in sorted(set(batches)):
+            self._loss[b] += float(losses[batch_of == b].sum() / self._totals[b])
+
     def traces(self) -> list[Trace]:
         """The trace of each batch, with its positions in the passages' order."""
-        owner = torch.tensor(self._owner, device=self._device)
+        owner = torch.tensor(self._owner, dtype=torch.long, device=self._device)
         permutation = torch.argsort(owner, stable=True)
         ends = [sum(map(len, self._batches[: b + 1])) for b in range(len(self._batches))]
         slices = [slice(end - len(batch), end) for batch, end in zip(self._batches, ends, strict=True)]
-        counts = [sum(map(len, self._positions[members])) for members in slices]
+        counts = [int(((owner >= members.start) & (owner < members.stop)).sum()) for members in slices]
 
         def split(tensor: Tensor) -> tuple[Tensor, ...]:
             return tensor[permutation].split(counts)

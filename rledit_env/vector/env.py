@@ -275,8 +275,10 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if not indices:
             return {}
         joint = together([self._lm(i) for i in indices])
-        edits = [self.envs[i].episode.edits() for i in indices]
-        return dict(zip(indices, joint.trace_batches(edits, self.envs[0].token), strict=True))
+        episodes = [self.envs[i].episode for i in indices]
+        edits, untaken = [e.edits() for e in episodes], [e.open_edits for e in episodes]
+        env = self.envs[0]
+        return dict(zip(indices, joint.trace_batches(edits, env.token, env.present_until, untaken), strict=True))
 
     def _score(self, indices: Sequence[int]) -> dict[int, Scores]:
         """The scores for the rewards of some environments, computed together."""
