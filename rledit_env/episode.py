@@ -31,8 +31,7 @@ from rledit_env.updates import NOTHING, Update
 
 # Attributes of an episode in a pickle; the LLM's weights, the order of the facts and the random state are in it, too.
 KEPT = (
-    "history", "position", "over", "rows", "refused", "answers_before", "scene", "choices", "first_scored",
-    "open_edits",
+    "history", "position", "over", "rows", "refused", "answers_before", "scene", "choices", "first_scored", "open_edits"
 )  # fmt: skip
 GRADIENTS = ("reward_gradient", "action_gradient")  # the parts of `info` that are tensors
 
@@ -200,13 +199,12 @@ class EditEpisode:
 
     def presented_facts(self) -> list[int]:
         """Indices of the presented facts in their batch."""
-        every = np.ones(self.stream.batch_size, bool)
-        return np.flatnonzero(every if self.open_facts is None else self.open_facts).tolist()
+        return [i for i in range(self.stream.batch_size) if self.open_facts is None or self.open_facts[i]]
 
     @property
     def open_facts(self) -> np.ndarray | None:
         """Which facts of the batch are presented, (n,) bool: those of which an edit is open. None for all."""
-        return None if self.open_edits is None else self.open_edits.reshape(-1, self.stream.batch_size).any(0)
+        return None if self.open_edits is None else np.any(self.open_edits.reshape(-1, self.stream.batch_size), axis=0)
 
     def _answers(self, batch: int) -> list[str]:
         records = self.stream.batch(batch)

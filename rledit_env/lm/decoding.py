@@ -64,7 +64,7 @@ class Decoder:
         ids, mask = self.pad_on_left(rows)
         model: Any = self._passes.forward.model
         with self._passes.routing.routed([0], [0]):
-            output = model.generate(
+            output: Tensor = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=self._tokens.pad_token_id,
                 **{"do_sample": False, **sampling},
             )  # fmt: skip

@@ -287,7 +287,8 @@ class _TraceBuilder:
         counts = [int(((owner >= members.start) & (owner < members.stop)).sum()) for members in slices]
 
         def split(tensor: Tensor) -> tuple[Tensor, ...]:
-            return tensor[permutation].split(counts)
+            pieces: tuple[Tensor, ...] = tensor[permutation].split(counts)
+            return pieces
 
         keys = {n: split(torch.cat(v)) for n, v in self._keys.items()}
         gradients = {n: split(torch.cat(v)) for n, v in self._gradients.items()}

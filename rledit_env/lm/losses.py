@@ -39,7 +39,8 @@ def negative_log_likelihood(forward: Scored, hidden: Tensor, targets: Tensor) ->
             log_p.exp_().scatter_add_(1, target_ids, log_p.new_full(target_ids.shape, -1.0))
         return loss, log_p
 
-    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    losses: Tensor = _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    return losses
 
 
 def preference_loss(forward: Scored, hidden: Tensor, targets: Tensor, others: Tensor, margin: float) -> Tensor:
@@ -55,7 +56,8 @@ def preference_loss(forward: Scored, hidden: Tensor, targets: Tensor, others: Te
             log_p.zero_().scatter_add_(1, likelier, -slope).scatter_add_(1, other, slope)
         return F.softplus(shortfall)[:, 0], log_p
 
-    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    losses: Tensor = _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    return losses
 
 
 def membership_loss(forward: Scored, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -70,7 +72,8 @@ def membership_loss(forward: Scored, hidden: Tensor, tokens: Tensor) -> Tensor:
             log_p.exp_().index_add_(1, tokens, (inside + loss[:, None]).exp_(), alpha=-1.0)
         return loss, log_p
 
-    return _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    losses: Tensor = _Losses.apply(hidden, forward, hidden[:0].detach(), row_loss, needs_gradient)
+    return losses
 
 
 def kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
@@ -85,7 +88,8 @@ def kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
         loss = torch.linalg.vecdot(q, difference)
         return loss, log_p.exp_().sub_(q) if needs_gradient else log_p
 
-    return _Losses.apply(hidden, forward, reference, row_loss, needs_gradient)
+    losses: Tensor = _Losses.apply(hidden, forward, reference, row_loss, needs_gradient)
+    return losses
 
 
 def reverse_kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) -> Tensor:
@@ -100,7 +104,8 @@ def reverse_kl_divergence(forward: Scored, hidden: Tensor, reference: Tensor) ->
         # ∂/∂logits of Σ p (log p − log q): p ⊙ (log p − log q − KL)
         return loss, difference.sub_(loss[:, None]).mul_(p) if needs_gradient else log_p
 
-    return _Losses.apply(hidden, forward, reference, row_loss, needs_gradient)
+    losses: Tensor = _Losses.apply(hidden, forward, reference, row_loss, needs_gradient)
+    return losses
 
 
 def _needs_gradient(hidden: Tensor) -> bool:

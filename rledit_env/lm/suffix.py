@@ -275,7 +275,8 @@ class SuffixForward:
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
         """Normalised final states (P, d) at some tokens, given by indices counted row by row, from the states (B, L, d)
         that enter the first suffix layer."""
-        return self.norm(self.run_to(prefix, places, layout))
+        states: Tensor = self.norm(self.run_to(prefix, places, layout))
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (P, |V|), at least in float32, from normalised final states (P, d)."""

@@ -117,9 +117,8 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
         """
         if self._observations is None:
             raise gym.error.ResetNeeded("no episode was begun: call reset() before step()")
-        result = self.env.step(self.factors(self._observations, actions))
-        self._observations = result[0]
-        return result
+        self._observations, *outcome = self.env.step(self.factors(self._observations, actions))
+        return self._observations, *outcome
 
     def factors(self, observations: Any, actions: Any) -> dict[str, dict[str, Any]]:
         """The raw environments' actions: update factors by module, padded as the observations are."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +224,31 @@ def test_several_sets_are_traced_and_collected_in_one_pass() -> None:
         (expected,) = torch.autograd.grad(plain_loss(forward, weight, batch), weight)
         torch.testing.assert_close(trace.value_gradients["linear"].T @ trace.keys["linear"], expected)
         torch.testing.assert_close(total["linear"], expected * sum(len(p.targets) for p in batch))
+
+
+def test_what_had_taken_and_still_has_gets_no_positions_and_all_else_is_the_whole_trace() -> None:
+    forward, sets, passes = toy(routing=None)
+    gradients = Gradients(passes, sets[0])
+    sets[1].add({"linear": update(1)["linear"]})
+    batches = [PASSAGES, PASSAGES[1:]]
+    whole = gradients.trace_batches(batches)
+    losses = sorted([*whole[0].hardest.tolist(), *whole[1].hardest.tolist()])
+    until = math.exp(-(losses[2] + losses[3]) / 2)  # three of the five passages have taken
+    untaken = [np.array([False, False, False]), np.array([True, False])]
+    traces = gradients.trace_batches(batches, "answer", until, untaken)
+    for trace, full, before in zip(traces, whole, untaken, strict=True):
+        torch.testing.assert_close(trace.hardest, full.hardest)
+        torch.testing.assert_close(trace.sums, full.sums)
+        assert trace.loss == pytest.approx(full.loss, rel=1e-5)
+        is_traced = (full.hardest > -math.log(until)) | torch.from_numpy(before)
+        assert set(trace.owner.tolist()) == set(is_traced.nonzero()[:, 0].tolist())
+        chosen, expected = trace.of(is_traced), full.of(is_traced)
+        torch.testing.assert_close(chosen.owner, expected.owner)
+        torch.testing.assert_close(chosen.keys["linear"], expected.keys["linear"])
+        torch.testing.assert_close(chosen.value_gradients["linear"], expected.value_gradients["linear"])
+        assert chosen.loss == pytest.approx(expected.loss, rel=1e-5)
+    (taken,) = gradients.trace_batches([PASSAGES], "answer", 1e-9, [np.zeros(3, bool)])
+    assert len(taken.owner) == len(taken.keys["linear"]) == 0 and taken.loss == pytest.approx(whole[0].loss, rel=1e-5)
 
 
 # -- tokens, decoding

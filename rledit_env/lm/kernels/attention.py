@@ -62,7 +62,9 @@ def short_attention(
         attend = _run_packed_kernel if use_kernel else _PackedAttention.apply
         return attend(query, key, value, scale, packing).transpose(1, 2), None
     arguments: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
-    sdpa: Callable[..., Any] = partial(sdpa_attention_forward, module, attention_mask=attention_mask, **arguments)
+    sdpa: Callable[..., tuple[Tensor, None]] = partial(
+        sdpa_attention_forward, module, attention_mask=attention_mask, **arguments
+    )
     if query.is_cuda:
         with sdpa_kernel(PLANLESS):
             return sdpa(query, key, value)
@@ -161,8 +163,10 @@ def _run_packed_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, 
     """The result of :class:`_PackedAttention`, computed by PyTorch's flash attention."""
     ends, longest = packing.ends(query.device), packing.longest
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, d)
-    output = torch.ops.aten._flash_attention_forward(*rows, ends, ends, longest, longest, 0.0, True, False, scale=scale)
-    return output[0].transpose(0, 1)[None]
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        *rows, ends, ends, longest, longest, 0.0, True, False, scale=scale
+    )[0]
+    return output.transpose(0, 1)[None]
 
 
 @cache

@@ -38,7 +38,8 @@ class FastGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = self
-        return parts.down_proj(_Gate.apply(parts.gate_proj(x), parts.up_proj(x)))
+        output: Tensor = parts.down_proj(_Gate.apply(parts.gate_proj(x), parts.up_proj(x)))
+        return output
 
 
 def prefer_fast_gates(model: PreTrainedModel) -> None:

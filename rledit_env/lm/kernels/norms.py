@@ -26,7 +26,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
         rows = at_least_float32(x)
-        reciprocal = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+        reciprocal: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
         reciprocal.div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, scale, reciprocal)
         return (rows * reciprocal).to(scale.dtype).mul_(scale).to(x.dtype)
@@ -49,7 +49,8 @@ class FastNorm(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = getattr(self, "weight", None)  # some norms of a class have none
         if args or kwargs or weight is None or weight.requires_grad:
-            return super().forward(hidden_states, *args, **kwargs)
+            unchanged: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return unchanged
         scale = 1.0 + at_least_float32(weight) if self.one_more else weight
         return _normalised(hidden_states, scale, _epsilon(self))
 
@@ -58,7 +59,8 @@ def _normalised(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) · scale as :class:`_RMSNorm` computes it; on a GPU by PyTorch's kernel, which rounds once."""
     if x.is_cuda:
         return F.rms_norm(x.to(scale.dtype), scale.shape, scale, epsilon).to(x.dtype)
-    return _RMSNorm.apply(x, scale, epsilon)
+    normalised: Tensor = _RMSNorm.apply(x, scale, epsilon)
+    return normalised
 
 
 def prefer_fast_norms(model: PreTrainedModel) -> None:

@@ -31,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not compiled(weight, x.numel() * len(weight)) or x.dtype != weight.dtype or not x.numel():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias)
+        output: Tensor = _Linear.apply(x, weight, bias)
+        return output
     return _multiply_padded(x, weight, bias)
 
 
@@ -115,7 +116,8 @@ def _multiply_padded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if rows.dtype != torch.float32:
         return F.linear(rows, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return output
 
 
 @cache

@@ -110,7 +110,8 @@ def tiny_model(
             for kind, parameter in module.named_parameters(recurse=False):
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(_initial(module, kind, parameter.float(), noise))
-    return model.eval()
+    initialised: PreTrainedModel = model.eval()
+    return initialised
 
 
 def _initial(module: nn.Module, kind: str, built: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
