@@ -1,4 +1,4 @@
-"""The options of `rledit edit` that say who edits and how often: their flags, and which go together."""
+"""The options of `rledit edit` for the agent or editor and its presentations: their flags and their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESENT_UNTIL, MAX_PRESENTATIONS = 0.8, 16  # with 12 a few of fifty single fact
 
 
 def editor_arguments(parser: argparse.ArgumentParser) -> None:
-    """--agent or --editor, and what belongs to an editor."""
+    """Add --agent, --editor and the options of an editor's strength."""
     parser.add_argument("--agent", metavar="RUN",
                         help="a trained agent: a run's folder (its best agent is taken), an agent's folder, or "
                         "'default', the agent that ships with the package for smollm2-135m")
@@ -33,7 +33,7 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def presentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """--present-until and --max-presentations."""
+    """Add --present-until and --max-presentations."""
     group = parser.add_argument_group("presentations, where a batch may be presented more than once")
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers at least this "
@@ -45,7 +45,7 @@ def presentation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_editor(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything is read."""
+    """Raise ValueError for options that exclude each other, before anything is read."""
     if options.max_presentations is not None:
         check_positive(options, "max_presentations")
         if options.steps_per_batch is not None or options.present_until == 0:
@@ -65,7 +65,7 @@ def check_editor(options: argparse.Namespace) -> None:
 
 
 def _check_mix_up(options: argparse.Namespace) -> None:
-    """Refuse an editor's name as an agent, and an agent as an editor."""
+    """Raise ValueError if --agent is an editor's name, or --editor an agent."""
     from agents.running.editors import EDITORS, SHORT_NAMES
 
     if options.agent in (*EDITORS, *SHORT_NAMES) and not Path(options.agent).exists():
@@ -81,10 +81,10 @@ def _choices() -> str:
 
 
 def named_editor(options: argparse.Namespace) -> Editor:
-    """The editor of --editor, with its published numbers.
+    """The editor of --editor, with its published settings.
 
     Raises:
-        ValueError: it is unknown, has to be trained, or the other options are not for it.
+        ValueError: the editor is unknown, has to be trained, or does not have one of the other options.
     """
     from agents.running.editors import find_editor
 

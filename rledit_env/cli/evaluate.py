@@ -1,4 +1,4 @@
-"""`rledit evaluate`: score a trained agent on facts it never saw."""
+"""`rledit evaluate`: score a trained agent on facts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> list[str]:
-    """Refuse options that cannot be and paths that cannot be written; returns the sources of --general."""
+    """Raise an error for wrong options and for paths that cannot be written; returns the sources of --general."""
     from rledit_env.evaluation.metrics import check_metrics
 
     check_metrics(options.metrics)
@@ -155,11 +155,11 @@ def _check(options: argparse.Namespace) -> list[str]:
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The environment's name, and its settings: those of the options, or else those that the agent in ``folder`` was
-    trained with.
+    """The environment's id and settings: those of the options, or else those that the agent in ``folder`` was trained
+    with.
 
     Raises:
-        ValueError: the environment is named by neither, or an option is below 1.
+        ValueError: neither names the environment, or an option is below 1.
     """
     from agents import agent_settings
 
@@ -185,7 +185,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str,
 
 
 def _until(options: argparse.Namespace, trained: Mapping[str, Any]) -> float | None:
-    """The probability at which a fact is no longer presented, if any."""
+    """The probability at which a fact is no longer presented; None for a fixed number of presentations."""
     if options.present_until is not None:
         return options.present_until or None
     return trained.get("present_until") if options.steps_per_batch is None else None
@@ -206,7 +206,7 @@ def _chat_template(env: Any) -> ChatTemplate:
     """The model's chat template.
 
     Raises:
-        ValueError: a fact does not fit it.
+        ValueError: a fact does not fit the template.
     """
     from rledit_env.lm.chat import ChatTemplate
 
@@ -219,7 +219,7 @@ def _chat_template(env: Any) -> ChatTemplate:
 
 @dataclass(frozen=True)
 class Probes:
-    """What is measured while a stream is edited; None: not asked for."""
+    """The measurements while a stream is edited; None for those that were not asked for."""
 
     drift: DriftProbe
     retention: RetentionProbe | None
@@ -227,12 +227,12 @@ class Probes:
 
     @property
     def callbacks(self) -> list[Any]:
-        """Those that there are, as `agents.edit_stream` takes them."""
+        """The probes as callbacks of `agents.edit_stream`."""
         return [probe for probe in (self.drift, self.retention, self.general) if probe is not None]
 
 
 def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Probes:
-    """The probes that are asked for; general ability on these ``sources``."""
+    """The probes of the options; general ability is measured on these ``sources``."""
     from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
     from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
 
@@ -246,7 +246,7 @@ def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Pr
 
 
 def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., Any]) -> dict[str, Any]:
-    """Print what the probes measured; it as the result has it."""
+    """Print the probes' measurements; returns the result's entries for them."""
     content: dict[str, Any] = {}
     retention, general = probes.retention, probes.general
     if retention is not None and retention.measured:
@@ -264,12 +264,12 @@ class Edited:
     """A stream that an agent edited.
 
     Attributes:
-        options: the command's.
-        folder: the agent's.
-        env_id: the environment's name.
-        settings: the environment's.
+        options: the command's options.
+        folder: the agent's folder.
+        env_id: the environment's id.
+        settings: the environment's settings.
         env: the environment.
-        log: what happened.
+        log: the record of the stream.
         records: the facts, in order.
     """
 
@@ -283,13 +283,13 @@ class Edited:
 
 
 def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[str, Any]:
-    """The result's file, but for what probes and a chat add."""
+    """The content of the result's file, without the entries of the probes and the chat."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.reporting import versions
 
     options, env, log, records = edited.options, edited.env, edited.log, edited.records
-    before, shown = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
+    before, shown_answers = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
     return {
         "format": RESULT_FORMAT,
         "env": edited.env_id,
@@ -310,14 +310,14 @@ def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[s
         "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
-        "answers": shown,
+        "answers": shown_answers,
         "batch_sizes": log.batch_sizes,
         "update_norms": log.update_norms,
     }  # fmt: skip
 
 
 def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> dict[str, Any]:
-    """Ask the facts in a chat, print how often that gave the target, and return it as the result has it."""
+    """Ask the facts in a chat, and print how often the target was answered; returns the result's entry for it."""
     from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
 
     records = edited.records
@@ -329,10 +329,10 @@ def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> di
 
 
 def _write(text: str, path: str) -> None:
-    """Write the result to a file, or to the standard output where that is asked for, or nothing else is left.
+    """Write the result to a file, or to the standard output if ``path`` is "-" or the file cannot be written.
 
     Raises:
-        OSError: it was not written to its file.
+        OSError: the file cannot be written.
     """
     from rledit_env.files import write_text
 
