@@ -162,8 +162,7 @@ def _zero(linear: nn.Linear) -> nn.Linear:
 
 
 def softmax_by_fact(scores: Tensor, lengths: Sequence[int], used: Tensor | None = None) -> Tensor:
-    """Softmax of token scores (M, N, 1) over each fact's tokens; with ``used`` (M, N), over these, and zero elsewhere.
-    """
+    """Softmax of token scores (M, N, 1) over each fact's tokens, or those ``used`` (M, N); zero at the others."""
     if used is not None:
         scores = scores.masked_fill(~used[:, :, None], torch.finfo(scores.dtype).min)
     weights = torch.cat([piece.softmax(1) for piece in scores.split(list(lengths), 1)], 1)

@@ -266,12 +266,12 @@ class Hypernetwork(nn.Module):
         if self.training_moments:  # they are of N δ (see `start_from`)
             rows_in_loss = len(next(iter(gradients.values())))
             gradients = {m: rows_in_loss * g for m, g in gradients.items()}
-        kept: dict[str, Tensor] = {}
+        used_rows: dict[str, Tensor] = {}  # module → which rows are not dropped, (N,)
         if self.config.drop_zero_rows:
-            kept = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}  # (N,)
-            keys = {m: u * kept[m][:, None] for m, u in keys.items()}
+            used_rows = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}
+            keys = {m: u * used_rows[m][:, None] for m, u in keys.items()}
         rows = {m: torch.cat([keys[m], gradients[m]], dim=1) for m in self.shapes}  # (N, d_in + d_out)
-        kept_rows = {m: rows[m][kept[m]] for m in rows} if kept else rows
+        moment_rows = {m: rows[m][used_rows[m]] for m in rows} if used_rows else rows
         adapts = adapt or self.config.normaliser != "lifetime"
         together = self.config.normaliser_scope == "shape"
         recursive = self.config.aggregation == "recursive"
@@ -281,19 +281,19 @@ class Hypernetwork(nn.Module):
         for group, members in self.groups.items():
             normalised = []
             for module in members if adapts and together else ():
-                self.normaliser_of(module).update(kept_rows[module])
+                self.normaliser_of(module).update(moment_rows[module])
             for module in members:
                 if adapts and not together:
-                    self.normaliser_of(module).update(kept_rows[module])
+                    self.normaliser_of(module).update(moment_rows[module])
                 mean, scale = moments[module] = self.normaliser_of(module).moments()
                 z = (rows[module] - mean) * scale
-                normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
+                normalised.append(torch.where(used_rows[module][:, None], z, 0.0) if used_rows else z)
                 if not self.learns_keys:
                     update_keys[module] = self.key_memory.solved_keys(module, keys[module], keep=recursive)
             inputs[group] = torch.stack(normalised)
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
-        used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
+        used = {g: torch.stack([used_rows[m] for m in ms]) for g, ms in self.groups.items()} if used_rows else {}
         units = self._units(moments, rows_in_loss) if self.config.output_units == "input" else {}
         return StepRecord(dict(keys), inputs, update_keys, used=used, units=units)
 

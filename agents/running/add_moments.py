@@ -50,10 +50,11 @@ def add_to_agent(folder: str | Path, data: Any = "bundled", model: str | None = 
         warnings.simplefilter("ignore", MissingMomentsWarning)
         agent: Any = load_agent(folder, env)
     agent.gather_moments(env)
-    kept = {k: v for k, v in read_tensors(folder / "agent.safetensors")[0].items() if not k.startswith("stream.")}
+    saved = read_tensors(folder / "agent.safetensors")[0]
+    policy = {k: v for k, v in saved.items() if not k.startswith("stream.")}
     start = {f"stream.{k}": v for k, v in agent.network.memory_state().items()}
     moments = {f"moments.{k}": v for k, v in moments_state(agent.network.training_moments).items()}
-    write_tensors(folder / "agent.safetensors", kept | moments | start)
+    write_tensors(folder / "agent.safetensors", policy | moments | start)
     description["config"]["network"]["warm_up"] = True
     write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
