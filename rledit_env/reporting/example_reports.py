@@ -29,10 +29,10 @@ from rledit_env.reporting.run_tables import general_table, return_table, score_t
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of an editor along a stream; those that were not made are empty.
+    """Measurements of an editor along a stream; missing measurements are None.
 
     Attributes:
-        retention: of the stream's batches.
+        retention: retention of the stream's batches.
         module_drift: as in :func:`rledit_env.reporting.charts.layer_drift`.
         general: as in :func:`rledit_env.reporting.run_tables.general_table`.
     """
@@ -57,11 +57,11 @@ def editing_report(
     Args:
         lead: a sentence that says what was done.
         scores: as in :func:`score_table`.
-        answers: as :func:`answer_table` gives them.
-        curves: as :func:`read_curves` gives them; may be empty.
+        answers: the result of :func:`answer_table`.
+        curves: the result of :func:`read_curves`; may be empty.
         drifts: as in :func:`drift_curves`.
         settings: the run's settings.
-        source: a description of where the facts came from.
+        source: a description of the facts' source.
         measured: measurements of the last editor.
     """
     measured = measured or Measured()
@@ -113,7 +113,7 @@ def returns_report(
         returns, steps: as in :func:`return_table`.
         curves, levels: as in :func:`return_curves`.
         settings: the run's settings.
-        source: a description of where the facts came from.
+        source: a description of the facts' source.
     """
     page = Report("Standard algorithms as editors", lead)
     page.table(*return_table(returns, steps))
