@@ -59,7 +59,7 @@ def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: 
 def on_error_argument(parser: argparse.ArgumentParser) -> None:
     """Add --on-error, the handling of rows of the data that cannot be used."""
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise",
-                        help="what to do with rows that cannot be used: end with the first one's error, or count them")
+                        help="rows that cannot be used: end with the first one's error, or skip and count them")
 
 
 def agent_argument(parser: argparse.ArgumentParser) -> None:
@@ -106,16 +106,16 @@ def chat_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup, wha
     from rledit_env.lm.chat import CHAT_FORMS
 
     parser.add_argument("--chat", nargs="?", const="only", choices=CHAT_FORMS,
-                        help=f"put {what} into the model's chat template, as a user's message ('only', which --chat "
-                        "alone means), or edit it both as it is and in the template ('also'), for a model that is "
-                        "asked both ways")
+                        help=f"put {what} into the model's chat template, as a user's message ('only', the meaning of "
+                        "--chat alone), or edit it both plain and in the template ('also'), for a model that is asked "
+                        "both ways")
 
 
 def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add --text, the human-written text on which the divergence is measured."""
     parser.add_argument("--text", metavar="FILE",
                         help="human-written text in UTF-8, on which the divergence from the unedited model is "
-                        "measured beside the model's own text (default: the help topics of Python's standard library)")
+                        "measured, too (default: the help topics of Python's standard library)")
 
 
 def check_text(options: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a model's revision and of its own code."""
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit, for a model named by hub id")
     parser.add_argument("--trust-remote-code", action="store_true",
-                        help="run the code that comes with the model, where it needs that; it can do anything")
+                        help="run the code that comes with the model, if it needs it; such code can do anything")
 
 
 def model_source(options: argparse.Namespace, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--editors", nargs="+", required=True, metavar="NAME",
                         help=f"'all', or editors or groups by name ({listed})")
     environment_arguments(parser, required=True)
-    parser.add_argument("--train-data", help="whose train split editors learn from (default: --data)")
+    parser.add_argument("--train-data", help="data whose train split editors learn from (default: --data)")
     parser.add_argument("--out", type=written_path, required=True, metavar="FOLDER",
                         help="cells, trained networks and tables; finished cells are not computed again")
     parser.add_argument("--batches", type=int, default=20, metavar="T", help="batches of a stream")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--configs", type=Path, metavar="FILE",
                         help="hyperparameters by editor (default: those that ship for the model, agents/configs)")
     parser.add_argument("--no-generate", dest="generate", action="store_false",
-                        help="leave the free-running exact match out, which takes long")
+                        help="leave out the free-running exact match, which takes long")
     metrics_argument(parser)
     curve.add_arguments(parser)
     text_argument(parser)
@@ -220,7 +220,7 @@ examples:
   rledit compare --editors all --env RLEdit-CounterFact-v0 --data data --batches 20 --batch-size 20 --seeds 3 \\
       --out runs/counterfact-20x20
 
-  # what each editor gives for how much of the rest of the model: a picture, and the best strength within each bound
+  # each editor's score against its change of the rest of the model: a picture, and the best strength within each bound
   rledit compare --curve --editors none ultraedit rledit --env RLEdit-CounterFact-v0 --data data --then-batches 50 \\
       --out runs/curve
 """,

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strengths", type=float, nargs="+", metavar="FACTOR",
                        help="factors of every editor's strength (default: the editor's own, such as 0.5 1 2)")
     group.add_argument("--then-batches", type=int, metavar="T",
-                       help=f"score the picks of the {BEST} editors that are best at each bound on longer streams, "
-                       "of so many batches, too")
+                       help=f"also score the picks of the {BEST} editors that are best at each bound on longer streams "
+                       "of T batches")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -56,9 +56,9 @@ def check(options: argparse.Namespace) -> None:
     from rledit_env.reporting import check_pictures
 
     if not options.curve:
-        given = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for the curve; give --curve, too")
+        names = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
+        if names:
+            raise ValueError(f"--{names[0].replace('_', '-')} is for the curve; give --curve, too")
         return
     check_positive(options, "curve_batches", *(["then_batches"] if options.then_batches is not None else []))
     wrong = [factor for factor in options.strengths or () if not 0 < factor < float("inf")]

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--facts", type=Path, required=True, metavar="FILE",
                         help="the facts: JSON Lines, JSON, CSV, YAML or Parquet")
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
-                        help="how to read the file (default: told by its fields)")
+                        help="how to read the file (default: by its fields)")
     on_error_argument(parser)
     chat_argument(parser, "every fact")
     editor_arguments(parser)
@@ -72,10 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
-                        "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
-                        "in DIR")
+                        "safetensors; 'lora', the change as an adapter for peft; several are written to folders of "
+                        "these names in DIR")
     parser.add_argument("--lora-rank", type=int, metavar="R",
-                        help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
+                        help="truncate the adapter to this rank (default: the rank that makes it exact); the error is "
+                        "printed")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DIR, if it is not empty and rledit wrote all that is in it")
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's, or "
@@ -83,20 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's, or 20)")
     override_arguments(parser, dtype="stored")
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
-                        help="let an agent that was saved without moments of training facts start from those of "
-                        "bundled facts, so that single facts take; --no-warm-up leaves it as published")
+                        help="start an agent that was saved without moments of training facts from those of bundled "
+                        "facts, so that single facts take; --no-warm-up leaves it as published")
     text_argument(parser)
     parser.add_argument("--no-divergence", dest="divergence", action="store_false",
-                        help="leave the divergence from the unedited model out, for which it writes some text")
+                        help="leave out the divergence from the unedited model, for which the model writes some text")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=written_path, metavar="DIR",
-                       help="record every update there before it takes effect (see 'rledit ledger')")
-    group.add_argument("--resume", action="store_true", help="go on with the run that --ledger recorded")
+                       help="record every update in DIR before it takes effect (see 'rledit ledger')")
+    group.add_argument("--resume", action="store_true", help="resume the run that --ledger recorded")
     group.add_argument("--on-divergence", choices=("end", "skip"), default="end",
-                       help="what follows an update that breaks the model and is taken back")
+                       help="end the run, or skip the update, when an update breaks the model; it is taken back")
     group.add_argument("--drift-bound", type=float, metavar="NATS",
-                       help="watch the KL divergence from the original model on held text, in nats a token")
-    group.add_argument("--on-drift", choices=("warn", "stop"), default="stop", help="what passing that bound does")
+                       help="bound on the KL divergence from the original model on held text, in nats a token")
+    group.add_argument("--on-drift", choices=("warn", "stop"), default="stop",
+                       help="warn or stop when that bound is exceeded")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -225,8 +227,8 @@ def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) 
             report["saved"] = _save(lm, work, options.save, options.lora_rank)
             _write_report(work, report)
     except OSError as error:
-        kept = _keep_change(lm, report)
-        ways = [f"the change and the report are in {kept} (see rledit_env.lm.delta.load_delta)"] if kept else []
+        folder = _keep_change(lm, report)
+        ways = [f"the change and the report are in {folder} (see rledit_env.lm.delta.load_delta)"] if folder else []
         if options.ledger is not None:
             ways.append(f"write the model with: rledit ledger replay {shlex.quote(str(options.ledger))} --out MODEL")
         raise PathError("; ".join([str(error), *(ways or ["nothing of this run was kept but the scores above"])]))\
@@ -343,14 +345,14 @@ COMMAND = Command(
     "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision, or\n"
     "only the change, with edit_report.json. The facts whose answer did not change are named.",
     """\
-the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, told by what it holds. A fact is
+the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, recognised by its content. A fact is
   {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
 or has the names of ZsRE, CounterFact, FEVER, KnowEdit, MQuAKE or WikiBigEdit, or those of EasyEdit's, ROME's, MEMIT's
 and AlphaEdit's requests ("{}" in a prompt is the subject's place).
 "subject" is optional but helps; so are "paraphrases": [...] and "unrelated": [{"prompt": ..., "answer": ...}], which
 are only used to score the result.
-Texts are taken as they are. Prompt and target are joined by a space, but by none after white space or a chat
-template, or in scripts without spaces.
+Texts are not changed. Prompt and target are joined by a space, except after white space or a chat template, and in
+scripts without spaces.
 
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model

@@ -25,23 +25,24 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
                         "recursion, ft-l, ft-m, rome, memit, alphaedit or another one of 'rledit compare'")
     group = parser.add_argument_group("an editor's strength")
     group.add_argument("--step-size", type=float, metavar="X",
-                       help="of the editor (default: found in about a minute on a few of the facts: most of them take, "
-                       "and the model moves least, by no more than --drift-bound or 0.1 nats a token)")
+                       help="step size of the editor (default: searched for in about a minute on a few of the facts, "
+                       "so that most of them take and the model moves least, by at most --drift-bound or 0.1 nats a "
+                       "token)")
     group.add_argument("--statistics-tokens", type=int, metavar="N",
-                       help="tokens of text that a locate-then-edit method has the model write for its second moments "
+                       help="tokens of text that the model writes for the second moments of a locate-then-edit method "
                        "(default: 65,536)")
 
 
 def presentation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --present-until and --max-presentations."""
-    group = parser.add_argument_group("presentations, where a batch may be presented more than once")
+    group = parser.add_argument_group("presentations, if a batch may be presented more than once")
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers at least this "
-                       f"probability, each time the facts that lack it (default: {PRESENT_UNTIL}); 'none' or 0: a "
+                       f"probability, each time only the facts below it (default: {PRESENT_UNTIL}); 'none' or 0: a "
                        "fixed number of times, the agent's own or --steps-per-batch")
     group.add_argument("--max-presentations", type=int, metavar="N",
-                       help=f"but so many times at most (default: {MAX_PRESENTATIONS}, or what was found with an "
-                       "editor's step size)")
+                       help=f"the largest number of presentations (default: {MAX_PRESENTATIONS}, or the number found "
+                       "with an editor's step size)")
 
 
 def check_editor(options: argparse.Namespace) -> None:
@@ -53,8 +54,8 @@ def check_editor(options: argparse.Namespace) -> None:
             raise ValueError(f"--max-presentations and {other} exclude each other: a batch is presented either until "
                              "its facts have taken or a fixed number of times")
     if (options.agent is None) == (options.editor is None):
-        given = "exclude each other" if options.agent else "are both missing"
-        raise ValueError(f"--agent and --editor {given}; give --agent with a trained agent ('default' is one for "
+        problem = "exclude each other" if options.agent else "are both missing"
+        raise ValueError(f"--agent and --editor {problem}; give --agent with a trained agent ('default' is one for "
                          f"{DEFAULT_MODEL}), or --editor with one of {_choices()}")
     _check_mix_up(options)
     for name in ("step_size", "statistics_tokens"):

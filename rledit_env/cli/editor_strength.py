@@ -54,8 +54,8 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     recorded = recorded_settings(options)
     if recorded is None:
         return None
-    given = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
-    for name, value in given.items():
+    current = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
+    for name, value in current.items():
         if recorded.get(name) != value:
             raise LedgerError(f"{options.ledger} records another run (--{name.replace('_', '-')}: "
                               f"{recorded.get(name, 'none')} there, {value} here); give the same, or another --ledger")

@@ -75,17 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
     override_arguments(parser)
     parser.add_argument("--present-until", type=probability, metavar="P",
-                        help="present a batch until the model gives every token of its answers this probability, and "
-                        "--steps-per-batch times at most (default: as the agent was trained, or a fixed number of "
-                        "times where --steps-per-batch is given); 'none': always that often")
+                        help="present a batch until the model gives every token of its answers this probability, at "
+                        "most --steps-per-batch times (default: as the agent was trained, or a fixed number of times "
+                        "if --steps-per-batch is given); 'none': always that often")
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", type=file_or_dash, metavar="FILE",
-                        help="write the result there, over an earlier result perhaps; '-' for the standard output")
-    group = parser.add_argument_group("how it is scored, and what else is measured")
+                        help="write the result to FILE, and replace an earlier result; '-' for the standard output")
+    group = parser.add_argument_group("scores and other measurements")
     metrics_argument(group)
     group.add_argument("--chat", action="store_true",
                        help="also ask the edits and their paraphrases as a user's messages, through the model's chat "
-                       "template: does its free answer contain the target?")
+                       "template, and score whether its free answer contains the target")
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
     group.add_argument("--general", nargs="+", metavar="SOURCE", default=["self"],
@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "file of tasks (sst2.jsonl, mrpc, cola, rte, nli, mmlu), 'hub' for the public ones, "
                        "'lm-eval:TASK,TASK'; 'none' leaves it out (default: self)")
     text_argument(group)
-    group.add_argument("--general-every", type=int, metavar="k", help="also during the stream, every k batches")
+    group.add_argument("--general-every", type=int, metavar="k",
+                       help="measure general ability also during the stream, every k batches")
     group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
     group.add_argument("--general-limit", type=int, default=200, metavar="N", help="examples a task")
 
@@ -358,10 +359,10 @@ examples:
   rledit evaluate --env RLEdit-ZsRE-v0 --agent runs/paper --data zsre_eval.jsonl --split eval \\
       --num-batches 20 --batch-size 20 --seed 1 --json result.json
 
-  # a model made for chat: is the edit there for those who ask in a chat?
+  # a chat model: does an edit also change its answers in a chat?
   rledit evaluate --agent runs/chat --chat
 
-  # what is remembered, and what the model is still good for; then the run's page
+  # retention and general ability; then the run's page
   rledit evaluate --agent runs/first --retention --general self glue --json runs/first/result.json
   rledit report runs/first
 """,

@@ -49,10 +49,10 @@ def add_arguments(parser: CommandParser) -> None:
                         help="start anew, even if RUN holds an interrupted run (which is otherwise continued)")
     _stream_arguments(parser)
     reward_arguments(parser)
-    group = parser.add_argument_group("a saved agent to begin with")
+    group = parser.add_argument_group("a saved agent to start from")
     group.add_argument("--start", metavar="RUN",
-                       help="begin with the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
-                       "instead of an untrained one; its network is what it is, so that no network option can be given")
+                       help="start from the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
+                       "instead of an untrained one; its network is kept, so no network option can be given")
     group.add_argument("--start-scale", type=float, default=1.0, metavar="FACTOR",
                        help="multiply that policy's step sizes")
     group = parser.add_argument_group("the training")
@@ -76,17 +76,17 @@ def _stream_arguments(parser: CommandParser) -> None:
     group.add_argument("--steps-per-batch", type=int, default=RECOMMENDED["steps_per_batch"],
                        help="how often a batch is presented, its state recomputed each time")
     group.add_argument("--present-until", type=probability, metavar="P",
-                       help="present a batch until the model gives every token of its answers this probability, and "
-                       "--steps-per-batch times at most (default: always that often)")
+                       help="present a batch until the model gives every token of its answers this probability, at "
+                       "most --steps-per-batch times (default: always that often)")
     group.add_argument("--contexts", type=int, default=0, metavar="K",
                        help="present each fact plainly and behind K short texts that the model writes, all at once")
     group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
-                       help="how often a batch is presented when the trained agent edits; the selection does so, too, "
-                       "and it is recorded with the agent (default: --steps-per-batch)")
+                       help="--steps-per-batch for the trained agent's editing, which is saved with the agent and used "
+                       "in the selection, too (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
-                       help="until which probability it is presented then (default: --present-until)")
+                       help="--present-until for the trained agent's editing (default: --present-until)")
     group.add_argument("--edit-contexts", type=int, metavar="K",
-                       help="behind how many texts it is presented then (default: --contexts)")
+                       help="--contexts for the trained agent's editing (default: --contexts)")
     chat_argument(group, "every fact")
 
 
@@ -99,15 +99,15 @@ def _selection_arguments(parser: CommandParser) -> None:
                        help=f"the last {HELD_OUT:.0%} of the training split (then not trained on), or the eval split; "
                        "never report a result on facts that selected the agent".replace("%", "%%"))
     group.add_argument("--eval-num-batches", type=int, metavar="T",
-                       help="batches of the selection's stream (default: twice a training stream's, or what there is)")
+                       help="batches of the selection's stream (default: twice a training stream's, or fewer if there "
+                       "are not enough facts)")
     group.add_argument("--eval-every", type=int, default=5, help="updates between two evaluations")
     group.add_argument("--patience", type=int, default=4, help="evaluations without a better score before it stops")
     group.add_argument("--calibrate-num-batches", type=int, metavar="T",
-                       help="afterwards scale the step sizes to what suits a stream of T batches best: give as many as "
-                       "you will edit (default: leave them as trained)")
+                       help="after training, scale the step sizes by the factor that scores best on a stream of T "
+                       "batches: give as many as you will edit (default: leave them as trained)")
     group.add_argument("--calibrate-kl-bound", type=float, metavar="NATS",
-                       help="to what suits it best among those within this divergence on the model's own text "
-                       "(default: --kl-bound)")
+                       help="take the best factor within this divergence on the model's own text (default: --kl-bound)")
     group.add_argument("--save-precision", choices=("float32", "bfloat16"), default="float32",
                        help="of the blocks' weights in the best agent's file; bfloat16 makes it smaller")
 

@@ -19,9 +19,9 @@ def reward_arguments(parser: CommandParser) -> None:
 
     group = parser.add_argument_group("the reward")
     group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
-                       help="the paper's; the paper's with a term for the edit prompt and one sampled earlier batch; "
-                       "or 'keeping', which also keeps the rest of the model: the data set's own comparisons, answers "
-                       "that end, and the model's own text")
+                       help="'paper', the paper's; 'efficacy', the paper's with a term for the edit prompt and one "
+                       "sampled earlier batch; or 'keeping', which also preserves the rest of the model: the data "
+                       "set's own comparisons, answers that end, and the model's own text")
     group.add_argument("--efficacy-weight", type=float,
                        help="of the loss on the edit prompt (default: 1.0, and 2.0 for --reward keeping)")
     group.add_argument("--locality-weight", type=float,
@@ -33,8 +33,8 @@ def reward_arguments(parser: CommandParser) -> None:
     group.add_argument("--continuation-weight", type=float, default=0.0,
                        help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
     group.add_argument("--kl-rate", type=float, default=1.0,
-                       help="of the Lagrange multiplier that holds the divergence on the model's own text at "
-                       "--kl-bound: its rise an update for each nat above the bound")
+                       help="rate of the Lagrange multiplier that keeps the divergence on the model's own text at "
+                       "--kl-bound: its increase in an update for each nat above the bound")
     parser.add_config(
         "reward", RewardConfig, leave_out=("components", "penalty", "constraint"),
         about="The defaults are those of --reward efficacy; 'paper' and 'keeping' have their own.",
