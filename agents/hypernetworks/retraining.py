@@ -66,7 +66,7 @@ class BatchwiseAgent(RLEditAgent):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.retraining_env = self.env
-        self._retrainings = 0  # retrainings in the stream so far
+        self._retrainings = 0  # retrainings that were due in the stream so far
         self._retrains = True  # False while the agent is trained and evaluated
         # The policy, the optimiser and the updates before the stream's first retraining.
         self._trained_state: tuple[dict[str, Tensor], torch.optim.Optimizer, int] | None = None

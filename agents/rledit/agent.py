@@ -140,7 +140,7 @@ class RLEditAgent(HypernetworkPolicy):
                               "smaller factors", stacklevel=2)
             else:
                 best = max(scores, key=scores.__getitem__)
-        finally:  # an interruption too leaves the step sizes as they were
+        finally:  # an interruption leaves the step sizes unchanged, too
             self.network.scale_step_sizes(best, start)
             self.reset()
         return scores

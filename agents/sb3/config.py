@@ -36,8 +36,8 @@ class StandardConfig:
     Attributes:
         algorithm: the algorithm of Stable-Baselines3.
         rule: the base rule that the actions scale (see `rledit_env.wrappers.ScaledUpdate`).
-        step_size, damping, span, rank, share: as in `rledit_env.wrappers.ScaledUpdate`; ``share`` holds for the
-            features, too.
+        step_size, damping, span, rank, share: as in `rledit_env.wrappers.ScaledUpdate`; the features have the same
+            ``share``.
         baseline_streams: training repeats this many episodes, and each step's reward is relative to the zero action's
             (see `rledit_env.wrappers.RelativeReward`). Features are standardised with those of the zero action in these
             episodes. 0: new episodes, plain rewards and plain features.

@@ -37,7 +37,7 @@ def add_arguments(parser: CommandParser) -> None:
 
     environment_arguments(parser, required=True, env="RLEdit-CounterFact-v0")
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR",
-                        help="folder of the scores and pictures; what is there already is not computed again")
+                        help="folder of the scores and pictures; existing scores are not computed again")
     parser.add_config("probe", ProbeConfig, types={"token": Literal[TOKEN_CHOICES]})
 
 

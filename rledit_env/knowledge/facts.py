@@ -56,7 +56,7 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
     word is the answer.
 
     Args:
-        path: the file, or a folder that holds a single one.
+        path: the file, or a folder with a single file.
         kind: "facts", "zsre", "counterfact" or "fever"; None: the fields decide.
         on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in the data
             set's `skipped` and warn once.

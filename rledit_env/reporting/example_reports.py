@@ -55,7 +55,7 @@ def editing_report(
     """The page of an agent that learned to edit and then edited a stream; the last editor's row is in bold.
 
     Args:
-        lead: a sentence that says what was done.
+        lead: a sentence that describes the run.
         scores: as in :func:`score_table`.
         answers: the result of :func:`answer_table`.
         curves: the result of :func:`read_curves`; may be empty.
@@ -74,7 +74,7 @@ def editing_report(
         "written freely begins with the new one and ends there."
     )
     page.heading("Facts of the stream")
-    page.paragraph("Drawn evenly from the stream, whatever became of them; the new facts are false on purpose. "
+    page.paragraph("Spread evenly over the stream, whether they took or not; the new facts are false on purpose. "
                    f"{MEANING[0].upper()}{MEANING[1:]}.")
     page.table(*answers)
     if picture := learning_curves(curves):
@@ -109,7 +109,7 @@ def returns_report(
     """The page of algorithms that learned to edit, compared by their returns on the same held-out streams.
 
     Args:
-        lead: a sentence that says what was done.
+        lead: a sentence that describes the run.
         returns, steps: as in :func:`return_table`.
         curves, levels: as in :func:`return_curves`.
         settings: the run's settings.

@@ -112,8 +112,8 @@ class RunReport:
         if not result.get("answers"):
             return
         page.heading(f"Facts of the stream{of}")
-        page.paragraph("Drawn evenly from the stream, whatever became of them. The model's answers are written freely: "
-                       f"{MEANING}.")
+        page.paragraph("Spread evenly over the stream, whether they took or not. The model's answers are written "
+                       f"freely: {MEANING}.")
         page.table(*answer_rows(result["answers"]))
 
     def _chat(self, page: Report, result: Mapping[str, Any], of: str) -> None:
