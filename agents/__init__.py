@@ -1,4 +1,4 @@
-"""Editors as agents of the environment."""
+"""Agents: editors that propose weight updates to the environment."""
 
 from agents.base import Agent, NotApplicable
 from agents.fine_tuning import FineTuningAgent, FineTuningConfig, FTLAgent, FTLConfig, FTMAgent, FTMConfig, NoEditAgent

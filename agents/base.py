@@ -1,4 +1,4 @@
-"""Agent: the four verbs that every editor has."""
+"""The base class of all agents, and functions that run them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class NotApplicable(ValueError):
 
 
 class Agent(ABC):
-    """Whatever proposes updates. It meets the environment through Gymnasium's interface only.
+    """Base class of everything that proposes updates. It uses the environment through Gymnasium's interface only.
 
-    An agent may carry memory from step to step of a stream; :meth:`reset` clears it and must be called whenever the
+    An agent may keep memory from step to step of a stream. :meth:`reset` clears it and must be called whenever the
     environment's weights are reset, as :func:`run_stream` and `agents.edit_stream` do.
 
     Attributes:
-        name: what agent.json calls the class.
-        env: the environment that the agent edits and learns in; None for an agent that was loaded without one.
+        name: the class's name in agent.json.
+        env: the environment that the agent edits and learns in; None for an agent loaded without one.
         timesteps: environment steps that :meth:`learn` has taken since it last counted from 0.
     """
 
@@ -39,55 +39,55 @@ class Agent(ABC):
         """Forget the stream so far."""
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
-        """Edit and learn in this environment from now on. The agent itself changes, and nothing is returned.
+        """Edit and learn in this environment from now on. The agent is changed in place.
 
-        For an agent in each of two environments, set the environment of a copy (``copy.copy(agent)``); both share
-        what was learned.
+        For an agent in each of two environments, set the environment of a copy (``copy.copy(agent)``); both share the
+        learned parameters.
 
         Args:
-            env: of this package, with the modules that the agent edits.
+            env: an environment of this package with the modules that the agent edits.
 
         Raises:
-            ValueError: it is no environment of this package, a wrapper has replaced its observations or actions, or it
-                edits other modules; the agent is as it was.
+            ValueError: it is not an environment of this package, a wrapper has replaced its observations or actions, or
+                it edits other modules; the agent is unchanged.
         """
         environment_inside(env, type(self).__name__, agent=True)
         self.env = env
 
     def memory(self) -> dict[str, Tensor] | None:
-        """What the agent remembers of the stream, for :meth:`load_memory` in another process: {} for nothing at all.
+        """The agent's memory of the stream, for :meth:`load_memory` in another process; {} if it has none.
 
-        None where that cannot be said: an interrupted editing run is then gone through again from its start, which
-        gives the same, more slowly. An agent that knows overrides both methods.
+        None if the memory cannot be given as tensors: an interrupted editing run is then repeated from its start, which
+        gives the same result, more slowly. Agents that can give it override both methods.
         """
         return None
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`memory`.
+        """Load the tensors of :meth:`memory`.
 
         Raises:
-            ValueError: they are not this agent's.
+            ValueError: the tensors are not this agent's.
         """
         if memory:
             raise ValueError(f"{type(self).__name__} remembers nothing, but was given {sorted(memory)[:3]}")
 
     @abstractmethod
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
-        """The action for an observation, and None (Stable-Baselines3's place for a recurrent state)."""
+        """The action for an observation, and None (in Stable-Baselines3, the recurrent state)."""
 
     @abstractmethod
     def learn(
         self, total_timesteps: int, callback: Any = None, progress_bar: bool = True, reset_num_timesteps: bool = True
     ) -> Agent:
-        """Train for this many further environment steps; returns itself.
+        """Train for this many further environment steps; returns the agent.
 
-        Every agent reads the arguments alike. An agent that learns from whole episodes rounds the steps up to whole
-        ones. One that has nothing to train takes none, and computes what it needs once.
+        The arguments mean the same in every agent. An agent that learns from whole episodes rounds the steps up to
+        whole episodes. An agent with nothing to train takes no steps, and computes what it needs once.
 
         Args:
-            total_timesteps: environment steps to take in this call, however many were taken before.
-            callback: called with the numbers of each update, round or stream; training stops when it returns False.
-            progress_bar: show one.
+            total_timesteps: environment steps to take in this call, whatever was taken before.
+            callback: called with the numbers of each update, round or episode; training stops when it returns False.
+            progress_bar: show a progress bar.
             reset_num_timesteps: count :attr:`timesteps` from 0 again, as in Stable-Baselines3; False counts on.
         """
 
@@ -98,17 +98,17 @@ class Agent(ABC):
     @classmethod
     @abstractmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> Agent:
-        """The agent that was saved, ready to predict (and to learn, given an environment)."""
+        """Load a saved agent, ready to predict (and, with an environment, to learn)."""
 
 
 def act(agent: Agent, observation: Any) -> Any:
-    """The agent's action; where the observation has no rows in use, since all its batch's facts have taken already (see
-    `LifelongEditEnv`, ``present_until``), one that edits nothing, and the agent is not asked."""
+    """The agent's action. For an observation without rows in use, the action without any update: all facts of its batch
+    have taken already (see ``present_until`` of `LifelongEditEnv`)."""
     return agent.predict(observation)[0] if observation["mask"].any() else {"updates": {}}
 
 
 def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[str, Any]]:
-    """Let an agent edit one whole stream; returns the return and the last step's info.
+    """Run an agent for one episode; returns the return and the last step's info.
 
     The agent is reset, unless the weights are kept (see :func:`begin_stream`).
     """
@@ -123,35 +123,36 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
 
 
 def begin_stream(agent: Any, reset: Mapping[str, Any]) -> None:
-    """Reset an agent before a stream, unless it goes on with the weights, and so with the memory, of the last one.
+    """Reset an agent before a stream, unless the stream continues with the weights, and so with the agent's memory, of
+    the previous one.
 
     Every function that edits a stream follows this rule.
 
     Args:
         agent: the agent, or anything with ``reset()``.
-        reset: the arguments of the environment's ``reset``; with ``options={"keep_weights": True}`` it keeps them.
+        reset: the arguments of the environment's ``reset``; ``options={"keep_weights": True}`` keeps the weights.
     """
     if not (reset.get("options") or {}).get("keep_weights"):
         agent.reset()
 
 
 def require_modules(env: gym.Env, shapes: Mapping[str, tuple[int, int]], owner: str, mend: str) -> None:
-    """Make sure that an environment edits the modules that an agent was made for.
+    """Check that an environment edits the modules that an agent was made for.
 
     Args:
         env: the environment.
-        shapes: module → (d_in, d_out) of the agent's.
-        owner: the agent, or the folder that it is in, for the message.
-        mend: what to do about it.
+        shapes: the agent's modules → (d_in, d_out).
+        owner: the agent, or its folder, for the message.
+        mend: the advice in the message.
 
     Raises:
-        ValueError: it edits others, or modules of other shapes.
+        ValueError: the environment edits other modules, or modules of other shapes.
     """
-    wanted = module_shapes(env)
-    if wanted != dict(shapes):
+    env_shapes = module_shapes(env)
+    if env_shapes != dict(shapes):
         raise ValueError(
             f"{owner} was made for {len(shapes)} modules such as {next(iter(shapes.items()))}, the environment edits "
-            f"{len(wanted)} such as {next(iter(wanted.items()))}; {mend}"
+            f"{len(env_shapes)} such as {next(iter(env_shapes.items()))}; {mend}"
         )
 
 
@@ -159,7 +160,7 @@ def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
     """Module → (d_in, d_out) of the edited modules, from the action space.
 
     Raises:
-        ValueError: it is no environment of this package, or a wrapper has replaced its observations or actions.
+        ValueError: it is not an environment of this package, or a wrapper has replaced its observations or actions.
     """
     environment_inside(env, "an agent", agent=True)
     space: Any = env.action_space
@@ -167,7 +168,7 @@ def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
 
 
 def used_rows(observation: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Keys (N, d_in) and value gradients (N, d_out) by module, of the rows in use of an observation in either array
+    """Keys (N, d_in) and value gradients (N, d_out) by module, of an observation's rows in use, in either array
     backend."""
     used = int(observation["mask"].sum())
     keys, gradients = (
@@ -178,14 +179,14 @@ def used_rows(observation: Any, device: torch.device) -> tuple[dict[str, Tensor]
 
 
 def factor_action(observation: Any, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The action of these factors in the array backend of the observation (padded with zero rows for NumPy)."""
+    """The action with these factors, in the observation's array backend (padded with zero rows for NumPy)."""
     if not isinstance(observation["mask"], np.ndarray):
         return {"keys": dict(keys), "values": dict(values)}
     rows = len(observation["mask"])
 
-    def padded(factor: Tensor) -> np.ndarray:
+    def pad(factor: Tensor) -> np.ndarray:
         array = np.zeros((rows, factor.shape[1]), dtype=np.float32)
         array[: len(factor)] = factor.cpu().numpy()
         return array
 
-    return {"keys": {m: padded(f) for m, f in keys.items()}, "values": {m: padded(f) for m, f in values.items()}}
+    return {"keys": {m: pad(f) for m, f in keys.items()}, "values": {m: pad(f) for m, f in values.items()}}

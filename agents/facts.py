@@ -1,4 +1,4 @@
-"""The facts now presented: what an agent has to ask its environment where the observation does not say it."""
+"""The facts now presented, which an agent asks its environment for when it needs more than the observation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class FactRows:
     """A fact in an observation.
 
     Attributes:
-        rows: of the observation that are its own; the facts' rows follow one another.
-        answers: its answer tokens.
+        rows: number of its rows; the rows of the facts follow one another.
+        answers: number of its answer tokens.
     """
 
     rows: int
@@ -26,12 +26,11 @@ class FactRows:
 
 
 def facts_themselves(env: EditingEnv) -> list[EncodedRecord]:
-    """The facts now presented, for an agent that reads them instead of the observation, or needs to know whose each row
-    is.
+    """The facts now presented, for an agent that reads them instead of the observation, or needs each row's fact.
 
     Raises:
-        ValueError: the environment presents them behind contexts as well, which such an agent would ignore.
-        gymnasium.error.ResetNeeded: none are presented.
+        ValueError: the environment also presents the facts behind contexts, which such an agent would ignore.
+        gymnasium.error.ResetNeeded: no facts are presented.
     """
     if env.contexts:
         raise ValueError(f"this agent reads the facts themselves, but the environment presents them behind "
@@ -40,7 +39,7 @@ def facts_themselves(env: EditingEnv) -> list[EncodedRecord]:
 
 
 class PresentedFacts:
-    """Knows the environment that an agent edits in, and asks it which facts are presented.
+    """Asks the environment that an agent edits in which facts are presented.
 
     Args:
         env: that environment; None if it is not known yet.
@@ -51,19 +50,19 @@ class PresentedFacts:
 
     @contextmanager
     def by(self, env: gym.Env) -> Iterator[None]:
-        """Within it, the facts are those of this environment."""
-        before, self.env = self.env, env
+        """Ask this environment within the context."""
+        former_env, self.env = self.env, env
         try:
             yield
         finally:
-            self.env = before
+            self.env = former_env
 
     def facts(self, rows: int) -> list[FactRows]:
-        """The facts of an observation with so many rows, in its order.
+        """The facts of an observation with this number of rows, in its order.
 
         Raises:
-            ValueError: the environment is not known, presents nothing or facts behind contexts, or its facts have other
-            rows than these.
+            ValueError: the environment is not known, presents no facts or facts behind contexts, or its facts have
+                another number of rows.
         """
         if rows == 0:
             return []
@@ -79,10 +78,10 @@ class PresentedFacts:
             records = facts_themselves(inner)
         except gym.error.ResetNeeded as error:
             raise ValueError(f"the agent's environment presents no facts; {mend}") from error
-        found = [FactRows(len(r.edit.chosen_positions(inner.token)), len(r.edit.targets)) for r in records]
-        if sum(fact.rows for fact in found) != rows:
+        facts = [FactRows(len(r.edit.chosen_positions(inner.token)), len(r.edit.targets)) for r in records]
+        if sum(fact.rows for fact in facts) != rows:
             raise ValueError(
                 f"the observation has {rows} rows, but the facts that the agent's environment presents have "
-                f"{sum(fact.rows for fact in found)}; {mend}"
+                f"{sum(fact.rows for fact in facts)}; {mend}"
             )
-        return found
+        return facts

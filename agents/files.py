@@ -1,4 +1,4 @@
-"""Saved agents: their folders, and what is read from them: data from anyone, checked before anything is built of it."""
+"""The folders and files of saved agents. Files may come from anyone, so their content is checked before use."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rledit_env.files import MARKER, mark, read_marker
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
-TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: what an interrupted training goes on from
+TRAINING_STATE = "training.safetensors"  # in a run's folder ``last``: the state that an interrupted run resumes from
 AGENT_FILES = ("agent.json", "agent.safetensors", "memory.safetensors", TRAINING_STATE)
-START_ANEW = "another log_dir, or resume=False to start anew"  # what a run that cannot be gone on with leaves to give
-RUN = "training run"  # what a run's folder is called in its marker
+START_ANEW = "another log_dir, or resume=False to start anew"  # the advice when a run cannot be resumed
+RUN = "training run"  # the kind of a run's folder in its marker
 RUN_PARTS = ("best/", "last/", "steps/")  # the checkpoints in a run's folder, and TensorBoard's log of steps
 
 
 def agent_folder(path: str | Path) -> Path:
-    """The folder that an agent is saved in, made if need be and marked as rledit's.
+    """The folder that an agent is saved in, created if it does not exist and marked as rledit's.
 
     Raises:
-        FileExistsError: a file of an agent's name is there that no agent wrote.
+        FileExistsError: a file with the name of an agent's file exists that no agent wrote.
     """
     folder = Path(path)
     check_agent_folder(folder)
@@ -39,10 +39,10 @@ def agent_folder(path: str | Path) -> Path:
 
 
 def check_agent_folder(path: str | Path) -> None:
-    """Make sure that saving an agent there replaces nothing but an agent.
+    """Check that saving an agent in this folder overwrites nothing but an agent.
 
     Raises:
-        FileExistsError: a file of an agent's name is there that no agent wrote.
+        FileExistsError: a file with the name of an agent's file exists that no agent wrote.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -50,17 +50,17 @@ def check_agent_folder(path: str | Path) -> None:
     marker = read_marker(folder)
     if marker is not None and set(AGENT_FILES) <= set(marker.files):
         return
-    found = [folder / name for name in AGENT_FILES if (folder / name).exists()]
-    if found and not _holds_agent(folder):
-        raise FileExistsError(f"{found[0]} is there already, and no agent wrote it: it is not overwritten. Name "
+    existing = [folder / name for name in AGENT_FILES if (folder / name).exists()]
+    if existing and not _contains_agent(folder):
+        raise FileExistsError(f"{existing[0]} is there already, and no agent wrote it: it is not overwritten. Name "
                               "another folder, or move that file away")
 
 
 def run_folder(log_dir: str | Path, command: str | None = None) -> Path:
-    """The folder that training logs to, made if need be and marked as rledit's.
+    """The folder that training logs to, created if it does not exist and marked as rledit's.
 
     Raises:
-        FileExistsError: a checkpoint's file is there that no agent wrote.
+        FileExistsError: a file with the name of a checkpoint's file exists that no agent wrote.
     """
     folder = Path(log_dir)
     for name in ("best", "last"):
@@ -71,7 +71,7 @@ def run_folder(log_dir: str | Path, command: str | None = None) -> Path:
 
 
 def remove_run(log_dir: str | Path) -> None:
-    """Delete what training wrote into a folder, and nothing else."""
+    """Delete the files that training wrote into a folder, and nothing else."""
     folder = Path(log_dir)
     for checkpoint in (folder / "best", folder / "last"):
         for name in (*AGENT_FILES, MARKER):
@@ -81,8 +81,8 @@ def remove_run(log_dir: str | Path) -> None:
             file.unlink()
 
 
-def _holds_agent(folder: Path) -> bool:
-    """Whether a folder holds an agent, or an interrupted training, that was saved before there were markers."""
+def _contains_agent(folder: Path) -> bool:
+    """Whether a folder without a marker contains an agent, or an interrupted training, of an earlier version."""
     with suppress(OSError, ValueError):
         return {"agent", "format"} <= set(read_description(folder))
     with suppress(OSError, SafetensorError), safe_open(folder / TRAINING_STATE, "pt") as file:
@@ -91,8 +91,8 @@ def _holds_agent(folder: Path) -> bool:
 
 
 def known_best(description: Mapping[str, Any]) -> float:
-    """The best held-out score of an interrupted training's description, to go on from; −inf where there is none, and
-    where it is of another version of the metrics, so that the next score is not compared with it."""
+    """The best held-out score in an interrupted training's description; −inf if there is none, or if it is of another
+    version of the metrics, with which later scores are not comparable."""
     score = description["best_score"]
     return -math.inf if score is None or description.get("metrics_version", 1) != METRICS_VERSION else float(score)
 
@@ -101,8 +101,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """The content of an agent's ``agent.json``.
 
     Raises:
-        FileNotFoundError: there is no agent.
-        ValueError: the file is damaged, or too large to be one.
+        FileNotFoundError: the folder contains no agent.
+        ValueError: the file is damaged or too large.
     """
     path = Path(folder) / "agent.json"
     if not path.is_file():
@@ -122,8 +122,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,10 +136,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_training_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """:func:`read_tensors` of what an interrupted training goes on from.
+    """:func:`read_tensors` of an interrupted training's state.
 
     Raises:
-        ValueError: the file is damaged; the message says what to do.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     try:
         return read_tensors(path)
@@ -148,13 +149,13 @@ def read_training_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
+    """The tensors whose names have this prefix, named without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @contextmanager
 def built_from(folder: str | Path) -> Iterator[None]:
-    """Within it, whatever a description or its tensors make go wrong is a ValueError that names the folder."""
+    """Context that turns errors from a damaged description or its tensors into a ValueError that names the folder."""
     try:
         yield
     except (
@@ -162,13 +163,13 @@ def built_from(folder: str | Path) -> Iterator[None]:
     ) as error:
         if isinstance(error, ValueError) and str(folder) in str(error):
             raise
-        said = " ".join(str(error).split())[:500]
-        raise ValueError(f"the agent in {folder} is damaged, or of another version ({type(error).__name__}: {said}); "
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"the agent in {folder} is damaged, or of another version ({type(error).__name__}: {reason}); "
                          "save it again") from error
 
 
 def check_counters(description: Mapping[str, Any], *names: str) -> None:
-    """Raise ValueError unless these entries are whole numbers from 0."""
+    """Raise ValueError unless these entries are whole numbers from 0 on."""
     for name in names:
         value = description[name]
         if type(value) is not int or not 0 <= value < MAX_COUNT:
@@ -176,25 +177,25 @@ def check_counters(description: Mapping[str, Any], *names: str) -> None:
 
 
 def check_size(needed: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a description asks for more numbers than its file of tensors holds."""
-    held = sum(t.numel() for t in tensors.values())
-    if needed > held:
-        raise ValueError(f"its description asks for {needed:,} numbers, its tensors hold {held:,}")
+    """Raise ValueError if a description asks for more numbers than its file of tensors has."""
+    available = sum(t.numel() for t in tensors.values())
+    if needed > available:
+        raise ValueError(f"its description asks for {needed:,} numbers, its tensors hold {available:,}")
 
 
 def moments_of(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     """An optimiser's moments, by the place of their parameter, from tensors named ``PLACE.NAME``.
 
     Raises:
-        ValueError: one is of no parameter, or of another shape than its parameter.
+        ValueError: a tensor's place is not that of a parameter, or its shape is not the parameter's.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         place, name = key.split(".", 1)
-        wanted = parameters[int(place)].shape if int(place) < len(parameters) else None
-        if wanted is None or (value.dim() and value.shape != wanted):
-            needed = "absent" if wanted is None else tuple(wanted)
+        shape = parameters[int(place)].shape if int(place) < len(parameters) else None
+        if shape is None or (value.dim() and value.shape != shape):
+            needed = "absent" if shape is None else tuple(shape)
             raise ValueError(f"the optimiser's {key} has shape {tuple(value.shape)}; it must be {needed}")
         moments.setdefault(int(place), {})[name] = value
     return moments

@@ -1,10 +1,10 @@
-"""Second moments of modules' inputs on ordinary text: what locate-then-edit methods preserve.
+"""Second moments of modules' inputs on ordinary text, which locate-then-edit methods preserve.
 
-C = E[k kᵀ] over the tokens of a corpus, k a module's input (Meng et al., NeurIPS 2022, section 3.1). The published code
-reads Wikipedia. The default here is text that the LLM itself writes, sampled from many short beginnings with a seed, so
-that nothing has to be fetched; a text file serves as well. `KeyStatistics.source` says which it was.
+C = E[k kᵀ] over the tokens of a corpus, with k a module's input (Meng et al., NeurIPS 2022, section 3.1). The published
+code reads Wikipedia. The default here is text that the LLM itself writes, sampled from many short beginnings with a
+seed, so that nothing has to be downloaded; a text file works as well. `KeyStatistics.source` names the text.
 
-Both the text and the moments are kept in the package's cache folder, under a hash of all that they depend on.
+The text and the moments are cached in the package's cache folder, under a hash of everything they depend on.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from rledit_env.lm.loading.registry import cache_dir
 
 GENERATED = "generated"
 ROW = 64  # tokens of one text of the corpus
-GIVEN = 4  # of them its beginning: of one number, so that no text needs padding
-_TRACED = 32  # texts whose gradients are taken at once
-_SAMPLE = 4  # tokens a text that the time is estimated from
+GIVEN = 4  # tokens of a text's beginning; the same for all texts, so that none needs padding
+_TRACED = 32  # texts in one backward pass
+_SAMPLE = 4  # tokens of a text from which the time is estimated
 _OPENINGS = (
     "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
     "The city of", "According to the report,", "He is best known for", "The company was founded by",
@@ -57,9 +57,9 @@ class KeyStatistics:
 
     Attributes:
         second_moments: module → C = E[k kᵀ], (d_in, d_in) float32.
-        tokens: how many they are means over.
-        source: the text they are from, in words.
-        seconds: what they took, the text included, when they were computed, be it in an earlier run.
+        tokens: number of tokens in the mean.
+        source: the text, in words.
+        seconds: time of the computation, the text included, even if an earlier run did it.
     """
 
     second_moments: dict[str, Tensor]
@@ -77,42 +77,42 @@ def key_statistics(
     cache: Path | None = None,
     progress: bool = True,
 ) -> KeyStatistics:
-    """C of some modules under the pre-trained weights, from the cache where it has been computed before.
+    """C of some modules under the pre-trained weights, from the cache if it is there.
 
     Args:
         lm: the LLM, edited or not; it is not changed.
         modules: names of linear modules.
         corpus: ``"generated"``, or a UTF-8 text file.
-        tokens: of it, at most; a multiple of 64 is used. C has full rank only with more tokens than d_in.
+        tokens: the largest number of tokens; a multiple of 64 is used. C has full rank only with more tokens than d_in.
         seed: of the generated text.
-        cache: folder, instead of the package's own.
-        progress: show a bar where something has to be computed.
+        cache: a folder to use instead of the package's cache.
+        progress: show a progress bar while computing.
 
     Raises:
-        FileNotFoundError: there is no such text file.
-        ValueError: it has fewer than 64 tokens.
+        FileNotFoundError: the text file does not exist.
+        ValueError: the text has fewer than 64 tokens.
     """
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
         model = fingerprint(lm)
         ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
         paths = {m: _moment_path(cache, model, key, m) for m in modules}
-        found = {m: cached_tensors(path) for m, path in paths.items()}
-        missing = [m for m, kept in found.items() if "second_moment" not in kept]
+        cached = {m: cached_tensors(path) for m, path in paths.items()}
+        missing = [m for m, tensors in cached.items() if "second_moment" not in tensors]
         if missing:
             started = time.perf_counter()
             for m, c in second_moments(lm, missing, ids, progress).items():
-                found[m] = _timed(started, {"second_moment": c}, len(missing))
-                keep_tensors(paths[m], found[m])
-    moments = {m: kept["second_moment"].to(lm.device) for m, kept in found.items()}
-    seconds += sum(map(_seconds, found.values()))
+                cached[m] = _with_seconds(started, {"second_moment": c}, len(missing))
+                keep_tensors(paths[m], cached[m])
+    moments = {m: tensors["second_moment"].to(lm.device) for m, tensors in cached.items()}
+    seconds += sum(map(_seconds, cached.values()))
     return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
 
 
 def _text(
     lm: EditableLM, corpus: str | Path, tokens: int, seed: int, cache: Path, progress: bool
 ) -> tuple[Tensor, str, str, float]:
-    """A corpus as texts (R, 64), its name in the cache, what it is in words, and the seconds that it took to write."""
+    """A corpus: its texts (R, 64), its key in the cache, its description, and the seconds of writing it."""
     if str(corpus) != GENERATED:
         ids = text_corpus(lm, corpus, tokens)
         return ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), f"the text file {Path(corpus).name}", 0.0
@@ -121,7 +121,7 @@ def _text(
     text = cached_tensors(path)
     if "ids" not in text:
         started = time.perf_counter()
-        text = _timed(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
+        text = _with_seconds(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
         keep_tensors(path, text)
     return text["ids"], key, f"text that the LLM wrote itself (seed {seed})", _seconds(text)
 
@@ -129,7 +129,7 @@ def _text(
 def expected_seconds(
     lm: EditableLM, modules: Sequence[str], tokens: int = 65_536, seed: int = 0, cache: Path | None = None
 ) -> float:
-    """About what :func:`key_statistics` will take with text that the LLM writes, from a few tokens of it; 0 where all
+    """The approximate time of :func:`key_statistics` with generated text, estimated from a few tokens; 0 if everything
     is in the cache."""
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
@@ -166,34 +166,34 @@ def _moment_path(cache: Path, model: str, key: str, module: str) -> Path:
     return cache / "key_statistics" / f"{digest(model, key, module)}.safetensors"
 
 
-def _timed(started: float, tensors: dict[str, Tensor], share: int = 1) -> dict[str, Tensor]:
-    """The tensors with the seconds since ``started``, of which they have taken one in ``share``."""
-    return {**tensors, "seconds": torch.tensor((time.perf_counter() - started) / share)}
+def _with_seconds(started: float, tensors: dict[str, Tensor], parts: int = 1) -> dict[str, Tensor]:
+    """The tensors, and the seconds since ``started`` divided by the number of parts computed in that time."""
+    return {**tensors, "seconds": torch.tensor((time.perf_counter() - started) / parts)}
 
 
-def _seconds(kept: dict[str, Tensor]) -> float:
-    return float(kept.get("seconds", 0.0))
+def _seconds(cached: dict[str, Tensor]) -> float:
+    return float(cached.get("seconds", 0.0))
 
 
 @torch.no_grad()
 def second_moments(
     lm: EditableLM, modules: Sequence[str], ids: Tensor, progress: bool = False
 ) -> dict[str, Tensor]:
-    """C of each module over all tokens of texts (R, L), under the current weights: (d_in, d_in) at least float32.
+    """C of each module over all tokens of texts (R, L), under the current weights: (d_in, d_in), at least float32.
 
-    A stream: the memory is that of one pass and one matrix a module.
+    The memory is that of one forward pass and one matrix a module.
     """
     sums = {m: torch.zeros(lm.module_shapes[m][0], lm.module_shapes[m][0], device=lm.device, dtype=lm.edit_dtype)
             for m in modules}  # fmt: skip
 
-    def take(name: str) -> Any:
+    def add_keys(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             keys = args[0].flatten(0, -2).to(lm.edit_dtype)
             sums[name].addmm_(keys.T, keys)
 
         return hook
 
-    handles = [lm.model.get_submodule(m).register_forward_pre_hook(take(m)) for m in modules]
+    handles = [lm.model.get_submodule(m).register_forward_pre_hook(add_keys(m)) for m in modules]
     above = 1 + max(layer_of(m) for m in modules)
     rows = ids.split(max(1, lm.max_tokens_per_pass // ids.shape[1]))
     try:
@@ -209,10 +209,10 @@ def output_moments(
     lm: EditableLM, modules: Sequence[str], corpus: str | Path = GENERATED, tokens: int = 16_384, seed: int = 0,
     cache: Path | None = None, progress: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """G = E[g gᵀ] of some modules under the pre-trained weights, (d_out, d_out) float32, from the cache where it has
-    been computed before: g is the gradient of a text's −log p, summed over its tokens, with respect to the module's
-    outputs at a position. With text that the LLM writes itself it is K-FAC's factor of the outputs (Martens and
-    Grosse, ICML 2015).
+    """G = E[g gᵀ] of some modules under the pre-trained weights, (d_out, d_out) float32, from the cache if it is there.
+
+    g is the gradient of a text's −log p, summed over its tokens, with respect to the module's outputs at a position.
+    With text that the LLM writes itself, G is K-FAC's factor of the outputs (Martens and Grosse, ICML 2015).
 
     Args:
         lm: the LLM, edited or not; it is not changed.
@@ -220,19 +220,19 @@ def output_moments(
         corpus, tokens, seed, cache, progress: as for :func:`key_statistics`.
 
     Raises:
-        FileNotFoundError: there is no such text file.
-        ValueError: it has fewer than 64 tokens.
+        FileNotFoundError: the text file does not exist.
+        ValueError: the text has fewer than 64 tokens.
     """
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
         ids, key, _, _ = _text(lm, corpus, tokens, seed, cache, progress)
         paths = {m: cache / "output_moments" / _moment_path(cache, fingerprint(lm), key, m).name for m in modules}
-        found = {m: cached_tensors(path) for m, path in paths.items()}
-        if any("output_moment" not in kept for kept in found.values()):
+        cached = {m: cached_tensors(path) for m, path in paths.items()}
+        if any("output_moment" not in tensors for tensors in cached.values()):
             for m, g in _output_moments(lm, modules, ids, progress).items():
-                found[m] = {"output_moment": g}
-                keep_tensors(paths[m], found[m])
-    return {m: kept["output_moment"].to(lm.device) for m, kept in found.items()}
+                cached[m] = {"output_moment": g}
+                keep_tensors(paths[m], cached[m])
+    return {m: tensors["output_moment"].to(lm.device) for m, tensors in cached.items()}
 
 
 def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progress: bool) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progres
     for start in tqdm(parts, "output curvature", disable=not progress, leave=False):
         part = texts[start : start + _TRACED]
         trace = lm.trace(part, "all")
-        answers = sum(len(p.targets) for p in part)  # δ is of their mean
+        answers = sum(len(p.targets) for p in part)  # δ is the gradient of the mean over them
         rows += len(trace.owner)
         for m in modules:
             g = answers * trace.value_gradients[m]  # (N, d_out)
@@ -255,9 +255,9 @@ def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progres
 def generated_corpus(
     lm: EditableLM, tokens: int, seed: int = 0, progress: bool = False, length: int = ROW
 ) -> Tensor:
-    """Texts that the LLM writes under its current weights, (R, 64) int64 on the host; shorter ones with ``length``.
+    """Texts that the LLM writes under its current weights, (R, ``length``) int64 on the host.
 
-    Each goes on from the first tokens of a short beginning, every token drawn from the LLM's own distribution without
+    Each continues the first tokens of a short beginning. Every token is drawn from the LLM's own distribution without
     its special tokens. The same seed gives the same texts.
     """
     beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
@@ -277,15 +277,15 @@ def generated_corpus(
 def sample_continuations(
     lm: EditableLM, starts: Tensor, length: int, generator: torch.Generator, top_k: int | None = None
 ) -> Tensor:
-    """Texts (R, L + length), on the host, from their first tokens (R, L): each next token is drawn from the LLM's
-    distribution, its special tokens and all but the ``top_k`` likeliest left out."""
+    """Texts (R, L + length), on the host, that continue their first tokens (R, L). Each next token is drawn from the
+    LLM's distribution over the ``top_k`` likeliest tokens (None: all), without special tokens."""
     special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=lm.device)
 
     def draw(logits: Tensor) -> Tensor:  # (R, |V|) → (R, 1)
         logits[:, special] = -torch.inf
         if top_k is not None:
             logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
-        # By the inverse of the cumulative distribution: one random number a text, not one a token of the vocabulary.
+        # The inverse cumulative distribution needs one random number a text, not one a token of the vocabulary.
         cumulative = logits.softmax(-1).cumsum(-1)
         drawn = torch.rand(len(logits), 1, generator=generator).to(cumulative) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[1] - 1)
@@ -294,11 +294,11 @@ def sample_continuations(
 
 
 def text_corpus(lm: EditableLM, path: str | Path, tokens: int) -> Tensor:
-    """The first tokens of a text file, cut in rows: (R, 64) int64.
+    """The first tokens of a text file in rows, (R, 64) int64.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has fewer than 64 tokens.
+        FileNotFoundError: the file does not exist.
+        ValueError: the text has fewer than 64 tokens.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -316,7 +316,7 @@ def text_corpus(lm: EditableLM, path: str | Path, tokens: int) -> Tensor:
 
 
 def _pieces(file: Iterator[str]) -> Iterator[str]:
-    """The text in pieces of some thousand characters."""
+    """The text in pieces of a few thousand characters."""
     piece = ""
     for line in file:
         piece += line
@@ -328,7 +328,7 @@ def _pieces(file: Iterator[str]) -> Iterator[str]:
 
 
 def fingerprint(lm: EditableLM) -> str:
-    """A hash of the model as it is: its configuration, precision, vocabulary and 256 entries of every weight."""
+    """A hash of the present model: its configuration, precision, vocabulary size and 256 entries of every weight."""
     config = lm.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
@@ -336,8 +336,8 @@ def fingerprint(lm: EditableLM) -> str:
     digest.update(f"{lm.dtype} {len(lm.tokenizer)}".encode())
     for name, weight in lm.model.named_parameters():
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // 256)].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
+        sample = flat[:: max(1, len(flat) // 256)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -346,10 +346,10 @@ def digest(*parts: object) -> str:
 
 
 def cached_tensors(path: Path) -> dict[str, Tensor]:
-    """What the cache holds there: nothing where there is no file, or a damaged one."""
+    """The tensors in a file of the cache; none if the file does not exist or is damaged."""
     try:
         return load_file(path) if path.exists() else {}
-    except Exception as error:  # safetensors raises its own and the system's errors
+    except Exception as error:  # safetensors raises its own errors and the system's
         warnings.warn(f"{path} is damaged ({error}) and will be written anew", stacklevel=2)
         return {}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 
 def summary_writer(folder: Path | None, done: int = 0) -> Any:
-    """TensorBoard's writer, or None without a folder; what an interrupted run logged beyond its checkpoint at ``done``
-    is dropped."""
+    """TensorBoard's writer, or None without a folder. Entries that an interrupted run logged after its checkpoint at
+    step ``done`` are dropped."""
     if folder is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -18,7 +18,7 @@ def summary_writer(folder: Path | None, done: int = 0) -> Any:
 
 
 def log(writer: Any, group: str, numbers: Mapping[str, float], step: int) -> None:
-    """Write ``numbers`` as ``group/name``, where there is a writer."""
+    """Write ``numbers`` as ``group/name``; do nothing without a writer."""
     if writer is not None:
         for name, value in numbers.items():
             writer.add_scalar(f"{group}/{name}", value, step)

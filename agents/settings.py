@@ -1,4 +1,4 @@
-"""What an agent was trained with, for its file and for comparing two runs."""
+"""The environment settings that an agent was trained with, for its file and for comparing two runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rledit_env.reward import RewardConfig
 
 
 def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
-    """What of the environment a policy depends on, for the record."""
+    """The settings of the environment that a policy depends on."""
     if env is None:
         return None
     inner = editing_env(env)
     return {
-        # The unwrapped environment's own spec: a wrapper's is a deep copy, the LLM in it included.
+        # The unwrapped environment's spec; a wrapper's is a deep copy, including the LLM.
         "id": inner.spec.id if inner.spec is not None else None,
         "kind": inner.dataset.kind,
         "model": inner.lm.name,
@@ -39,7 +39,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
 
 
 def _reward_settings(config: Any) -> dict[str, Any] | None:
-    """The reward's numbers; its components by class and weight."""
+    """The reward's numbers, and its components by weight and class."""
     if config is None:
         return None
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("components", "penalty")}
@@ -52,10 +52,11 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
 
 
 def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    """The settings (not counters) in which a saved run's description differs from this agent's, in words."""
-    mine = json.loads(json.dumps(mine))  # as it would be read from a file
+    """The settings (not counters) in which a saved run's description ``theirs`` differs from this agent's ``mine``, in
+    words."""
+    mine = json.loads(json.dumps(mine))  # with the types that a file has
     environment = theirs.get("environment") or {}
-    if environment:  # a run of an earlier version does not say what was not a setting then
+    if environment:  # runs of earlier versions lack later settings
         environment = {"contexts": 0, **environment}
         theirs = {**theirs, "environment": environment}
     if environment.get("reward"):
@@ -63,14 +64,14 @@ def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> l
         theirs = {**theirs, "environment": {**environment, "reward": reward}}
     different = []
     for name in ("seed", "config", "shapes", "environment"):
-        flat = [_flattened(name, one.get(name)) for one in (theirs, mine)]
-        for key in flat[0] | flat[1]:
-            if flat[0].get(key) != flat[1].get(key):
-                different.append(f"{key}: {flat[0].get(key)!r} there, {flat[1].get(key)!r} here")
+        there, here = _flatten(name, theirs.get(name)), _flatten(name, mine.get(name))
+        for key in there | here:
+            if there.get(key) != here.get(key):
+                different.append(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here")
     return different
 
 
-def _flattened(name: str, value: Any) -> dict[str, Any]:
+def _flatten(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
-    return {key: leaf for inner, v in value.items() for key, leaf in _flattened(f"{name}.{inner}", v).items()}
+    return {key: leaf for inner, v in value.items() for key, leaf in _flatten(f"{name}.{inner}", v).items()}

@@ -1,4 +1,4 @@
-"""The baselines: no edit at all, and the plain fine-tuning gradient."""
+"""The simplest baselines: no edit at all, and one step along the gradient."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from rledit_env.nesting import environment_inside
 
 
 class NoEditAgent(Agent):
-    """Changes nothing, so that its scores are the unedited LLM's.
+    """An agent that changes nothing; its scores are the unedited LLM's.
 
     Args:
         env: the environment.
-        config: there is nothing to configure.
-        seed: unused.
+        config, seed: unused.
     """
 
     name: ClassVar[str] = "none"
@@ -35,14 +34,14 @@ class NoEditAgent(Agent):
         return {}
 
     def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
-        """An update of no module."""
+        """The action without any update."""
         return {"updates": {}}, None
 
     def learn(
         self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> NoEditAgent:  # fmt: skip
-        """There is nothing to train."""
+        """Do nothing; there is nothing to train."""
         return self
 
     def save(self, path: str | Path) -> None:
@@ -51,7 +50,7 @@ class NoEditAgent(Agent):
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> NoEditAgent:
-        """The agent that was saved."""
+        """Load a saved agent."""
         return cls(env)
 
 
@@ -75,7 +74,7 @@ class FineTuningAgent(Agent):
 
     Args:
         env: the environment.
-        config: its step size.
+        config: the step size.
         seed: unused, since nothing is random.
     """
 
@@ -98,7 +97,7 @@ class FineTuningAgent(Agent):
         self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> FineTuningAgent:  # fmt: skip
-        """There is nothing to train."""
+        """Do nothing; there is nothing to train."""
         return self
 
     def save(self, path: str | Path) -> None:
@@ -107,10 +106,10 @@ class FineTuningAgent(Agent):
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> FineTuningAgent:
-        """The agent that was saved.
+        """Load a saved agent.
 
         Raises:
-            FileNotFoundError: there is no agent there.
+            FileNotFoundError: the folder contains no agent.
         """
         settings = read_description(path)
         return cls(env, FineTuningConfig(**settings["config"]), settings["seed"])

@@ -1,4 +1,4 @@
-"""FT-L and FT-M: fine-tuning of one weight, each entry within ε (Zhu et al., 2021; Zhang et al., 2024)."""
+"""FT-L and FT-M: fine-tuning of one weight, each entry by at most ε (Zhu et al., 2021; Zhang et al., 2024)."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ class FTLConfig:
     """FT-L's settings; the defaults are those published for GPT-2 XL with ROME (Meng et al., NeurIPS 2022).
 
     Attributes:
-        module: name or glob of the edited modules to fine-tune; None is the last of the environment's.
+        module: name or glob of the edited modules to fine-tune; None takes the environment's last one.
         objective: the loss of a fact with target tokens y₁ … y_T after the prompt x, by the published names:
 
             - "prompt_last", FT-L's: −mean_t log p(y_t | x). Every target token is predicted from the prompt's last
               position, as if it were the first.
             - "target_new", FT-M's: −mean_t log p(y_t | x, y_<t), teacher-forced.
-            - "pooled", ours, the loss of earlier versions: as "target_new", but the mean is taken over the target
-              tokens of all facts together, so that a fact with a longer target weighs more.
-        steps: rounds over the batch, at most.
+            - "pooled", ours, the loss of earlier versions: as "target_new", but with the mean over the target tokens of
+              all facts together, so that a fact with a longer target has a larger weight.
+        steps: the largest number of rounds over the batch.
         learning_rate: Adam's. There is no weight decay, as published.
-        epsilon: ε, how far an entry of W may move at most (L∞). Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J and
+        epsilon: ε, the largest change of an entry of W (L∞). Published: 5e-4 for GPT-2 XL, 5e-5 for GPT-J and
             Mistral-7B; ``math.inf`` is no limit, as published for Llama-3.
-        around: from where ε is measured: "current", the weight at the batch's start, as in ROME's FT+L and its
-            successors, or "original", W₀, as in Zhu et al.'s single round of fine-tuning: the whole stream then shares
+        around: the weight that ε is measured from: "current", at the batch's start, as in ROME's FT+L and its
+            successors, or "original", W₀, as in Zhu et al.'s single round of fine-tuning; the whole stream then shares
             one ε.
-        loss_goal: no step is taken where the loss is below this, and the rounds end once their mean loss is.
-        batch_size: facts of an Adam step; a round over more takes several, in order. ROME's code has 64, EasyEdit's
-            files 1 for most models. None takes all facts at once.
+        loss_goal: a step is skipped if its loss is below this, and the rounds end once their mean loss is.
+        batch_size: facts in an Adam step; a round over more facts takes several steps, in order. ROME's code has 64,
+            EasyEdit's files 1 for most models. None takes all facts at once.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     module: str | None = None
@@ -82,29 +82,29 @@ class FTLConfig:
 
 @dataclass(frozen=True)
 class FTMConfig(FTLConfig):
-    """FT-M's settings: FT-L's, with the teacher-forced loss."""
+    """FT-M's settings: those of FT-L with the teacher-forced loss."""
 
     objective: Literal["prompt_last", "target_new", "pooled"] = "target_new"
 
 
 class FTLAgent(Agent):
-    """FT-L (Zhu et al., "Modifying Memories in Transformer Models", arXiv 2012.00363), as ROME's code has it.
+    """FT-L (Zhu et al., "Modifying Memories in Transformer Models", arXiv 2012.00363), as in ROME's code.
 
-    Minimises the mean of the facts' losses L (`FTLConfig.objective`) over one weight of one layer's feed-forward block,
-    subject to ‖W − W′‖_∞ ≤ ε: Adam steps, each followed by the projection W ← clamp(W, W′ − ε, W′ + ε). W′ is the
-    weight at the batch's start (or W₀, see `FTLConfig.around`). FT-L predicts all target tokens from the prompt's last
-    position, so that a target of several tokens cannot be learned as a sequence. FT-M (`FTMAgent`) is teacher-forced.
+    It minimises the mean of the facts' losses L (`FTLConfig.objective`) over one weight of one layer's feed-forward
+    block, subject to ‖W − W′‖_∞ ≤ ε: Adam steps, each followed by the projection W ← clamp(W, W′ − ε, W′ + ε). W′ is
+    the weight at the batch's start (or W₀, see `FTLConfig.around`). FT-L predicts all target tokens from the prompt's
+    last position, so it cannot learn a target of several tokens as a sequence. FT-M (`FTMAgent`) is teacher-forced.
 
-    As published: the loss, the mean per fact, Adam and its numbers, the projection after every step, when it stops.
-    Ours: tokens that the published code adds to a target by accident (the beginning-of-text token that Llama's
-    tokenizer writes before it, and padding where the tokenizer has no unknown token) are left out.
+    As published: the loss, the mean per fact, Adam and its numbers, the projection after every step, and the stopping
+    rule. Ours: tokens that the published code adds to a target by accident are left out (the beginning-of-text token of
+    Llama's tokenizer, and padding if the tokenizer has no unknown token).
 
-    The agent reads the LLM and the batch's facts from the environment, and leaves the LLM as it was, bit for bit; its
+    The agent reads the LLM and the batch's facts from the environment, and leaves the LLM unchanged, bit for bit; its
     action is the dense update.
 
     Args:
         env: the environment that it edits in.
-        config: its settings.
+        config: the settings.
         seed: unused, since nothing is random.
     """
 
@@ -141,7 +141,7 @@ class FTLAgent(Agent):
         self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
-        """There is nothing to train."""
+        """Do nothing; there is nothing to train."""
         return self
 
     def save(self, path: str | Path) -> None:
@@ -155,11 +155,10 @@ class FTLAgent(Agent):
 
     @classmethod
     def load(cls: type[Self], path: str | Path, env: gym.Env | None = None) -> Self:
-        """The agent in a folder that :meth:`save` wrote; one of the first format fine-tunes as it did, with the pooled
-        loss.
+        """Load the agent from a folder that :meth:`save` wrote; an agent in the first format keeps its pooled loss.
 
         Raises:
-            FileNotFoundError: there is no agent there.
+            FileNotFoundError: the folder contains no agent.
             ValueError: a later version saved the agent.
         """
         folder = Path(path)
@@ -190,17 +189,17 @@ class FTMAgent(FTLAgent):
 def constrained_fine_tuning(
     lm: EditableLM, passages: Sequence[Passage], modules: Sequence[str], config: FTLConfig
 ) -> dict[str, Tensor]:
-    """The total ΔW (d_out, d_in) of the fine-tuning, by module; the LLM's weights are put back, bit for bit.
+    """The total ΔW (d_out, d_in) of the fine-tuning, by module; the LLM's weights are restored, bit for bit.
 
     Args:
         lm: the LLM.
-        passages: the edits of the batch; without any, ΔW is zero.
+        passages: the prompts and targets of the batch; if empty, ΔW is zero.
         modules: names of the edited modules to fine-tune.
         config: the settings.
     """
     start = lm.snapshot()
     changes = {m: torch.zeros_like(start[m]) for m in modules}
-    middle = {m: lm.original_weight(m) - start[m] if config.around == "original" else 0.0 for m in modules}
+    centre = {m: lm.original_weight(m) - start[m] if config.around == "original" else 0.0 for m in modules}  # W′ − W
     optimizer = torch.optim.Adam(list(changes.values()), lr=config.learning_rate)
     size = config.batch_size or max(len(passages), 1)
     parts = [passages[first : first + size] for first in range(0, len(passages), size)]
@@ -210,13 +209,13 @@ def constrained_fine_tuning(
             for part in parts:
                 loss, gradients = _loss_and_gradients(lm, part, modules, config.objective)
                 total += loss * len(part) / len(passages)
-                if not loss >= config.loss_goal:  # the goal is reached, or the model broke (NaN)
+                if not loss >= config.loss_goal:  # the goal is reached, or the LLM broke (NaN)
                     continue
                 for m, change in changes.items():
                     change.grad = gradients[m]
                 optimizer.step()
                 for m, change in changes.items():
-                    change.copy_((change - middle[m]).clamp_(-config.epsilon, config.epsilon).add_(middle[m]))
+                    change.copy_((change - centre[m]).clamp_(-config.epsilon, config.epsilon).add_(centre[m]))
                 lm.restore({**start, **{m: start[m] + change for m, change in changes.items()}})
             if not total >= config.loss_goal:
                 break
@@ -228,7 +227,7 @@ def constrained_fine_tuning(
 def _loss_and_gradients(
     lm: EditableLM, passages: Sequence[Passage], modules: Sequence[str], objective: str
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss of some facts (see `FTLConfig.objective`) and its gradient by module (d_out, d_in), in the weights'
+    """The loss of these facts (see `FTLConfig.objective`) and its gradient by module (d_out, d_in), in the weights'
     precision."""
     counts = [len(p.targets) for p in passages]
     if objective == "pooled":
@@ -239,19 +238,19 @@ def _loss_and_gradients(
     total = 0.0
     with lm.collecting() as (sums,):
         for chunk, states in lm.answer_chunks(run):
-            hidden, own = states.hidden, torch.tensor([counts[i] for i in chunk], device=lm.device)
+            hidden, lengths = states.hidden, torch.tensor([counts[i] for i in chunk], device=lm.device)
             if objective == "prompt_last":  # one state a fact, for all of its target tokens
-                hidden = hidden.repeat_interleave(own, dim=0)
+                hidden = hidden.repeat_interleave(lengths, dim=0)
             targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=lm.device)
             nll = negative_log_likelihood(lm.forward, hidden, targets)
             share = torch.tensor([shares[i] for i in chunk], device=lm.device, dtype=nll.dtype)
-            loss = nll @ share.repeat_interleave(own)
+            loss = nll @ share.repeat_interleave(lengths)
             loss.backward()
             total += float(loss.detach())
     return total, {m: sums[m] for m in modules}
 
 
 def prompt_of(passage: Passage) -> Passage:
-    """A passage's prompt alone, whose last position predicts the first target token."""
+    """The passage's prompt alone; its last position predicts the first target token."""
     end = passage.positions[0] + 1
     return Passage(passage.input_ids[:end], passage.targets[:1], passage.subject_position)

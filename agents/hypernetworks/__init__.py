@@ -1,4 +1,4 @@
-"""The field's other hypernetworks, and the normalised rule without one: MEND, MALMEN, DAFNet, UltraEdit."""
+"""Other hypernetworks, MEND, MALMEN and DAFNet, and UltraEdit, the same rule without a network."""
 
 from agents.hypernetworks.dafnet import DAFNetAgent, DAFNetConfig
 from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig

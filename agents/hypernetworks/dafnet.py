@@ -22,8 +22,8 @@ from rledit_env.interface import editing_env
 
 @dataclass(frozen=True)
 class DAFNetConfig(RLEditConfig):
-    """DAFNet's defaults: Adam at 1e-6 on the network, the gradient clipped at the norm 100. The step sizes η_l start at
-    1e-4 and are learned directly, at the rate 1e-4."""
+    """DAFNet's defaults: Adam with the rate 1e-6 for the network, and the gradient clipped to the norm 100. The step
+    sizes η_l start at 1e-4 and are learned directly, with the rate 1e-4."""
 
     network: HypernetworkConfig = field(default_factory=DAFNetNetworkConfig)
     learning_rate: float = 1e-6
@@ -35,43 +35,47 @@ class DAFNetAgent(RLEditAgent):
     """DAFNet (Zhang et al., "DAFNet: Dynamic Auxiliary Fusion for Sequential Model Editing in Large Language Models",
     Findings of ACL 2024, arXiv 2405.20588).
 
-    For each module the normalised z = [u; δ] of all tokens of a fact (``token="all"``) passes through layers of
+    For each module, the normalised z = [u; δ] of all tokens of a fact (``token="all"``) passes through layers of
 
-    1. attention within the fact: a = MLP(z), weighed by a softmax over the fact's tokens; z ← z + a, and the fact's
+    1. attention within the fact: a = MLP(z), weighted by a softmax over the fact's tokens; z ← z + a, and the fact's
        representation is r = Σ a over its tokens;
-    2. attention across facts: r_f attends to r_1 … r_f, the facts of the whole stream up to itself and none after it,
-       and what it takes is added to each of its tokens;
+    2. attention across facts: r_f attends to r_1 … r_f, the stream's facts up to f, and the result is added to each of
+       the fact's tokens;
     3. a feed-forward part, with each module's scale and shift.
 
-    Split into (û, δ̂), they give ΔW = −η_l Σ_f w_f/N_f Σ_{i in f} δ̂ᵢ ûᵢᵀ, with N_f the tokens of fact f. A second
-    attention across facts gives s_f, the attention that fact f pays to itself among the facts of the stream up to
-    itself, and w_f = s_f Π_{j>f} (1 − s_j), j over the later facts of the batch. What was added before is shrunk by
-    p = Π_j (1 − s_j) over the batch's facts: W becomes W₀ + p (W − W₀) + ΔW. Since the first fact has only itself to
-    attend to, s_1 = 1, and the weights of all facts of a stream sum to 1 at any time. (s differs by module and layer;
-    both products are averaged over the layers.) From the second batch on the action is therefore dense.
+    The result (û, δ̂) gives ΔW = −η_l Σ_f w_f/N_f Σ_{i in f} δ̂ᵢ ûᵢᵀ, with N_f the number of tokens of fact f. A second
+    attention across facts gives s_f, the attention weight of fact f on itself among the stream's facts up to f, and
+    w_f = s_f Π_{j>f} (1 − s_j), j over the later facts of the batch. Earlier updates are shrunk by p = Π_j (1 − s_j)
+    over the batch's facts: W becomes W₀ + p (W − W₀) + ΔW. The first fact attends only to itself, so s_1 = 1, and the
+    weights of all facts of a stream sum to 1 at any time. (s differs by module and layer; both products are averaged
+    over the layers.) From the second batch on, the action is therefore dense.
 
-    Tokens with δ = 0 are dropped before the normaliser sees them, δ is of the sum over the answer tokens, and modules
-    of one shape share a normaliser, each taken in and normalised in turn, as published.
+    As published, tokens with δ = 0 are dropped before the normaliser, δ is of the sum over the answer tokens, and
+    modules of one shape share a normaliser and are normalised in turn.
 
-    The network is trained on sequences of facts by the gradient of whole trajectories: update t is in the weights of a
-    later step τ with the share Π_{t<j≤τ} p_j, and that is what a later reward's gradient is multiplied by. The
-    representations of earlier batches, s and p are constants of that gradient, as in the published code, whose second
-    attention is therefore not trained: its maps keep the random values that they begin with.
+    The network is trained on sequences of facts by the gradient of whole trajectories: at a later step τ, the share
+    Π_{t<j≤τ} p_j of update t is left in the weights, and the later reward's gradient is multiplied by it. The
+    representations of earlier batches, s and p are constants in that gradient, as in the published code. The second
+    attention is therefore not trained: its maps keep their initial random values.
 
-    What is simplified: layers are normalised before each part, not after, and each part's last map starts at zero, so
-    that the untrained network is the identity (MEND's start) and all facts weigh the same; the keys and gradients are
-    those of the LLM as it is, where the published code takes them from the original LLM; a sequence comes in batches,
-    with a reward after each, where the published code trains on one batch of up to 1,000 facts; the step sizes are
-    clipped with the network. The published code adds +η_l δ̂ ûᵀ, and leaves it to training to find η_l's sign.
+    Differences from the published code:
 
-    A fact's rows are not marked in the observation, so that the agent asks the environment which facts are presented,
-    and reads W − W₀ of its LLM: name the one it edits in with :meth:`set_env`, unless that is ``env``.
+    - Layers are normalised before each part, not after, and each part's last map starts at zero, so the untrained
+      network is the identity (as in MEND) and all facts have the same weight.
+    - Keys and gradients are those of the edited LLM, where the published code uses the original LLM.
+    - A sequence comes in batches, with a reward after each, where the published code trains on one batch of up to 1,000
+      facts.
+    - The step sizes' gradients are clipped together with the network's.
+    - The published code adds +η_l δ̂ ûᵀ, and training has to find η_l's sign.
+
+    The observation does not mark each fact's rows, so the agent asks its environment which facts are presented, and
+    reads W − W₀ of its LLM. If it edits in another environment than ``env``, name that one with :meth:`set_env`.
 
     Args:
         env: the environment to learn in.
         config: the network and its training.
         shapes: module → (d_in, d_out), if there is no ``env``.
-        seed: of the initial parameters and of the training streams.
+        seed: of the initial parameters and of the training episodes.
     """
 
     name: ClassVar[str] = "dafnet"
@@ -89,12 +93,12 @@ class DAFNetAgent(RLEditAgent):
     ) -> dict[str, Any]:
         if record.retained is None:
             return super().action(observation, record, keys, values)
-        assert self.presented.env is not None  # it has said which facts are presented
+        assert self.presented.env is not None  # `observe` has asked it for the facts
         lm = editing_env(self.presented.env).lm
         updates = {}
         for m, share in record.retained.items():
-            added = (lm.weight(m) - lm.original_weight(m)).to(keys[m])  # (d_out, d_in)
-            updates[m] = values[m].T @ keys[m] - (1 - share) * added
+            earlier = (lm.weight(m) - lm.original_weight(m)).to(keys[m])  # W − W₀, (d_out, d_in)
+            updates[m] = values[m].T @ keys[m] - (1 - share) * earlier
         if isinstance(observation["mask"], np.ndarray):
             return {"updates": {m: update.cpu().numpy() for m, update in updates.items()}}
         return {"updates": updates}
@@ -104,7 +108,7 @@ class DAFNetAgent(RLEditAgent):
         """As :meth:`RLEditAgent.load`.
 
         Raises:
-            ValueError: it is of the first format, whose facts all weighed 1.
+            ValueError: the agent was saved in the first format, in which all facts had the weight 1.
         """
         network = (read_description(path).get("config") or {}).get("network") or {}
         if "score_heads" not in network:

@@ -17,19 +17,19 @@ from agents.rledit.hypernetwork import Hypernetwork, StepRecord
 
 @dataclass(frozen=True)
 class DAFNetNetworkConfig(HypernetworkConfig):
-    """DAFNet's network; the defaults are the published configuration's for a model of 7B parameters: tokens with δ = 0
-    are dropped, δ is of the sum over a fact's answer tokens, modules of one shape share a normaliser and are normalised
-    in turn, and η_l is learned directly.
+    """The settings of DAFNet's network; the defaults are the published ones for a model of 7B parameters. Tokens with
+    δ = 0 are dropped, δ is of the sum over a fact's answer tokens, modules of one shape share a normaliser and are
+    normalised in turn, and η_l is learned directly.
 
     Attributes:
         rank: inner width of the attention within a fact.
-        blocks: layers.
+        blocks: number of layers.
         step_size: initial η_l.
         feed_forward: inner width of the feed-forward part.
         attention: width of a head of the attention across facts.
-        heads: of it.
+        heads: number of these heads.
         score_attention: width of a head of the second attention across facts, whose diagonal is s_f.
-        score_heads: of it.
+        score_heads: number of these heads.
     """
 
     rank: int = 1024
@@ -59,14 +59,14 @@ class DAFNetNetworkConfig(HypernetworkConfig):
 
 @dataclass(frozen=True)
 class FusionRecord(StepRecord):
-    """What the second pass needs of a step.
+    """A step's inputs to DAFNet's network.
 
     Attributes:
-        lengths: rows of each fact, in the batch's order.
-        earlier: group of modules → layer by layer, the representations (M, P, width) of the stream's P earlier facts.
+        lengths: number of rows of each fact, in the batch's order.
+        earlier: group of modules → for each layer, the representations (M, P, width) of the stream's P earlier facts.
         weights: module → s_f Π_{j>f} (1 − s_j) of the batch's n facts, (n,), a constant.
-        share: module → Π_j (1 − s_j) over the batch's facts, (): what it leaves of earlier updates; empty where there
-            are none.
+        share: module → Π_j (1 − s_j) over the batch's facts, (), the share of earlier updates that the step leaves;
+            empty if there are no earlier updates.
     """
 
     lengths: tuple[int, ...] = ()
@@ -80,10 +80,10 @@ class FusionRecord(StepRecord):
 
 
 class FusionLayer(nn.Module):
-    """One layer of dynamic auxiliary fusion, of all M modules of one shape; the weights are shared, but each module has
-    a scale and a shift of its own.
+    """One layer of dynamic auxiliary fusion for all M modules of one shape. They share its weights, but each module has
+    its own scale and shift.
 
-    Every part begins as zero, so that the untrained layer is the identity.
+    Every part starts at zero, so the untrained layer is the identity.
     """
 
     def __init__(self, width: int, modules: int, config: DAFNetNetworkConfig) -> None:
@@ -100,14 +100,22 @@ class FusionLayer(nn.Module):
         )
         self.scale = nn.Parameter(torch.ones(modules, width))
         self.shift = nn.Parameter(torch.zeros(modules, width))
-        self.score_heads, scored = config.score_heads, config.score_heads * config.score_attention
-        self.score_query, self.score_key = (nn.Linear(width, scored).requires_grad_(False) for _ in range(2))
+        self.score_heads, score_width = config.score_heads, config.score_heads * config.score_attention
+        self.score_query, self.score_key = (nn.Linear(width, score_width).requires_grad_(False) for _ in range(2))
 
     def forward(
         self, z: Tensor, lengths: Sequence[int], earlier: Tensor, used: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Transformed tokens (M, N, width) and the facts' representations (M, n, width), given those of earlier facts
-        (M, P, width); ``lengths`` are the tokens of each of the n facts, ``used`` (M, N) which of them are not dropped.
+        """Transform the tokens of n facts.
+
+        Args:
+            z: the tokens, (M, N, width).
+            lengths: number of tokens of each of the n facts.
+            earlier: representations of earlier facts, (M, P, width).
+            used: which tokens are not dropped, (M, N).
+
+        Returns:
+            The transformed tokens (M, N, width) and the facts' representations (M, n, width).
         """
         owner = torch.arange(len(lengths), device=z.device).repeat_interleave(torch.tensor(lengths, device=z.device))
         transformed = self.token(self.norms[0](z))
@@ -119,8 +127,13 @@ class FusionLayer(nn.Module):
 
     @torch.no_grad()
     def own_attention(self, facts: Tensor, earlier: Tensor) -> Tensor:
-        """s_f (M, n): how much of its attention each of n facts' representations (M, n, width) gives to itself, among
-        the P earlier ones (M, P, width) and those up to itself; the mean over the heads."""
+        """s_f (M, n), the mean over the heads of each fact's attention weight on itself.
+
+        Args:
+            facts: the n facts' representations, (M, n, width); each attends to the earlier facts, the facts before it
+                and itself.
+            earlier: the P earlier facts' representations, (M, P, width).
+        """
         n, past = facts.shape[1], earlier.shape[1]
         query = self.score_query(facts).unflatten(2, (self.score_heads, -1)).transpose(1, 2)
         key = self.score_key(torch.cat([earlier, facts], 1)).unflatten(2, (self.score_heads, -1)).transpose(1, 2)
@@ -128,28 +141,28 @@ class FusionLayer(nn.Module):
         later = torch.ones(n, past + n, dtype=torch.bool, device=facts.device).triu(past + 1)
         return scores.masked_fill(later, -math.inf).softmax(3).diagonal(past, 2, 3).mean(1)
 
-    def _attend(self, facts: Tensor, every: Tensor) -> Tensor:
-        """What each of the last n of P + n facts takes from itself and the facts before it, (M, n, width)."""
-        n, past = facts.shape[1], every.shape[1] - facts.shape[1]
+    def _attend(self, facts: Tensor, all_facts: Tensor) -> Tensor:
+        """Attention (M, n, width) of each of the last n of P + n facts to itself and the facts before it."""
+        n, past = facts.shape[1], all_facts.shape[1] - facts.shape[1]
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query(facts), self.key(every), self.value(every))
+            for part in (self.query(facts), self.key(all_facts), self.value(all_facts))
         )  # (M, heads, n or P + n, width of a head)
         allowed = torch.ones(n, past + n, dtype=torch.bool, device=facts.device).tril(past)
-        taken = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        across: Tensor = self.across(taken.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+        across: Tensor = self.across(attended.transpose(1, 2).flatten(2))
         return across
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
-    """The linear map with all its parameters zero."""
+    """Set a linear map's parameters to zero, and return it."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
 def softmax_by_fact(scores: Tensor, lengths: Sequence[int], used: Tensor | None = None) -> Tensor:
-    """Softmax of token scores (M, N, 1) over the tokens of each fact, or those ``used`` (M, N), and zero at others."""
+    """Softmax of token scores (M, N, 1) over each fact's tokens, or those ``used`` (M, N); zero at the others."""
     if used is not None:
         scores = scores.masked_fill(~used[:, :, None], torch.finfo(scores.dtype).min)
     weights = torch.cat([piece.softmax(1) for piece in scores.split(list(lengths), 1)], 1)
@@ -157,7 +170,7 @@ def softmax_by_fact(scores: Tensor, lengths: Sequence[int], used: Tensor | None 
 
 
 class DAFNetwork(Hypernetwork):
-    """The hypernetwork with fusion layers in place of residual blocks, and the stream's facts as its memory."""
+    """A hypernetwork with fusion layers in place of residual blocks; its memory is the stream's facts."""
 
     shrinks: ClassVar[bool] = True
     config: DAFNetNetworkConfig
@@ -181,7 +194,7 @@ class DAFNetwork(Hypernetwork):
 
     @staticmethod
     def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
-        """How many numbers a network of these sizes and its normalisers hold, without making one."""
+        """The number of values in a network of these sizes and in its normalisers, without making one."""
         assert isinstance(config, DAFNetNetworkConfig)
         inner, rank, wide = config.heads * config.attention, config.rank, config.feed_forward
         shared = sum(
@@ -200,7 +213,8 @@ class DAFNetwork(Hypernetwork):
     def observe_facts(
         self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], lengths: Sequence[int], adapt: bool
     ) -> FusionRecord:
-        """:meth:`Hypernetwork.observe` of facts with these numbers of rows; they join the stream's memory."""
+        """:meth:`Hypernetwork.observe`, with ``lengths`` the number of rows of each fact; the facts are added to the
+        stream's memory."""
         plain = self.observe(keys, gradients, adapt)
         earlier = {g: list(self._earlier(g)) for g in self.groups}
         record = FusionRecord(
@@ -209,34 +223,41 @@ class DAFNetwork(Hypernetwork):
         weights: dict[str, Tensor] = {}
         share: dict[str, Tensor] = {}
         for group, members in self.groups.items() if lengths else ():
-            facts = self._fused(group, record)[1]
-            of_facts, of_past = self._fact_weights(group, facts, earlier[group])
-            weights |= zip(members, of_facts, strict=True)
+            facts = self._fuse(group, record)[1]
+            fact_weights, past_shares = self._fact_weights(group, facts, earlier[group])
+            weights |= zip(members, fact_weights, strict=True)
             if earlier[group][0].shape[1]:
-                share |= zip(members, of_past, strict=True)
+                share |= zip(members, past_shares, strict=True)
             self.earlier[group] = [torch.cat(pair, 1) for pair in zip(earlier[group], facts, strict=True)]
         return replace(record, weights=weights, share=share)
 
     def _fact_weights(
         self, group: str, facts: Sequence[Tensor], earlier: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """s_f Π_{j>f} (1 − s_j) of a batch's n facts (M, n) and Π_j (1 − s_j) over them (M,), averaged over the layers,
-        whose representations of the facts and of the earlier ones these are."""
-        of_facts, of_past = [], []
+        """The weights s_f Π_{j>f} (1 − s_j) (M, n) of a batch's n facts, and Π_j (1 − s_j) over them (M,), both
+        averaged over the layers.
+
+        Args:
+            group: the modules' group.
+            facts: for each layer, the representations of the batch's facts.
+            earlier: for each layer, the representations of the stream's earlier facts.
+        """
+        fact_weights, past_shares = [], []
         layers: Any = self.networks[group]
-        for layer, now, before in zip(layers, facts, earlier, strict=True):
-            own = layer.own_attention(now, before)  # s_f, (M, n)
-            later = (1 - own).flip(1).cumprod(1).flip(1)  # Π_{j≥f} (1 − s_j)
-            of_facts.append(own * torch.cat([later[:, 1:], torch.ones_like(own[:, :1])], 1))
-            of_past.append(later[:, 0])
-        return torch.stack(of_facts).mean(0), torch.stack(of_past).mean(0)
+        for layer, layer_facts, layer_earlier in zip(layers, facts, earlier, strict=True):
+            s = layer.own_attention(layer_facts, layer_earlier)  # s_f, (M, n)
+            products = (1 - s).flip(1).cumprod(1).flip(1)  # Π_{j≥f} (1 − s_j)
+            fact_weights.append(s * torch.cat([products[:, 1:], torch.ones_like(s[:, :1])], 1))
+            past_shares.append(products[:, 0])
+        return torch.stack(fact_weights).mean(0), torch.stack(past_shares).mean(0)
 
     def _earlier(self, group: str) -> list[Tensor]:
         names = self.groups[group]
         nothing = torch.zeros(len(names), 0, sum(self.shapes[names[0]]), device=self.device)
         return self.earlier.get(group) or [nothing] * self.config.blocks
 
-    def _fused(self, group: str, record: FusionRecord) -> tuple[Tensor, list[Tensor]]:
+    def _fuse(self, group: str, record: FusionRecord) -> tuple[Tensor, list[Tensor]]:
+        """The transformed rows of a group's modules, and for each layer the facts' representations."""
         z, facts = record.inputs[group], []
         layers: Any = self.networks[group]
         for layer, earlier in zip(layers, record.earlier[group], strict=True):
@@ -247,15 +268,15 @@ class DAFNetwork(Hypernetwork):
     def factors(
         self, record: StepRecord, modules: Collection[str] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, of all or only these; differentiable in the
-        parameters. Modules of one shape are computed together all the same."""
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, for all modules or only ``modules``; differentiable
+        in the parameters. All modules of a shape are computed in any case."""
         assert isinstance(record, FusionRecord)
         update_keys: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         lengths = torch.tensor(record.lengths, device=self.device)
         owner = torch.arange(len(lengths), device=self.device).repeat_interleave(lengths)  # (N,)
         for group, members in self.groups.items():
-            z = self._fused(group, record)[0] if record.lengths else record.inputs[group]
+            z = self._fuse(group, record)[0] if record.lengths else record.inputs[group]
             key_part, gradient_part = z.split(self.shapes[members[0]], dim=2)
             step_size = self.step_sizes(members)[:, None, None]
             update_keys |= zip(members, key_part, strict=True)
@@ -269,7 +290,7 @@ class DAFNetwork(Hypernetwork):
         return {m: update_keys[m] for m in order}, {m: values[m] for m in order}
 
     def graph_bytes(self, rows: int) -> int:
-        """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""
+        """The approximate size in bytes of the graph of :meth:`factors` for N rows."""
         c = self.config
         narrow = 3 * c.rank + c.feed_forward + 4 * c.heads * c.attention
         return sum(
@@ -284,7 +305,7 @@ class DAFNetwork(Hypernetwork):
         return super().memory_state() | facts
 
     def load_memory_state(self, state: Mapping[str, Any]) -> None:
-        """Take the tensors of :meth:`memory_state`."""
+        """Load the tensors of :meth:`memory_state`."""
         super().load_memory_state(state)
         self.earlier = {
             g: [state[f"facts.{g}.{i}"].to(self.device) for i in range(self.config.blocks)]

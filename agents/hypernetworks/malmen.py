@@ -11,19 +11,19 @@ from agents.rledit.config import HypernetworkConfig, RLEditConfig, rledit_paper_
 
 
 def malmen_network(rank: int = 1920, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
-    """MALMEN's network as its published code has it; the sizes are for models of several billion parameters."""
-    return rledit_paper_network(rank, step_size, **{"blocks": 2} | settings)  # RLEdit took it over, with 4 blocks
+    """MALMEN's network as in its published code; the sizes are for models of several billion parameters."""
+    return rledit_paper_network(rank, step_size, **{"blocks": 2} | settings)  # RLEdit's is the same with 4 blocks
 
 
 @dataclass(frozen=True)
 class MALMENConfig(BatchwiseConfig):
-    """MALMEN's defaults: Adam at 1e-5 on every parameter, η_l itself (1e-6) and log λ_l among them, the gradient
-    clipped at the norm 1.
+    """MALMEN's defaults: Adam with the rate 1e-5 for every parameter, including η_l itself (1e-6) and log λ_l, and the
+    gradient clipped to the norm 1.
 
     Attributes:
-        recursion: keep the second moment of all earlier keys of a stream in the least squares (see
+        recursion: whether the least squares contain the second moment of all earlier keys of a stream (see
             `UltraEditConfig.recursion`).
-        text_prior: c of a prior on text in the least squares (see `HypernetworkConfig.prior`); the paper has none.
+        text_prior: c of a prior of text in the least squares (see `HypernetworkConfig.prior`); the paper has none.
     """
 
     network: HypernetworkConfig = field(default_factory=malmen_network)
@@ -44,10 +44,10 @@ class MALMENConfig(BatchwiseConfig):
 
 def malmen_rledit(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
     """MALMEN+RLEdit (RLEdit, section 4.6): MALMEN's network, to be trained by `RLEditAgent` on whole trajectories with
-    the stream's reward, at RLEdit's rates, 1e-5 on every parameter, η_l itself among them.
+    the stream's reward, at RLEdit's rate of 1e-5 for every parameter, including η_l itself.
 
-    This is RLEdit by the paper's formulas, with as many updates as it takes: beside :func:`agents.rledit_paper`, the
-    published training to the letter.
+    This is RLEdit by the paper's formulas, with as many updates as needed; :func:`agents.rledit_paper` is exactly the
+    published training.
     """
     rates = {"learning_rate": 1e-5, "step_size_learning_rate": 1e-5}
     return RLEditConfig(network=network or malmen_network(), **rates | settings)
@@ -57,13 +57,13 @@ class MALMENAgent(BatchwiseAgent):
     """MALMEN (Tan, Zhang, Fu, "Massive Editing for Large Language Models via Meta Learning", ICLR 2024).
 
     [u; δ] of every token that predicts an answer token is normalised with the moments of all tokens of training and of
-    the stream until now, which modules of one shape share, and passes through
-    two blocks z ← z + s_l ⊙ ReLU(z A B + b) + o_l; with (û, δ̂) = z, vᵢ = −η_l (uᵢ·ûᵢ) δ̂ᵢ, and the tokens' wishes are
-    reconciled by ridge least squares with a learned λ_l (as log λ_l), the normal equations ΔW (uᵀu + λ_l I) = vᵀu.
-    η_l is learned directly, and may turn negative. As published, the running variance takes N times a batch's unbiased
-    variance in (see `HypernetworkConfig.normaliser_variance`).
+    the stream so far, which modules of one shape share. It passes through two blocks
+    z ← z + s_l ⊙ ReLU(z A B + b) + o_l. With (û, δ̂) = z and vᵢ = −η_l (uᵢ·ûᵢ) δ̂ᵢ, the tokens' values are combined by
+    ridge least squares with a learned λ_l (as log λ_l), the normal equations ΔW (uᵀu + λ_l I) = vᵀu. η_l is learned
+    directly, and may turn negative. As published, the running variance adds N times a batch's unbiased variance (see
+    `HypernetworkConfig.normaliser_variance`).
 
-    It is trained on batches from θ₀, of the ``batch_size`` that it will edit: L_gen + L_loc.
+    It is trained on batches from θ₀, of the ``batch_size`` that it will edit, with the loss L_gen + L_loc.
     MALMEN* is ``retrain_every=3``.
 
     Args:

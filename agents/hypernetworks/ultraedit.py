@@ -24,7 +24,7 @@ from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 from rledit_env.interface import editing_env
 
-# What agents of the first format did, whose files do not say it.
+# Settings of agents in the first format, whose files lack them.
 FIRST_FORMAT: dict[str, Any] = {
     "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
 }  # fmt: skip
@@ -32,21 +32,21 @@ FIRST_FORMAT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class UltraEditConfig:
-    """UltraEdit's numbers; the defaults are the paper's for models of 7B parameters and more.
+    """UltraEdit's settings; the defaults are the paper's for models of 7B parameters and more.
 
     Attributes:
-        step_size: η. It scales with the model: a small one needs a larger step (see `agents/configs`).
+        step_size: η. It depends on the model's size: a smaller model needs a larger step (see `agents/configs`).
         damping: λ of the ridge.
-        recursion: keep the second moment of all earlier keys in the system, S_t = λI + Σ_{j≤t} u_jᵀ u_j (SimIE, ICML
-            2025; RLSEdit, arXiv 2601.15686). Each update is then the recursive least-squares step of
+        recursion: whether the system contains the second moment of all earlier keys, S_t = λI + Σ_{j≤t} u_jᵀ u_j
+            (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686). Each update is then the recursive least-squares step of
             argmin_W Σ_j ‖(W − W_{j−1}) u_jᵀ − v_jᵀ‖² + λ ‖W − W₀‖², which avoids the directions of earlier edits and is
             anchored at the original weights.
-        warm_up: begin the running moments with those of bundled training facts, which :meth:`UltraEditAgent.learn`
-            gathers, so that single facts and first batches take as later ones do. The paper's begin with nothing.
-        text_prior: c of a prior on text, S = λI + c·C + …, which keeps the updates out of the directions that text
-            lives in (see `HypernetworkConfig.prior`); the paper has none.
-        output_curvature: γ of the outputs' side, as there; the paper has none.
-        text, text_tokens: the text, and how much of it, as there.
+        warm_up: start the running moments from those of bundled training facts, which :meth:`UltraEditAgent.learn`
+            gathers, so that single facts and first batches are edited as well as later ones. The paper's start empty.
+        text_prior: c of a prior of text, S = λI + c·C + …, which keeps updates out of the directions of text's keys
+            (see `HypernetworkConfig.prior`); the paper has none.
+        output_curvature: γ, as in `HypernetworkConfig`; the paper has none.
+        text, text_tokens: the text and its number of tokens, as in `HypernetworkConfig`.
         normaliser_scope, normaliser_variance, normaliser_epsilon: as in `HypernetworkConfig`; the defaults are the
             published code's: one set of moments for all modules of a shape.
     """
@@ -80,17 +80,18 @@ class UltraEditAgent(Agent):
     arXiv 2505.14679).
 
     For each module and token, [û; δ̂] = ([u; δ] − mean) / std with running moments over all tokens since the start of
-    the stream, this batch included (lifelong normalisation; of a single token that begins a stream it leaves
-    nothing where a single module has its shape, but with ``warm_up``); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
-    ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper.
+    the stream, this batch included (lifelong normalisation); vᵢ = −η ‖ûᵢ‖² δ̂ᵢ; and
+    ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ ‖ΔW‖² = vᵀ u (uᵀu + λI)⁻¹, with λ = 1 and η = 1e-6 in the paper. Without ``warm_up``,
+    the normalisation leaves nothing of a stream's first batch if that is a single token and no other module has the
+    module's shape.
 
-    As in the published code, modules of one shape share the running moments, and all of them are taken in before any is
-    normalised; the running variance takes N times a batch's unbiased variance in. ``normaliser_scope="module"`` and
+    As in the published code, modules of one shape share the running moments, and the rows of all are added before any
+    is normalised; the running variance adds N times a batch's unbiased variance. ``normaliser_scope="module"`` and
     ``normaliser_variance="exact"`` are ours: each module's own moments, and the variance of all rows.
 
     Args:
-        env: the environment that it edits in; None only for an agent that is loaded, given ``shapes``.
-        config: its numbers.
+        env: the environment that it edits in; None only for a loaded agent, with ``shapes``.
+        config: the settings.
         seed: unused, since nothing is random.
         shapes: module → (d_in, d_out), if there is no ``env``.
     """
@@ -141,19 +142,19 @@ class UltraEditAgent(Agent):
         self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> UltraEditAgent:  # fmt: skip
-        """There is nothing to train; with ``warm_up``, the moments of training facts are gathered, with
-        ``text_prior`` and ``output_curvature``, the moments of text.
+        """Gather the moments of training facts (with ``warm_up``) and of text (with ``text_prior`` and
+        ``output_curvature``); nothing is trained.
 
         Raises:
-            ValueError: they are to be gathered, and there is no environment.
+            ValueError: there are moments to gather, but no environment.
         """
         network = self.network
-        wanted = {"text_prior": network.wants_prior, "output_curvature": network.wants_curvature,
-                  "warm_up": network.wants_moments}  # fmt: skip
-        if not any(wanted.values()):
+        missing = {"text_prior": network.wants_prior, "output_curvature": network.wants_curvature,
+                   "warm_up": network.wants_moments}  # fmt: skip
+        if not any(missing.values()):
             return self
         if self.env is None:
-            name = next(name for name, wants in wanted.items() if wants)
+            name = next(name for name, is_missing in missing.items() if is_missing)
             raise ValueError(f"{name} needs the environment's LLM; make the agent with env=…")
         inner = editing_env(self.env)
         if network.wants_prior:
@@ -166,8 +167,8 @@ class UltraEditAgent(Agent):
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the numbers as JSON; the stream's moments and memory, and those of training facts and of text, as
-        safetensors."""
+        """Write the settings as JSON; the stream's moments and memory, and the moments of training facts and of text,
+        as safetensors."""
         folder = agent_folder(path)
         start = {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
         start |= {f"prior.{m}": v for m, v in self.network.key_memory.prior_state().items()}
@@ -184,11 +185,11 @@ class UltraEditAgent(Agent):
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> UltraEditAgent:
-        """The agent in a folder that :meth:`save` wrote.
+        """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no agent there.
-            ValueError: it was made for other modules than the environment's.
+            FileNotFoundError: the folder contains no agent.
+            ValueError: the agent was made for other modules than the environment's.
         """
         folder = Path(path)
         if not (folder / "agent.json").exists():

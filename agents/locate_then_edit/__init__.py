@@ -1,4 +1,5 @@
-"""Editors that find each fact's value at its subject and solve for the weights: ROME, MEMIT, PRUNE, RECT, AlphaEdit."""
+"""Editors that find a value for each fact at its subject and solve for the weights: ROME, MEMIT, PRUNE, RECT and
+AlphaEdit."""
 
 from agents.locate_then_edit.alphaedit import AlphaEditAgent, AlphaEditConfig
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig

@@ -19,13 +19,13 @@ Self = TypeVar("Self", bound="AlphaEditAgent")
 
 @dataclass(frozen=True)
 class AlphaEditConfig(LocateConfig):
-    """AlphaEdit's settings; defaults are those published for Llama-3-8B.
+    """AlphaEdit's settings; the defaults are those published for Llama-3-8B.
 
     Attributes:
-        threshold: eigenvalues of C below it are taken as zero: their eigenvectors span the null space
+        threshold: eigenvalues of C below it count as zero; their eigenvectors span the null space
             (``nullspace_threshold``).
         ridge: weight of ‖ΔW‖² in the system (``L2``).
-        remember: keep earlier batches' keys in the system.
+        remember: whether the system contains earlier batches' keys.
     """
 
     value: ValueConfig = field(
@@ -37,13 +37,13 @@ class AlphaEditConfig(LocateConfig):
 
 
 class AlphaEditAgent(MEMITAgent):
-    """AlphaEdit writes MEMIT's shares R by ΔW = R K₁ᵀP (K_pK_pᵀP + K₁K₁ᵀP + ridge·I)⁻¹ (Eq. 14), P the projection on
-    the null space of the preserved keys' second moment C, and K_p the keys of earlier batches.
+    """AlphaEdit writes MEMIT's shares R by ΔW = R K₁ᵀP (K_pK_pᵀP + K₁K₁ᵀP + ridge·I)⁻¹ (Eq. 14), with P the projection
+    on the null space of the preserved keys' second moment C, and K_p the keys of earlier batches.
 
     With an orthonormal basis U of the null space, P = UUᵀ, this is least squares in the coordinates Uᵀk:
-    ΔW = R (K₁ᵀU) (Uᵀ(K_pK_pᵀ + K₁K₁ᵀ)U + ridge·I)⁻¹ Uᵀ, a symmetric system of the null space's size. That is already
-    the recursion of `MEMITAgent` in these coordinates, with ``ridge`` as its anchor to W₀. So there is no AlphaEdit
-    with the recursion plug-in.
+    ΔW = R (K₁ᵀU) (Uᵀ(K_pK_pᵀ + K₁K₁ᵀ)U + ridge·I)⁻¹ Uᵀ, a symmetric system of the null space's size. It equals the
+    recursion of `MEMITAgent` in these coordinates, with ``ridge`` as its anchor to W₀, so AlphaEdit has no setting
+    ``recursion``.
 
     As published: the values, the keys (half plain prompt, half contexts), the null space by a threshold on C's
     eigenvalues, the earlier batches' keys and the ridge. Ours: float64 where the published code solves in float32.
@@ -81,26 +81,26 @@ class AlphaEditAgent(MEMITAgent):
 
     def update_keys(self, module: str, keys: Tensor) -> Tensor:
         basis = self.basis(module)
-        inside = keys @ basis  # (N, m)
+        projected = keys @ basis  # (N, m)
         system = self.config.ridge * torch.eye(basis.shape[1], dtype=keys.dtype, device=keys.device)
         if self.config.remember:
             system += self.key_moments.get(module, 0)
-            self.key_moments[module] = self.key_moments.get(module, 0) + inside.T @ inside
-        return least_squares_keys(inside, system) @ basis.T
+            self.key_moments[module] = self.key_moments.get(module, 0) + projected.T @ projected
+        return least_squares_keys(projected, system) @ basis.T
 
 
 def null_space(second_moment: Tensor, threshold: float) -> Tensor:
-    """Orthonormal eigenvectors (d_in, m) of C whose eigenvalues are below the threshold.
+    """Orthonormal eigenvectors (d_in, m) of C with eigenvalues below the threshold.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no eigenvalue is below the threshold.
     """
     decomposed: tuple[Tensor, Tensor] = torch.linalg.eigh(second_moment)
     eigenvalues, vectors = decomposed
-    inside = eigenvalues < threshold
-    if not inside.any():
+    below = eigenvalues < threshold
+    if not below.any():
         raise ValueError(
             f"threshold is {threshold:g}, but the least eigenvalue of the keys' second moment is "
             f"{float(eigenvalues[0]):.2g}: the null space is empty; give a larger threshold"
         )
-    return vectors[:, inside]
+    return vectors[:, below]

@@ -1,4 +1,4 @@
-"""Keys of facts, the modules' inputs at their subjects, and the contexts that are put before prompts."""
+"""Keys of facts, the modules' inputs at the subjects, and the contexts that precede prompts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ CONTEXT_WORDS = ("The", "Therefore", "Because", "I", "You")
 
 
 def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int) -> list[str]:
-    """Short texts that the pre-trained LLM writes, to be put before prompts; the same for the same seed.
+    """Short texts that the pre-trained LLM writes, to precede prompts; the same for the same seed.
 
     They begin with the five words of the published code, in turn. (ROME's first code began with the end-of-text token.)
 
     Args:
         lm: the LLM.
         count: the number of texts.
-        lengths: tokens of a text, its first word included; each length gets an equal share of the texts, the first ones
-            get one more where ``count`` is no multiple.
+        lengths: numbers of tokens of a text, its first word included; the texts are divided equally among the lengths,
+            and the first lengths get one more text each if ``count`` is not a multiple.
         seed: of the sampling.
     """
     if count == 0:
@@ -40,7 +40,7 @@ def write_contexts(lm: EditableLM, count: int, lengths: Sequence[int], seed: int
             continue
         starts = torch.tensor([rows[i % len(rows)][:shortest] for i in range(share)])
         with lm.original_weights():
-            # Sampled from the five likeliest tokens, as in the published code, for ordinary texts.
+            # From the five likeliest tokens, as in the published code, which gives ordinary texts.
             ids = sample_continuations(lm, starts, max(length - shortest, 0), generator, top_k=5)
         texts += lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
@@ -58,10 +58,10 @@ def subject_keys(
 
     Args:
         lm: the LLM at its current weights.
-        modules: in the layers' order.
+        modules: the modules in the layers' order.
         requests: the facts.
         kind: "balanced", "mean" or "prompt", see `LocateConfig.key`.
-        updates: ΔW (d_out, d_in) by module that are added to the weights.
+        updates: module → ΔW (d_out, d_in) to add to the weights.
     """
     if kind == "prompt":
         requests = [replace(request, rewrites=request.rewrites[:1]) for request in requests]
@@ -74,9 +74,9 @@ def subject_keys(
 
 
 def averaged(keys: Tensor, kind: str) -> Tensor:
-    """One key (d_in,) from the plain prompt's, k₀, and those with C contexts before it: (1 + C, d_in).
+    """One key (d_in,) from (1 + C, d_in): the plain prompt's key k₀, and the keys k₁ … k_C after C contexts.
 
-    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), or k₀ where there is no context; "mean", "prompt": the mean of all.
+    ``kind`` "balanced": ½ k₀ + ½ mean(k₁ … k_C), or k₀ if there is no context; "mean", "prompt": the mean of all.
     """
     if kind == "balanced" and len(keys) > 1:
         return (keys[0] + keys[1:].mean(0)) / 2

@@ -1,4 +1,4 @@
-"""Updates by least squares: their factors, and factors as dense matrices."""
+"""Updates by least squares, as factors and as dense matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def least_squares_keys(keys: Tensor, system: Tensor) -> Tensor:
-    """ũ = K (S + KᵀK)⁻¹ in float64, (N, d_in): with residuals R (N, d_out) as ṽ, ΔW = Rᵀũ solves
+    """ũ = K (S + KᵀK)⁻¹ in float64, (N, d_in). With residuals R (N, d_out) as ṽ, ΔW = Rᵀũ solves
     min ‖ΔW Kᵀ − Rᵀ‖² + tr(ΔW S ΔWᵀ).
 
     Args:

@@ -38,29 +38,29 @@ class LocateConfig:
     """The settings of all locate-then-edit methods.
 
     Attributes:
-        value: how the facts' values are found.
-        contexts: how many texts the LLM writes as contexts; each prompt is used alone and after each context. MEMIT,
-            PRUNE, RECT and AlphaEdit are published with 5, ROME with 20.
-        context_lengths: tokens of a context; of several lengths each is used for an equal share of the contexts.
-            Published: 10; ROME: 5 and 10.
+        value: settings of the value optimisation.
+        contexts: number of texts that the LLM writes as contexts; each prompt is used alone and after each context.
+            MEMIT, PRUNE, RECT and AlphaEdit are published with 5, ROME with 20.
+        context_lengths: numbers of tokens of a context; the contexts are divided equally among them. Published: 10;
+            ROME: 5 and 10.
         key: k*, the module's input at the subject's last token:
 
             - "balanced": half the key of the prompt alone, half the mean over the contexts, as in the published code
               of MEMIT, PRUNE, RECT and AlphaEdit.
-            - "mean": the mean over the prompt alone and after each context, all equal, as in ROME's paper. (In the
-              first version it was every editor's key.)
-            - "prompt": the key of the prompt alone. W k = v* holds for the prompt only as far as its own key is like
-              k*, so that a single edit takes most surely with this one.
+            - "mean": the mean over the prompt alone and after each context, all with equal weight, as in ROME's paper.
+              (In the first version it was every editor's key.)
+            - "prompt": the key of the prompt alone. W k = v* holds for the prompt only if its own key is close to k*,
+              so a single edit is most reliable with this choice.
             - "mixed": for ROME only, see `ROMEConfig`.
-        corpus: the text that the second moments of keys are taken over: "generated", written by the LLM, or the path of
-            a text file. (The published code reads 100,000 articles of Wikipedia.)
-        corpus_tokens: how many tokens of it.
+        corpus: the text for the second moments of keys: "generated", written by the LLM, or the path of a text file.
+            (The published code reads 100,000 articles of Wikipedia.)
+        corpus_tokens: number of the text's tokens.
         norm_anchor: NAS (arXiv 2602.02543): rescale every v* to the mean of ``‖v*‖`` over some facts in the original
             model, without the largest 5 %.
-        anchor_facts: how many facts that mean is over: the first of the environment's data set.
+        anchor_facts: number of facts in that mean, the first ones of the environment's data set.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     value: ValueConfig = field(default_factory=ValueConfig)
@@ -90,9 +90,9 @@ class LocateConfig:
 
 
 class LocateAgent(Agent):
-    """An editor without training: it finds each fact's value by optimisation and then solves for the weights.
+    """Base class of editors without training that optimise a value for each fact and then solve for the weights.
 
-    It reads the LLM (`env.unwrapped.lm`) and the facts (`env.unwrapped.current_batch()`) and changes neither. Contexts,
+    They read the LLM (`env.unwrapped.lm`) and the facts (`env.unwrapped.current_batch()`) and change neither. Contexts,
     key statistics and NAS's norm are computed once, by :meth:`learn` or the first :meth:`predict`.
 
     Args:
@@ -103,7 +103,7 @@ class LocateAgent(Agent):
 
     Raises:
         NotApplicable: no fact of the environment has a subject that occurs in its prompt (FEVER).
-        ValueError: the edited modules are of another kind.
+        ValueError: the edited modules are not such projections.
     """
 
     name: ClassVar[str]
@@ -123,21 +123,21 @@ class LocateAgent(Agent):
         self.contexts: list[str] | None = None
         self.statistics: KeyStatistics | None = None
         self.anchor_norm: float | None = None
-        self.one_off_seconds = 0.0  # how long the computations that are made once took
+        self.one_off_seconds = 0.0  # time of the computations of :meth:`learn`
         self.key_moments: dict[str, Tensor] = {}
 
     @classmethod
     def default_modules(cls, lm: EditableLM) -> list[str]:
-        """The modules to edit in an LLM for which none are published: see :func:`default_output_projections`."""
+        """The modules to edit in an LLM without published ones; see :func:`default_output_projections`."""
         return default_output_projections(lm)
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
-        """Edit in this environment from now on. Contexts and statistics are kept, unless the LLM is another one.
+        """Edit in this environment from now on. Contexts and statistics are kept, unless its LLM is another one.
 
         Raises:
             NotApplicable: none of its facts has a subject that occurs in its prompt.
-            ValueError: it is no environment of this package, or its edited modules are of another kind; the agent is as
-                it was.
+            ValueError: it is not an environment of this package, or its edited modules are not projections as above;
+                the agent is unchanged.
         """
         other = type(self)(env, self.config, self.seed)
         if other.lm is not self.lm:
@@ -152,10 +152,10 @@ class LocateAgent(Agent):
         return dict(self.key_moments)
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`memory`."""
+        """Load the tensors of :meth:`memory`."""
         self.key_moments = {name: tensor.to(self.lm.device) for name, tensor in memory.items()}
 
-    # -- what is computed once -------------------------------------------------------------------------------------
+    # -- computed once ---------------------------------------------------------------------------------------------
 
     def learn(
         self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
@@ -192,7 +192,7 @@ class LocateAgent(Agent):
         """The update for the batch that the environment presents.
 
         Raises:
-            NotApplicable: one of its facts has no subject that occurs in its prompt.
+            NotApplicable: a fact of the batch has no subject that occurs in its prompt.
         """
         facts = facts_themselves(self.inner)
         self.learn(progress_bar=False)
@@ -237,10 +237,11 @@ class LocateAgent(Agent):
 
     @classmethod
     def load(cls: type[Self], path: str | Path, env: gym.Env[Any, Any] | None = None) -> Self:
-        """The agent in a folder that :meth:`save` wrote; agents of the first format edit as they did then.
+        """Load the agent from a folder that :meth:`save` wrote; agents in the first format keep that version's
+        settings.
 
         Raises:
-            FileNotFoundError: there is no agent there.
+            FileNotFoundError: the folder contains no agent.
             ValueError: no environment was given, or it edits other modules; or a later version saved the agent.
         """
         folder = Path(path)
@@ -257,11 +258,11 @@ class LocateAgent(Agent):
                              f"known are 1 and {FORMAT}); install that version, or save the agent again with this one")
         config = cls.config_class(**{**settings, "value": ValueConfig(**settings["value"])})
         agent = cls(env, config, description["seed"])
-        theirs = description["environment"]["edit_modules"]
-        if theirs != agent.modules:
+        saved_modules = description["environment"]["edit_modules"]
+        if saved_modules != agent.modules:
             raise ValueError(
-                f"{folder} edits {', '.join(theirs)}, the environment {', '.join(agent.modules)}; make the environment "
-                f"with the settings in {folder / 'agent.json'}"
+                f"{folder} edits {', '.join(saved_modules)}, the environment {', '.join(agent.modules)}; make the "
+                f"environment with the settings in {folder / 'agent.json'}"
             )
         agent.contexts, agent.anchor_norm = description["contexts"], description["anchor_norm"]
         agent.load_memory(load_file(folder / MEMORY))
@@ -269,12 +270,12 @@ class LocateAgent(Agent):
 
     @classmethod
     def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A configuration of the first format as one of today's. All editors had one length of contexts, an Adam step
+        """Convert a configuration of the first format. There, all editors had one length of contexts, an Adam step
         after each loss, and the KL of the token after the essence prompt."""
-        old = dict(settings)
-        length, value = old.pop("context_length"), dict(old["value"])
+        converted = dict(settings)
+        length, value = converted.pop("context_length"), dict(converted["value"])
         value |= {"steps": value["steps"] + 1, "kl": "essence"}
-        return {**old, "context_lengths": (length,), "value": value}
+        return {**converted, "context_lengths": (length,), "value": value}
 
 
 def rescaled(solved: Tensor, norm: float) -> Tensor:
@@ -284,5 +285,5 @@ def rescaled(solved: Tensor, norm: float) -> Tensor:
 
 
 def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:
-    """The mean of the smallest numbers, of which the share ``kept`` is taken."""
+    """The mean of the share ``kept`` of the numbers that are smallest."""
     return float(numbers.sort().values[: max(1, round(kept * len(numbers)))].mean())

@@ -17,12 +17,13 @@ from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Val
 
 @dataclass(frozen=True)
 class MEMITConfig(LocateConfig):
-    """MEMIT's settings beside `LocateConfig`'s; defaults are those published for GPT-J.
+    """MEMIT's settings; see `LocateConfig`. The defaults are those published for GPT-J.
 
     Attributes:
         covariance_weight: λ (``mom2_update_weight``).
-        recursion: keep earlier keys in the system (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686); not MEMIT's own.
-        anchor: with ``recursion``, the weight of ‖W − W₀‖² in it.
+        recursion: whether the system contains earlier keys (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686); not part of
+            MEMIT.
+        anchor: with ``recursion``, the weight of ‖W − W₀‖² in the system.
     """
 
     value: ValueConfig = field(default_factory=lambda: ValueConfig(steps=25, clamp=0.75, relative_to="state"))
@@ -33,17 +34,17 @@ class MEMITConfig(LocateConfig):
 
 class MEMITAgent(LocateAgent):
     """MEMIT finds values z at the last edited layer L and spreads them over the layers. Each layer l, from the lowest
-    up, takes its share of what is left, R = (z − h_L) / (L − l + 1), by ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (Eq. 14–20; here facts
-    are rows: ΔW = Rᵀũ, ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed anew for each layer, with the updates of the
-    layers below. As in the published code, a key is half the plain prompt's and half the contexts' mean, and h_L is the
-    plain prompt's.
+    up, writes its share of the remaining difference, R = (z − h_L) / (L − l + 1), by ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (Eq.
+    14–20; here facts are rows: ΔW = Rᵀũ, ũ = K (λC + KᵀK)⁻¹). Keys and h_L are computed again for each layer, with the
+    updates of the layers below. As in the published code, a key is half the plain prompt's and half the contexts' mean,
+    and h_L is the plain prompt's.
 
-    With ``recursion`` the system is λC + anchor·I + Σ KᵀK over this and all earlier batches, that of recursive least
-    squares. The updates then solve one problem for all facts so far,
+    With ``recursion`` the system is that of recursive least squares, λC + anchor·I + Σ KᵀK over this and all earlier
+    batches. The updates then solve one problem for all facts so far,
     min Σ‖W k − v‖² + anchor ‖W − W₀‖² + λ tr((W − W₀) C (W − W₀)ᵀ), instead of a new one for each batch.
 
     In models that normalise an MLP's output before adding it (Gemma 2 and 3), the layers' shares have the scale of the
-    residual stream, which the weight's output does not have.
+    residual stream, but the weight's output does not.
 
     Args:
         env, config, seed: see `LocateAgent`.

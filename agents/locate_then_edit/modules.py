@@ -10,11 +10,11 @@ from rledit_env.lm.editable import EditableLM
 
 
 def output_projections(lm: EditableLM) -> list[str]:
-    """The edited modules, checked for locate-then-edit: at most one a layer, each with outputs as wide as the residual
+    """The edited modules, checked for locate-then-edit: at most one a layer, with outputs as wide as the residual
     stream.
 
     Raises:
-        ValueError: they are of another kind.
+        ValueError: a module is not of this kind.
     """
     modules = list(lm.module_shapes)
     width = lm.model.config.get_text_config().hidden_size
@@ -28,28 +28,28 @@ def output_projections(lm: EditableLM) -> list[str]:
 
 
 def default_output_projections(lm: EditableLM) -> list[str]:
-    """The last projections of those MLPs whose first projections are edited by default.
+    """The last projections of the MLPs whose first projections are edited by default.
 
     Args:
         lm: the LLM, with its default modules edited (:func:`rledit_env.lm.loading.registry.default_edit_modules`).
 
     Raises:
-        ValueError: a block has no such projection.
+        ValueError: no such projection is found.
     """
     width = lm.model.config.get_text_config().hidden_size
-    found: dict[str, str] = {}  # MLP → its last projection
-    for widening, (_, inner) in lm.module_shapes.items():
-        block = widening.rpartition(".")[0]
+    projections: dict[str, str] = {}  # MLP → its last projection
+    for first_projection, (_, inner) in lm.module_shapes.items():
+        block = first_projection.rpartition(".")[0]
         for name, module in lm.model.get_submodule(block).named_children():
             # A first projection that computes gate and up at once is twice as wide.
             if linear_shape(module) in ((inner, width), (inner // 2, width)):
-                found[block] = f"{block}.{name}"
-    if not found:
+                projections[block] = f"{block}.{name}"
+    if not projections:
         raise ValueError(
             f"no last projection of an MLP is known for {lm.name or 'this model'}, which locate-then-edit methods "
             "edit; name them with edit_modules"
         )
-    return list(found.values())
+    return list(projections.values())
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -17,21 +17,21 @@ from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
 from rledit_env.updates import Replacement
 
 SUMS = ("raw", "restrained")
-_PARTS = ("excess", "excess_before", "left", "found")  # see PRUNEAgent
+_PARTS = ("excess", "excess_before", "left", "found")  # see PRUNEAgent.__init__
 
 
 @dataclass(frozen=True)
 class PRUNEConfig(MEMITConfig):
-    """PRUNE's settings beside MEMIT's.
+    """PRUNE's settings; see `MEMITConfig`.
 
     Attributes:
         base: α of the logarithm that restrains singular values. The published code offers e, 2, 1.5 and 1.2.
-        adds_to: the sum that the next update is added to, and computed with: "raw", that of MEMIT's updates as they
-            are, as published; or "restrained", the restrained copy of it. With the latter each batch restrains again
-            what was restrained before, so that old edits shrink; that was this package's first way.
+        adds_to: the sum that the next update is computed with and added to: "raw", the plain sum of MEMIT's updates, as
+            published; or "restrained", its restrained copy. With "restrained" each batch restrains the earlier edits
+            again, so that they shrink; this package's first version did so.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     base: float = 1.2
@@ -46,21 +46,21 @@ class PRUNEConfig(MEMITConfig):
 
 
 class PRUNEAgent(MEMITAgent):
-    """PRUNE restrains the sum of MEMIT's updates: of its singular values σ, those above σ_max, the largest of W₀,
-    become log_α(σ) − log_α(σ_max) + σ_max (Eq. 8). That bounds the condition number of the edited weight.
+    """PRUNE restrains the sum of MEMIT's updates: its singular values σ above σ_max, the largest of W₀, become
+    log_α(σ) − log_α(σ_max) + σ_max (Eq. 8). This bounds the condition number of the edited weight.
 
-    As published, edits are made one after the other without restraint, and a copy of their sum is restrained once at
-    the end. Here the end is not known. So the LLM gets W₀ plus a restrained copy of the raw sum after every batch, and
-    the next batch is edited with W₀ plus the raw sum in its place. After each batch the LLM is then what the published
-    code gives for the stream up to there.
+    The published code makes all edits without restraint, and restrains a copy of their sum once at the end. Here the
+    end is not known. So the LLM gets W₀ plus a restrained copy of the raw sum after every batch, and the next batch is
+    edited with W₀ plus the raw sum. After each batch the LLM then equals the published code's result for the stream so
+    far.
 
-    Ours: the logarithm grows faster than σ itself while σ < 1 / ln α (5.5). Singular values that it would enlarge stay
-    as they are.
+    Ours: the logarithm grows faster than σ itself while σ < 1 / ln α (5.5). Singular values that it would enlarge are
+    left as they are.
 
-    The agent remembers the excess, the part of the raw sum that the restraint took off: raw sum = W − W₀ + excess. With
-    it go checksums of the weights, since it is only right for these (see :meth:`excess`): for those that the last
-    update made; if the environment took that update back, the excess before it counts; if anything else changed the
-    LLM, there is none, and the raw sum starts with W − W₀.
+    The agent remembers the excess, the difference between the raw sum and its restrained copy:
+    raw sum = W − W₀ + excess. It is valid only for certain weights, which the agent recognises by checksums (see
+    :meth:`excess`). After the last update, it is the last excess; if the environment took that update back, the excess
+    before it; if anything else changed the LLM, there is none, and the raw sum starts with W − W₀.
 
     Args:
         env, config, seed: see `LocateAgent`.
@@ -71,9 +71,9 @@ class PRUNEAgent(MEMITAgent):
 
     def __init__(self, env: gym.Env[Any, Any], config: PRUNEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
-        self._largest: dict[str, float] = {}
-        # By module: the excess after the last update and before it; checksums of the weights after it ("left") and
-        # before it ("found").
+        self._largest: dict[str, float] = {}  # module → σ_max
+        # By module: the excess after and before the last update; checksums of the weights after ("left") and before
+        # ("found") it.
         self._parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
 
     def reset(self) -> None:
@@ -86,7 +86,7 @@ class PRUNEAgent(MEMITAgent):
         return {**super().memory(), **parts}
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`memory`."""
+        """Load the tensors of :meth:`memory`."""
         moments, parts = {}, {part: dict[str, Tensor]() for part in _PARTS}
         for name, tensor in memory.items():
             part, _, module = name.partition(":")
@@ -98,12 +98,11 @@ class PRUNEAgent(MEMITAgent):
         self._parts = parts
 
     def excess(self) -> dict[str, Tensor]:
-        """The raw sum minus W − W₀, (d_out, d_in) by module, for the LLM's present weights; empty where there is
-        none."""
-        now = self._checksums()
+        """The raw sum minus W − W₀, (d_out, d_in) by module, for the LLM's present weights; empty if none is known."""
+        present = self._checksums()
         for checksums, excess in (("left", "excess"), ("found", "excess_before")):
             known = self._parts[checksums]
-            if known and all(torch.equal(now[m], known[m]) for m in known):
+            if known and all(torch.equal(present[m], known[m]) for m in known):
                 return self._parts[excess]
         return {}
 
@@ -118,8 +117,9 @@ class PRUNEAgent(MEMITAgent):
         return action, state
 
     def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
-        """{"accumulated": restrained copy of the raw sum, MEMIT's update included}; the LLM now holds the raw sum."""
-        accumulated, excess, left = {}, {}, {}
+        """{"accumulated": the restrained copy of the raw sum with MEMIT's update}; :meth:`predict` calls it while the
+        LLM's weights are W₀ plus the raw sum."""
+        accumulated, excess, checksums = {}, {}, {}
         for module, update in dense(keys, values).items():
             original = self.lm.original_weight(module)
             if module not in self._largest:
@@ -130,8 +130,8 @@ class PRUNEAgent(MEMITAgent):
                 excess[module] = raw - accumulated[module]
         weights = {m: self.lm.original_weight(m) for m in accumulated}
         for module, weight in Replacement(accumulated).updated(weights, weights).items():
-            left[module] = checksum(weight)
-        self._parts |= {"excess": excess, "left": left}
+            checksums[module] = checksum(weight)
+        self._parts |= {"excess": excess, "left": checksums}
         return {"accumulated": accumulated}
 
     @classmethod
@@ -149,7 +149,8 @@ def checksum(weight: Tensor) -> Tensor:
 
 
 def restrained(change: Tensor, largest: float, base: float) -> Tensor:
-    """The matrix with log_base(σ / largest) + largest for each singular value σ above ``largest``, if that is less."""
+    """The matrix with each singular value σ above ``largest`` replaced by log_base(σ / largest) + largest, if that is
+    less."""
     decomposed: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(change, full_matrices=False)
     left, values, right = decomposed
     if values[0] <= largest:

@@ -15,13 +15,13 @@ from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
 
 @dataclass(frozen=True)
 class RECTConfig(MEMITConfig):
-    """RECT's settings beside MEMIT's.
+    """RECT's settings; see `MEMITConfig`.
 
     Attributes:
         kept: share of an update's entries that is kept.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     kept: float = 0.4
@@ -33,9 +33,9 @@ class RECTConfig(MEMITConfig):
 
 
 class RECTAgent(MEMITAgent):
-    """RECT keeps only those entries of MEMIT's updates whose relative change |ΔW / W| is largest (section 5), and makes
-    the others zero. As in the code published with AlphaEdit, MEMIT's updates are computed whole, layer by layer, and
-    masked at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
+    """RECT keeps only the entries of MEMIT's updates with the largest relative change |ΔW / W| (section 5), and sets
+    the others to zero. As in the code published with AlphaEdit, MEMIT's updates are computed layer by layer, and masked
+    at the end. That code divides by W + 1e-8 and keeps one entry more; ours divides by W itself.
 
     Args:
         env, config, seed: see `LocateAgent`.
@@ -54,10 +54,10 @@ class RECTAgent(MEMITAgent):
 
 
 def largest_changes(update: Tensor, weight: Tensor, kept: float) -> Tensor:
-    """ΔW with only the share ``kept`` of its entries whose |ΔW / W| is largest; the others are zero."""
+    """ΔW with the share ``kept`` of its entries that have the largest |ΔW / W|; the others are zero."""
     relative = (update / weight).abs().nan_to_num(nan=0.0)  # 0 / 0 is no change
     count = round(kept * relative.numel())
-    chosen = relative.flatten().topk(count, sorted=False).indices
+    largest = relative.flatten().topk(count, sorted=False).indices
     mask = torch.zeros(relative.numel(), dtype=torch.bool, device=update.device)
-    mask[chosen] = True
+    mask[largest] = True
     return update * mask.view_as(update)

@@ -18,12 +18,12 @@ from rledit_env.lm.editable import EditableLM
 
 @dataclass(frozen=True)
 class ROMEConfig(LocateConfig):
-    """ROME's settings; see `LocateConfig`. Defaults are those published for GPT-J.
+    """ROME's settings; see `LocateConfig`. The defaults are those published for GPT-J.
 
     Attributes:
-        key: "mixed", as in the published code: the mean over contexts gives the direction of the update, the plain
-            prompt its size. "mean", as in ROME's paper and the repair of Gupta et al. ("Rebuilding ROME", 2024): the
-            mean for both. "prompt": the plain prompt for both.
+        key: "mixed", as in the published code: the mean over contexts gives the update's direction, the plain prompt
+            its size. "mean", as in ROME's paper and the correction of Gupta et al. ("Rebuilding ROME", 2024): the mean
+            gives both. "prompt": the plain prompt gives both.
         second_moment: whether the update's direction is u = C⁻¹k (``mom2_adjustment: true``, as published for GPT-2 and
             GPT-J). False: u = k / ‖k‖, as in the files of AlphaEdit (Llama-3) and EasyEdit (every model); C is then not
             computed.
@@ -42,18 +42,18 @@ class ROMEConfig(LocateConfig):
 
 
 class ROMEAgent(LocateAgent):
-    """ROME: ΔW = (v* − W k*) uᵀ / (uᵀk*), u = C⁻¹k* (Eq. 2). This makes W k* = v* and changes the outputs for ordinary
-    keys least. k* is the mean of the module's inputs at the subject's last token over contexts (Eq. 3).
+    """ROME: ΔW = (v* − W k*) uᵀ / (uᵀk*), u = C⁻¹k* (Eq. 2). Of all updates with W k* = v*, it changes the outputs for
+    ordinary keys least. k* is the mean of the module's inputs at the subject's last token over contexts (Eq. 3).
 
-    As published: 20 contexts beside the plain prompt, 10 of 5 tokens and 10 of 10, all with equal weight in k*. The
-    published code takes u from that mean, but k* in uᵀk* and W k* from the plain prompt. Then uᵀk* may be small and the
-    edit huge, which breaks the model now and then (Gupta et al., 2024); ``key="mean"`` is the formula as it stands.
+    As published: 20 contexts beside the plain prompt, 10 of 5 tokens and 10 of 10 tokens, all with equal weight in k*.
+    The published code takes u from that mean, but k* in uᵀk* and W k* from the plain prompt. Then uᵀk* may be small and
+    the edit huge, which sometimes breaks the model (Gupta et al., 2024); ``key="mean"`` is the paper's formula.
     ``second_moment=False`` is the published variant with u = k* / ‖k*‖.
 
-    Ours: ROME edits one fact at a time. Here a batch is that sequence of single edits, solved at once: each v* − W k*
-    includes the edits before it, but each v* is optimised with the weights at the batch's beginning, where the
-    published code optimises it after the edit before. (Keys of one layer do not depend on its own weight.) With batches
-    of one fact there is no difference.
+    Ours: ROME edits one fact at a time. Here a batch is a sequence of single edits, solved at once: each v* − W k*
+    includes the edits before it, but each v* is optimised with the weights at the batch's start, where the published
+    code optimises it after the previous edit. (Keys of one layer do not depend on its own weight.) With batches of one
+    fact there is no difference.
 
     Args:
         env, config, seed: see `LocateAgent`; the environment edits a single module.
@@ -72,7 +72,7 @@ class ROMEAgent(LocateAgent):
 
     @classmethod
     def default_modules(cls, lm: EditableLM) -> list[str]:
-        """The middle one of the modules that the other methods edit by default."""
+        """The middle module of those that the other methods edit by default."""
         modules = super().default_modules(lm)
         return [modules[len(modules) // 2]]
 
@@ -85,7 +85,7 @@ class ROMEAgent(LocateAgent):
         mixed = self.config.key == "mixed"
         directed = keys_of("mean" if mixed else self.config.key)
         keys = keys_of("prompt") if mixed else directed
-        # v* is the module's output with its bias, W k* is without.
+        # v* includes the module's bias, W k* does not.
         bias = getattr(self.lm.model.get_submodule(module), "bias", None)
         targets = values.solved.double() - (0 if bias is None else bias.double())
         update_keys, residuals = sequential_rank_one(
@@ -108,18 +108,17 @@ def sequential_rank_one(
         weight: W before the first edit, (d_out, d_in).
         keys: (N, d_in).
         targets: v* without the module's bias, (N, d_out).
-        second_moment: C, (d_in, d_in), positive semidefinite; None: the identity, so that u = k, whose length does not
-            matter.
-        directed: the k of C⁻¹k, (N, d_in), where it is not the key; None: the keys.
+        second_moment: C, (d_in, d_in), positive semidefinite; None: the identity, so u = k (its length cancels).
+        directed: k in C⁻¹k, (N, d_in), if it differs from the keys; None: the keys.
     """
     directions = keys if directed is None else directed
     if second_moment is not None:
         size = len(second_moment)
-        # A small ridge, for directions that the corpus does not have.
+        # A small ridge makes C invertible in directions that do not occur in the corpus.
         ridge = 1e-8 * second_moment.trace() / size
         system = second_moment + ridge * torch.eye(size, dtype=keys.dtype, device=keys.device)
         directions = torch.cholesky_solve(directions.T, torch.linalg.cholesky(system)).T  # rows C⁻¹k
     update_keys = directions / (directions * keys).sum(1, keepdim=True)
-    before = (keys @ update_keys.T).tril(-1)  # (i, j): how much of edit j reaches key i
-    residuals = torch.linalg.solve_triangular(before, targets - keys @ weight.T, upper=False, unitriangular=True)
+    effects = (keys @ update_keys.T).tril(-1)  # (i, j): ũⱼᵀkᵢ, the effect of edit j on key i
+    residuals = torch.linalg.solve_triangular(effects, targets - keys @ weight.T, upper=False, unitriangular=True)
     return update_keys, residuals

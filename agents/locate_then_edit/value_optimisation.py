@@ -1,8 +1,9 @@
 """ROME's value optimisation (Meng et al., NeurIPS 2022, Eq. 4), for all facts of a batch at once.
 
-For each fact, a vector δ is added to the output m of an MLP's last projection at the subject's last token and optimised
-until the LLM answers with the new target. v* = m + δ is the value that the edited weight is to give for the fact's key.
-Only tokens from the subject's last one on are run, and only layers from the edited one up (`rledit_env.lm.continued`).
+For each fact, a vector δ is added to the output m of an MLP's last projection at the subject's last token, and
+optimised until the LLM answers with the new target. v* = m + δ is the output that the edited weight should give for the
+fact's key. Only tokens from the subject's last one on are run, and only layers from the edited one up
+(`rledit_env.lm.continued`).
 """
 
 from __future__ import annotations
@@ -27,28 +28,27 @@ KL_TERMS = ("subject", "essence")
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """How v* is found. Defaults are those published for GPT-J with ROME.
+    """The settings of the value optimisation. The defaults are those published for GPT-J with ROME.
 
-    The loss of a fact is the mean of −log p(target) over its target tokens and prompts (prompts weigh the same), plus
-    ``kl_weight`` · KL, plus ``weight_decay`` · ‖δ‖ / ‖r‖², as in the published code of ROME, MEMIT and AlphaEdit.
+    The loss of a fact is the mean of −log p(target) over its target tokens and prompts (all prompts have equal weight),
+    plus ``kl_weight`` · KL, plus ``weight_decay`` · ‖δ‖ / ‖r‖², as in the published code of ROME, MEMIT and AlphaEdit.
 
     Attributes:
-        steps: how often the loss is computed, at most. An Adam step follows each time but the last, as in the published
-            code, whose ``v_num_grad_steps: 25`` takes 24. A fact whose loss falls below ``loss_threshold`` ends
-            earlier.
+        steps: the largest number of times the loss is computed. An Adam step follows each time but the last, as in the
+            published code, whose ``v_num_grad_steps: 25`` takes 24. A fact whose loss falls below ``loss_threshold``
+            ends earlier.
         learning_rate: Adam's.
         weight_decay: weight of ‖δ‖ / ‖r‖² in the loss.
-        kl_weight: weight of the KL divergence between the LLM with δ and the LLM before.
+        kl_weight: weight of the KL divergence between the LLM with δ and without it.
         clamp: ‖δ‖ is at most this many times ‖r‖.
         loss_threshold: see ``steps``.
-        relative_to: which vector at the prompt's subject is r: "output", m itself, as in ROME, or "state", the layer's
+        relative_to: the vector r at the prompt's subject: "output", m itself, as in ROME, or "state", the layer's
             output state, as in MEMIT and AlphaEdit.
-        kl: which divergence. "subject", as published: KL(new ‖ old) of the next token at the subject's last token in
-            "{subject} is a", the token where δ is added. "essence", ours: KL(old ‖ new) of the token after
-            "{subject} is a".
+        kl: the divergence. "subject", as published: KL(new ‖ old) of the next token at the subject's last token in
+            "{subject} is a", where δ is added. "essence", ours: KL(old ‖ new) of the token after "{subject} is a".
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
     steps: int = 20
@@ -96,8 +96,8 @@ class Values:
     Attributes:
         initial: m, the module's output at the prompt's subject, (F, d_out), at least float32.
         delta: δ, (F, d_out).
-        loss: the last loss seen, (F,).
-        steps: Adam steps taken, (F,) int64.
+        loss: the last loss, (F,).
+        steps: number of Adam steps, (F,) int64.
     """
 
     initial: Tensor
@@ -112,7 +112,7 @@ class Values:
 
 
 def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] = ()) -> Request:
-    """The passages of a fact. In a chat template, a context is put right before the prompt's own words.
+    """The passages of a fact. In a chat template, a context precedes the prompt's own words directly.
 
     Ours: contexts that mention the subject are left out; the published code keeps them.
 
@@ -127,7 +127,7 @@ def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] =
             f"is {subject!r} and the prompt {record.prompt!r}; take facts with subjects (ZsRE, CounterFact)"
         )
     if not record.lead and record.prompt.startswith(lm.text.special_tokens):
-        contexts = ()  # in a chat that the user wrote out, the prompt's own words are not known
+        contexts = ()  # in a chat that the user wrote out, it is unknown where the prompt's own words begin
     leads = ["", *(f"{c}. " for c in contexts if subject not in c)]
     prompts = [record.prompt[: record.lead] + lead + record.prompt[record.lead :] for lead in leads]
     spans = [(span[0] + len(lead), span[1] + len(lead)) for lead in leads]
@@ -140,7 +140,7 @@ def encode_request(lm: EditableLM, record: EditRecord, contexts: Sequence[str] =
 
 
 def up_to_subject(essence: Passage) -> Passage:
-    """The essence cut after its subject's last token, which then predicts the passage's only target."""
+    """The essence, cut after its subject's last token; that position predicts the passage's only target."""
     position = essence.subject_position
     assert position is not None
     return Passage(essence.input_ids[: position + 1], essence.targets[:1], position)
@@ -155,10 +155,10 @@ def optimise_values(
 ) -> Values:
     """v* of F facts at one module, with the LLM's current weights; facts do not depend on each other.
 
-    The memory is that of one forward pass (`EditableLM.max_tokens_per_pass`), whatever F is.
+    The memory is that of one forward pass (`EditableLM.max_tokens_per_pass`) for any F.
 
     Args:
-        lm: the LLM, which is not changed.
+        lm: the LLM; it is not changed.
         module: a linear module whose output is added to the residual stream, such as an MLP's last.
         requests: the facts.
         config: the settings.
@@ -173,16 +173,17 @@ def optimise_values(
     )
     for chunk in _chunks(requests, lm.max_tokens_per_pass):
         solved = _optimise(lm, module, [requests[i] for i in chunk], config)
-        for whole, part in ((values.initial, solved.initial), (values.delta, solved.delta),
-                            (values.loss, solved.loss), (values.steps, solved.steps)):  # fmt: skip
-            whole[chunk] = part
+        for all_facts, part in ((values.initial, solved.initial), (values.delta, solved.delta),
+                                (values.loss, solved.loss), (values.steps, solved.steps)):  # fmt: skip
+            all_facts[chunk] = part
         if progress is not None:
             progress(len(chunk))
     return values
 
 
 def _chunks(requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of facts with tails of similar length, at most ``max_tokens`` padded tokens together."""
+    """Indices of facts whose passages have similar lengths from the subject on, at most ``max_tokens`` padded tokens
+    together."""
     longest = [
         max(len(p) - (p.subject_position or 0) for p in (*request.rewrites, request.essence)) for request in requests
     ]
@@ -200,8 +201,8 @@ def _chunks(requests: Sequence[Request], max_tokens: int) -> Iterator[list[int]]
 
 
 def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: ValueConfig) -> Values:
-    """Optimise all these facts by one Adam. Facts that are done stay, and are dropped from the forward passes once they
-    are half of them."""
+    """Optimise these facts with one Adam. The values of finished facts stay as they are; once half of the facts are
+    finished, these are dropped from the forward passes."""
     count, width = len(requests), lm.module_shapes[module][1]
     delta = torch.zeros(count, width, device=lm.device, dtype=lm.edit_dtype)
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
@@ -215,26 +216,26 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
         if reference is None:
             initial, state, reference = running.at_rest()
             size = (state if config.relative_to == "state" else initial).norm(dim=1, keepdim=True)  # ‖r‖, (F, 1)
-        resting = torch.zeros(len(active), dtype=torch.bool, device=lm.device)
+        finished = torch.zeros(len(active), dtype=torch.bool, device=lm.device)
         while True:
             losses, gradient = running.losses(delta[active], reference[active], config)
-            now, norm = delta[active], delta[active].norm(dim=1, keepdim=True)
+            norm = delta[active].norm(dim=1, keepdim=True)
             scale = config.weight_decay / size[active].square()
             losses = losses + (scale * norm)[:, 0]
-            gradient = gradient + scale * now / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            loss[active] = torch.where(resting, loss[active], losses)
-            resting = resting | (losses < config.loss_threshold)
+            gradient = gradient + scale * delta[active] / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            loss[active] = torch.where(finished, loss[active], losses)
+            finished = finished | (losses < config.loss_threshold)
             step += 1
             if step == config.steps:
                 return Values(initial, delta, loss, steps.cpu())
-            moving = active[~resting]
-            gradient = gradient[~resting]
+            moving = active[~finished]
+            gradient = gradient[~finished]
             first[moving] = 0.9 * first[moving] + 0.1 * gradient
             second[moving] = 0.999 * second[moving] + 0.001 * gradient.square()
             scaled = (second[moving] / (1 - 0.999**step)).sqrt() + 1e-8
-            moved = delta[moving] - config.learning_rate * first[moving] / (1 - 0.9**step) / scaled
+            stepped = delta[moving] - config.learning_rate * first[moving] / (1 - 0.9**step) / scaled
             limit = config.clamp * size[moving]
-            delta[moving] = moved * (limit / moved.norm(dim=1, keepdim=True)).clamp(max=1)
+            delta[moving] = stepped * (limit / stepped.norm(dim=1, keepdim=True)).clamp(max=1)
             steps[moving] = step
             if 2 * len(moving) <= len(active):
                 active = moving
@@ -243,7 +244,7 @@ def _optimise(lm: EditableLM, module: str, requests: Sequence[Request], config: 
 
 
 class _Pass:
-    """The passages of some facts, which are run with vectors added at their subjects."""
+    """Forward passes over the passages of some facts, with vectors added at the subjects."""
 
     def __init__(self, lm: EditableLM, module: str, requests: Sequence[Request]) -> None:
         self.site, self.width = lm.model.get_submodule(module), lm.module_shapes[module][1]
@@ -264,41 +265,49 @@ class _Pass:
         self.targets = torch.tensor([t for p in rewrites for t in p.targets], device=device)
 
     def _states(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Final states (P, d) at the answer positions, those of the essences last, with δ (F, d_out) added; and the
-        module's outputs at the plain prompts' subjects without δ, (F, d_out)."""
-        seen: list[Tensor] = []
+        """Run the passages with δ (F, d_out) added to the module's outputs.
+
+        Returns:
+            The final states (P, d) at the answer positions, the essences' last; and the module's outputs without δ at
+            the plain prompts' subjects, (F, d_out).
+        """
+        outputs: list[Tensor] = []
 
         def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             subjects = at_least_float32(at_places(output, self.forward.subjects))  # (B, d_out)
-            seen.append(subjects[self.plain])
-            moved = (subjects + delta[self.owner]).to(output.dtype)
-            rows = output.view(len(moved), -1, self.width)
-            places = torch.arange(len(moved), device=output.device), self.forward.subjects
-            return rows.index_put(places, moved).view_as(output)
+            outputs.append(subjects[self.plain])
+            shifted = (subjects + delta[self.owner]).to(output.dtype)
+            rows = output.view(len(shifted), -1, self.width)
+            places = torch.arange(len(shifted), device=output.device), self.forward.subjects
+            return rows.index_put(places, shifted).view_as(output)
 
         handle = self.site.register_forward_hook(add)
         try:
             states = self.forward.states(self.places)
         finally:
             handle.remove()
-        return states, seen[0]
+        return states, outputs[0]
 
     @torch.no_grad()
     def at_rest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """With nothing added: the module's outputs at the subjects (F, d_out), its layer's output states there (F, d),
-        and the essences' final states (F, d)."""
-        left: list[Tensor] = []
+        """Run the passages with nothing added.
 
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        Returns:
+            The module's outputs at the subjects (F, d_out), its layer's output states there (F, d), and the essences'
+            final states (F, d).
+        """
+        layer_states: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            left.append(at_least_float32(at_places(states, self.forward.subjects)[self.plain]))
+            layer_states.append(at_least_float32(at_places(states, self.forward.subjects)[self.plain]))
 
-        handle = self.forward.layers[self.layer].register_forward_hook(leave)
+        handle = self.forward.layers[self.layer].register_forward_hook(keep)
         try:
             states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
         finally:
             handle.remove()
-        return initial, left[0], states[len(self.targets) :]
+        return initial, layer_states[0], states[len(self.targets) :]
 
     def losses(self, delta: Tensor, reference: Tensor, config: ValueConfig) -> tuple[Tensor, Tensor]:
         """The loss of each fact without the weight decay, (F,), and its gradient with respect to δ, (F, d_out)."""

@@ -1,4 +1,4 @@
-"""RLEdit: the agent that learns from whole streams, its network, and what it starts from."""
+"""RLEdit: the agent that learns from whole episodes, its hypernetwork and its configuration."""
 
 from agents.rledit.agent import RLEditAgent
 from agents.rledit.config import (

@@ -1,4 +1,4 @@
-"""RLEdit: the hypernetwork trained by the gradient of the whole trajectory's return (ICML 2025)."""
+"""RLEdit: a hypernetwork trained by the gradient of the whole trajectory's return (ICML 2025)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from rledit_env.interface import editing_env
 class RLEditAgent(HypernetworkPolicy):
     """The RLEdit agent.
 
-    Where the network wants the gradients of a fact's own loss (see `HypernetworkConfig.loss`), the agent asks its
-    environment which facts are presented: name the one that it edits in with :meth:`set_env`, unless that is ``env``.
+    With ``loss="fact"`` or ``"sum"`` in `HypernetworkConfig`, the agent asks its environment which facts are presented.
+    If it edits in another environment than ``env``, name that one with :meth:`set_env`.
 
     Args:
         env: a `LifelongEditEnv` made with ``array_backend="torch"`` (and ``reward_gradient=True`` to learn); None for
             an agent that only predicts, given ``shapes``.
         config: the network and its training.
         shapes: module → (d_in, d_out), if there is no ``env``.
-        seed: of the initial parameters and of the training streams.
+        seed: of the initial parameters and of the training episodes.
     """
 
     def learn(  # noqa: PLR0913  called as in Stable-Baselines3: its arguments are not gathered in one
@@ -49,37 +49,39 @@ class RLEditAgent(HypernetworkPolicy):
         resume: bool = True,
         processes: Processes | None = None,
     ) -> RLEditAgent:
-        """Train by whole-trajectory updates: each ends with one step of Adam on the gradient of the return.
+        """Train by whole trajectories: each policy update is one step of Adam on the gradient of the return.
 
-        A run in ``log_dir`` that was interrupted, however roughly, is finished, counted from its own start: it goes on
-        from its last checkpoint and ends as it would have ended. An agent that has finished it takes further steps;
-        a new agent takes it as it is. Ctrl-C writes a checkpoint of the last finished update first.
+        An interrupted run in ``log_dir`` is resumed from its last checkpoint, even after a kill, and ends as it would
+        have ended without the interruption; its steps count from its own start. If the run in ``log_dir`` is finished,
+        the agent that finished it takes further steps, and a new agent loads its result. Ctrl-C writes a checkpoint of
+        the last finished update first.
 
         Args:
-            total_timesteps: further environment steps to take, rounded up to whole trajectories (and to as many for
+            total_timesteps: further environment steps to take, rounded up to whole trajectories (the same number for
                 each process).
             callback: called after every update with its numbers; training stops when it returns False.
-            progress_bar: show one.
+            progress_bar: show a progress bar.
             reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
-            log_dir: TensorBoard's folder (each update's numbers, and in ``steps`` those of each environment step, the
-                drift among them); checkpoints ``last`` and ``best`` are written there too, and training goes on from
-                ``last`` if it is there.
-            eval_env: a held-out stream, best a longer one than the training streams (a policy trained on one horizon
-                need not be stable beyond it). Its metrics choose the best checkpoint, which the agent holds at the
-                end. It may share the LLM with the training environment.
+            log_dir: TensorBoard's folder, with the numbers of each update, and in ``steps`` those of each environment
+                step, such as the drift. The checkpoints ``last`` and ``best`` are written there too, and training
+                resumes from ``last`` if it exists.
+            eval_env: an environment of held-out facts, best with a longer episode than in training: a policy trained on
+                one horizon need not be stable beyond it. Its metrics choose the best checkpoint, which the agent has
+                at the end. It may share the LLM with the training environment.
             eval_every: updates between two evaluations; the untrained policy and the last one are evaluated too.
             patience: evaluations without a better score before training stops early.
             eval_seed: the seed that ``eval_env`` is always reset with.
             checkpoint_every: updates between two checkpoints; one is written at every evaluation as well.
-            resume: go on from ``last``; False starts anew and writes over it.
-            processes: those that train together (`Processes.started()`), each with its own environment of the same
-                settings. Each edits ``trajectories_per_update`` streams of its own for an update, whose gradient is the
-                mean over all; the first one writes the files. One process with as many trajectories does the same.
+            resume: resume from ``last``; False starts anew and overwrites it.
+            processes: the processes that train together (`Processes.started()`), each with its own environment of the
+                same settings. For an update, each runs ``trajectories_per_update`` episodes of its own, and the
+                gradient is the mean over all of them. The first process writes the files. One process with as many
+                trajectories does the same.
 
         Raises:
-            ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` holds a run with
+            ValueError: the environment does not give tensors and reward gradients, or ``log_dir`` contains a run with
                 other settings.
-            FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
+            FileExistsError: ``log_dir`` contains a file that would be overwritten and that no training wrote.
         """
         run = TrainingRun(
             total_timesteps, callback, progress_bar, reset_num_timesteps, log_dir, eval_env, eval_every, patience,
@@ -98,22 +100,23 @@ class RLEditAgent(HypernetworkPolicy):
         self, env: gym.Env, factors: Sequence[float] = (1.0, 0.85, 0.7, 0.6, 0.5, 0.35), seed: int = 12345,
         kl_bound: float | None = None,
     ) -> dict[float, float]:  # fmt: skip
-        """Scale the step sizes by the factor that scores best on a held-out stream, best as long as those to come.
+        """Scale the step sizes by the factor that scores best on held-out facts.
 
-        Training on short streams favours steps that are too large for long ones: what a step gains for its own batch
-        it takes from the weights that all later batches share. From the largest factor on, each is tried until the
-        score falls; with a bound on the divergence, what is beyond it counts less than any score.
+        Training on short episodes favours steps that are too large for long ones: each step changes weights that all
+        later batches share. The factors are tried from the largest down, until the score falls. With a bound on the
+        divergence, a factor beyond it counts less than any score.
 
         Args:
-            env: the held-out stream; ``steps_per_batch`` may differ from training's.
-            factors: what to try.
+            env: an environment of held-out facts, its episode best as long as the streams that will be edited;
+                ``steps_per_batch`` may differ from training's.
+            factors: the factors to try.
             seed: ``env`` is reset with it.
-            kl_bound: the most that the LLM may diverge on its own text, in nats a token; None takes the
+            kl_bound: the largest divergence of the LLM on its own text, in nats a token; None takes the
                 configuration's.
 
         Returns:
-            Factor → mean of Efficacy, Generalization and Specificity of those tried: −∞ where the LLM broke, and how
-            far the divergence is beyond ``kl_bound``, as a negative number, where it is.
+            Factor → score, for the factors that were tried: the mean of Efficacy, Generalization and Specificity; −∞
+            if the LLM broke; and a negative number, the excess over ``kl_bound``, if the divergence is beyond it.
         """
         bound = self.config.kl_bound if kl_bound is None else kl_bound
         inner = editing_env(env)
@@ -137,29 +140,29 @@ class RLEditAgent(HypernetworkPolicy):
                               "smaller factors", stacklevel=2)
             else:
                 best = max(scores, key=scores.__getitem__)
-        finally:  # an interruption too leaves the step sizes as they were
+        finally:  # an interruption leaves the step sizes unchanged, too
             self.network.scale_step_sizes(best, start)
             self.reset()
         return scores
 
     def gather_moments(self, env: gym.Env, progress_bar: bool = True) -> None:
-        """Let streams start from the moments of an environment's facts (see `HypernetworkConfig.warm_up`), as
-        :meth:`learn` does before its first update: of the first batches of ``prior_batches`` streams, under the
-        pre-trained weights. The agent begins a new stream.
+        """Gather the moments that streams start from (see `HypernetworkConfig.warm_up`), as :meth:`learn` does before
+        its first update: from the first batches of ``prior_batches`` episodes, under the pre-trained weights. The agent
+        is reset.
 
         Args:
-            env: of training facts, made with the agent's modules and token; no reward is needed.
-            progress_bar: show one.
+            env: an environment of training facts, made with the agent's modules and token; no reward is needed.
+            progress_bar: show a progress bar.
         """
         warm_up(self, env, prior=False, moments=True, progress_bar=progress_bar)
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env | None = None) -> RLEditAgent:
-        """The agent in a folder that :meth:`save` wrote.
+        """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no agent there.
-            ValueError: it was trained for other modules than the environment's.
+            FileNotFoundError: the folder contains no agent.
+            ValueError: the agent was trained for other modules than the environment's.
         """
         folder = Path(path)
         description = read_description(folder)

@@ -1,6 +1,6 @@
-"""How a batch's rows are made one update: MEND's sum of rank-1 updates, and least squares (MALMEN, RLEdit).
+"""How a batch's rows become one update: MEND's sum of rank-1 updates, or least squares (MALMEN, RLEdit).
 
-The recursion's keys ũ come from the stream's system (see `agents.rledit.key_memory`); its values are least squares'.
+"recursive" takes its values from least squares as well, and its keys ũ from `agents.rledit.key_memory`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def inverse_curvature(curvature: Tensor, damping: float) -> Tensor:
 
 
 def turned(values: Tensor, turns: Tensor) -> Tensor:
-    """Each vᵢ (M, N, d_out) multiplied by its module's matrix (M, d_out, d_out), with the norm that it had."""
+    """Each vᵢ (M, N, d_out) multiplied by its module's matrix (M, d_out, d_out) and rescaled to its earlier norm."""
     rows = values @ turns
     length: Tensor = rows.norm(dim=2, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     scale: Tensor = values.norm(dim=2, keepdim=True) / length

@@ -1,4 +1,4 @@
-"""The residual blocks that a hypernetwork transforms its rows with."""
+"""The residual blocks of a hypernetwork."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rledit_env.lm.kernels.products import linear, outer
 
 
 class ResidualBlocks(nn.Module):
-    """z ← z + scale_l ⊙ ReLU(z A B + b) + shift_l, B times; A, B, b shared by modules of one shape.
+    """Residual blocks z ← z + scale_l ⊙ ReLU(z A B + b) + shift_l; modules of one shape share A, B and b.
 
-    With ``inside`` they are inside of the ReLU, as in MEND: z ← z + ReLU(scale_l ⊙ (z A B + b) + shift_l).
+    With ``inside``, scale and shift are inside the ReLU, as in MEND: z ← z + ReLU(scale_l ⊙ (z A B + b) + shift_l).
 
-    A starts as N(0, 1/width), or with ``unit`` as N(0, 1). B starts at zero, so that the untrained network is the
-    identity. The ReLU is written as a clamp, whose gradient at zero is 1: torch.relu's is 0 there, and B and b, which
-    start at just that point, would never learn.
+    A starts as N(0, 1/width), or with ``unit`` as N(0, 1). B and b start at zero, so the untrained network is the
+    identity. The ReLU is written as a clamp, whose gradient at zero is 1; torch.relu's gradient is 0 there, and B and b
+    would never learn.
     """
 
     def __init__(
@@ -37,11 +37,14 @@ class ResidualBlocks(nn.Module):
         self.shift = nn.ParameterList([nn.Parameter(torch.zeros(modules, width)) for _ in range(blocks)])
 
     def forward(self, z: Tensor, members: Sequence[int]) -> Tensor:
-        """Transformed rows (M, N, width) of modules of the shape at once: a product a block, not one a module.
+        """Transform the rows of several modules of one shape with one matrix product a block.
 
         Args:
-            z: the modules' rows.
-            members: which of the shape's modules they are, M in number.
+            z: the modules' rows, (M, N, width).
+            members: the places of these M modules among the shape's modules.
+
+        Returns:
+            The transformed rows, (M, N, width).
         """
         for i, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             scale, shift = self.scale[i][members], self.shift[i][members]
@@ -50,17 +53,17 @@ class ResidualBlocks(nn.Module):
                 inner = linear(linear(z.to(kind), down.to(kind).T), up.to(kind).T).to(z.dtype) + self.bias[i]
                 z = z + (scale[:, None] * inner + shift[:, None]).clamp(min=0)
                 continue
-            run = (down.detach().bfloat16(), up.detach().bfloat16()) if self.in_half else (down, up)
-            z = ResidualBlock.apply(z, down, up, self.bias[i], scale, shift, *run)
+            factors = (down.detach().bfloat16(), up.detach().bfloat16()) if self.in_half else (down, up)
+            z = ResidualBlock.apply(z, down, up, self.bias[i], scale, shift, *factors)
         return z
 
 
 class ResidualBlock(torch.autograd.Function):
-    """z + scale ⊙ clamp(z A B + b) + shift with its gradient written out: half the memory and passes over it of the
-    same in single operations.
+    """z + scale ⊙ clamp(z A B + b) + shift with its gradient written out, which halves the memory and the memory
+    traffic of the single operations.
 
-    z is (M, N, width), scale and shift (M, width), one row a module. The products are in the precision of ``run_down``
-    and ``run_up``, which are A and B, or what they are in bfloat16.
+    z is (M, N, width), scale and shift are (M, width), one row a module. ``run_down`` and ``run_up`` are A and B, or
+    their copies in bfloat16; the products are computed in their precision.
     """
 
     @staticmethod

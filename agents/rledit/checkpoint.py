@@ -1,4 +1,4 @@
-"""A training's checkpoints: the state that an interrupted run goes on from, and the last and the best policy."""
+"""Training checkpoints: the state that an interrupted run resumes from, and the last and the best policy."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from rledit_env.files import write_tensors
 from rledit_env.interface import editing_env
 from rledit_env.preservation import Multiplier
 
-POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # what the names of a policy's tensors begin with
+POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # prefixes of the names of a policy's tensors
 TrainingState = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and counters
 
 
 def training_state(agent: HypernetworkPolicy) -> TrainingState:
-    """Copies of all that the rest of the training depends on: tensors, and the counters."""
+    """Copies of everything that the rest of the training depends on: tensors and counters."""
     progress, tensors = agent.progress, agent.policy_state()
     parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
-    for place, parameter in enumerate(parameters):  # the optimiser's own numbering
+    for place, parameter in enumerate(parameters):  # numbered as in the optimiser's state_dict
         for name, value in agent.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{place}.{name}"] = value.detach().clone()
     tensors |= {f"best.{k}": v for k, v in (progress.best or {}).items()}
@@ -52,10 +52,10 @@ def training_state(agent: HypernetworkPolicy) -> TrainingState:
 
 
 def load_training_state(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-    """Take what :func:`training_state` gave.
+    """Load the state that :func:`training_state` returned.
 
     Raises:
-        ValueError, LookupError, RuntimeError: it does not fit; what the agent then is, is not said.
+        ValueError, LookupError, RuntimeError: the state does not fit; the agent is then in an undefined state.
     """
     policy = {k: v for k, v in tensors.items() if k.startswith(POLICY)}
     best = under("best.", tensors)
@@ -66,8 +66,7 @@ def load_training_state(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor]
     agent.optimizer.load_state_dict({"state": moments, "param_groups": agent.optimizer.state_dict()["param_groups"]})
     agent.best_score = known_best(counters)
     agent.updates, agent.timesteps = counters["updates"], counters["timesteps"]
-    # Earlier versions did not say some of these: their runs began at 0, and went on whenever they were short of the
-    # total.
+    # Checkpoints of earlier versions lack some counters: their runs began at 0 and were never marked as finished.
     agent.progress = Progress(
         counters.get("begun", 0), counters.get("finished", False), best or None, counters["waited"],
         counters["evaluated"], under("mean.", tensors), counters.get("mean_updates", 0),
@@ -82,15 +81,15 @@ def multiplier_of(agent: HypernetworkPolicy) -> Multiplier | None:
 
 
 def resume(agent: HypernetworkPolicy, path: Path) -> None:
-    """Go on from a checkpoint's file of the training state.
+    """Resume a run from a checkpoint's training state file.
 
     Raises:
-        ValueError: it is damaged, or of a run with other settings, or this agent has been trained further elsewhere;
-            the agent is as it was.
+        ValueError: the file is damaged or belongs to a run with other settings, or the agent has already made more
+            updates. The agent is unchanged.
     """
     tensors, metadata = read_training_state(path)
     with built_from(path.parent):
-        counters = _today(json.loads(metadata["training"]), agent)
+        counters = _with_missing_settings(json.loads(metadata["training"]), agent)
         _check_run(agent, counters, path.parent)
         before = training_state(agent)
         try:
@@ -101,8 +100,8 @@ def resume(agent: HypernetworkPolicy, path: Path) -> None:
     tqdm.write(f"going on from {path.parent} (update {agent.updates}, step {agent.timesteps})")
 
 
-def _today(counters: dict[str, Any], agent: HypernetworkPolicy) -> dict[str, Any]:
-    """The counters of a run of any version with all of today's settings: what was not a setting then is not in them."""
+def _with_missing_settings(counters: dict[str, Any], agent: HypernetworkPolicy) -> dict[str, Any]:
+    """Add the settings that did not exist yet in the version that wrote the counters."""
     network = counters["config"]["network"]
     if "warm_up" not in network:
         network["warm_up_rows"] = agent.config.network.warm_up_rows
@@ -112,12 +111,12 @@ def _today(counters: dict[str, Any], agent: HypernetworkPolicy) -> dict[str, Any
 
 
 def _defaults(config: type) -> dict[str, Any]:
-    """A configuration's plain default values by name."""
+    """A configuration's default values by name, without those that a factory makes."""
     return {f.name: f.default for f in fields(config) if f.default is not MISSING}
 
 
 def _check_run(agent: HypernetworkPolicy, counters: Mapping[str, Any], folder: Path) -> None:
-    """Raise ValueError where a run in a folder is not one that this agent can go on with."""
+    """Raise ValueError unless the agent can resume the run in a folder."""
     mend = f"give the same settings, {START_ANEW}"
     run = folder.parent
     different = setting_differences(counters, agent.description())
@@ -131,19 +130,19 @@ def _check_run(agent: HypernetworkPolicy, counters: Mapping[str, Any], folder: P
 
 
 def write_checkpoint(agent: HypernetworkPolicy, folder: Path | None, state: TrainingState) -> None:
-    """Write ``last`` and ``best``; ``last`` also holds the state to go on from, in one file, so that a process
-    killed at any moment leaves either the earlier state or this one."""
+    """Write ``last`` and ``best``. The state to resume from is one file in ``last``, so that a process killed at any
+    moment leaves either the earlier state or this one."""
     if folder is None:
         return
     tensors, counters = state
-    agent.write(folder / "last", _whole_policy(agent, agent.progress.with_mean(tensors)))
+    agent.write(folder / "last", _with_new_stream(agent, agent.progress.with_mean(tensors)))
     if agent.progress.best is not None:
-        agent.write(folder / "best", _whole_policy(agent, agent.progress.best))
+        agent.write(folder / "best", _with_new_stream(agent, agent.progress.best))
     write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})
 
 
-def _whole_policy(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A policy's tensors with those of a stream not yet begun, so that :meth:`RLEditAgent.load` finds all it needs."""
-    fresh = {f"stream.normaliser.{k}": v for k, v in moments_state(agent.network.first_normalisers()).items()}
-    fresh |= {f"stream.normaliser.{k}": v.clone() for k, v in under("lifetime.", tensors).items()}
-    return fresh | {k: v for k, v in tensors.items() if k.startswith(POLICY)}
+def _with_new_stream(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A policy's tensors, and the normalisers at the start of a stream, which :meth:`RLEditAgent.load` needs."""
+    start = {f"stream.normaliser.{k}": v for k, v in moments_state(agent.network.first_normalisers()).items()}
+    start |= {f"stream.normaliser.{k}": v.clone() for k, v in under("lifetime.", tensors).items()}
+    return start | {k: v for k, v in tensors.items() if k.startswith(POLICY)}

@@ -1,4 +1,4 @@
-"""What an RLEdit agent is made from: the settings of its network and of its training, and the published presets."""
+"""The configuration of an RLEdit agent: the settings of its network and of its training, and presets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from agents.key_statistics import GENERATED
 
-# The environment's settings that the agent is best trained and used with.
+# The environment settings that suit the agent best, in training and in use.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
 FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
 Aggregation = Literal["mend", "least_squares", "recursive"]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
-CHOICES: Mapping[str, tuple[str, ...]] = {  # what the settings of `HypernetworkConfig` may be
+CHOICES: Mapping[str, tuple[str, ...]] = {  # the values that settings of `HypernetworkConfig` accept
     "aggregation": AGGREGATIONS,
     "normaliser": ("stream", "lifetime", "continued"),
     "normaliser_scope": ("module", "shape", "shape in turn"),
@@ -31,66 +31,66 @@ CHOICES: Mapping[str, tuple[str, ...]] = {  # what the settings of `Hypernetwork
 
 @dataclass(frozen=True)
 class HypernetworkConfig:
-    """What a hypernetwork is built from.
+    """The settings of a hypernetwork.
 
     Attributes:
         rank: inner width of a residual block.
-        blocks: residual blocks; 0 leaves a rule without training (see `agents.hypernetworks.ultraedit`).
-        aggregation: "mend" (ũ = û, ṽ = −η δ̂), "least_squares" (MALMEN's, RLEdit's default) or "recursive" (the same
-            with the second moment of all earlier keys in the system).
+        blocks: number of residual blocks; 0 gives a rule without training (see `agents.hypernetworks.ultraedit`).
+        aggregation: "mend" (ũ = û, ṽ = −η δ̂), "least_squares" (MALMEN's, RLEdit's default) or "recursive" (least
+            squares with the second moment of all earlier keys in the system).
         step_size: initial η_l.
-        step_size_parameter: what of η_l is learned: "log", log η_l, so that it stays positive and a learning rate is
+        step_size_parameter: the learned form of η_l: "log", log η_l, which keeps η_l positive and makes a learning rate
             relative; or "direct", η_l itself, as in the published code of MEND, MALMEN, DAFNet and RLEdit: a learning
-            rate is then a change of η_l, which may turn negative.
+            rate is then an absolute change of η_l, which may turn negative.
         damping: initial λ_l.
-        learn_damping: whether log λ_l is learned ("least_squares" only; in the recursion it is the memory's start).
-        initial_weights: of A: "unit", N(0, 1), as in the published code; or "scaled", N(0, 1/width), so that z A is of
-            z's size whatever the width.
+        learn_damping: whether log λ_l is learned ("least_squares" only; "recursive" starts its memory from it).
+        initial_weights: of A: "unit", N(0, 1), as in the published code; or "scaled", N(0, 1/width), which gives z A
+            the size of z at any width.
         block: "malmen", z + s ⊙ ReLU(z A B + b) + o, or "mend", z + ReLU(s ⊙ (z A B + b) + o), with each module's scale
             s and shift o.
         coefficient: of vᵢ in the least squares: "key" (uᵢ·ûᵢ, MALMEN's) or "normalised" (‖ûᵢ‖², UltraEdit's).
-        output_units: of what (û, δ̂) the residual blocks give: "normalised", as they are (MEND, MALMEN, RLEdit); or
-            "input", taken back to the units of u and δ by the same moments. With "input" the untrained network is the
+        output_units: units of the residual blocks' output (û, δ̂): "normalised", as they are (MEND, MALMEN, RLEdit); or
+            "input", converted to the units of u and δ by the same moments. With "input" the untrained network is the
             rule on the gradient itself, without a normaliser: with "least_squares" vᵢ = −η ‖uᵢ‖² δᵢ, the base rule of
             `rledit_env.wrappers.ScaledUpdate`.
-        prior: c, how many keys the least squares start with: S_0 = λI + c·C, with C a second moment E[k kᵀ] of keys k
-            (nothing until it has been gathered, see :attr:`Hypernetwork.wants_prior`).
-        prior_source: whose keys C is of. "facts": those of training facts, for the recursion only: it keeps the first
-            updates of a stream out of the directions that all keys share, and makes a long stream's steps like a short
-            one's. "text": those of all tokens of ordinary text, for the recursion and the plain least squares alike
-            (where λ is then not learned): updates avoid the directions that text lives in, and the rest of the LLM
-            stays as it was.
-        output_curvature: γ of the outputs' side: with G = E[g gᵀ], g the gradient of −log p of text with respect to a
-            module's outputs, each vᵢ is turned to (G + γ·mean(diag G)·I)⁻¹ vᵢ and keeps its norm, so that it avoids
-            the outputs that text's next tokens depend on. With the text prior on the keys' side that is K-FAC's
-            natural gradient. 0: vᵢ as it is. G is not saved with an agent: it is computed with the LLM, or read from
-            the cache, when it is first needed.
-        text: for these two: "generated", text that the LLM itself writes before it is edited, or a text file.
-        text_tokens: how much of it (of the outputs' side a quarter).
+        prior: c, the number of keys that the least squares start with: S_0 = λI + c·C, with C a second moment E[k kᵀ]
+            of keys k (zero until it has been gathered, see :attr:`Hypernetwork.wants_prior`).
+        prior_source: the keys of C. "facts": those of training facts, for "recursive" only. It keeps the first updates
+            of a stream out of the directions that all keys share, and makes the steps of long and short streams alike.
+            "text": those of all tokens of ordinary text, for "recursive" and "least_squares" (λ is then not learned).
+            Updates avoid the directions of text's keys, which protects the rest of the LLM.
+        output_curvature: γ, which protects a module's outputs. With G = E[g gᵀ], g the gradient of −log p of text with
+            respect to the module's outputs, each vᵢ is replaced by (G + γ·mean(diag G)·I)⁻¹ vᵢ at the same norm, so
+            that it avoids the outputs that text's next tokens depend on. Together with the text prior on the keys this
+            is K-FAC's natural gradient. 0 leaves vᵢ as it is. G is not saved with an agent; it is computed with the
+            LLM, or read from the cache, when it is first needed.
+        text: the text of the prior and the curvature: "generated", text that the LLM itself writes before it is
+            edited, or a text file.
+        text_tokens: number of the text's tokens (the curvature uses a quarter of them).
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
-            "bfloat16" takes half the time where the machine multiplies it natively.
-        normaliser: "stream": running moments start anew at each reset; "lifetime": they run over all tokens of
-            training and stay as they are while editing (MEND, DAFNet); "continued": they run over all tokens of
-            training, and each stream that is edited goes on from there (the published code of MALMEN and RLEdit).
-        normaliser_scope: who shares moments. "module": each module has its own. "shape": all modules of one shape share
-            them, and are taken in before any of them is normalised (MALMEN, RLEdit, UltraEdit). "shape in turn": they
-            share them, and each is normalised by the rows before it and its own (MEND, DAFNet).
-        normaliser_variance: "exact", that of all rows; or "published": a batch adds N times its unbiased variance,
-            N/(N−1) too much, as in the published code of MALMEN, RLEdit and UltraEdit (a single row adds nothing; there
-            it makes everything NaN).
+            "bfloat16" takes half the time on machines that multiply it natively.
+        normaliser: "stream": running moments start anew at each reset. "lifetime": they run over all tokens of
+            training and are constant while editing (MEND, DAFNet). "continued": they run over all tokens of training,
+            and each edited stream continues from there (the published code of MALMEN and RLEdit).
+        normaliser_scope: which modules share moments. "module": each module has its own. "shape": all modules of one
+            shape share them, and the rows of all are added before any is normalised (MALMEN, RLEdit, UltraEdit).
+            "shape in turn": they share them, and each module is normalised by its own rows and those of the modules
+            before it (MEND, DAFNet).
+        normaliser_variance: "exact", the variance of all rows; or "published": a batch adds N times its unbiased
+            variance, N/(N−1) too much, as in the published code of MALMEN, RLEdit and UltraEdit (a single row adds
+            nothing; in the published code it makes everything NaN).
         normaliser_epsilon: added to the standard deviation.
-        drop_zero_rows: whether rows whose δ, or u, is zero are dropped before the normaliser sees them, as in MEND and
-            DAFNet: they get no update. In the last decoder layer, those are all tokens that predict no answer token.
-        loss: whose gradient the network's δ is. "batch": of the mean over the batch's answer tokens, as observed.
-            "fact": of each fact's own mean, δ A/A_i, with A answer tokens in the batch and A_i in the fact, so that
-            a batch's update is the sum of the updates that its facts get alone (MEND). "sum": of the sum over answer
-            tokens, δ A (DAFNet). "rows": δ times the rows of the batch. The agent applies it, since it asks the
-            environment for the facts (see `PresentedFacts`).
-        warm_up: whether the moments begin as those of training facts (see :meth:`Hypernetwork.start_from`), so that a
-            fact is edited alone as well as in a batch, and in a stream's first batch as well as in its tenth. Moments
-            that begin with nothing, as published, take the batch in and subtract its mean: of one row nothing is left.
-        warm_up_rows: the training facts' moments stand in for the rows that a stream has fewer than these: they weigh
-            as so many rows less its own, and as nothing from then on.
+        drop_zero_rows: whether rows whose δ or u is zero are dropped before the normaliser and get no update, as in
+            MEND and DAFNet. In the last decoder layer, these are all tokens that predict no answer token.
+        loss: the loss whose gradient δ is. "batch": the mean over the batch's answer tokens, as observed. "fact": each
+            fact's own mean, δ A/A_i, with A answer tokens in the batch and A_i in the fact, so that a batch's update
+            is the sum of its facts' single updates (MEND). "sum": the sum over answer tokens, δ A (DAFNet). "rows": δ
+            times the number of rows in the batch. The agent rescales δ, and asks the environment for the facts (see
+            `PresentedFacts`).
+        warm_up: whether the moments start from those of training facts (see :meth:`Hypernetwork.start_from`), so that a
+            single fact is edited as well as a batch, and a stream's first batch as well as its tenth. Moments that
+            start empty, as published, add the batch and subtract its mean, which leaves nothing of a single row.
+        warm_up_rows: until a stream has this many rows, the training facts' moments stand in for the missing ones.
     """
 
     rank: int = 256
@@ -165,37 +165,35 @@ class HypernetworkConfig:
 
 @dataclass(frozen=True)
 class RLEditConfig:
-    """How the agent is trained.
+    """The settings of RLEdit's training.
 
     Attributes:
         network: the hypernetwork.
         credit: "trajectory", the gradient of the whole return, or "step", each step's own reward only.
         learning_rate: Adam's, for the residual blocks.
         step_size_learning_rate: Adam's, for log η_l, or η_l itself, and log λ_l.
-        max_gradient_norm: the policy gradient is clipped to this norm.
-        clipping: of what: "update", the mean gradient of an update, divided by the trajectory's steps; or "running
-            sum", the sum over the trajectory's steps, again after each of them (see :func:`rledit_paper`).
+        max_gradient_norm: the norm to which the gradient named in ``clipping`` is clipped.
+        clipping: "update", the mean gradient of an update, divided by the trajectory's steps; or "running sum", the sum
+            over the trajectory's steps so far, after each step (see :func:`rledit_paper`).
         trajectories_per_update: trajectories whose gradients are averaged for one policy update.
-        batches_per_update: the policy learns along a stream, from the return of so many batches at a time, and goes on
-            with the stream: long streams then cost an update no more than short ones do, and the policy meets what
-            an LLM of many edits is like. What a batch does to the return of later ones is not seen beyond that many.
-            None: one update for whole trajectories, as in the paper.
-        discount: γ, what a reward counts for a step earlier; 1 for all alike.
-        prior_batches: batches of training facts that the recursion's prior C, unless it is of text, and the moments
-            that streams start from are gathered from before the first update (see `HypernetworkConfig.prior` and
-            ``warm_up`` there).
+        batches_per_update: the number of batches after which the policy is updated within an episode, from the return
+            of these batches. An update then costs no more in long episodes than in short ones, and the policy meets
+            LLMs with many edits. The effect of a batch on the return of later updates is not credited. None: one
+            update for whole trajectories, as in the paper.
+        discount: γ, the weight of a reward one step later; 1 weighs all alike.
+        prior_batches: batches of training facts from which, before the first update, the moments that streams start
+            from are gathered, and the prior C unless it is of text (see `HypernetworkConfig.prior` and ``warm_up``
+            there).
         drift_limit: a training trajectory is cut once the mean ‖W_t − W₀‖ / ‖W₀‖ exceeds this, before the LLM breaks:
-            gradients through a broken LLM spoil the policy. None cuts none.
-        kl_bound: the best checkpoint, and the best step sizes of :meth:`RLEditAgent.calibrate`, are those with the
-            highest score among those whose divergence from the unedited LLM, in nats a token on text of its own, is at
-            most this (see `agents.selection`); where none is within it, the one that comes nearest. None: the highest
-            score of all.
-        policy_average: decay of a running mean of the parameters over the updates, such as 0.9, which is the policy
-            that is evaluated, kept as the best and held at the end; streams to learn from are edited with the
-            parameters themselves. A policy's score swings by points from one update to the next, its mean's does not.
-            0: no mean.
-        graph_bytes: graphs of the network's passes are kept for the gradient up to this many bytes a trajectory; for
-            the steps beyond them the network runs a second time. It changes nothing but the time.
+            gradients through a broken LLM spoil the policy. None: no limit.
+        kl_bound: a bound on the divergence from the unedited LLM, in nats a token on its own text. The best checkpoint,
+            and the best step sizes of :meth:`RLEditAgent.calibrate`, are those with the highest score within the bound;
+            if none is within it, those nearest to it (see `agents.selection`). None: the highest score of all.
+        policy_average: decay of a running mean of the parameters over the updates, such as 0.9. The mean is the policy
+            that is evaluated, kept as the best and used at the end; training episodes are edited with the parameters
+            themselves. A policy's score swings by points from one update to the next; the mean's does not. 0: no mean.
+        graph_bytes: graphs of the network's forward passes are kept for the gradient up to this many bytes a
+            trajectory; for later steps the network runs a second time. This changes only the time.
     """
 
     network: HypernetworkConfig = field(default_factory=HypernetworkConfig)
@@ -222,19 +220,19 @@ class RLEditConfig:
             raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
         if not 0 <= self.policy_average < 1:
             raise ValueError(f"policy_average is {self.policy_average}; give a decay from 0 to below 1")
-        along = self.batches_per_update
-        if along is not None and (type(along) is not int or along < 1):
-            raise ValueError(f"batches_per_update is {along!r}; give a whole number from 1, or None for whole "
+        batches = self.batches_per_update
+        if batches is not None and (type(batches) is not int or batches < 1):
+            raise ValueError(f"batches_per_update is {batches!r}; give a whole number from 1, or None for whole "
                              "trajectories")
-        if along is not None and self.trajectories_per_update != 1:
-            raise ValueError(f"batches_per_update is {along} and trajectories_per_update {self.trajectories_per_update}"
-                             ", but a policy that learns along a stream learns from one at a time; give "
-                             "trajectories_per_update=1")
+        if batches is not None and self.trajectories_per_update != 1:
+            raise ValueError(f"batches_per_update is {batches} and trajectories_per_update "
+                             f"{self.trajectories_per_update}, but a policy that learns along a stream learns from one "
+                             "at a time; give trajectories_per_update=1")
 
 
 def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: Any) -> HypernetworkConfig:
     """RLEdit's network as published, for models of several billion parameters: 4 blocks, A ~ N(0, 1), η_l learned
-    directly, least squares, and one normaliser for all modules of a shape, which goes on from training while editing.
+    directly, least squares, and one normaliser for all modules of a shape, which continues from training while editing.
     """
     defaults: dict[str, Any] = {
         "blocks": 4, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "continued",
@@ -245,25 +243,26 @@ def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: 
 
 
 def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> RLEditConfig:
-    """RLEdit's training as its published code does it, to the letter; best with `RewardConfig.published()`, which holds
-    what of it is the reward's.
+    """RLEdit's training exactly as in its published code; use it with `RewardConfig.published()`, which has the
+    published reward.
 
-    The code does what the paper does not say:
+    The code differs from the paper, or adds to it:
 
     - Credit is per step: the gradient of a step's own loss with respect to its own update ("step"), not of the return.
     - Each step's gradient is added to those before it, and the running sum is clipped to the norm 1 each time.
-    - Adam takes one step for a whole trajectory, at 1e-5 on every parameter, η_l itself (1e-6) and log λ_l among them.
-      The published configuration trains on one trajectory (``n_epochs: 1``), as long as the stream that is then edited.
-      Adam's first step moves each parameter by the rate, whatever its gradient: η_l becomes 1.1e-5 or −9e-6, B and b
-      ±1e-5, so that most of what is learned is the sign of η_l.
-    - The normaliser multiplies the batch's unbiased variance by N, and takes the stream that is edited in, too.
-    - Locality is measured from the weights of before the step, and the regularisation has no gradient (the reward's).
+    - Adam takes one step for a whole trajectory, with the rate 1e-5 for every parameter, including η_l itself (1e-6)
+      and log λ_l. The published configuration trains on one trajectory (``n_epochs: 1``), as long as the stream that is
+      then edited. Adam's first step moves each parameter by the rate, whatever its gradient: η_l becomes 1.1e-5 or
+      −9e-6, B and b ±1e-5, so the training learns mostly the sign of η_l.
+    - The normaliser multiplies the batch's unbiased variance by N, and keeps updating on the edited stream.
+    - Locality is measured from the weights before the step, and the regularisation has no gradient (both in the
+      reward).
 
-    One thing stays the paper's: k is 10 earlier batches, where the code's ``back_depth: 10`` counts the current one
+    One setting is the paper's: k is 10 earlier batches, where the code's ``back_depth: 10`` counts the current one
     (``backtracking_depth=9`` in `RewardConfig`).
 
-    What learns more is the same network with the gradient of the whole return, and as many updates as it takes:
-    `agents.malmen_rledit` (with the same rates, 2 blocks and MALMEN's rank); and what we recommend is `RLEditConfig()`.
+    `agents.malmen_rledit` learns more: the same network and rates with 2 blocks and MALMEN's rank, trained by the
+    gradient of the whole return for as many updates as needed. We recommend `RLEditConfig()`.
     """
     defaults: dict[str, Any] = {
         "credit": "step", "learning_rate": 1e-5, "step_size_learning_rate": 1e-5, "max_gradient_norm": 1.0,
@@ -273,11 +272,11 @@ def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> 
 
 
 def rledit_ridge(step_size: float = 1.0, damping: float = 1.0, **settings: Any) -> RLEditConfig:
-    """RLEdit that begins as ridge regression on the gradient itself: the zero action of
+    """RLEdit that starts as ridge regression on the gradient itself: the zero action of
     `rledit_env.wrappers.ScaledUpdate` with this step size and damping, for streams of few facts.
 
-    Where a standard algorithm scales that rule by a number or two, what is learned here is each module's step size and
-    damping and what the residual blocks add, by the gradient of the whole return.
+    A standard algorithm scales that rule by a number or two. This agent learns each module's step size and damping, and
+    the residual blocks, by the gradient of the whole return.
     """
     rule = HypernetworkConfig(
         aggregation="least_squares", output_units="input", prior=0.0, step_size=step_size, damping=damping
@@ -287,11 +286,11 @@ def rledit_ridge(step_size: float = 1.0, damping: float = 1.0, **settings: Any) 
 
 def rledit_untrained(step_size: float = 1.4e-3, prior: float = 1000.0, **network: Any) -> RLEditConfig:
     """The rule that RLEdit's training starts from, without the residual blocks: recursive least squares on normalised
-    rows, with a prior on the keys of ordinary text, so that an update stays out of the directions that text lives in.
+    rows, with a prior on the keys of ordinary text, so that an update avoids the directions of text's keys.
 
     Args:
         step_size: η of every module.
-        prior: c, how many keys of text the least squares start with.
+        prior: c, the number of text keys that the least squares start with.
         network: other settings of the network.
     """
     rule = HypernetworkConfig(blocks=0, step_size=step_size, prior=prior, prior_source="text", **network)

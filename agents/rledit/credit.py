@@ -1,4 +1,4 @@
-"""Which reward is whose doing: the gradient of a trajectory's return with respect to each step's action."""
+"""Credit assignment: the gradient of a trajectory's return with respect to each step's action."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from rledit_env.lm.kernels.products import linear
 
 @dataclass(frozen=True)
 class _Step:
-    """A step's factors, and the gradient of the return with respect to them that is known when it has been taken."""
+    """A step's factors, and the gradient of the return with respect to them so far."""
 
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     for_keys: dict[str, Tensor]
     for_values: dict[str, Tensor]
-    remaining: dict[str, Tensor]  # which share of its update is in the weights, by module; where absent, all of it
+    remaining: dict[str, Tensor]  # module → share of the step's update that is still in the weights; absent: all of it
 
 
 class CreditAccumulator:
-    """∂R/∂ũ_t and ∂R/∂ṽ_t of all steps, from the rewards as they come in.
+    """Computes ∂R/∂ũ_t and ∂R/∂ṽ_t of all steps, one reward at a time.
 
-    With G_τ = γ^τ ∂r_τ/∂W_τ, step t's ṽ_t is credited with Σ_{τ≥t} G_τ ũ_tᵀ. That sum is the one over all τ less the
-    one over τ < t, and the latter is known when step t is taken: so one running sum of dense gradients serves all
-    steps, and neither the time nor the dense memory of a step grows with the trajectory.
+    With G_τ = γ^τ ∂r_τ/∂W_τ, step t's ṽ_t is credited with Σ_{τ≥t} G_τ ũ_tᵀ. That sum is the sum over all τ minus the
+    sum over τ < t, and the latter is known at step t. One running sum of dense gradients therefore serves all steps,
+    and neither the time nor the dense memory of a step grows with the trajectory.
 
-    Where a step also shrinks what earlier steps added, ΔW_τ = ṽ_τᵀũ_τ − (1 − p_τ)(W_{τ−1} − W₀) with p_τ a constant, so
-    that W_τ = W₀ + p_τ (W_{τ−1} − W₀) + ṽ_τᵀũ_τ (DAFNet), ṽ_t is credited with Σ_{τ≥t} (Π_{t<j≤τ} p_j) G_τ ũ_tᵀ. G_τ is
-    then projected at once on the factors of all earlier steps: the time of a step grows with the trajectory.
+    In DAFNet a step also shrinks the earlier updates: ΔW_τ = ṽ_τᵀũ_τ − (1 − p_τ)(W_{τ−1} − W₀) with p_τ a constant, and
+    W_τ = W₀ + p_τ (W_{τ−1} − W₀) + ṽ_τᵀũ_τ. Then ṽ_t is credited with Σ_{τ≥t} (Π_{t<j≤τ} p_j) G_τ ũ_tᵀ. G_τ is
+    projected immediately on the factors of all earlier steps, so the time of a step grows with the trajectory.
 
     Args:
-        credit: "trajectory" (all rewards from the step's own on) or "step" (its own only).
-        key_gradients: whether ∂R/∂ũ is needed; the recursion's ũ does not depend on the parameters.
-        shrinking: whether steps shrink what earlier ones added.
+        credit: "trajectory" (the step's own reward and all later ones) or "step" (its own only).
+        key_gradients: whether ∂R/∂ũ is needed; the ũ of "recursive" does not depend on the parameters.
+        shrinking: whether steps shrink earlier updates.
     """
 
     def __init__(self, credit: str, key_gradients: bool, shrinking: bool = False) -> None:
@@ -53,10 +53,16 @@ class CreditAccumulator:
         discount: float,
         retained: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take in step τ: its factors, ∂r_τ/∂W_τ (None if it is zero), the direct ∂r_τ/∂a_τ of the factors, or of the
-        change ΔW_τ under "updates", γ^τ, and p_τ by module where it shrinks (None: 1).
+        """Add step τ.
 
-        ``reward_gradient`` is the accumulator's from then on, which keeps its tensors and writes to them.
+        Args:
+            keys: module → ũ_τ (N, d_in).
+            values: module → ṽ_τ (N, d_out).
+            reward_gradient: module → ∂r_τ/∂W_τ (d_out, d_in), None if it is zero. The accumulator keeps these tensors
+                and writes to them.
+            action_gradient: the direct ∂r_τ/∂a_τ: of the factors as "keys" and "values", or of ΔW_τ as "updates".
+            discount: γ^τ.
+            retained: module → p_τ, None if the step does not shrink earlier updates.
         """
         changed = action_gradient.get("updates", {})
         if "values" in action_gradient:
@@ -83,7 +89,7 @@ class CreditAccumulator:
         self._steps.append(step)
 
     def _credit(self, step: _Step, gradients: Mapping[str, Tensor], factor: float) -> None:
-        """Add to a step's credit what ``factor`` times these gradients (d_out, d_in) of ΔW mean for its factors."""
+        """Add the credit of a step's factors for ``factor`` times these gradients (d_out, d_in) of its ΔW."""
         for m, gradient in gradients.items():
             step.for_values[m].add_(linear(step.keys[m], gradient), alpha=factor)
             if self.key_gradients:
@@ -93,9 +99,10 @@ class CreditAccumulator:
         self, earlier: _Step, gradients: Mapping[str, Tensor], changed: Mapping[str, Tensor], discount: float,
         retained: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        """Credit an earlier step with what a later one's reward means for it, whose share p of it the later one leaves.
+        """Credit an earlier step for a later step's reward.
 
-        With s the share that was left before, s p G is the reward's part and s (p − 1) g that of the change's own cost.
+        The later step leaves the share p of the earlier update. With s the share that was left before, the credit is
+        s p G for the reward and s (p − 1) g for the direct cost of ΔW.
         """
         for m, value in earlier.values.items():
             before = earlier.remaining.get(m, value.new_ones(()))
@@ -107,9 +114,9 @@ class CreditAccumulator:
                 self._credit(earlier, {m: before * (left - 1) * changed[m]}, discount)
 
     def finish(self) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """(∂R/∂ũ_t, ∂R/∂ṽ_t) by module of every step t; the first is empty if it is not needed.
+        """Return (∂R/∂ũ_t, ∂R/∂ṽ_t) by module for every step t, and empty the accumulator.
 
-        What was kept to make them, dense sums above all, is let go: the accumulator is then as new.
+        ∂R/∂ũ_t is empty if it is not needed.
         """
         for step in self._steps:
             self._credit(step, self._sum, 1.0)

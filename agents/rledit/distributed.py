@@ -1,7 +1,7 @@
-"""Data-parallel training: every process edits its own streams, and one averaged update moves all policies alike.
+"""Data-parallel training: every process runs its own episodes, and one averaged update is applied to all policies.
 
-Processes are started by ``accelerate launch`` or ``torchrun``, on one machine or several. What travels is the policy's
-gradient, once an update, and the facts' scores, never the LLM's weights nor its updates.
+Processes are started by ``accelerate launch`` or ``torchrun``, on one machine or several. They exchange the policy's
+gradient, once an update, and the facts' scores, never the LLM's weights or its updates.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rledit_env.lm.editable import EditableLM
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together; by default, and where there are no others, this one alone.
+    """The processes that train together; by default this one alone.
 
     Attributes:
         rank: this process's place, from 0.
-        count: how many there are.
+        count: the number of processes.
     """
 
     rank: int = 0
@@ -33,9 +33,9 @@ class Processes:
 
     @classmethod
     def started(cls) -> Processes:
-        """Those that ``accelerate launch`` or ``torchrun`` started together with this one.
+        """The processes that ``accelerate launch`` or ``torchrun`` started together with this one.
 
-        They are connected if they are not yet: by NCCL where every process has a GPU of its own, else by gloo.
+        They are connected if they are not yet: by NCCL if every process has its own GPU, else by gloo.
         """
         distributed = torch.distributed
         if not distributed.is_available():
@@ -45,7 +45,7 @@ class Processes:
                 return cls()
             from accelerate import PartialState
 
-            # Accelerate reads the launcher's variables, sets this process's GPU, and chooses the backend.
+            # It reads the launcher's variables, sets this process's GPU, and chooses the backend.
             PartialState(cpu=not torch.cuda.is_available())
         return cls(distributed.get_rank(), distributed.get_world_size())
 
@@ -56,13 +56,13 @@ class Processes:
 
     @property
     def device(self) -> str:
-        """Where this process's LLM belongs: ``"cuda:i"`` for the i-th process of a machine, or ``"cpu"``."""
+        """The device for this process's LLM: ``"cuda:i"`` for the i-th process of a machine, or ``"cpu"``."""
         if not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each tensor over all processes, the same bits in each; one message for all of a type."""
+        """The mean of each tensor over all processes, bit for bit the same in each; all tensors in one message."""
         if self.count == 1:
             return list(tensors)
         flat = torch.cat([t.detach().reshape(-1) for t in tensors])
@@ -72,7 +72,7 @@ class Processes:
         return [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)]
 
     def gathered(self, value: Any) -> list[Any]:
-        """What every process gives, in their order; for numbers and small things."""
+        """Every process's value, in the order of the ranks; for numbers and small objects."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -80,11 +80,11 @@ class Processes:
         return values
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value, in all of them."""
+        """The first process's value, in every process."""
         return self.gathered(value if self.first else None)[0]
 
     def share(self, items: Sequence[Any]) -> list[Any]:
-        """This process's part of some items: every ``count``-th, beginning with its own rank."""
+        """This process's part of the items: every ``count``-th, beginning with the item at its rank."""
         return list(items[self.rank :: self.count])
 
 
@@ -93,15 +93,15 @@ def evaluate_sharded(
 ) -> Metrics:
     """:func:`rledit_env.evaluation.metrics.evaluate` without generation, each process scoring its share of the records.
 
-    Every process's LM must hold the same edited weights. What travels is each record's scores, so that the result is
-    the same in all processes, and that of one process alone, to rounding; arguments and errors are `evaluate`'s.
+    Every process's LLM must have the same edited weights. The processes exchange each record's scores, so the result is
+    the same in all of them, and equals that of one process to rounding. Arguments and errors are those of `evaluate`.
     """
     if not records:
         raise ValueError("no fact has been edited yet; take at least one step first")
-    mine = processes.share(records)
-    shards = processes.gathered(score_records(lm, mine, kind, metrics) if mine else {})
+    shard_records = processes.share(records)
+    shards = processes.gathered(score_records(lm, shard_records, kind, metrics) if shard_records else {})
     scores: dict[str, list[float | None]] = {name: [None] * len(records) for name in shards[0]}
-    for name, shares in scores.items():
+    for name, values in scores.items():
         for rank, shard in enumerate(shards):
-            shares[rank :: processes.count] = shard.get(name, [])
+            values[rank :: processes.count] = shard.get(name, [])
     return averaged(scores, metrics)

@@ -19,16 +19,16 @@ from agents.rledit.normaliser import RunningNormaliser, check_shape, moments_fro
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the second pass needs of a step: the network's inputs, constants of the trajectory's gradient.
+    """A step's inputs to the network, which are constants in the trajectory's gradient.
 
     Attributes:
         keys: module → u (N, d_in).
         inputs: group of modules of one shape → normalised [u; δ] of its M members, (M, N, d_in + d_out).
-        update_keys: module → ũ where it does not depend on the parameters, else absent.
-        factors: what :meth:`Hypernetwork.factors` made of it, with the graph to differentiate, where that was kept.
-        used: group → which rows were not dropped, (M, N) bool; absent where none are dropped.
-        units: group → the mean and the standard deviation that take the network's output to the units of u and δ,
-            (M, d_in + d_out) each; absent where it stays normalised.
+        update_keys: module → ũ (N, d_in); empty if ũ depends on the parameters.
+        factors: the result of :meth:`Hypernetwork.factors` with its graph, if the graph was kept.
+        used: group → which rows were not dropped, (M, N) bool; empty if none are dropped.
+        units: group → the mean and the standard deviation that convert the network's output to the units of u and δ,
+            (M, d_in + d_out) each; empty if the output stays normalised.
     """
 
     keys: dict[str, Tensor]
@@ -40,7 +40,7 @@ class StepRecord:
 
     @property
     def retained(self) -> dict[str, Tensor] | None:
-        """Module → the share () of the stream's earlier updates that stays in the weights at this step; None: all."""
+        """Module → the share () of the stream's earlier updates that this step leaves in the weights; None: all."""
         return None
 
 
@@ -50,7 +50,7 @@ class Hypernetwork(nn.Module):
     z = normalise([u; δ]) passes through residual blocks and is split into (û, δ̂). MEND's aggregation is ũ = û,
     ṽ = −η δ̂. The others take vᵢ = −η (uᵢ·ûᵢ) δ̂ᵢ (or −η ‖ûᵢ‖² δ̂ᵢ) and solve ridge least squares
     ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², whose dual form has the factors ũ = (u uᵀ + λI)⁻¹ u and ṽ = v. With "recursive"
-    the system holds all keys since the reset: ũ = u S⁻¹, S = λI + cC + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's
+    the system contains all keys since the reset: ũ = u S⁻¹, S = λI + cC + Σ_{j≤t} u_jᵀ u_j, and S⁻¹ is the network's
     memory, updated by N rows a step (Woodbury).
 
     Args:
@@ -61,11 +61,11 @@ class Hypernetwork(nn.Module):
     Attributes:
         key_memory: the system S, with the prior C and the stream's keys.
         normalisers: the running moments, by the names in ``normaliser_names``.
-        training_moments: what warm moments begin as; empty until gathered.
-        lifetime: with "continued", the moments of training, which streams go on from.
+        training_moments: the moments of training facts that ``warm_up`` starts from; empty until gathered.
+        lifetime: with "continued", the moments of training, which streams continue from.
     """
 
-    shrinks: ClassVar[bool] = False  # whether a step also shrinks what the stream's earlier steps added
+    shrinks: ClassVar[bool] = False  # whether a step also shrinks the stream's earlier updates
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig, seed: int = 0) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ class Hypernetwork(nn.Module):
             self.step_size = nn.Parameter(torch.full((len(shapes),), config.step_size))
         learned = config.learn_damping and config.aggregation == "least_squares" and not config.has_text_prior
         self.log_damping = nn.Parameter(torch.full((len(shapes),), math.log(config.damping)), requires_grad=learned)
-        own = config.normaliser_scope == "module"
-        self.normaliser_names = {m: m if own else f"{d_in}x{d_out}" for m, (d_in, d_out) in shapes.items()}
+        by_module = config.normaliser_scope == "module"
+        self.normaliser_names = {m: m if by_module else f"{d_in}x{d_out}" for m, (d_in, d_out) in shapes.items()}
         self.training_moments: dict[str, RunningNormaliser] = {}
         self.lifetime: dict[str, Tensor] = {}
         self.normalisers = self.first_normalisers()
@@ -104,7 +104,7 @@ class Hypernetwork(nn.Module):
 
     @staticmethod
     def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
-        """How many numbers a network of these sizes and its normalisers hold, without making one."""
+        """The number of values in a network of these sizes and in its normalisers, without making one."""
         widths = [sum(shape) for shape in shapes.values()]
         by_shape = list({shape: sum(shape) for shape in shapes.values()}.values())
         blocks = config.blocks * (sum(by_shape) * (2 * config.rank + 1) + 2 * sum(widths))
@@ -117,7 +117,7 @@ class Hypernetwork(nn.Module):
 
     @property
     def step_size_parameter(self) -> nn.Parameter:
-        """What is learned of the step sizes, (modules,): log η_l, or η_l itself."""
+        """The learned parameter of the step sizes, (modules,): log η_l, or η_l itself."""
         return self.log_step_size if self.config.step_size_parameter == "log" else self.step_size
 
     def learned_parameters(self) -> list[nn.Parameter]:
@@ -126,38 +126,38 @@ class Hypernetwork(nn.Module):
 
     def step_sizes(self, modules: Sequence[str] | None = None) -> Tensor:
         """η_l of these modules (M,), or of all; differentiable."""
-        chosen: Tensor = self.step_size_parameter
+        parameter: Tensor = self.step_size_parameter
         if modules is not None:
-            chosen = chosen[[self.index[m] for m in modules]]
-        return chosen.exp() if self.config.step_size_parameter == "log" else chosen
+            parameter = parameter[[self.index[m] for m in modules]]
+        return parameter.exp() if self.config.step_size_parameter == "log" else parameter
 
     @torch.no_grad()
     def scale_step_sizes(self, factor: float, of: Tensor | None = None) -> None:
         """Multiply every module's η_l by a positive factor.
 
         Args:
-            factor: by what.
-            of: earlier values of :attr:`step_size_parameter` to multiply, instead of the present ones.
+            factor: the factor.
+            of: values of :attr:`step_size_parameter` to multiply instead of the present ones.
         """
         start = self.step_size_parameter.detach() if of is None else of
         log = self.config.step_size_parameter == "log"
         self.step_size_parameter.copy_(start + math.log(factor) if log else start * factor)
 
     def reset(self) -> None:
-        """Forget the stream: the recursion's memory, and what a normaliser has seen of the stream."""
+        """Forget the stream: its keys, and its rows in the normalisers unless they are "lifetime" ones."""
         self.key_memory.reset()
         if self.config.normaliser != "lifetime":
             self.normalisers = self.first_normalisers()
 
     def first_normalisers(self) -> dict[str, RunningNormaliser]:
-        """The moments that a stream begins with, by the names in :attr:`normaliser_names`: those of training
-        ("continued"), of training facts (``warm_up``), or none."""
+        """The moments at the start of a stream, by the names in :attr:`normaliser_names`: those of training
+        ("continued"), of training facts (``warm_up``), or empty ones."""
         config = self.config
-        sharing: dict[str, list[str]] = {}
+        modules_by_name: dict[str, list[str]] = {}
         for module, name in self.normaliser_names.items():
-            sharing.setdefault(name, []).append(module)
+            modules_by_name.setdefault(name, []).append(module)
         normalisers: dict[str, RunningNormaliser] = {}
-        for name, modules in sharing.items():
+        for name, modules in modules_by_name.items():
             start = self.training_moments.get(name)
             normalisers[name] = RunningNormaliser(
                 sum(self.shapes[modules[0]]), self.device, start and start.to(self.device),
@@ -173,33 +173,33 @@ class Hypernetwork(nn.Module):
 
     @property
     def normaliser_widths(self) -> dict[str, int]:
-        """Name → width of the moments of that name."""
+        """Name of the moments → their width."""
         return {name: sum(self.shapes[module]) for module, name in self.normaliser_names.items()}
 
     @property
     def wants_prior(self) -> bool:
-        """Whether the least squares are to start from C, and none has been gathered, of facts, or given, of text."""
+        """Whether the least squares need the prior C, and it has not been gathered (of facts) or given (of text)."""
         config = self.config
-        starts = config.has_text_prior or (config.aggregation == "recursive" and config.prior > 0)
-        return starts and not self.key_memory.second_moments
+        has_prior = config.has_text_prior or (config.aggregation == "recursive" and config.prior > 0)
+        return has_prior and not self.key_memory.second_moments
 
     @property
     def wants_curvature(self) -> bool:
-        """Whether values are to be turned by the outputs' curvature, and it is not known yet."""
+        """Whether values are to be multiplied by the outputs' inverse curvature, and it is not known yet."""
         return self.config.output_curvature > 0 and not self._turns
 
     def forget_curvature(self) -> None:
-        """Ask for the outputs' curvature anew, as after a change of the LLM."""
+        """Forget the outputs' curvature, which another LLM makes invalid."""
         self._turns = {}
 
     def turn_by(self, output_moments: Mapping[str, Tensor]) -> None:
-        """Turn values by this curvature of the outputs from now on (see `HypernetworkConfig.output_curvature`).
+        """Set the outputs' curvature (see `HypernetworkConfig.output_curvature`).
 
         Args:
-            output_moments: module → G (d_out, d_out), as `agents.key_statistics.output_moments` gives them.
+            output_moments: module → G (d_out, d_out), from `agents.key_statistics.output_moments`.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a module's G is missing or has another shape.
         """
         turns = {}
         for module, (_, d_out) in self.shapes.items():
@@ -215,64 +215,64 @@ class Hypernetwork(nn.Module):
 
     @property
     def wants_moments(self) -> bool:
-        """Whether moments are to begin as the training facts', and none have been gathered."""
+        """Whether moments are to start from those of training facts, and none have been gathered."""
         return self.config.warm_up and not self.training_moments
 
     def start_from(self, moments: Mapping[str, RunningNormaliser]) -> None:
-        """Begin a stream, and after each reset, with these moments of training facts.
+        """Reset, and start every stream from these moments of training facts.
 
-        They are of [u; N δ], N the rows of the batch that δ is observed in, and the rows of every batch are normalised
-        likewise: δ is the gradient of a mean over the batch, and N δ does not shrink as the batch grows. Where modules
-        of one shape share moments, theirs are merged.
+        They are moments of [u; N δ] with N the number of rows in δ's batch, and every batch is then normalised as
+        [u; N δ]: δ is the gradient of a mean over the batch, and N δ does not shrink as the batch grows. Where modules
+        of one shape share moments, these are merged.
 
         Args:
-            moments: module → of its training facts' rows.
+            moments: module → moments of its training facts' rows.
 
         Raises:
-            ValueError: they are of other modules than the network's, or of fewer than two rows.
+            ValueError: the moments are of other modules than the network's, or of fewer than two rows.
         """
         widths = {m: sum(shape) for m, shape in self.shapes.items()}
         self.training_moments = shared_moments(moments, widths, self.normaliser_names, self.device)
         self.reset()
-        self.normalisers = self.first_normalisers()  # a "lifetime" normaliser, too
+        self.normalisers = self.first_normalisers()  # reset() leaves "lifetime" normalisers as they are
 
     def load_moments(self, state: Mapping[str, Tensor]) -> None:
-        """Start from the moments of :func:`moments_state` at the next reset; from none where there are no tensors.
+        """Start from the moments in a :func:`moments_state` at the next reset; from empty ones if there are no tensors.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a tensor is missing or has another shape.
         """
         self.training_moments = moments_from(state, "", self.normaliser_widths, self.device) if state else {}
 
     def load_lifetime(self, state: Mapping[str, Tensor]) -> None:
-        """Let streams go on from the moments of training of :attr:`lifetime`, from the next reset on.
+        """Set :attr:`lifetime`, the moments that streams continue from, from the next reset on.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a tensor is missing or has another shape.
         """
         self.lifetime = moments_state(moments_from(state, "", self.normaliser_widths, self.device))
 
     @torch.no_grad()
     def observe(self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], adapt: bool = True) -> StepRecord:
-        """Take a batch into the normalisers and the memory, and return what :meth:`factors` needs.
+        """Add a batch to the normalisers and the memory, and return the record that :meth:`factors` needs.
 
         Args:
             keys: module → u (N, d_in).
             gradients: module → δ (N, d_out), of the batch's mean loss.
-            adapt: whether the batch is one of training, which a "lifetime" normaliser takes in and other streams go on
-                from with a "continued" one; the others always take it in.
+            adapt: whether this is a training batch. Only training batches are added to "lifetime" normalisers and to
+                the moments that later streams continue from ("continued").
         """
         rows_in_loss = 1
-        if self.training_moments:  # which are of gradients that do not shrink as the batch grows
+        if self.training_moments:  # they are of N δ (see `start_from`)
             rows_in_loss = len(next(iter(gradients.values())))
             gradients = {m: rows_in_loss * g for m, g in gradients.items()}
-        kept: dict[str, Tensor] = {}
+        used_rows: dict[str, Tensor] = {}  # module → which rows are not dropped, (N,)
         if self.config.drop_zero_rows:
-            kept = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}  # (N,)
-            keys = {m: u * kept[m][:, None] for m, u in keys.items()}
+            used_rows = {m: (u != 0).any(1) & (gradients[m] != 0).any(1) for m, u in keys.items()}
+            keys = {m: u * used_rows[m][:, None] for m, u in keys.items()}
         rows = {m: torch.cat([keys[m], gradients[m]], dim=1) for m in self.shapes}  # (N, d_in + d_out)
-        taken = {m: rows[m][kept[m]] for m in rows} if kept else rows
-        takes = adapt or self.config.normaliser != "lifetime"
+        moment_rows = {m: rows[m][used_rows[m]] for m in rows} if used_rows else rows
+        adapts = adapt or self.config.normaliser != "lifetime"
         together = self.config.normaliser_scope == "shape"
         recursive = self.config.aggregation == "recursive"
         inputs: dict[str, Tensor] = {}
@@ -280,27 +280,27 @@ class Hypernetwork(nn.Module):
         moments: dict[str, tuple[Tensor, Tensor]] = {}
         for group, members in self.groups.items():
             normalised = []
-            for module in members if takes and together else ():
-                self.normaliser_of(module).update(taken[module])
+            for module in members if adapts and together else ():
+                self.normaliser_of(module).update(moment_rows[module])
             for module in members:
-                if takes and not together:
-                    self.normaliser_of(module).update(taken[module])
+                if adapts and not together:
+                    self.normaliser_of(module).update(moment_rows[module])
                 mean, scale = moments[module] = self.normaliser_of(module).moments()
                 z = (rows[module] - mean) * scale
-                normalised.append(torch.where(kept[module][:, None], z, 0.0) if kept else z)
+                normalised.append(torch.where(used_rows[module][:, None], z, 0.0) if used_rows else z)
                 if not self.learns_keys:
                     update_keys[module] = self.key_memory.solved_keys(module, keys[module], keep=recursive)
             inputs[group] = torch.stack(normalised)
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
-        used = {g: torch.stack([kept[m] for m in members]) for g, members in self.groups.items()} if kept else {}
+        used = {g: torch.stack([used_rows[m] for m in ms]) for g, ms in self.groups.items()} if used_rows else {}
         units = self._units(moments, rows_in_loss) if self.config.output_units == "input" else {}
         return StepRecord(dict(keys), inputs, update_keys, used=used, units=units)
 
     def _units(
         self, moments: Mapping[str, tuple[Tensor, Tensor]], rows_in_loss: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """`StepRecord.units`, given what each module's rows were normalised with."""
+        """`StepRecord.units`, given the mean and the scale that normalised each module's rows."""
         units = {}  # (M, d_in + d_out) each
         for group, members in self.groups.items():
             share = torch.ones_like(moments[members[0]][0])
@@ -312,8 +312,8 @@ class Hypernetwork(nn.Module):
     def factors(
         self, record: StepRecord, modules: Collection[str] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, of all or only these; differentiable in the
-        parameters."""
+        """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, for all modules or only ``modules``; differentiable
+        in the parameters."""
         update_keys: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for group, all_members in self.groups.items():
@@ -350,21 +350,20 @@ class Hypernetwork(nn.Module):
     def accumulate(
         self, record: StepRecord, for_keys: Mapping[str, Tensor], for_values: Mapping[str, Tensor], max_bytes: int
     ) -> None:
-        """Add to the parameters' ``grad`` what gradients of the factors (N, d_in), (N, d_out) by module mean for them.
+        """Backpropagate gradients of the factors, and add the result to the parameters' ``grad``.
 
         Args:
-            record: the step; where it has no graph, the factors are made again, as many modules at a time as
-                ``max_bytes`` of graph allows.
-            for_keys: gradients for ũ; empty if it does not depend on the parameters.
-            for_values: gradients for ṽ.
-            max_bytes: see ``record``.
+            record: the step; if it has no graph, the factors are computed again.
+            for_keys: module → gradient of ũ (N, d_in); empty if ũ does not depend on the parameters.
+            for_values: module → gradient of ṽ (N, d_out).
+            max_bytes: computing again takes as many modules at a time as this size of the graph allows, in bytes.
         """
         parameters = self.learned_parameters()
         modules = list(for_values)
         size = len(modules)
         if record.factors is None:
-            whole = self.graph_bytes(len(next(iter(record.keys.values()))))
-            size = max(1, min(size, size * max_bytes // max(whole, 1)))
+            all_bytes = self.graph_bytes(len(next(iter(record.keys.values()))))
+            size = max(1, min(size, size * max_bytes // max(all_bytes, 1)))
         for start in range(0, len(modules), size):
             part = modules[start : start + size]
             keys, values = record.factors or self.factors(record, part)
@@ -373,9 +372,9 @@ class Hypernetwork(nn.Module):
             torch.autograd.backward(outputs, cotangents, inputs=parameters)
 
     def graph_bytes(self, rows: int) -> int:
-        """About what keeping the graph of :meth:`factors` takes for N rows, in bytes."""
+        """The approximate size in bytes of the graph of :meth:`factors` for N rows."""
         c = self.config
-        # A block keeps its input, its inner activations with the mask, and the narrow ones; the aggregation some more.
+        # A block keeps its input, its inner activations with the mask, and the narrow ones; the rest is aggregation.
         return sum(
             len(members) * rows * ((9 * width + 4 * c.rank) * c.blocks + 12 * width)
             for members in self.groups.values()
@@ -388,10 +387,10 @@ class Hypernetwork(nn.Module):
         return state | self.key_memory.state()
 
     def load_memory_state(self, state: Mapping[str, Any]) -> None:
-        """Take the tensors of :meth:`memory_state`.
+        """Load the tensors of :meth:`memory_state`.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a tensor is missing or has another shape.
         """
         moments = moments_from(state, "normaliser.", self.normaliser_widths, self.device)
         self.key_memory.load_state(state)

@@ -1,4 +1,4 @@
-"""The keys that least squares take account of beside a batch's own: a prior's, and those of the stream so far."""
+"""The keys in the least squares' system beside a batch's own: a prior's, and those of the stream so far."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class KeyMemory:
 
     Args:
         shapes: module → (d_in, d_out).
-        log_damping: log λ by module, (modules,): the network's parameter, whose device and type the memory has.
-        prior: c, how many keys C counts as.
+        log_damping: log λ by module, (modules,): the network's parameter; the memory has its device and dtype.
+        prior: c, the number of keys that C counts as.
 
     Attributes:
         second_moments: C by module, (d_in, d_in); empty until it is gathered or given.
-        inverses: S⁻¹ by module after the stream's latest batch, (d_in, d_in); empty at its start, and where batches are
-            not kept.
+        inverses: S⁻¹ by module after the stream's latest batch, (d_in, d_in); empty at the stream's start, and if
+            batches are not kept.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], log_damping: Tensor, prior: float) -> None:
@@ -29,7 +29,7 @@ class KeyMemory:
         self.log_damping, self.prior = log_damping, prior
         self.second_moments: dict[str, Tensor] = {}
         self.inverses: dict[str, Tensor] = {}
-        self._gathered = 0  # keys that the second moments are of
+        self._gathered = 0  # number of keys in the second moments
         self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
 
     def reset(self) -> None:
@@ -66,27 +66,27 @@ class KeyMemory:
 
     @torch.no_grad()
     def gather(self, keys: Mapping[str, Tensor]) -> None:
-        """Take keys (N, d_in) by module into C, which a stream starts from at the next reset.
+        """Add keys (N, d_in) by module to C, which streams start from after the next reset.
 
-        What was loaded with :meth:`load_prior_state` is replaced, not added to: it does not say how many keys it holds.
+        A C from :meth:`load_prior_state` is replaced, since its number of keys is not known.
         """
         for module, u in keys.items():
             earlier = self.second_moments.get(module, u.new_zeros(u.shape[1], u.shape[1]))
             rows = self._gathered + len(u)
             gram = u.T @ u
-            gram = (gram + gram.T) / 2  # what rounding leaves unsymmetric would not survive being saved
+            gram = (gram + gram.T) / 2  # exactly symmetric, since only the upper triangle is saved
             self.second_moments[module] = earlier * (self._gathered / rows) + gram / rows
         self._gathered = rows
         self._starts = {}
 
     def start_from(self, second_moments: Mapping[str, Tensor]) -> None:
-        """Let streams start from these second moments of keys, from the next reset on.
+        """Start streams from these second moments of keys, from the next reset on.
 
         Args:
-            second_moments: module → C (d_in, d_in), as `agents.key_statistics.key_statistics` gives them.
+            second_moments: module → C (d_in, d_in), from `agents.key_statistics.key_statistics`.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a module's C is missing or has another shape.
         """
         for module, d_in in self.widths.items():
             check_shape(f"the second moment of {module}", second_moments.get(module), (d_in, d_in))
@@ -95,8 +95,8 @@ class KeyMemory:
         self._starts, self._gathered = {}, 0
 
     def prior_state(self) -> dict[str, Tensor]:
-        """C as its upper triangle (d_in (d_in + 1) / 2,), under the names of all modules that share it, joined by "+"
-        (those that read the same input have the same keys)."""
+        """The upper triangles of C, (d_in (d_in + 1) / 2,) each, named by all modules that share one, joined by "+"
+        (modules that read the same input have the same keys)."""
         state: dict[str, Tensor] = {}
         for module, c in self.second_moments.items():
             triangle = c[tuple(torch.triu_indices(*c.shape))]
@@ -108,10 +108,10 @@ class KeyMemory:
         return state
 
     def load_prior_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`prior_state`.
+        """Load the tensors of :meth:`prior_state`.
 
         Raises:
-            ValueError: one is of no module of the network.
+            ValueError: a tensor is named by a module that the network does not have.
         """
         self.second_moments, self._starts, self._gathered = {}, {}, 0
         device = self.log_damping.device
@@ -125,14 +125,14 @@ class KeyMemory:
             self.second_moments |= dict.fromkeys(modules, c + c.triu(1).T)
 
     def state(self) -> dict[str, Tensor]:
-        """What the stream's keys have made of S⁻¹, as named tensors."""
+        """S⁻¹ after the stream's keys, as named tensors."""
         return {f"memory.{m}": inverse for m, inverse in self.inverses.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`state`; others are left out.
+        """Load the tensors of :meth:`state`; tensors of other names are ignored.
 
         Raises:
-            ValueError: one is of another shape.
+            ValueError: a tensor has another shape.
         """
         inverses = {m: state[f"memory.{m}"] for m in self.widths if f"memory.{m}" in state}
         for module, inverse in inverses.items():

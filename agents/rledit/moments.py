@@ -1,8 +1,8 @@
-"""Moments of training facts: what normalised editors start from, so that a single fact takes.
+"""Moments of training facts: normalised editors start from them, so that they can edit a single fact.
 
-Hypernetworks and UltraEdit normalise [u; δ] with running moments. Moments that begin with the stream take its first
-batch in and subtract its mean, which leaves little of few facts and nothing of one. Here they begin with facts that are
-not to be edited: those that an agent was trained on (`RLEditAgent.gather_moments`), or bundled ones
+Hypernetworks and UltraEdit normalise [u; δ] with running moments. Moments that start empty add the stream's first batch
+and subtract its mean, which leaves little of few facts and nothing of one. Here they start from facts that are not to
+be edited: those that an agent was trained on (`RLEditAgent.gather_moments`), or bundled ones
 (:func:`training_moments`), for any model and without training.
 
 ``python -m agents.running.add_moments FOLDER`` adds the moments to a saved agent that has none.
@@ -28,20 +28,20 @@ from rledit_env.lm.loading.registry import cache_dir
 
 
 class MissingMomentsWarning(UserWarning):
-    """An agent was saved without moments of training facts, by an earlier version."""
+    """A saved agent has no moments of training facts, because an earlier version wrote it."""
 
 
 Moments = dict[str, RunningNormaliser]  # module → moments of [u; N δ], (d_in + d_out,)
-FACTS = 100  # bundled facts that moments are of
-BATCH = 20  # of them in a pass
+FACTS = 100  # number of bundled facts in the moments
+BATCH = 20  # facts a forward pass
 KIND = "counterfact"  # the bundled data set
 
 
 def take(moments: Moments, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-    """Take a batch of facts into the moments.
+    """Add a batch of facts to the moments.
 
     Args:
-        moments: what was gathered so far; modules are added.
+        moments: the moments so far; modules they lack are added.
         keys: module → u (N, d_in).
         gradients: module → δ (N, d_out), of the batch's mean loss.
     """
@@ -55,13 +55,13 @@ def training_moments(
 ) -> Moments:
     """Moments of bundled training facts under the pre-trained weights, from the cache if they are there.
 
-    The facts run through the model once, forward and back: some seconds for a small model.
+    Otherwise the facts take one forward and backward pass of the model, some seconds for a small one.
 
     Args:
         lm: the LLM, edited or not; it is not changed.
         token: the positions that the editor sees, as in :class:`~rledit_env.env.LifelongEditEnv`.
-        facts: how many, drawn evenly from the bundled training facts.
-        cache: folder, instead of the package's own.
+        facts: the number of facts, spread evenly over the bundled training facts.
+        cache: a folder to use instead of the package's cache.
     """
     records = load_knowledge(KIND, split="train").records
     chosen = records[:: max(1, len(records) // facts)][:facts]
@@ -79,22 +79,22 @@ def training_moments(
 
 
 def start_warm(agent: Agent, lm: EditableLM, token: str) -> bool:
-    """Let an agent that normalises with its streams' own moments start from those of bundled training facts.
+    """Give an agent whose moments start empty (``normaliser="stream"``) the moments of bundled training facts.
 
     Agents that have moments of training facts already, and those that normalise nothing, stay as they are.
 
     Args:
-        agent: the agent, before it edits; it begins a new stream.
+        agent: the agent, before it edits; it is reset.
         lm: the LLM that it edits.
         token: the positions that it sees.
 
     Returns:
-        Whether it starts from bundled facts now.
+        Whether the agent got these moments.
     """
     network = getattr(agent, "network", None)
     if not isinstance(network, Hypernetwork) or network.config.normaliser != "stream" or network.training_moments:
         return False
-    if network.config.loss in ("fact", "sum"):  # the moments are of the batch's loss
+    if network.config.loss in ("fact", "sum"):  # bundled moments are of the gradients of the batch's loss
         return False
     network.start_from(training_moments(lm, token))
     return True

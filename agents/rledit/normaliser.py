@@ -1,4 +1,4 @@
-"""Running moments of rows, which the network's inputs are normalised with."""
+"""Running moments of rows, which normalise the network's inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RunningNormaliser:
     Args:
         width: of a row.
         device: of the tensors.
-        start: moments that stand in for the rows that are missing from ``start_rows``.
-        start_rows: from so many rows on, the start counts no more.
+        start: moments that stand in for the rows missing to ``start_rows``.
+        start_rows: the number of rows from which on ``start`` has no weight.
         variance, epsilon: see `HypernetworkConfig.normaliser_variance` and ``normaliser_epsilon`` there.
     """
 
@@ -30,7 +30,7 @@ class RunningNormaliser:
         self.squares = torch.zeros(width, device=device)
 
     def update(self, rows: Tensor) -> None:
-        """Take in rows (N, width)."""
+        """Add rows (N, width)."""
         if not len(rows):
             return
         mean = rows.mean(0)
@@ -40,22 +40,22 @@ class RunningNormaliser:
         self.count, self.mean, self.squares = self._with(len(rows), mean, squares)
 
     def merge(self, other: RunningNormaliser) -> None:
-        """Take in the rows that other moments are of."""
+        """Add the rows of other moments."""
         if float(other.count):
             self.count, self.mean, self.squares = self._with(other.count, other.mean, other.squares)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and reciprocal standard deviation, (width,) each: of the rows taken in and of the start's."""
+        """Mean and reciprocal standard deviation, (width,) each, of the added rows and of ``start``."""
         count, mean, squares = self.count, self.mean, self.squares
         if self.start is not None:
             rows = (self.start_rows - count).clamp(min=0)
-            weight = (rows - 1).clamp(min=0) / (self.start.count - 1)  # of its squares: the same variance in these rows
+            weight = (rows - 1).clamp(min=0) / (self.start.count - 1)  # keeps the start's variance at this row count
             count, mean, squares = self._with(rows, self.start.mean, self.start.squares * weight)
         std = (squares / (count - 1).clamp(min=1)).sqrt()
         return mean, 1 / (std + self.epsilon)
 
     def _with(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and sum of squares of these rows and others."""
+        """Count, mean and sum of squares of the added rows together with others."""
         total = self.count + count
         shift = mean - self.mean
         both = self.squares + squares + shift.square() * self.count * count / total
@@ -68,26 +68,32 @@ class RunningNormaliser:
         return other
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """The count, the mean and the sum of squares, by name."""
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`state`."""
+        """Load the tensors of :meth:`state`."""
         self.count, self.mean, self.squares = (state[k].to(self.mean.device) for k in ("count", "mean", "squares"))
 
 
 def moments_state(normalisers: Mapping[str, RunningNormaliser]) -> dict[str, Tensor]:
-    """Moments as tensors, by their names and their tensors' names, joined by a dot."""
+    """The tensors of all moments, named "<name of the moments>.<name of the tensor>"."""
     return {f"{m}.{k}": v for m, n in normalisers.items() for k, v in n.state().items()}
 
 
 def moments_from(
     state: Mapping[str, Tensor], prefix: str, widths: Mapping[str, int], device: torch.device
 ) -> dict[str, RunningNormaliser]:
-    """The moments of these names and widths from tensors of :func:`moments_state`, with a prefix to their names.
+    """The moments in a :func:`moments_state`.
+
+    Args:
+        state: the tensors.
+        prefix: what precedes the tensors' names in ``state``.
+        widths: name of the moments → their width.
+        device: of the result.
 
     Raises:
-        ValueError: one is missing or of another shape.
+        ValueError: a tensor is missing or has another shape.
     """
     normalisers = {m: RunningNormaliser(width, device) for m, width in widths.items()}
     for module, normaliser in normalisers.items():
@@ -100,22 +106,25 @@ def moments_from(
 def shared_moments(
     moments: Mapping[str, RunningNormaliser], widths: Mapping[str, int], names: Mapping[str, str], device: torch.device
 ) -> dict[str, RunningNormaliser]:
-    """The moments of modules as those of the names under which modules share them.
+    """Merge the moments of modules that share a name.
 
     Args:
-        moments: by module.
-        widths: module → of its rows, for all modules that are needed.
+        moments: module → its moments.
+        widths: module → width of its rows, for all modules of the network.
         names: module → the name of its moments.
         device: of the result.
 
+    Returns:
+        Name → merged moments.
+
     Raises:
-        ValueError: they are of other modules than those, or of fewer than two rows.
+        ValueError: the moments are of other modules than ``widths``, or of fewer than two rows.
     """
-    given = {m: len(n.mean) for m, n in moments.items()}
-    if given != widths:
+    moment_widths = {m: len(n.mean) for m, n in moments.items()}
+    if moment_widths != widths:
         raise ValueError(
-            f"the moments are of {len(given)} modules such as {next(iter(given.items()), None)}, the network "
-            f"edits {len(widths)} such as {next(iter(widths.items()))} (d_in + d_out); gather them for those"
+            f"the moments are of {len(moment_widths)} modules such as {next(iter(moment_widths.items()), None)}, the "
+            f"network edits {len(widths)} such as {next(iter(widths.items()))} (d_in + d_out); gather them for those"
         )
     fewest = min(float(n.count) for n in moments.values())
     if fewest < 2:
@@ -131,7 +140,7 @@ def shared_moments(
 
 
 def check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, ...]) -> None:
-    """Raise ValueError unless a tensor is there and has this shape."""
+    """Raise ValueError unless the tensor exists and has this shape."""
     shape = None if tensor is None else tuple(tensor.shape)
     if shape != wanted:
         raise ValueError(f"{name} has shape {shape}; it must be {wanted}")

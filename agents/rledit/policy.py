@@ -1,4 +1,4 @@
-"""A hypernetwork as a policy: it acts, and is saved."""
+"""A hypernetwork as a policy: acting, saving and loading."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rledit_env.interface import editing_env
 
 
 class HypernetworkPolicy(Agent):
-    """An agent whose updates a hypernetwork makes, with all that its training needs of it.
+    """An agent whose updates a hypernetwork computes.
 
     Args:
         env, config, shapes, seed: as in `RLEditAgent`.
@@ -36,15 +36,16 @@ class HypernetworkPolicy(Agent):
     Attributes:
         network: the hypernetwork.
         optimizer: Adam, with its moments.
-        updates: how many policy updates it has made.
-        best_score: the best held-out score of its training; −inf before the first.
-        progress: how far its latest run of training has come.
+        updates: the number of policy updates so far.
+        timesteps: the number of environment steps so far.
+        best_score: the best held-out score of the training; −inf before the first evaluation.
+        progress: the progress of the latest training run.
     """
 
-    name: ClassVar[str] = "rledit"  # what agent.json calls the class
+    name: ClassVar[str] = "rledit"  # the class's name in agent.json
     config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
     network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
-    # What the first format's network did where its file does not say it, beside the settings' own defaults.
+    # Settings that the first file format lacks and whose defaults differ from that version's behaviour.
     first_format: ClassVar[Mapping[str, Any]] = {"warm_up": False}
 
     def __init__(
@@ -61,7 +62,7 @@ class HypernetworkPolicy(Agent):
                 raise ValueError("give an environment or the edited modules' shapes")
             shapes = module_shapes(env)
         self.network = self.network_type(shapes, self.config.network, seed)
-        if env is not None:  # beside the LLM, so that no factor travels through the host
+        if env is not None:  # on the LLM's device, so that no factor is copied through the host
             self.network.to(editing_env(env).lm.device)
             self.network.normalisers = self.network.first_normalisers()
         self.optimizer = self.make_optimizer()
@@ -107,14 +108,14 @@ class HypernetworkPolicy(Agent):
         return self.action(observation, record, *self.network.factors(record)), None
 
     def observe(self, observation: Any, adapt: bool) -> StepRecord:
-        """Take an observation into the network; ``adapt`` is whether it is one of training (`Hypernetwork.observe`)."""
+        """Show the network an observation; ``adapt``: whether it is a training batch (see `Hypernetwork.observe`)."""
         keys, gradients = used_rows(observation, self.network.device)
         return self.network.observe(keys, self.of_loss(gradients), adapt)
 
     def of_loss(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """δ (N, d_out) by module of the loss in `HypernetworkConfig.loss`, given those of the batch's mean loss."""
+        """δ (N, d_out) by module of the loss in `HypernetworkConfig.loss`, given δ of the batch's mean loss."""
         loss, rows = self.config.network.loss, len(next(iter(gradients.values())))
-        if loss == "batch" or (loss == "rows" and self.network.training_moments):  # with which the network does so
+        if loss == "batch" or (loss == "rows" and self.network.training_moments):  # the network then multiplies by N
             return gradients
         if loss == "rows":
             return {m: rows * g for m, g in gradients.items()}
@@ -133,7 +134,7 @@ class HypernetworkPolicy(Agent):
         return factor_action(observation, keys, values)
 
     def take_curvature(self, progress_bar: bool) -> None:
-        """Let the network know the outputs' curvature of the environment's LLM.
+        """Give the network the outputs' curvature of the environment's LLM.
 
         Raises:
             ValueError: there is no environment.
@@ -149,8 +150,8 @@ class HypernetworkPolicy(Agent):
         """Write the network, its normalisers and its memory as safetensors, and its configuration as JSON.
 
         Args:
-            path: a folder, made if need be.
-            dtype: of the blocks' weights in the file; ``torch.bfloat16`` halves it.
+            path: a folder, created if it does not exist.
+            dtype: of the blocks' weights in the file; ``torch.bfloat16`` halves its size.
         """
         blocks = {f"network.{k}" for k, _ in self.network.named_parameters() if k.startswith("networks.")}
         tensors = {k: v.to(dtype) if k in blocks else v for k, v in self._saved_tensors().items()}
@@ -158,13 +159,13 @@ class HypernetworkPolicy(Agent):
         self.write(Path(path), tensors | stream)
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write an agent with these tensors and this one's description into a folder."""
+        """Write an agent with these tensors and this agent's description into a folder."""
         agent_folder(folder)
         write_tensors(folder / "agent.safetensors", tensors)
         write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
 
     def description(self) -> dict[str, Any]:
-        """What the file ``agent.json`` says: the configuration, the counters and what it was trained with."""
+        """The content of ``agent.json``: the configuration, the counters and the training environment's settings."""
         return {
             "agent": self.name,
             "format": 1,
@@ -179,21 +180,21 @@ class HypernetworkPolicy(Agent):
         }
 
     def _saved_tensors(self) -> dict[str, Tensor]:
-        """The parameters, and what streams start from."""
+        """The parameters, the prior and the moments that streams start from."""
         parameters = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         prior = {f"prior.{m}": v for m, v in self.network.key_memory.prior_state().items()}
         prior |= {f"lifetime.{k}": v.clone() for k, v in self.network.lifetime.items()}
         return parameters | prior | {f"moments.{k}": v for k, v in moments_state(self.network.training_moments).items()}
 
     def policy_state(self) -> dict[str, Tensor]:
-        """Copies of what a policy consists of between two streams: the parameters, and moments that outlive streams."""
+        """Copies of the policy's tensors between two streams: the parameters, and moments that outlast a stream."""
         tensors = self._saved_tensors()
         if self.config.network.normaliser == "lifetime":
             tensors |= {f"stream.{k}": v for k, v in self.network.memory_state().items() if k[:11] == "normaliser."}
         return {k: v.detach().clone() for k, v in tensors.items()}
 
     def load_policy_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of :meth:`policy_state` or of a saved agent; a stream they do not hold begins anew."""
+        """Load the tensors of :meth:`policy_state` or of a saved agent; without tensors of a stream, reset."""
         self.network.load_state_dict(under("network.", tensors))
         self.network.key_memory.load_prior_state(under("prior.", tensors))
         self.network.load_moments(under("moments.", tensors))

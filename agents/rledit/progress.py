@@ -1,4 +1,4 @@
-"""How far a run of training has come, and the running mean of its policies."""
+"""The progress of a training run, and the running mean of its policies."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 @dataclass
 class Progress:
-    """What of a run is neither the policy's, nor its optimiser's, nor counted by the agent.
+    """The state of a training run beside the policy, the optimiser and the agent's counters.
 
     Attributes:
         begun: the agent's timesteps at the start of the run.
         finished: whether the run has ended.
-        best: the policy with the best score, as `HypernetworkPolicy.policy_state` gives it.
-        waited: evaluations since then.
+        best: the policy with the best score, from `HypernetworkPolicy.policy_state`.
+        waited: evaluations since the best one.
         evaluated: the update that was evaluated last.
-        mean: of the parameters over the updates, by name; empty where there is none.
-        mean_updates: how many updates it has seen.
+        mean: running mean of the parameters over the updates, by name; empty if none is kept.
+        mean_updates: the number of updates in the mean.
     """
 
     begun: int = 0
@@ -31,11 +31,11 @@ class Progress:
     mean_updates: int = 0
 
     def take_into_mean(self, network: nn.Module, decay: float) -> None:
-        """Let the running mean follow a network's parameters, the faster the fewer updates it has seen.
+        """Add a network's parameters to the running mean, with a smaller decay for the first updates.
 
         Args:
-            network: whose parameters.
-            decay: of the mean, once it has seen many; 0 keeps none.
+            network: the network.
+            decay: of the mean after many updates; 0 keeps no mean.
         """
         if not decay:
             return
@@ -46,5 +46,5 @@ class Progress:
             mean.lerp_(parameter.detach(), 1 - decay)
 
     def with_mean(self, policy: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A policy's tensors, with the running mean of the parameters where there is one."""
+        """A policy's tensors, with the running mean in place of the parameters if there is one."""
         return {**policy, **{f"network.{name}": mean for name, mean in self.mean.items()}}

@@ -1,9 +1,9 @@
-"""The prior of ordinary text: least squares that know where the rest of an LLM lives.
+"""The prior of ordinary text: least squares that protect the rest of an LLM.
 
-An editor that solves ridge least squares, ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², pays the same for every direction. With
-S_0 = λI + c·C in place of λI, C = E[k kᵀ] over the tokens of text, it pays c·E‖ΔW k‖² for what the update changes at
-text's keys. It is the covariance of ROME and MEMIT (Meng et al., NeurIPS 2022, section 3.1), for every editor of the
-`Hypernetwork`'s family (``prior_source="text"`` in `HypernetworkConfig`).
+Ridge least squares, ΔW = argmin ‖ΔW uᵀ − vᵀ‖² + λ‖ΔW‖², penalise every direction alike. With S_0 = λI + c·C in place of
+λI, C = E[k kᵀ] over the tokens of text, they penalise the change at text's keys by c·E‖ΔW k‖². C is the covariance of
+ROME and MEMIT (Meng et al., NeurIPS 2022, section 3.1), here for every `Hypernetwork` (``prior_source="text"`` in
+`HypernetworkConfig`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from rledit_env.lm.editable import EditableLM
 
 
 def start_from_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = True) -> None:
-    """Give a network the second moments of text that its configuration asks for, from the cache if they are there.
+    """Give a network the second moments of text's keys, from the cache if they are there.
 
     Args:
-        network: its configuration names the text and how much of it.
-        lm: the LLM, edited or not; it writes the text, under its pre-trained weights, and is not changed.
-        progress_bar: show one where something has to be computed.
+        network: the network; its configuration names the text and the number of tokens.
+        lm: the LLM, edited or not; its pre-trained weights write the text. It is not changed.
+        progress_bar: show a progress bar while computing.
 
     Raises:
-        FileNotFoundError: there is no such text file.
-        ValueError: it has fewer than 64 tokens.
+        FileNotFoundError: the text file does not exist.
+        ValueError: the text has fewer than 64 tokens.
     """
     config = network.config
     statistics = key_statistics(lm, list(network.shapes), config.text, config.text_tokens, progress=progress_bar)
@@ -31,8 +31,10 @@ def start_from_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = 
 
 
 def turn_by_text(network: Hypernetwork, lm: EditableLM, progress_bar: bool = True) -> None:
-    """Give a network the curvature of the outputs on the text that its configuration names, from the cache if it is
-    there; arguments and errors are :func:`start_from_text`'s."""
+    """Give a network the curvature of the outputs on its configuration's text, from the cache if it is there.
+
+    Arguments and errors are those of :func:`start_from_text`.
+    """
     config = network.config
     tokens = max(64, config.text_tokens // 4)
     network.turn_by(output_moments(lm, list(network.shapes), config.text, tokens, progress=progress_bar))

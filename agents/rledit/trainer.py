@@ -59,12 +59,12 @@ class Trainer:
     """Trains an agent for one run.
 
     Args:
-        agent: it is changed: its policy, its optimiser, its counters and its progress.
-        run: what is asked for.
+        agent: the agent; its policy, optimiser, counters and progress are changed.
+        run: the arguments of the run.
 
     Raises:
-        ValueError: the agent's environment does not give what training needs, or several processes would have moments
-            of their own.
+        ValueError: the agent's environment does not give what training needs, or the configuration does not allow
+            several processes.
     """
 
     def __init__(self, agent: HypernetworkPolicy, run: TrainingRun) -> None:
@@ -72,43 +72,43 @@ class Trainer:
         self.env = training_env(agent.env)
         agent.progress = replace(agent.progress, waited=0, evaluated=None)
         self.processes = run.processes or Processes()
-        kind = agent.config.network.normaliser
-        along = agent.config.batches_per_update is not None
-        if self.processes.count > 1 and along:
+        normaliser = agent.config.network.normaliser
+        updates_within_episodes = agent.config.batches_per_update is not None
+        if self.processes.count > 1 and updates_within_episodes:
             raise ValueError(f"batches_per_update is {agent.config.batches_per_update}, but each of several processes "
                              "would change the policy along a stream of its own; give batches_per_update=None, or "
                              "train in one process")
-        self.learn = partial(improve_policy, agent) if along else None
-        if self.processes.count > 1 and kind != "stream":
-            raise ValueError(f"normaliser is {kind!r}, but every process would have moments of its own streams; give "
-                             "normaliser='stream', or train in one process")
+        self.learn = partial(improve_policy, agent) if updates_within_episodes else None
+        if self.processes.count > 1 and normaliser != "stream":
+            raise ValueError(f"normaliser is {normaliser!r}, but every process would have moments of its own streams; "
+                             "give normaliser='stream', or train in one process")
         first = self.processes.first  # the others write no files and show nothing
         self.folder = Path(run.log_dir) if run.log_dir is not None and first else None
         self.shows = run.progress_bar and first
 
     def train(self) -> None:
-        """Begin the run, or go on with it, and finish it; Ctrl-C writes the state after the last finished update.
+        """Start or resume the run, and finish it; Ctrl-C writes the state after the last finished update.
 
         Raises:
-            ValueError: the folder holds a run with other settings.
-            FileExistsError: it holds a file that would be overwritten and that no training wrote.
+            ValueError: the folder contains a run with other settings.
+            FileExistsError: the folder contains a file that would be overwritten and that no training wrote.
         """
         agent, run = self.agent, self.run
         self._begin()
         try:
             self._prepare()
-            self._judge()
+            self._evaluate_if_due()
             while agent.timesteps < self.end and not self._stops_early():
                 numbers = self._update()
-                self._judge()
+                self._evaluate_if_due()
                 if agent.updates % run.checkpoint_every == 0:
                     write_checkpoint(agent, self.folder, self.state)
                 stop = run.callback is not None and run.callback(numbers) is False
                 if any(self.processes.gathered(stop)):
                     break
-            self._judge(at_end=True)
+            self._evaluate_if_due(at_end=True)
         except KeyboardInterrupt:
-            # Whatever was half done is dropped: what counts is the state after the last finished update.
+            # An unfinished update is dropped: the state after the last finished one is kept.
             load_training_state(agent, *self.state)
             write_checkpoint(agent, self.folder, self.state)
             raise
@@ -120,10 +120,10 @@ class Trainer:
         self._finish()
 
     def _begin(self) -> None:
-        """Begin a run, or take up the one in the folder; open the logs."""
+        """Start a new run, or resume the one in the folder; open the logs."""
         agent, run = self.agent, self.run
-        found, begins = self._take_up()
-        if begins:
+        checkpoint_exists, starts_new_run = self._resume()
+        if starts_new_run:
             agent.timesteps = 0 if run.reset_num_timesteps else agent.timesteps
             agent.progress.begun, agent.progress.mean = agent.timesteps, {}
         agent.progress.finished = False
@@ -135,29 +135,34 @@ class Trainer:
         self.step_writer = summary_writer(self.folder and self.folder / "steps", agent.timesteps)
         self.bar = tqdm(total=run.total_timesteps, initial=agent.timesteps - begun, unit="step", disable=not self.shows)
         self.state = training_state(agent)  # after the last finished update
-        if begins and found:  # or a process killed before its first checkpoint would find the finished run
+        if starts_new_run and checkpoint_exists:
+            # Otherwise, after a kill before the first checkpoint, the folder would still contain the finished run.
             write_checkpoint(agent, self.folder, self.state)
 
-    def _take_up(self) -> tuple[bool, bool]:
-        """Let the agent be as the run in the folder left it, if there is one: whether it was found, and whether a new
-        run begins after it all the same."""
+    def _resume(self) -> tuple[bool, bool]:
+        """Load the checkpoint in the folder, if there is one.
+
+        Returns:
+            Whether this process found a checkpoint, and whether a new run starts, because there is no checkpoint or
+            the agent itself has finished that run.
+        """
         agent, processes = self.agent, self.processes
-        own = agent.updates  # before what the folder holds
-        found = False
+        updates_before = agent.updates
+        exists = False
         if self.folder is not None and self.run.resume:
             path = self.folder / "last" / TRAINING_STATE
-            found = path.exists()
-            if found:
+            exists = path.exists()
+            if exists:
                 resume(agent, path)
-        found_by_first = processes.from_first(found)
-        if found_by_first:
+        exists_for_first = processes.from_first(exists)
+        if exists_for_first:
             state = processes.from_first(training_state(agent) if processes.first else None)
             if not processes.first:
                 load_training_state(agent, *state)
-        return found, not found_by_first or (agent.progress.finished and own == agent.updates)
+        return exists, not exists_for_first or (agent.progress.finished and updates_before == agent.updates)
 
     def _prepare(self) -> None:
-        """Give the network what it starts from, where it has not got it yet."""
+        """Give the network the curvature, the prior and the moments that it needs and does not have yet."""
         agent, network = self.agent, self.agent.network
         if network.wants_curvature:
             agent.take_curvature(self.shows)
@@ -168,49 +173,49 @@ class Trainer:
         return self.run.eval_env is not None and self.agent.progress.waited >= self.run.patience
 
     def _update(self) -> dict[str, float]:
-        """One policy update on the trajectories that it takes; its numbers."""
+        """Run the trajectories of one policy update and apply it; return its numbers."""
         agent, processes = self.agent, self.processes
         inner = editing_env(self.env)
         gradients: list[list[Tensor]] = []
-        measured: list[float] = []  # what the reward's constraint is on, at the trajectories' ends
+        constrained: list[float] = []  # the component under the reward's constraint, at the trajectories' ends
         numbers: dict[str, float] = {}
-        left = math.ceil((self.end - agent.timesteps) / (inner.episode_steps * processes.count))
-        count = min(agent.config.trajectories_per_update, left)
+        remaining = math.ceil((self.end - agent.timesteps) / (inner.episode_steps * processes.count))
+        count = min(agent.config.trajectories_per_update, remaining)
         first = processes.rank * count
         for place in range(first, first + count):
             gradient, numbers = trajectory(agent, self.env, agent.seed + agent.updates * 1000 + place, self.learn)
             gradients.append(gradient)
-            measured += [numbers[AT_END]] if AT_END in numbers else []
+            constrained += [numbers[AT_END]] if AT_END in numbers else []
             self._count_steps()
-        numbers = _averaged(processes.gathered(numbers)) | update_policy(agent, gradients, processes)
-        measured = [value for values in processes.gathered(measured) for value in values]
+        numbers = _mean_of_each(processes.gathered(numbers)) | update_policy(agent, gradients, processes)
+        constrained = [value for values in processes.gathered(constrained) for value in values]
         multiplier = multiplier_of(agent)
-        if multiplier is not None and measured:  # dual ascent of the reward's constraint
-            multiplier.update(float(np.mean(measured)))
+        if multiplier is not None and constrained:  # dual ascent of the reward's constraint
+            multiplier.update(float(np.mean(constrained)))
         self.state = training_state(agent)
         self.bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift") if k in numbers})
         log(self.writer, "train", numbers, agent.updates)
         return numbers
 
     def _count_steps(self) -> None:
-        """Log and count the steps of the trajectory just taken, those of all processes."""
+        """Log and count the steps of the latest trajectories of all processes."""
         inner = editing_env(self.env)
         for step, numbers in enumerate(inner.history):
             log(self.step_writer, "step", numbers, self.agent.timesteps + step + 1)
-        if inner.present_until is not None:  # a stream's steps are only known at its end
+        if inner.present_until is not None:  # an episode's length is only known at its end
             steps = sum(self.processes.gathered(len(inner.history)))
         else:
             steps = inner.episode_steps * self.processes.count
         self.agent.timesteps += steps
         self.bar.update(steps)
 
-    def _judge(self, at_end: bool = False) -> None:
-        """Evaluate the policy where it is due, and write a checkpoint."""
+    def _evaluate_if_due(self, at_end: bool = False) -> None:
+        """Evaluate the policy if an evaluation is due, and write a checkpoint."""
         agent, run = self.agent, self.run
         due = at_end or agent.updates % run.eval_every == 0 or agent.progress.evaluated is None
         if run.eval_env is None or not due or agent.progress.evaluated == agent.updates:
             return
-        with _holding_mean(agent):
+        with _mean_parameters(agent):
             better = evaluate_policy(agent, run.eval_env, run.eval_seed, self.writer, self.processes)
         progress = agent.progress
         progress.waited = 0 if better or progress.evaluated is None else progress.waited + 1
@@ -219,7 +224,7 @@ class Trainer:
         write_checkpoint(agent, self.folder, self.state)
 
     def _finish(self) -> None:
-        """Write down that the run is finished; the agent holds the best policy, or the mean of its policies."""
+        """Mark the run as finished on disk; give the agent the best policy, or else the mean of its policies."""
         agent = self.agent
         progress = agent.progress
         if self._stops_early():
@@ -234,10 +239,10 @@ class Trainer:
 
 
 def training_env(env: gym.Env | None) -> gym.Env:
-    """The environment, which must give what training needs.
+    """The environment, checked for what training needs.
 
     Raises:
-        ValueError: there is none, or it does not.
+        ValueError: there is no environment, or it lacks tensors, reward gradients or a reward.
     """
     if env is None:
         raise ValueError("this agent has no environment to learn in; load it with env=…, or give it with "
@@ -256,15 +261,15 @@ def training_env(env: gym.Env | None) -> gym.Env:
 def update_policy(
     agent: HypernetworkPolicy, gradients: Sequence[Sequence[Tensor]], processes: Processes | None = None
 ) -> dict[str, float]:
-    """One step of Adam on the mean of the trajectories' gradients, those of the other processes among them."""
-    own = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
-    norm = improve_policy(agent, (processes or Processes()).mean(own))
+    """One step of Adam on the mean of the gradients of all processes' trajectories."""
+    local_mean = [torch.stack(pieces).mean(0) for pieces in zip(*gradients, strict=True)]
+    norm = improve_policy(agent, (processes or Processes()).mean(local_mean))
     agent.updates += 1
     return {"gradient_norm": norm}
 
 
 def improve_policy(agent: HypernetworkPolicy, policy_gradient: Sequence[Tensor]) -> float:
-    """One step of Adam, and the running mean of the policies after it; the gradient's norm before it is clipped."""
+    """One step of Adam and of the running mean of the policies; returns the gradient's norm before clipping."""
     parameters, norm_bound = agent.network.learned_parameters(), agent.config.max_gradient_norm
     for parameter, gradient in zip(parameters, policy_gradient, strict=True):
         parameter.grad = gradient
@@ -280,8 +285,10 @@ def improve_policy(agent: HypernetworkPolicy, policy_gradient: Sequence[Tensor])
 
 
 def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
-    """Score the policy on the held-out stream and keep it if it is the best so far; whether it is. Every process edits
-    the stream, which is one chain of steps, and scores its share of the facts."""
+    """Score the policy on held-out facts, and keep it if it is the best so far; returns whether it is.
+
+    Every process edits the whole episode, whose steps depend on each other, and scores its share of the facts.
+    """
     forget_states(eval_env)
     with agent.presented.by(eval_env):
         _, info = run_stream(eval_env, agent, seed=seed)
@@ -308,20 +315,20 @@ def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, wri
 
 
 @contextmanager
-def _holding_mean(agent: HypernetworkPolicy) -> Iterator[None]:
-    """Within it the network has the running mean of its parameters, where there is one."""
+def _mean_parameters(agent: HypernetworkPolicy) -> Iterator[None]:
+    """Give the network the running mean of its parameters, if there is one, within the context."""
     if not agent.progress.mean:
         yield
         return
-    learning = agent.policy_state()
-    agent.load_policy_state(agent.progress.with_mean(learning))
+    state = agent.policy_state()
+    agent.load_policy_state(agent.progress.with_mean(state))
     try:
         yield
     finally:
-        agent.load_policy_state(learning)
+        agent.load_policy_state(state)
 
 
-def _averaged(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each number over those that have it."""
-    names = {name for one in numbers for name in one}
-    return {name: float(np.mean([one[name] for one in numbers if name in one])) for name in sorted(names)}
+def _mean_of_each(numbers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each number over the mappings that have it."""
+    names = {name for mapping in numbers for name in mapping}
+    return {name: float(np.mean([n[name] for n in numbers if name in n])) for name in sorted(names)}

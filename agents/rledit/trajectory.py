@@ -1,4 +1,4 @@
-"""One training stream: its trajectory, and the policy gradient of its return."""
+"""One training episode: its trajectory, and the policy gradient of its return."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from agents.rledit.policy import HypernetworkPolicy
 from rledit_env.interface import editing_env
 
 Learn = Callable[[list[Tensor]], object]
-AT_END = "constrained_at_end"  # a trajectory's number: the component under a bound, last scored
+AT_END = "constrained_at_end"  # name of a trajectory's number: the last value of the component under a bound
 
 
 def trajectory(
     agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None = None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
-    """One stream: the policy gradient (negative, for descent) and the trajectory's numbers.
+    """Run one episode and differentiate its return.
 
     Args:
-        agent: whose policy acts.
+        agent: the agent whose policy acts.
         env: an environment that gives the reward's gradient.
         seed, reset: for the environment's ``reset``.
-        learn: takes the policy gradient of each `RLEditConfig.batches_per_update` batches but the stream's last ones,
-            and may change the policy, which then goes on with the stream; None takes the stream as a whole.
+        learn: called with the policy gradient after each `RLEditConfig.batches_per_update` batches, except the
+            episode's last ones; it may change the policy, which then continues the episode. None: not called.
 
     Returns:
-        The gradient of the whole stream, or of its last batches; the numbers are always the whole stream's.
+        The policy gradient (negative, for descent) of the whole episode, or with ``learn`` of its last batches; and the
+        numbers of the whole episode by name.
     """
     with agent.presented.by(env):
         return _differentiated(agent, env, seed, learn, **reset)
@@ -52,13 +53,13 @@ def _differentiated(
     records: list[StepRecord] = []
     infos: list[dict[str, float]] = []
     steps_until_learning = inner.steps_per_batch * (config.batches_per_update or 0)
-    total, done, kept = 0.0, False, 0
+    total, done, graph_bytes = 0.0, False, 0
     while not done:
         record = agent.observe(observation, adapt=True)
-        kept += network.graph_bytes(len(next(iter(record.keys.values()))))
-        with torch.set_grad_enabled(kept <= config.graph_bytes):
+        graph_bytes += network.graph_bytes(len(next(iter(record.keys.values()))))
+        with torch.set_grad_enabled(graph_bytes <= config.graph_bytes):
             factors = network.factors(record)
-        if kept <= config.graph_bytes:
+        if graph_bytes <= config.graph_bytes:
             record = replace(record, factors=factors)
         keys, values = ({m: f.detach() for m, f in part.items()} for part in factors)
         action = agent.action(observation, record, keys, values)
@@ -79,7 +80,7 @@ def _differentiated(
             break
         if learn and steps_until_learning and inner.position % steps_until_learning == 0 and not done:
             learn(policy_gradient(agent, records, credit))
-            records, kept = [], 0
+            records, graph_bytes = [], 0
     if not infos:
         return no_gradient(agent), {"return": float(reward), "steps": 0.0}
     numbers = _numbers(env, infos, total) | {"step_size": float(network.step_sizes().detach().mean())}
@@ -87,7 +88,7 @@ def _differentiated(
 
 
 def _numbers(env: gym.Env, infos: Sequence[dict[str, float]], total: float) -> dict[str, float]:
-    """A trajectory's numbers, given its steps' and its return."""
+    """A trajectory's numbers, from those of its steps and its return."""
     numbers = {k: float(np.mean([i[k] for i in infos if k in i])) for k in infos[-1]}
     numbers |= {"return": total, "steps": float(len(infos)), "drift": infos[-1]["drift"]}
     multiplier = editing_env(env).multiplier
@@ -101,8 +102,10 @@ def _numbers(env: gym.Env, infos: Sequence[dict[str, float]], total: float) -> d
 def policy_gradient(
     agent: HypernetworkPolicy, records: Sequence[StepRecord], credit: CreditAccumulator
 ) -> list[Tensor]:
-    """−∂R/∂φ per step of the stream, or with `RLEditConfig.clipping` "running sum" of the whole stream: the
-    network's graph, kept or made a second time, step by step, with the cotangents."""
+    """−∂R/∂φ, divided by the number of steps unless `RLEditConfig.clipping` is "running sum".
+
+    Each step's credit is backpropagated through the network's graph, which was kept or is computed again.
+    """
     parameters, config = agent.network.learned_parameters(), agent.config
     running = config.clipping == "running sum"
     sign = -1.0 if running else -1 / len(records)
@@ -123,8 +126,11 @@ def no_gradient(agent: HypernetworkPolicy) -> list[Tensor]:
 
 
 def forget_states(env: gym.Env) -> None:
-    """Drop the LLM's cached states: what a passage's were computed together with changes their last bits, and a run
-    that is taken up from a checkpoint, with nothing cached, must end as the uninterrupted one, bit for bit."""
+    """Drop the LLM's cached states.
+
+    The last bits of a passage's states depend on the passages computed with it. A run resumed from a checkpoint starts
+    with nothing cached, and must end like the uninterrupted one bit for bit.
+    """
     lm = editing_env(env).lm
     lm.prefix_cache.clear()
     lm.reference_cache.clear()

@@ -1,4 +1,4 @@
-"""What a network is given before its first stream: second moments of keys, and moments of training facts."""
+"""What a network needs before its first episode: second moments of keys, and moments of training facts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from rledit_env.interface import editing_env
 
 
 def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
-    """Give the network its prior from text; show it some training batches, the first of as many streams, for what is of
-    facts.
+    """Give the network its prior, and the moments of training facts.
+
+    A prior from text is computed or read from the cache. A prior from facts and the moments are gathered from the first
+    batches of ``prior_batches`` episodes.
 
     Args:
-        agent: whose network.
-        env: of training facts.
-        prior: whether it is given the prior on keys.
-        moments: whether it is given the moments of training facts.
-        progress_bar: show one.
+        agent: the agent of the network.
+        env: an environment of training facts.
+        prior: whether to give the prior on keys.
+        moments: whether to give the moments of training facts.
+        progress_bar: show a progress bar.
     """
     if prior and agent.config.network.has_text_prior:
         start_from_text(agent.network, editing_env(env).lm, progress_bar)
@@ -35,7 +37,7 @@ def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool,
     for i in trange(batches, desc="moments of training facts", unit="batch", disable=not progress_bar, leave=False):
         observation, _ = env.reset(seed=agent.seed * batches + i)
         keys, gradients = used_rows(observation, agent.network.device)
-        if not observation["mask"].any():  # all of the batch's facts have taken already
+        if not observation["mask"].any():  # the LLM answers all of the batch's facts already
             continue
         if prior:
             agent.network.key_memory.gather(keys)

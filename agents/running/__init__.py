@@ -1,4 +1,4 @@
-"""What uses agents: editing, recording, comparing, choosing modules and strengths, and the registry of editors."""
+"""Runs agents: editing, recording, comparing, choosing modules and strengths, and the registry of editors."""
 
 from agents.running.editing import EditLog, edit_facts, edit_stream
 from agents.running.saved import agent_settings, find_agent, load_agent

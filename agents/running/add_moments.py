@@ -1,4 +1,4 @@
-"""``python -m agents.running.add_moments FOLDER``: moments of training facts for a saved agent that has none."""
+"""``python -m agents.running.add_moments FOLDER``: add moments of training facts to a saved agent that has none."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ from rledit_env.files import write_tensors, write_text
 
 
 def add_to_agent(folder: str | Path, data: Any = "bundled", model: str | None = None) -> None:
-    """Let a saved agent's streams start from moments of training facts; all else in its files stays as it is.
+    """Add moments of training facts to a saved agent, which its streams then start from; nothing else in its files
+    changes.
 
     Args:
-        folder: the agent's, or a run's.
-        data: the facts that it was trained on (the environment's ``data``; the training split is read).
-        model: the LLM that it edits, where the agent does not say, or has it elsewhere.
+        folder: the agent's folder, or a run's.
+        data: the facts that the agent was trained on (the environment's ``data``; the training split is read).
+        model: the LLM that the agent edits, if the agent's file does not name it or it has moved.
 
     Raises:
         FileNotFoundError: there is no agent, or no data.
-        ValueError: it does not normalise with its streams' moments, or does not say what it was trained with.
+        ValueError: the agent's moments do not start with each stream, or its file lacks a setting of its environment.
     """
     folder = find_agent(folder)
     description = agent_settings(folder)
-    trained = description["environment"]
+    env_settings = description["environment"]
     if description.get("agent") != "rledit" or description["config"]["network"].get("normaliser", "stream") != "stream":
         raise ValueError(f"the agent in {folder} does not start with its streams; it needs no moments")
-    missing = [name for name in ("id", "model", "edit_modules", "token", "batch_size") if not trained.get(name)]
+    missing = [name for name in ("id", "model", "edit_modules", "token", "batch_size") if not env_settings.get(name)]
     if missing:
         raise ValueError(f"{folder} does not say its environment's {missing[0]}; call agent.gather_moments(env) with "
                          "an environment of the facts it was trained on, and save it")
     env = gym.make(
-        trained["id"], model=model or trained["model"], edit_modules=trained["edit_modules"], data=data, split="train",
-        num_batches=1, batch_size=trained["batch_size"], token=trained["token"], reward="none", array_backend="torch",
-        disable_env_checker=True,
+        env_settings["id"], model=model or env_settings["model"], edit_modules=env_settings["edit_modules"], data=data,
+        split="train", num_batches=1, batch_size=env_settings["batch_size"], token=env_settings["token"], reward="none",
+        array_backend="torch", disable_env_checker=True,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingMomentsWarning)
         agent: Any = load_agent(folder, env)
     agent.gather_moments(env)
-    kept = {k: v for k, v in read_tensors(folder / "agent.safetensors")[0].items() if not k.startswith("stream.")}
+    saved = read_tensors(folder / "agent.safetensors")[0]
+    policy = {k: v for k, v in saved.items() if not k.startswith("stream.")}
     start = {f"stream.{k}": v for k, v in agent.network.memory_state().items()}
     moments = {f"moments.{k}": v for k, v in moments_state(agent.network.training_moments).items()}
-    write_tensors(folder / "agent.safetensors", kept | moments | start)
+    write_tensors(folder / "agent.safetensors", policy | moments | start)
     description["config"]["network"]["warm_up"] = True
     write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Runs editors one after the other on the same streams of the same LLM, cell by cell, each kept once it is finished."""
+"""Compares editors on the same streams and the same LLM, cell by cell; every finished cell is written to disk."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.loading.registry import default_edit_modules
 
-SAID = ("efficacy", "generalization", "specificity", "mean")  # of a cell's scores, as soon as they are known
+SHOWN_SCORES = ("efficacy", "generalization", "specificity", "mean")  # printed when a cell is finished
 
 
 class Views:
-    """Editable views of one LLM, which is loaded once; only one view is alive at a time, and it begins pre-trained.
+    """Editable views of one LLM, which is loaded once. Only one view exists at a time; it starts pre-trained.
 
     Args:
         model: registry name, hub id or folder.
-        dtype, device: as for :meth:`EditableLM.load`, and so is ``source`` (revision, trust_remote_code).
+        dtype, device, source: as for :meth:`EditableLM.load` (``source``: revision, trust_remote_code).
     """
 
     def __init__(self, model: str, dtype: str = "auto", device: str = "auto", **source: Any) -> None:
@@ -59,16 +59,16 @@ class Views:
             self._view = EditableLM.load(self.model, patterns, self.dtype, self.device, **self.source)
         elif patterns != self._patterns:
             model, tokenizer = self._view.model, self._view.tokenizer
-            self._view = None  # its copies of the weights are gone before the new ones are made
-            wanted = patterns or default_edit_modules(self.model, model)
+            self._view = None  # frees its copies of the weights before the new view makes its own
+            modules = patterns or default_edit_modules(self.model, model)
             revision = self.source.get("revision")
-            self._view = EditableLM(model, tokenizer, wanted, self.model, revision=revision, optimize=True)
+            self._view = EditableLM(model, tokenizer, modules, self.model, revision=revision, optimize=True)
         self._patterns = patterns
         return self._view
 
     def of(self, editor: Editor, edit_modules: Sequence[str] | str | None = None) -> EditableLM:
-        """The view that an editor edits: of these modules, else of those that it names, else of its method's default
-        ones."""
+        """The view for an editor, with these edited modules, else those that the editor names, else its method's
+        defaults."""
         modules = edit_modules or editor.env.get("edit_modules")
         agent = editor.agent_class()
         if modules is None and issubclass(agent, LocateAgent):
@@ -76,7 +76,7 @@ class Views:
         return self.get(modules)
 
     def restore(self) -> None:
-        """Make the LLM the pre-trained one, with empty caches, so that the next one finds what the first one found."""
+        """Restore the pre-trained weights and empty the caches, so that all editors start alike."""
         if self._view is not None:
             self._view.restore()
             self._view.prefix_cache.clear()
@@ -85,17 +85,17 @@ class Views:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all editors of a comparison share.
+    """The settings that all editors of a comparison share.
 
     Attributes:
-        env_id: the environment.
+        env_id: the environment's id.
         test: the facts that are edited and scored.
-        training: gives the facts that editors train on; called when the first one needs them.
+        training: returns the facts that editors train on; called when the first editor needs them.
         num_batches, batch_size: T and n.
-        edit_modules: modules that all edit; None leaves the choice to each editor.
+        edit_modules: modules that all editors edit; None leaves the choice to each editor.
         generate: whether to decode freely as well (slower).
         metrics: how the facts are scored (see `rledit_env.evaluation.metrics.evaluate`).
-        text: a file of human-written text that divergence is measured on, too; None takes the help topics of Python.
+        text: a file of human-written text to measure the divergence on; None takes the help topics of Python.
     """
 
     env_id: str
@@ -113,16 +113,16 @@ class Setting:
 
 
 class Comparison:
-    """The cells of a comparison: one an editor and stream, each a file under ``out/cells``.
+    """The cells of a comparison: one for each editor and stream, each a file under ``out/cells``.
 
-    A cell that is there is not computed again; a training that was interrupted goes on from its checkpoint.
+    Existing cells are not computed again, and an interrupted training resumes from its checkpoint.
 
     Args:
-        setting: what all editors share.
+        setting: the settings that all editors share.
         views: the LLM.
         out: the comparison's folder.
-        progress_bar: show what is being done.
-        trainer: another comparison whose trained editors are taken, and trained there if need be; None trains here.
+        progress_bar: show progress bars and scores.
+        trainer: another comparison that trains the editors; None trains them here.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
         self.trainer = trainer or self
-        self._texts: dict[str, list[Passage]] | None = None  # of the divergences; the same for every editor
+        self._texts: dict[str, list[Passage]] | None = None  # for the divergences; the same for every editor
 
     def cell_path(self, editor: Editor, seed: int) -> Path:
         return self.out / "cells" / editor.label / f"seed-{seed}.json"
@@ -140,8 +140,8 @@ class Comparison:
         """A finished cell; None if it is not finished.
 
         Raises:
-            ValueError: it was computed with other settings of the editor, or scored by another version of the metrics
-                or otherwise.
+            ValueError: the cell was computed with other settings of the editor, other metrics, or another version of
+                the metrics.
         """
         path = self.cell_path(editor, seed)
         if not path.exists():
@@ -149,23 +149,23 @@ class Comparison:
         cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if "not_applicable" not in cell:
             _check_scores(path, cell, self.setting.metrics)
-        mine, theirs = editor.description(), _by_name(cell["editor"])
-        different = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
+        present, saved = editor.description(), _with_class_names(cell["editor"])
+        different = sorted(k for k in present | saved if present.get(k) != saved.get(k))
         if different:
             raise ValueError(f"{path} was computed with another {', '.join(different)} of the editor; delete it to "
                              "compute it anew, or give another folder")
         return cell
 
     def run(self, editor: Editor, seeds: Sequence[int]) -> None:
-        """Compute the editor's cells that are missing: build it, train it if need be, and edit a stream a seed."""
+        """Compute the editor's missing cells: build the agent, train it if necessary, and edit one stream a seed."""
         missing = [seed for seed in seeds if self.cell(editor, seed) is None]
         if not missing:
             return
         try:
-            agent, env, one_off = self._ready(editor)
+            agent, env, one_off = self._prepare(editor)
             for seed in missing:
                 result = {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off}
-                self._say(editor, seed, result)  # before it is written, which a full disk may prevent
+                self._print_scores(editor, seed, result)  # first, since a full disk may prevent writing
                 self._write(editor, seed, result)
         except NotApplicable as reason:
             for seed in missing:
@@ -173,24 +173,24 @@ class Comparison:
         finally:
             self.views.restore()
 
-    def _say(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
+    def _print_scores(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
         if self.progress_bar:
-            scores = ", ".join(f"{name} {result[name]:.1f}" for name in SAID if result[name] is not None)
+            scores = ", ".join(f"{name} {result[name]:.1f}" for name in SHOWN_SCORES if result[name] is not None)
             tqdm.write(f"{editor.title}, stream {seed}: {scores}", file=sys.stderr)
 
     def _write(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
         cell = {"seed": seed, **result, "editor": editor.description()}
         write_text(self.cell_path(editor, seed), json.dumps(cell, indent=1) + "\n")
 
-    # -- getting an editor ready ---------------------------------------------------------------------------------
+    # -- preparing an editor -------------------------------------------------------------------------------------
 
-    def _ready(self, editor: Editor) -> tuple[Agent, gym.Env, float | None]:
-        """The editor's agent, the environment that it edits in, and the seconds that it took once and for all (None if
-        nobody knows)."""
+    def _prepare(self, editor: Editor) -> tuple[Agent, gym.Env, float | None]:
+        """The editor's agent, the environment that it edits in, and the seconds of its training or statistics (None if
+        they are unknown)."""
         settings = dict(editor.env)
         if editor.saved is not None:
-            trained = agent_settings(find_agent(editor.saved, self.setting.test.kind))["environment"]
-            settings = {k: trained[k] for k in ENVIRONMENT if k in trained} | settings
+            saved_settings = agent_settings(find_agent(editor.saved, self.setting.test.kind))["environment"]
+            settings = {k: saved_settings[k] for k in ENVIRONMENT if k in saved_settings} | settings
         lm = self.views.of(replace(editor, env=settings), self.setting.edit_modules)
         settings.pop("edit_modules", None)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
@@ -200,13 +200,13 @@ class Comparison:
             agent = editor.agent_class()(env, editor.configuration())
             started = time.perf_counter()
             agent.learn(0, progress_bar=self.progress_bar)
-            # Statistics may have been kept from an earlier run; the agent then knows what they took.
+            # Statistics may come from the cache of an earlier run; the agent then knows how long they took.
             measured = time.perf_counter() - started
             return agent, env, float(getattr(agent, "one_off_seconds", measured))
         trainer = editor.trainer or editor
-        train_env, folder, seconds = self.trainer._trained(trainer, lm, settings)
+        train_env, folder, seconds = self.trainer._train(trainer, lm, settings)
         agent = editor.agent_class().load(folder, train_env)
-        if agent.config != trainer.configuration():  # such as an earlier version's defaults
+        if agent.config != trainer.configuration():  # for example, an earlier version's defaults
             raise ValueError(f"the agent in {folder} was trained with other settings of {trainer.name!r} than it has "
                              f"now; delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
@@ -222,9 +222,12 @@ class Comparison:
             reward_gradient=reward_gradient, array_backend="torch", disable_env_checker=True, **settings,
         )
 
-    def _trained(self, editor: Editor, lm: EditableLM, settings: dict[str, Any]) -> tuple[gym.Env, Path, float]:
-        """Train an editor, or go on with its training, unless that is done: the environment that it trains in, the
-        agent's folder, and the seconds that its training took, over all interruptions."""
+    def _train(self, editor: Editor, lm: EditableLM, settings: dict[str, Any]) -> tuple[gym.Env, Path, float]:
+        """Train an editor, or resume its training, unless it is finished.
+
+        Returns:
+            The training environment, the agent's folder, and the seconds of training over all interruptions.
+        """
         training, folder = editor.training, self.out / "trained" / editor.name
         assert training is not None
         facts, selection = held_out(self.setting.training())
@@ -237,17 +240,18 @@ class Comparison:
         if not finished.exists():
             clock = _Clock(folder / "seconds.json")
             agent = editor.agent_class()(env, editor.configuration(), seed=0)
-            eval_env = longer = None
+            eval_env = calibration_env = None
             if training.select_batches:
                 eval_env = self._env(lm, selection, training.select_batches, self.setting.batch_size, settings)
             if training.calibrate_batches:
-                longer = self._env(lm, selection, training.calibrate_batches, self.setting.batch_size, settings)
+                batches = training.calibrate_batches
+                calibration_env = self._env(lm, selection, batches, self.setting.batch_size, settings)
             agent.learn(
                 training.trajectories * editing_env(env).episode_steps, callback=clock, progress_bar=self.progress_bar,
                 log_dir=folder, eval_env=eval_env, eval_every=training.eval_every, patience=training.patience,
             )  # fmt: skip
-            if longer is not None:
-                agent.calibrate(longer)
+            if calibration_env is not None:
+                agent.calibrate(calibration_env)
             agent.save(folder / "agent")
             write_text(finished, json.dumps({"seconds": clock.seconds, "updates": agent.updates}) + "\n")
         lm.restore()
@@ -256,7 +260,7 @@ class Comparison:
     # -- editing -------------------------------------------------------------------------------------------------
 
     def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
-        """Edit one stream and score all its facts at the end, those too that came after the LLM broke."""
+        """Edit one stream and score all its facts at the end, including those that came after the LLM broke."""
         inner = editing_env(env)
         inner.lm.prefix_cache.clear()
         inner.lm.reference_cache.clear()
@@ -284,20 +288,20 @@ class Comparison:
         }
 
     def _divergences(self, lm: EditableLM) -> dict[str, float | None]:
-        """The divergence from the unedited LLM in nats a token, on text of its own ("kl"), that people wrote and on
-        answers in its chat template; None where it is not finite, or there is no such text."""
+        """The divergence from the unedited LLM in nats a token, on its own text ("kl"), on human-written text
+        ("kl_human") and on answers in its chat template ("kl_chat"); None if it is not finite or there is no text."""
         if self._texts is None:
             self._texts = scored_texts(lm, self.setting.text)
-        found = {key: drift.kl for key, drift in drifts(lm, self._texts).items()}
-        columns = {"kl": found.get("self"), "kl_human": found.get("human"), "kl_chat": found.get("chat")}
+        by_text = {key: drift.kl for key, drift in drifts(lm, self._texts).items()}
+        columns = {"kl": by_text.get("self"), "kl_human": by_text.get("human"), "kl_chat": by_text.get("chat")}
         return {key: kl if kl is not None and math.isfinite(kl) else None for key, kl in columns.items()}
 
 
 def scaled(agent: Agent, editor: Editor) -> Agent:
-    """A trained agent whose step sizes are multiplied by the editor's factor.
+    """Multiply a trained agent's step sizes by the editor's factor, and return the agent.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the agent has no step sizes.
     """
     if editor.factor != 1:
         if not isinstance(agent, RLEditAgent):
@@ -307,18 +311,21 @@ def scaled(agent: Agent, editor: Editor) -> Agent:
     return agent
 
 
-def _by_name(described: dict[str, Any]) -> dict[str, Any]:
-    """An editor's description with its classes by name alone; earlier versions gave "module:name"."""
-    classes = {key: place and place.rpartition(":")[2] for key in ("agent", "config") for place in [described.get(key)]}
-    trainer = described.get("trainer")
-    return {**described, **classes, "trainer": _by_name(trainer) if trainer else None}
+def _with_class_names(description: dict[str, Any]) -> dict[str, Any]:
+    """An editor's description with its classes' names alone; earlier versions wrote "module:name"."""
+    classes = {}
+    for key in ("agent", "config"):
+        path = description.get(key)
+        classes[key] = path and path.rpartition(":")[2]
+    trainer = description.get("trainer")
+    return {**description, **classes, "trainer": _with_class_names(trainer) if trainer else None}
 
 
 def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:
-    """Make sure that a cell's scores may stand beside those of this version with these ``metrics``.
+    """Check that a cell's scores are comparable with those of this version and these ``metrics``.
 
     Raises:
-        ValueError: they may not.
+        ValueError: they are not.
     """
     mend = f"delete {path} to compute it anew, or give another folder"
     version = cell.get("metrics_version", 1)
@@ -330,7 +337,7 @@ def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:
 
 
 class _Clock:
-    """Seconds spent so far, over all runs of an interrupted training; a callback that keeps them in a file."""
+    """A training callback that writes the seconds spent so far to a file, summed over all interruptions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -346,15 +353,15 @@ class _Clock:
 
 
 def check_disjoint(training: KnowledgeDataset, test: KnowledgeDataset) -> None:
-    """Make sure that nothing is trained on that is scored.
+    """Check that no scored fact is trained on.
+
+    Single facts in both sets, which published splits have, give a warning.
 
     Raises:
-        ValueError: most facts of one are in the other: they are one file.
-
-    Warns of single facts that are in both, as published splits have some.
+        ValueError: most facts of one set are in the other; they are probably one file.
     """
-    seen = {(r.prompt, r.target) for r in training}
-    both = sum((r.prompt, r.target) in seen for r in test)
+    training_pairs = {(r.prompt, r.target) for r in training}
+    both = sum((r.prompt, r.target) in training_pairs for r in test)
     if 2 * both > min(len(training), len(test)):
         raise ValueError(f"the facts to train on ({training.source}) are those to be scored ({test.source}): {both} "
                          "are in both; give the training facts with --train-data")

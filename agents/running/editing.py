@@ -1,4 +1,4 @@
-"""Edits facts into an LLM with any agent, however many there are."""
+"""Edits any number of facts into an LLM with any agent."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from rledit_env.lm.losses import negative_log_likelihood
 
 @dataclass
 class EditLog:
-    """What happened while a stream was edited.
+    """The record of an edited stream.
 
     Attributes:
-        batch_sizes: facts of each batch.
+        batch_sizes: number of facts in each batch.
         update_norms: for each batch, √(Σ ‖ΔW‖_F²) over the modules and the batch's steps.
         drift: mean ‖W − W₀‖ / ‖W₀‖ over the modules at the end.
-        seconds: spent on editing, without any evaluation.
-        diverged: whether an update broke the model; editing ended there, with the weights of before it.
-        skipped: batches (from 0) of which an update broke the model and was taken back, once for each such update.
+        seconds: time spent on editing, without any evaluation.
+        diverged: whether an update broke the model; editing ended there, with the weights before that update.
+        skipped: batches (from 0) with an update that broke the model and was taken back, once for each such update.
         stopped: whether a guard ended the run.
-        presentations: of each fact, in the stream's order, how often it was presented.
-        taken: of each fact, whether it has taken at the end, when all are edited; empty where facts were presented a
-            fixed number of times.
+        presentations: for each fact, in the stream's order, how often it was presented.
+        taken: for each fact, whether the LLM answers with it after all edits (see :func:`have_taken`); empty if facts
+            were presented a fixed number of times.
     """
 
     batch_sizes: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ class EditLog:
         return self.seconds / max(self.facts, 1)
 
     def batches(self) -> list[range]:
-        """The facts of each batch, as positions in the stream."""
+        """The range of each batch's facts in the stream."""
         ends = [sum(self.batch_sizes[: i + 1]) for i in range(len(self.batch_sizes))]
         return [range(end - size, end) for end, size in zip(ends, self.batch_sizes, strict=True)]
 
@@ -78,30 +78,30 @@ def edit_stream(
     guard: DriftGuard | None = None,
     **reset: Any,
 ) -> EditLog:
-    """Let an agent edit one stream of an environment made with ``array_backend="torch"``.
+    """Edit one stream of an environment made with ``array_backend="torch"``.
 
     Args:
         env: the environment.
-        agent: it is reset, unless the weights are kept (``options={"keep_weights": True}``): then it goes on with its
-            memory of the stream.
-        log: an earlier stream's, to be continued.
+        agent: the agent. It is reset, unless the weights are kept (``options={"keep_weights": True}``): then it keeps
+            its memory of the stream.
+        log: an earlier stream's log, to be continued.
         progress: called after every batch with the number of its facts.
-        callbacks: each is called before the first batch with 0, and after every batch with the number of batches
-            edited so far, such as `rledit_env.evaluation.retention.RetentionProbe`; their time is not the editing's.
-        ledger: every update is recorded there before it takes effect. Where it holds this stream already, or its
-            beginning, the run goes on from there, and ends as it would have ended.
-        guard: asked after every batch whether the LLM has drifted too far.
+        callbacks: called before the first batch with 0, and after every batch with the number of batches edited so
+            far, such as `rledit_env.evaluation.retention.RetentionProbe`; their time does not count as editing.
+        ledger: records every update before it takes effect. If it contains this stream or its beginning, the run
+            resumes from there, and ends as it would have ended without the interruption.
+        guard: checked after every batch; ends the run if the LLM has drifted too far.
         reset: arguments of the environment's ``reset``.
 
     Raises:
         DivergenceError: an update broke the LLM, and the environment's ``on_divergence`` is "raise".
-        LedgerError: the ledger holds another run.
+        LedgerError: the ledger contains another run.
     """
     log = log or EditLog()
     begin_stream(agent, reset)
     started = time.perf_counter()
-    stream = _Stream(env, agent, log, progress, ledger)
-    inner, position = stream.inner, stream.take_up()
+    stream = _StreamEditor(env, agent, log, progress, ledger)
+    inner, position = stream.inner, stream.resume()
     in_flight = position if position.update is not None else None
     done = position.step >= inner.episode_steps
     if position.step or in_flight is not None:
@@ -113,15 +113,15 @@ def edit_stream(
     inner.recorder = stream.recorder
     try:
         while not done:
-            observation, info, whole, done = stream.take_step(observation, in_flight)
+            observation, info, batch_ended, done = stream.take_step(observation, in_flight)
             in_flight = None
             if info["diverged"]:
                 log.diverged = inner.on_divergence == "end" or (done and stream.step < inner.episode_steps)
                 warnings.warn(f"the update of batch {stream.first + info['batch']} ({_last_facts(log)}) broke the LLM "
                               "and was taken back", stacklevel=2)
-            if whole and not info["diverged"]:
+            if batch_ended and not info["diverged"]:
                 started += _call(callbacks, len(log.batch_sizes))
-            if guard is not None and whole and guard.exceeded(len(log.batch_sizes) - 1):
+            if guard is not None and batch_ended and guard.exceeded(len(log.batch_sizes) - 1):
                 log.stopped = done = True
     finally:
         inner.recorder = None
@@ -130,8 +130,8 @@ def edit_stream(
     return log
 
 
-class _Stream:
-    """A stream while it is edited: takes its steps, notes them in the log, and lets the ledger record them.
+class _StreamEditor:
+    """Edits a stream step by step, and records the steps in the log and the ledger.
 
     Args:
         env, agent, log, progress, ledger: as for :func:`edit_stream`.
@@ -144,23 +144,27 @@ class _Stream:
         self.inner = editing_env(env)
         self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
         self.recorder = LedgerRecorder(ledger, self.inner, agent, self.first) if ledger is not None else None
-        self.step = 0  # the next one's place in the stream
+        self.step = 0  # the next step's place in the stream
 
-    def take_up(self) -> Position:
-        """Where the stream goes on, by the ledger, whose steps are noted; its beginning where nothing is recorded."""
+    def resume(self) -> Position:
+        """Log the steps that the ledger recorded, and return the position to continue from; without recorded steps, the
+        stream's beginning."""
         position = self.recorder.take_up() if self.recorder is not None else Position([], 0, None)
-        for taken in position.taken:
-            self._note(taken)
+        for step in position.taken:
+            self._log_step(step)
         self.step = position.step
-        self._say(self.step // self.inner.steps_per_batch)
+        self._report_progress(self.step // self.inner.steps_per_batch)
         return position
 
     def take_step(self, observation: Any, in_flight: Position | None) -> tuple[Any, dict[str, Any], bool, bool]:
-        """Present a batch once: the next observation, the step's info, and whether the batch and the stream have ended.
+        """Present a batch once.
 
         Args:
-            observation: of the batch.
-            in_flight: holds the update of this step where it was recorded already, to be taken again as it was.
+            observation: the batch's observation.
+            in_flight: the position with this step's recorded update, which is applied again; None: the agent acts.
+
+        Returns:
+            The next observation, the step's info, and whether the batch and the stream have ended.
         """
         inner, recorder = self.inner, self.recorder
         if in_flight is not None and in_flight.update is not None:
@@ -172,20 +176,19 @@ class _Stream:
             recorder.step, recorder.norm = self.step, norm
             # With present_until a batch may end before it has been presented so often.
             if inner.present_until is not None or (self.step + 1) % inner.steps_per_batch == 0:
-                # What the next batch's states are computed together with changes their last bits; so that a run
-                # taken up there has the same, they do not depend on earlier batches.
+                # The last bits of cached states depend on the passages computed with them. A run resumed at the next
+                # batch must get the same states, so they must not depend on earlier batches.
                 inner.lm.prefix_cache.clear()
         presented = inner.presented_facts()
         with recorder.again() if recorder is not None and in_flight is not None else nullcontext():
             observation, _, terminated, truncated, info = self.env.step(action)
         self.step = inner.position
-        self._note(Taken(info["batch"], norm, info["diverged"], presented))
-        ended = self.step // inner.steps_per_batch > info["batch"]
-        self._say(int(ended))
-        return observation, info, ended, terminated or truncated
+        self._log_step(Taken(info["batch"], norm, info["diverged"], presented))
+        batch_ended = self.step // inner.steps_per_batch > info["batch"]
+        self._report_progress(int(batch_ended))
+        return observation, info, batch_ended, terminated or truncated
 
-    def _note(self, step: Taken) -> None:
-        """Take a step into the log."""
+    def _log_step(self, step: Taken) -> None:
         log, size = self.log, self.inner.stream.batch_size
         if self.first + step.batch == len(log.batch_sizes):
             log.batch_sizes.append(size)
@@ -199,14 +202,14 @@ class _Stream:
         else:
             log.update_norms[-1] = math.hypot(log.update_norms[-1], step.norm)
 
-    def _say(self, batches: int) -> None:
-        """Tell ``progress`` that so many batches have ended."""
+    def _report_progress(self, batches: int) -> None:
+        """Call ``progress`` once for each of these batches."""
         for _ in range(batches if self.progress is not None else 0):
             self.progress(self.inner.stream.batch_size)  # type: ignore[misc]
 
 
 def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
-    """Call all of them; returns the seconds that took."""
+    """Call all callbacks; returns the seconds they took."""
     started = time.perf_counter()
     for callback in callbacks:
         callback(edited)
@@ -218,7 +221,7 @@ def _last_facts(log: EditLog) -> str:
     return f"facts {last.start + 1} to {last.stop}"
 
 
-def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment's own names
+def edit_facts(  # noqa: PLR0913  the environment's parameters by their own names
     lm: EditableLM,
     agent: Agent,
     facts: KnowledgeDataset,
@@ -232,26 +235,25 @@ def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment'
     present_until: float | None = None,
     contexts: int = 0,
 ) -> EditLog:
-    """Edit all facts into the LLM, in order; a last batch may be smaller.
+    """Edit all facts into the LLM, in order; the last batch may be smaller.
 
-    The LLM starts from its pre-trained weights and keeps the edited ones; the agent is reset, and its environment is
-    afterwards the one it had before. No reward is computed.
+    The LLM starts from its pre-trained weights and keeps the edited ones. The agent is reset, and gets its former
+    environment back at the end. No reward is computed.
 
     Args:
         lm: the LLM.
-        agent: trained with the same modules, ``token`` and ``steps_per_batch``.
-        facts: what to edit.
+        agent: an agent trained with the same modules, ``token`` and ``steps_per_batch``.
+        facts: the facts to edit.
         batch_size: facts a batch.
-        token: as in :class:`~rledit_env.env.LifelongEditEnv`.
-        steps_per_batch: as there.
+        token, steps_per_batch: as in :class:`~rledit_env.env.LifelongEditEnv`.
         progress: called after every batch with the number of its facts.
         ledger, guard: as for :func:`edit_stream`.
         on_divergence, present_until, contexts: as in :class:`~rledit_env.env.LifelongEditEnv`.
     """
-    log, before = EditLog(), agent.env
-    whole = len(facts) // batch_size
+    log, former_env = EditLog(), agent.env
+    full, rest = divmod(len(facts), batch_size)
     try:
-        for start, batches, size in ((0, whole, batch_size), (whole * batch_size, 1, len(facts) % batch_size)):
+        for start, batches, size in ((0, full, batch_size), (full * batch_size, 1, rest)):
             if batches * size == 0 or log.diverged or log.stopped:
                 continue
             env = LifelongEditEnv(
@@ -260,25 +262,25 @@ def edit_facts(  # noqa: PLR0913  what is presented and how, by the environment'
                 present_until=present_until, contexts=contexts,
             )
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
-            agent.set_env(env)  # editors that read the facts themselves must read these
+            agent.set_env(env)  # for editors that read the facts from their environment
             edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
     finally:
-        if before is None:
+        if former_env is None:
             agent.env = None
         else:
-            agent.set_env(before)
+            agent.set_env(former_env)
     if present_until is not None:
         log.taken = have_taken(lm, facts, present_until)[: log.facts]
     return log
 
 
 def have_taken(lm: EditableLM, facts: KnowledgeDataset, probability: float) -> list[bool]:
-    """Whether the LLM, as it is, gives every token of a fact's answer at least this probability, given the prompt and
-    the answer's tokens before it."""
+    """For each fact, whether the present LLM gives every token of the answer at least this probability, given the
+    prompt and the answer's tokens before it."""
     encoded = EncodedDataset(lm, facts)
     passages = [encoded[i].edit for i in range(len(facts))]
     states = lm.answer_states(passages)
     with torch.no_grad():
         losses = negative_log_likelihood(lm.forward, states.hidden, states.targets)
-    hardest = losses.new_zeros(len(passages)).scatter_reduce_(0, states.owner, losses, "amax")
-    return (hardest <= -math.log(probability)).tolist()
+    largest = losses.new_zeros(len(passages)).scatter_reduce_(0, states.owner, losses, "amax")  # by passage
+    return (largest <= -math.log(probability)).tolist()

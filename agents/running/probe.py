@@ -1,4 +1,5 @@
-"""Which weights to edit: every linear module alone, runs of neighbouring layers, and a final of the best."""
+"""Searches which modules to edit: scores every linear module alone, then runs of neighbouring layers, and compares the
+best in a final."""
 
 from __future__ import annotations
 
@@ -27,27 +28,28 @@ from rledit_env.lm.names import expand_globs, module_kind, module_layer
 from rledit_env.lm.self_check import own_pass
 
 SCORES = ("efficacy", "generalization", "specificity", "mean")
-MOST = 2  # paraphrases and unrelated facts of a record that are scored
+MOST = 2  # number of a record's paraphrases, and of its unrelated facts, that are scored
 NO_EDIT = "no edit"
-FINAL = "final: "  # how the names of the final's cells begin
+FINAL = "final: "  # prefix of the names of the final's cells
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is tried; the defaults take minutes on a model of 135M parameters.
+    """The settings of a probe; the defaults take minutes on a model of 135M parameters.
 
     Attributes:
-        step_sizes: η of the editor, the untrained policy (`HypernetworkConfig.step_size`).
-        num_batches, batch_size: T and n of the stream that every candidate edits, the same facts for all.
+        step_sizes: step sizes η to try with the editor, an untrained policy (`HypernetworkConfig.step_size`).
+        num_batches, batch_size: T and n of the stream that every candidate edits; all edit the same facts.
         steps_per_batch, token: as in `LifelongEditEnv`.
         aggregation: the editor's rule.
-        run_lengths: layers in a run.
-        run_kinds: kinds of module, the best ones alone, of which runs are tried: each, and every pair.
-        layer_stride: one in this many layers is tried alone.
-        finalists: how many of the best are tried on more facts, which tells them apart; 0 leaves that out.
-        final_batches, final_batch_size: T and n of the final's stream, of facts that nobody has edited before. A
-            finalist edits it with its best step size, with a third and with three times that.
-        seed: of the facts' choice.
+        run_lengths: numbers of layers in a run.
+        run_kinds: number of kinds of module, the best in the single modules' scores, of which runs are tried: each
+            kind, and every pair.
+        layer_stride: every so many layers, modules are tried alone.
+        finalists: number of the best candidates that are compared on more facts; 0 leaves the final out.
+        final_batches, final_batch_size: T and n of the final's stream, of facts that no candidate has edited before. A
+            finalist edits it with its best step size, with a third of it and with three times it.
+        seed: of the choice of facts.
     """
 
     step_sizes: tuple[float, ...] = (2e-3, 6e-3, 1.8e-2)
@@ -79,30 +81,30 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Modules to edit together; ``glob`` names them for ``edit_modules``."""
+    """Modules to edit together; ``glob`` is their pattern for ``edit_modules``."""
 
     glob: str
     modules: tuple[str, ...]
 
 
 class Probe:
-    """Edits the same few facts with candidate after candidate and keeps the scores in a file.
+    """Edits the same few facts with one candidate after another, and writes the scores to a file.
 
-    What the file holds already is not computed again. The modules alone come first; runs of neighbouring layers follow,
-    of the kinds of module that did best alone, apart and in pairs. The best of all are then compared on more facts.
+    Scores in the file are not computed again. Single modules come first, then runs of neighbouring layers with the best
+    kinds of module, one kind or two at a time. The best candidates are then compared on more facts.
 
     Args:
-        model: a causal LM; every candidate gets it as it was.
+        model: a causal LM, unedited for every candidate.
         tokenizer: its tokenizer.
-        facts: where the edited facts are drawn from.
+        facts: the facts to draw from.
         path: the file of scores.
-        config: what is tried.
-        name: what to call the model.
-        among: names or globs that restrict the modules tried; None means every linear module of a decoder layer.
-        beside: names or globs of modules that are tried together in any case, and come to the final.
+        config: the settings.
+        name: the model's name.
+        among: names or globs that restrict the modules; None means every linear module of a decoder layer.
+        beside: names or globs of modules that are also tried together, and always enter the final.
 
     Raises:
-        ValueError: the file holds scores of other settings, there are too few facts, or a pattern matches nothing.
+        ValueError: the file contains scores of other settings, there are too few facts, or a pattern matches nothing.
     """
 
     def __init__(
@@ -123,24 +125,25 @@ class Probe:
         if len(facts) < first + final:
             raise ValueError(f"{facts.source} has {len(facts)} facts, and {first + final} are needed; give a smaller "
                              "num_batches or batch_size, of the final perhaps")
-        chosen = [facts.records[i] for i in np.random.default_rng(config.seed).permutation(len(facts))[: first + final]]
-        chosen = [replace(r, paraphrases=r.paraphrases[:MOST], unrelated=r.unrelated[:MOST]) for r in chosen]
-        self.facts = replace(facts, records=tuple(chosen[:first]))
-        self.final_facts = replace(facts, records=tuple(chosen[first:]))
+        order = np.random.default_rng(config.seed).permutation(len(facts))[: first + final]
+        records = [facts.records[i] for i in order]
+        records = [replace(r, paraphrases=r.paraphrases[:MOST], unrelated=r.unrelated[:MOST]) for r in records]
+        self.facts = replace(facts, records=tuple(records[:first]))
+        self.final_facts = replace(facts, records=tuple(records[first:]))
         all_linear = linear_modules(model)
         unfit = own_pass(model, tokenizer, all_linear).unfit
         linear = [name for name in all_linear if name not in unfit]
         self.modules = linear if among is None else expand_globs(among, linear)
-        together = tuple(expand_globs(beside, linear)) if beside else ()
-        self.beside = [Candidate(run_glob(together), together)] if together else []
+        extra_modules = tuple(expand_globs(beside, linear)) if beside else ()
+        self.beside = [Candidate(run_glob(extra_modules), extra_modules)] if extra_modules else []
         settings = {
             "model": name, "dtype": str(model.dtype), "data": facts.source, "metrics_version": METRICS_VERSION,
             **asdict(config),
         }  # fmt: skip
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self.cells: dict[str, dict[str, float]] = self._stored()
+        self.cells: dict[str, dict[str, float]] = self._read_cells()
 
-    def _stored(self) -> dict[str, dict[str, float]]:
+    def _read_cells(self) -> dict[str, dict[str, float]]:
         if not self.path.exists():
             return {}
         stored = json.loads(self.path.read_text(encoding="utf-8"))
@@ -153,10 +156,10 @@ class Probe:
         return cells
 
     def run(self, progress: Callable[[int, int], Any] | None = None) -> ProbeResult:
-        """Compute whatever is missing.
+        """Compute the missing scores.
 
         Args:
-            progress: called after every candidate with how many are done, and how many there are in all.
+            progress: called after every candidate with the numbers of finished and of all candidates.
         """
         singles = list(self.singles())
         kinds = min(self.config.run_kinds, len(self._kinds()))
@@ -170,14 +173,14 @@ class Probe:
             if progress is not None:
                 progress(done, max(expected, done))
 
-        self._cell(NO_EDIT, lambda: self._unedited(singles[0], self.facts))
+        self._compute_cell(NO_EDIT, lambda: self._unedited(singles[0], self.facts))
         for stage in (lambda: singles, self.runs, lambda: self.beside):  # runs depend on the singles' scores
             for candidate in stage():
                 self._score(candidate, {_key(candidate.glob, size): size for size in self.config.step_sizes})
                 advance()
         finalists = self._finalists()
         if finalists:
-            self._cell(FINAL + NO_EDIT, lambda: self._unedited(singles[0], self.final_facts))
+            self._compute_cell(FINAL + NO_EDIT, lambda: self._unedited(singles[0], self.final_facts))
         for candidate, best in finalists:
             self._score(candidate, {FINAL + _key(candidate.glob, s): s for s in (best / 3, best, 3 * best)}, final=True)
             advance()
@@ -185,27 +188,27 @@ class Probe:
 
     @property
     def result(self) -> ProbeResult:
-        """What is known so far."""
+        """The scores so far."""
         candidates = [*self.singles(), *self.runs(), *self.beside]
         return ProbeResult(self.settings, dict(self.cells), {c.glob: c for c in candidates})
 
     def _finalists(self) -> list[tuple[Candidate, float]]:
-        """Who takes part in the final, and the best step size of each so far."""
+        """The candidates in the final, each with its best step size so far."""
         result = self.result
-        places = result.ranked(first=True)
-        chosen = places[: self.config.finalists]
-        if chosen:
-            names = {glob for glob, _, _ in chosen}
-            chosen += [p for p in places if p[0] in {c.glob for c in self.beside} - names]
-        return [(result.candidates[glob], size) for glob, size, _ in chosen]
+        ranked = result.ranked(first=True)
+        finalists = ranked[: self.config.finalists]
+        if finalists:
+            globs = {glob for glob, _, _ in finalists}
+            finalists += [entry for entry in ranked if entry[0] in {c.glob for c in self.beside} - globs]
+        return [(result.candidates[glob], size) for glob, size, _ in finalists]
 
     def singles(self) -> Iterator[Candidate]:
-        """Each module alone."""
+        """One candidate for each module."""
         layers = self._layers()[:: self.config.layer_stride]
         yield from (Candidate(name, (name,)) for name in self.modules if module_layer(name) in layers)
 
     def runs(self) -> list[Candidate]:
-        """Runs of neighbouring layers; none before the singles are scored."""
+        """Runs of neighbouring layers; none until the single modules are scored."""
         kinds = self._best_kinds()
         groups = [*((kind,) for kind in kinds), *combinations(kinds, 2)]
         return [run for group in groups for run in self._runs_of(group)]
@@ -218,7 +221,7 @@ class Probe:
 
     def _runs_of(self, kinds: Sequence[str]) -> list[Candidate]:
         layers = self._layers()
-        found: dict[str, Candidate] = {}
+        candidates: dict[str, Candidate] = {}
         for length in self.config.run_lengths:
             if length > len(layers):
                 continue
@@ -227,11 +230,11 @@ class Probe:
                 members = layers[start : start + length]
                 modules = tuple(n for n in self.modules if module_layer(n) in members and module_kind(n) in kinds)
                 glob = run_glob(modules)
-                found[glob] = Candidate(glob, modules)
-        return list(found.values())
+                candidates[glob] = Candidate(glob, modules)
+        return list(candidates.values())
 
     def _best_kinds(self) -> list[str]:
-        """The kinds of module with the best single ones; none while a single one is not scored."""
+        """The kinds of the best single modules; none until all single modules are scored."""
         best: dict[str, float] = {}
         for candidate in self.singles():
             values = [self.cells.get(_key(candidate.glob, size)) for size in self.config.step_sizes]
@@ -242,7 +245,7 @@ class Probe:
         return sorted(best, key=best.__getitem__, reverse=True)[: self.config.run_kinds]
 
     def _score(self, candidate: Candidate, step_sizes: Mapping[str, float], final: bool = False) -> None:
-        """Fill the cells named that are missing, each with its step size."""
+        """Compute the missing ones of these cells (cell's name → step size)."""
         missing = {key: size for key, size in step_sizes.items() if key not in self.cells}
         if not missing:
             return
@@ -250,8 +253,8 @@ class Probe:
         env = self._environment(lm, final)
         try:
             for key, size in missing.items():
-                self._cell(key, partial(self._edited, env, size))
-        finally:  # the next candidate gets the model as it was
+                self._compute_cell(key, partial(self._edited, env, size))
+        finally:  # the next candidate gets the unedited model
             lm.close()
 
     def _environment(self, lm: EditableLM, final: bool) -> LifelongEditEnv:
@@ -280,7 +283,7 @@ class Probe:
         finally:
             lm.close()
 
-    def _cell(self, key: str, compute: Callable[[], dict[str, float]]) -> None:
+    def _compute_cell(self, key: str, compute: Callable[[], dict[str, float]]) -> None:
         if key not in self.cells:
             self.cells[key] = compute()
             write_text(self.path, json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
@@ -288,13 +291,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores of the candidates tried.
+    """The scores of the candidates.
 
     Attributes:
-        settings: what they were measured with.
-        cells: "glob @ step size" → scores in percent, and the drift; "no edit" → those of the model as it is. The
-            final's begin with "final: ".
-        candidates: glob → its modules.
+        settings: the settings of the measurements.
+        cells: "glob @ step size" → scores in percent, and the drift; "no edit" → those of the unedited model. Names of
+            the final's cells begin with "final: ".
+        candidates: glob → candidate.
     """
 
     settings: dict[str, Any]
@@ -302,12 +305,15 @@ class ProbeResult:
     candidates: dict[str, Candidate]
 
     def ranked(self, first: bool = False) -> list[tuple[str, float, dict[str, float]]]:
-        """(glob, its best step size, scores), the best mean of Efficacy, Generalization and Specificity first; of equal
-        ones the one with fewer modules.
+        """Candidates by the mean of Efficacy, Generalization and Specificity, best first; of equal means, the candidate
+        with fewer modules first.
 
         Args:
-            first: everybody, by the scores of the first facts; otherwise the finalists, by those of the final, if
-                there was one.
+            first: rank all candidates by the first facts' scores; otherwise rank the finalists by the final's scores,
+                if there was a final.
+
+        Returns:
+            (glob, its best step size, scores) of each candidate.
         """
         final = not first and FINAL + NO_EDIT in self.cells
         best: dict[str, tuple[str, float, dict[str, float]]] = {}
@@ -321,24 +327,27 @@ class ProbeResult:
 
     @property
     def unedited(self) -> dict[str, float]:
-        """The scores of the model as it is, on the facts of `ranked`."""
+        """The scores of the unedited model on the facts of `ranked`."""
         return self.cells.get(FINAL + NO_EDIT, self.cells[NO_EDIT])
 
     def maps(self) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
-        """Scores of the modules alone, each at its best step size: the kinds of module, the layers, and score →
-        (kinds, layers), NaN where a module was not tried."""
-        alone = [(g, cell) for g, _, cell in self.ranked(first=True) if len(self.candidates[g].modules) == 1]
+        """Scores of the single modules, each at its best step size.
+
+        Returns:
+            The kinds of module, the layers, and score → array (kinds, layers), NaN where no module was tried.
+        """
+        singles = [(g, cell) for g, _, cell in self.ranked(first=True) if len(self.candidates[g].modules) == 1]
         kinds = list(dict.fromkeys(module_kind(g) for g in self.candidates if len(self.candidates[g].modules) == 1))
-        layers = sorted({module_layer(g) for g, _ in alone})
+        layers = sorted({module_layer(g) for g, _ in singles})
         maps = {score: np.full((len(kinds), len(layers)), np.nan) for score in SCORES}
-        for glob, cell in alone:
+        for glob, cell in singles:
             for score in SCORES:
                 maps[score][kinds.index(module_kind(glob)), layers.index(module_layer(glob))] = cell[score]
         return kinds, layers, maps
 
 
 def run_glob(modules: Sequence[str]) -> str:
-    """One pattern for the modules of the same kinds in neighbouring layers, such as
+    """One pattern for modules of the same kinds in neighbouring layers, such as
     ``model.layers.[6-12].mlp.{gate_proj,up_proj}``."""
     layers = sorted({module_layer(name) for name in modules})
     kinds = list(dict.fromkeys(module_kind(name) for name in modules))

@@ -1,4 +1,4 @@
-"""Records what an agent does to an LLM in an edit ledger, and takes a recorded run up where it ended."""
+"""Records an agent's updates in an edit ledger, and resumes a recorded run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rledit_env.updates import NOTHING, Update
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that a recorded stream has taken.
+    """A step that a stream has taken.
 
     Attributes:
-        batch: of the stream, from 0.
-        norm: its update's, √(Σ ‖ΔW‖_F²).
-        broke: whether it was taken back, since it broke the LLM.
-        presented: the facts that it presented, as places in the batch; None for all.
+        batch: the batch's place in the stream, from 0.
+        norm: norm of the update, √(Σ ‖ΔW‖_F²).
+        broke: whether the update broke the LLM and was taken back.
+        presented: the presented facts, as places in the batch; None for all.
     """
 
     batch: int
@@ -41,13 +41,13 @@ class Taken:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a recorded stream goes on.
+    """The position from which a recorded stream continues.
 
     Attributes:
-        taken: the stream's steps that need not be gone through again.
-        step: the place in the stream to go on with, as `LifelongEditEnv.reset` takes its "start".
-        update: what that step did, if it was in flight: it is taken again as it was.
-        norm: that update's.
+        taken: the stream's steps that need not be repeated.
+        step: the next step, as for "start" of `LifelongEditEnv.reset`.
+        update: the next step's recorded update, if the run was interrupted during that step; it is applied again.
+        norm: norm of that update.
     """
 
     taken: list[Taken]
@@ -59,24 +59,24 @@ class Position:
 class LedgerRecorder:
     """The recorder of one stream.
 
-    Each of the environment's updates is appended to the ledger. What the ledger holds already, since the run was
-    interrupted there, is compared with it instead.
+    It appends each of the environment's updates to the ledger. When an interrupted run is repeated, updates that the
+    ledger contains already are compared with the recorded ones instead.
 
     Args:
-        ledger: locked for writing.
+        ledger: the ledger, locked for writing.
         env: the stream's environment.
-        agent: whose memory is kept with each update.
+        agent: the agent; its memory is recorded with each update.
         first_batch: the number in the run of the stream's first batch.
     """
 
     def __init__(self, ledger: EditLedger, env: EditingEnv, agent: Agent, first_batch: int = 0) -> None:
         self.ledger, self.env, self.agent, self.first_batch = ledger, env, agent, first_batch
-        self.step, self.norm = 0, 0.0  # the place in the stream, and its next update's norm; set by who steps it
-        self.cursor = len(ledger)  # the next entry; those before len(ledger) are compared with
+        self.step, self.norm = 0, 0.0  # the next step and its update's norm, set by the caller before each step
+        self.cursor = len(ledger)  # the next entry; if it exists already, it is compared
         self._before: Mapping[str, Tensor] = {}
-        self._last: Entry | None = None  # the step in flight
+        self._last: Entry | None = None  # the step during which the run was interrupted
 
-    # -- what the environment tells ----------------------------------------------------------------------------------
+    # -- called by the environment -----------------------------------------------------------------------------------
 
     def record(self, update: Update) -> Mapping[str, Tensor]:
         env, lm = self.env, self.env.lm
@@ -114,58 +114,60 @@ class LedgerRecorder:
                 "it was begun with, or begin a new ledger"
             )
 
-    # -- taking up a run -----------------------------------------------------------------------------------------------
+    # -- resuming a run ------------------------------------------------------------------------------------------------
 
     def take_up(self) -> Position:
-        """Where the stream goes on. The agent, and the LLM if the run ended in this stream, are then as they were.
+        """Find the position to continue from, and restore the agent's memory, and the weights if the run ended in this
+        stream.
 
         Raises:
-            LedgerError: the agent's memory is damaged, or an undo stands in the way.
+            LedgerError: the agent's recorded memory is damaged, or the run has to be repeated but batches were undone.
         """
         ledger, env = self.ledger, self.env
         entries = list(ledger.entries())
         edits = [e for e in entries if e.kind == "edit"]
-        mine = [e for e in edits if self.first_batch <= e.batch < self.first_batch + env.stream.num_batches]
+        stream_edits = [e for e in edits if self.first_batch <= e.batch < self.first_batch + env.stream.num_batches]
         if self.agent.memory() is None:
             if any(e.kind == "undo" for e in entries):
                 raise LedgerError(
                     f"{type(self.agent).__name__} cannot say what it remembers, so that a run would have to be gone "
                     f"through again; but in {ledger.folder} batches were undone. Edit the rest with a new ledger"
                 )
-            self.cursor = mine[0].index if mine else len(ledger)
+            self.cursor = stream_edits[0].index if stream_edits else len(ledger)
             return Position([], 0, None)
-        if not mine:
+        if not stream_edits:
             return Position([], 0, None)
-        taken_back = {e.index - 1 for e in entries if e.kind == "rollback"}
-        taken = [Taken(e.batch - self.first_batch, e.norm, e.index in taken_back, e.presented) for e in mine]
-        if mine[-1] is not edits[-1]:  # the run went on after this stream
-            return Position(taken, env.episode_steps, None)
-        after_last = entries[mine[-1].index + 1 :]
-        undone = any(e.kind == "undo" for e in after_last)
-        memory = ledger.memory(mine[-1].index)
-        if memory is None and not undone and len(mine) > 1 and ledger.memory(mine[-2].index) is not None:
-            ledger.cut(mine[-1].index)  # its memory alone is damaged: take that step anew
+        rolled_back = {e.index - 1 for e in entries if e.kind == "rollback"}
+        steps = [Taken(e.batch - self.first_batch, e.norm, e.index in rolled_back, e.presented) for e in stream_edits]
+        latest = stream_edits[-1].index
+        if stream_edits[-1] is not edits[-1]:  # the run continued after this stream
+            return Position(steps, env.episode_steps, None)
+        undone = any(e.kind == "undo" for e in entries[latest + 1 :])
+        memory = ledger.memory(latest)
+        before = stream_edits[-2].index if len(stream_edits) > 1 else None
+        if memory is None and not undone and before is not None and ledger.memory(before) is not None:
+            ledger.cut(latest)  # only this step's memory is damaged: repeat the step
             return self.take_up()
         if memory is None:
-            raise LedgerError(f"{ledger.folder} no longer holds what the agent remembered at entry {mine[-1].index}; "
+            raise LedgerError(f"{ledger.folder} no longer holds what the agent remembered at entry {latest}; "
                               "the weights can be replayed, but the run cannot go on")
         self.agent.load_memory(memory)
-        last = ledger.read(mine[-1].index)
+        last = ledger.read(latest)
         step = (last.batch - self.first_batch) * env.steps_per_batch + last.presentation
         if undone:
             ledger.replay(env.lm)
             self.cursor = len(ledger)
-            if env.present_until is not None:  # what was undone has not taken, but is not to come again
-                return Position(taken, (last.batch - self.first_batch + 1) * env.steps_per_batch, None)
-            return Position(taken, step + 1, None)
+            if env.present_until is not None:  # undone facts are not answered, but must not be presented again
+                return Position(steps, (last.batch - self.first_batch + 1) * env.steps_per_batch, None)
+            return Position(steps, step + 1, None)
         ledger.replay(env.lm, last.index)
         self.cursor = last.index
         self._last = last
-        return Position(taken[:-1], step, last.update, last.norm)
+        return Position(steps[:-1], step, last.update, last.norm)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within it, the step in flight is taken as it was: with its random state, and no noise added anew."""
+        """Repeat the recorded step within the context: with its random state, and without adding action noise again."""
         last, env = self._last, self.env
         assert last is not None
         try:

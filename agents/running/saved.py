@@ -1,4 +1,4 @@
-"""Finds and loads saved agents: a run's folder, an agent's own, or the one that ships with the package."""
+"""Finds and loads saved agents: by a run's folder, an agent's folder, or the name of the agents that ship."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rledit_env.interface import editing_env
 from rledit_env.lm.names import UnknownModules
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-DEFAULT = "default"  # names the agents that ship with the package, at most one for each kind of facts
-GENERAL = "counterfact"  # the kind whose agent edits facts of other kinds, such as a user's own
-# What agent.json calls a class → the class: every editor's, and those that learn on the low-dimensional view.
+DEFAULT = "default"  # the name of the agents that ship with the package, at most one for each kind of facts
+GENERAL = "counterfact"  # the kind whose agent also edits facts of kinds without an agent, such as a user's own
+# Class name in agent.json → class: of every editor, and of the agents that learn on the low-dimensional view.
 CLASSES: dict[str, type[Agent]] = {editor.agent.name: editor.agent for editor in EDITORS.values()}
 CLASSES |= {StandardAgent.name: StandardAgent, RandomSearchAgent.name: RandomSearchAgent}
 
@@ -28,37 +28,38 @@ def find_agent(name: str | Path, kind: str | None = None) -> Path:
     """The folder of a saved agent.
 
     Args:
-        name: an agent's folder; a run's folder, whose ``best`` is taken, else its ``last``; or "default", the agent
-            that ships with the package.
-        kind: of the facts that "default" is to edit: "zsre", "counterfact" or "fever". Where none ships for that
-            kind, and for any other and None, it is CounterFact's, the agent for statements.
+        name: an agent's folder; a run's folder, with ``best`` or else ``last`` in it; or "default", the agent that
+            ships with the package.
+        kind: the kind of facts that "default" is to edit: "zsre", "counterfact" or "fever". For other kinds, None, and
+            kinds for which no agent ships, it is CounterFact's agent, which edits statements.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such agent.
     """
     if str(name) == DEFAULT:
-        found = {path.parent.name: path.parent for path in sorted(PRETRAINED.rglob("agent.json"))}
-        if not found:
+        by_kind = {path.parent.name: path.parent for path in sorted(PRETRAINED.rglob("agent.json"))}
+        if not by_kind:
             raise FileNotFoundError(
                 "this installation ships no trained agent; train one with 'rledit train' and give its folder"
             )
-        return found.get(str(kind)) or found.get(GENERAL) or next(iter(found.values()))
+        return by_kind.get(str(kind)) or by_kind.get(GENERAL) or next(iter(by_kind.values()))
     folder = Path(name).expanduser()
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / "agent.json").exists():
             return candidate
-    what = "holds no agent (no agent.json, best or last)" if folder.is_dir() else "does not exist"
+    problem = "holds no agent (no agent.json, best or last)" if folder.is_dir() else "does not exist"
     raise FileNotFoundError(
-        f"{folder} {what}; give the folder that 'rledit train' wrote, or 'default' for the agent that ships with the "
-        "package"
+        f"{folder} {problem}; give the folder that 'rledit train' wrote, or 'default' for the agent that ships with "
+        "the package"
     )
 
 
 def agent_settings(folder: str | Path) -> dict[str, Any]:
-    """What a saved agent says of itself: its class, configuration, and ``environment``, which it was trained in.
+    """The content of a saved agent's ``agent.json``: its class, its configuration, and ``environment``, the settings
+    of the environment that it was trained in.
 
     Raises:
-        FileNotFoundError: there is no agent there.
+        FileNotFoundError: the folder contains no agent.
         ValueError: the file is damaged.
     """
     settings = read_description(folder)
@@ -67,10 +68,10 @@ def agent_settings(folder: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def modules_of(folder: str | Path, model: str) -> Iterator[None]:
-    """Within it a model is loaded with the modules of a saved agent.
+    """Context in which a model is loaded with the modules of a saved agent.
 
     Raises:
-        ValueError: the model has no such modules: the agent belongs to another one.
+        ValueError: the model has no such modules; the agent belongs to another model.
     """
     try:
         yield
@@ -79,33 +80,35 @@ def modules_of(folder: str | Path, model: str) -> Iterator[None]:
 
 
 def _check_modules(folder: str | Path, env: gym.Env) -> None:
-    """Raise ValueError where an agent knows the shapes of its modules, and the environment's are others."""
+    """Raise ValueError if a saved agent has shapes of modules, and they differ from the environment's."""
     shapes = {m: tuple(shape) for m, shape in (agent_settings(folder).get("shapes") or {}).items()}
     if shapes and shapes != module_shapes(env):
         raise ValueError(_other_model(folder, editing_env(env).lm.name, module_shapes(env)))
 
 
-def _other_model(folder: str | Path, model: str, found: Mapping[str, tuple[int, int]] | None = None) -> str:
-    """What is wrong and what can be done where an agent's modules are not the model's."""
+def _other_model(folder: str | Path, model: str, model_shapes: Mapping[str, tuple[int, int]] | None = None) -> str:
+    """The error message for an agent whose modules are not the model's."""
     settings = agent_settings(folder)
     trained, shapes = settings["environment"].get("model") or "another model", settings.get("shapes") or {}
     modules = list(shapes) or settings["environment"].get("edit_modules") or ["unknown"]
     example = f"{modules[0]} {tuple(shapes[modules[0]])}" if shapes else modules[0]
-    edited = f"edits {len(found)} such as {' '.join(map(str, next(iter(found.items()))))}" if found else "has none such"
-    other = "leave edit_modules (--edit-modules) out, or edit" if model == trained else "edit"
+    edited = "has none such"
+    if model_shapes:
+        edited = f"edits {len(model_shapes)} such as {' '.join(map(str, next(iter(model_shapes.items()))))}"
+    remedy = "leave edit_modules (--edit-modules) out, or edit" if model == trained else "edit"
     model = model or "this model"
     return (
         f"the agent in {folder} belongs to {trained} and was trained for {len(modules)} modules such as {example}; "
-        f"{model} {edited}; {other} {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
+        f"{model} {edited}; {remedy} {model} at once, without a trained agent: rledit edit --editor ultraedit --model "
         f"{model} --facts FILE --out DIR; or train an agent for it: rledit train --model {model} --out RUN"
     )
 
 
 def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
-    """The agent in a folder, whatever its class.
+    """Load a saved agent of any class.
 
     Raises:
-        FileNotFoundError: there is no agent there.
+        FileNotFoundError: the folder contains no agent.
         ValueError: its class is unknown, or it was trained for other modules than the environment's, or another model.
     """
     name = agent_settings(folder).get("agent")

@@ -1,4 +1,4 @@
-"""Finds how strongly an editor without training has to edit: its step size, and how often a batch is presented."""
+"""Searches the strength of an editor without training: its step size and the presentations of a batch."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from rledit_env.self_text import REWARD_OPENINGS, self_drift, self_text
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
 SECONDS = 60.0
-LEAST = 4  # trials that are made however slow they are
-TEXTS, TEXT_TOKENS = REWARD_OPENINGS[::12], 24  # of the text that the divergence is measured on, which no report scores
-FAR, NEAR, CLOSE = 10.0, 10**0.5, 2.0  # factors between step sizes tried
+LEAST = 4  # trials that are made whatever time they take
+TEXTS, TEXT_TOKENS = REWARD_OPENINGS[::12], 24  # openings and length of the divergence's text, which no report uses
+FAR, NEAR, CLOSE = 10.0, 10**0.5, 2.0  # ratios of step sizes: of a large step, of a small step, and of a closed bracket
 SMALLEST, LARGEST = 1e-12, 1e6
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A few facts edited into the unedited LLM.
+    """The result of editing a few facts into the unedited LLM.
 
     Attributes:
-        step_size, steps_per_batch: with what.
-        taken: how many of the facts took.
-        top1: share of a target's tokens that the LLM now says, the mean over facts, in percent (`Metrics.top1`).
-        kl: divergence from the unedited LLM on text of its own, in nats a token; None where the LLM broke, or went too
-            far for the guard of the run.
+        step_size, steps_per_batch: the strength.
+        taken: number of facts that the edited LLM answers with.
+        top1: share of a target's tokens that the edited LLM predicts, the mean over facts, in percent (`Metrics.top1`).
+        kl: divergence from the unedited LLM on its own text, in nats a token; None if the LLM broke, or exceeded the
+            bound of the run's guard.
     """
 
     step_size: float
@@ -54,16 +54,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class StrengthSearch:
-    """What was tried, and what was chosen.
+    """The result of a search.
 
     Attributes:
-        facts: how many facts each trial edited.
-        bound: the divergence that a choice may reach, in nats a token.
-        trials: in the order in which they were made.
-        chosen: of those within the bound the one with which most facts take; of equal ones the one with the best
-            ``top1``, then the one that diverges least. Where none is within the bound, the one that diverges least.
-        seconds: spent in all.
-        complete: False where the time was up before the search was.
+        facts: number of facts that each trial edited.
+        bound: the largest divergence allowed, in nats a token.
+        trials: the trials in their order.
+        chosen: among the trials within the bound, the one with most facts taken, then with the best ``top1``, then with
+            the smallest divergence. If none is within the bound, the one with the smallest divergence.
+        seconds: time of the search.
+        complete: False if the search ended because its time was up.
     """
 
     facts: int
@@ -75,7 +75,7 @@ class StrengthSearch:
 
     @property
     def reason(self) -> str:
-        """Why this one, in words."""
+        """Why this trial was chosen, in words."""
         chosen = self.chosen
         if not chosen.within(self.bound):
             return f"every strength tried moves the model further than {self.bound:g} nats a token; this one least"
@@ -90,14 +90,14 @@ class StrengthSearch:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> StrengthSearch:
-        """What :meth:`as_dict` gave."""
+        """The search that :meth:`as_dict` described."""
         fields = {name: value for name, value in stored.items() if name != "reason"}
         trials = tuple(Trial(**t) for t in fields.pop("trials"))
         return cls(**{**fields, "trials": trials, "chosen": Trial(**fields["chosen"])})
 
 
 def some_facts(facts: KnowledgeDataset, count: int = FACTS) -> KnowledgeDataset:
-    """So many facts, evenly from the first to the last."""
+    """``count`` facts, spread evenly from the first to the last."""
     count = min(count, len(facts))
     return replace(facts, records=tuple(facts.records[i * len(facts) // count] for i in range(count)))
 
@@ -108,16 +108,16 @@ class StrengthProbe:
 
     Attributes:
         lm: the LLM.
-        editor: one with a step size (`Editor.step_size`).
-        facts: to edit, all in every trial.
+        editor: an editor with a step size (`Editor.step_size`).
+        facts: the facts; every trial edits all of them.
         token: positions that the editor sees, as in `LifelongEditEnv`.
         batch_size: facts a batch.
-        bound: the divergence that is allowed, in nats a token.
-        guarded: whether it is also allowed no more than that on the text of `DriftGuard`, as the run will be.
-        seconds: after which no further trial is begun; the first `LEAST` are made in any case.
+        bound: the largest divergence allowed, in nats a token.
+        guarded: whether the bound also holds on the text of `DriftGuard`, for runs with that guard.
+        seconds: the time after which no further trial starts; the first `LEAST` are always made.
         progress: called with every trial.
-        present_until: as in `LifelongEditEnv`, as the run will be: the numbers of presentations are then the most.
-        contexts: as there.
+        present_until, contexts: as in `LifelongEditEnv`. With ``present_until``, the numbers of presentations are
+            upper limits.
     """
 
     lm: EditableLM
@@ -133,22 +133,22 @@ class StrengthProbe:
     contexts: int = 0
 
     def search(self, presentations: Sequence[int]) -> StrengthSearch:
-        """Find the smallest step size with which all facts take, for each number of presentations of a batch.
+        """Find, for each number of presentations of a batch, the smallest step size with which all facts take.
 
-        The LLM is the unedited one afterwards, bit for bit, and nothing that was computed on the way is left in it.
+        Afterwards the LLM is unedited, bit for bit, and its caches are empty.
 
         Args:
-            presentations: what to try, in this order. The first step size for each is the best one so far (before that,
-                the editor's own), in proportion.
+            presentations: numbers of presentations to try, in this order. The first step size for each is the best one
+                so far (for the first, the editor's own), scaled by the ratio of the presentations.
         """
         started = time.perf_counter()
         trials: list[Trial] = []
         complete = True
         try:
             text = self_text(self.lm, TEXTS, TEXT_TOKENS)
-            size, before = configured_step_size(self.editor), self.editor.env.get("steps_per_batch", 1)
+            size, size_count = configured_step_size(self.editor), self.editor.env.get("steps_per_batch", 1)
             for count in presentations:
-                bracket = Bracket(size * before / count)
+                bracket = Bracket(size * size_count / count)
                 while complete and not bracket.closed:
                     trial = self._trial(bracket.step_size, count, text)
                     trials.append(trial)
@@ -157,7 +157,7 @@ class StrengthProbe:
                         self.progress(trial)
                     complete = len(trials) < LEAST or time.perf_counter() - started < self.seconds
                 best = best_of(trials, self.bound)
-                size, before = best.step_size, best.steps_per_batch
+                size, size_count = best.step_size, best.steps_per_batch
         finally:
             self.lm.restore()
             self.lm.prefix_cache.clear()
@@ -172,7 +172,7 @@ class StrengthProbe:
             array_backend="torch",
         )
         agent = editor.agent_class()(env, editor.configuration()).learn(0, progress_bar=False)
-        with warnings.catch_warnings():  # that a strength breaks the LLM is a finding here
+        with warnings.catch_warnings():  # a strength that breaks the LLM is a result here
             warnings.simplefilter("ignore")
             guard = DriftGuard(self.lm, self.bound, "stop") if self.guarded else None
             log = edit_facts(
@@ -183,36 +183,37 @@ class StrengthProbe:
             return Trial(step_size, steps_per_batch, 0, 0.0, None)
         kl = self_drift(self.lm, text).kl
         top1 = 100 * fmean(top1_by_record(self.lm, self.facts.records))
-        return Trial(step_size, steps_per_batch, self._taken(), top1, kl if math.isfinite(kl) else None)
+        return Trial(step_size, steps_per_batch, self._count_taken(), top1, kl if math.isfinite(kl) else None)
 
-    def _taken(self) -> int:
+    def _count_taken(self) -> int:
         answers = continuations(self.lm, self.facts.records)
         return sum(took(answer, r.target) for answer, r in zip(answers, self.facts, strict=True))
 
-class Bracket:
-    """The step sizes between which the smallest one lies with which all facts take, for one number of presentations.
 
-    It goes up from the first one until all facts take or the bound is passed, down where that is so at once, and then
-    between the last one that is too small and the first one that is not.
+class Bracket:
+    """A bracket of the smallest step size with which all facts take, for one number of presentations.
+
+    A step size is large enough if all facts take or the bound is exceeded. The search goes up from the first step size
+    while it is too small, or down while it is large enough, and then halves the bracket on a logarithmic scale.
 
     Args:
-        step_size: the first.
+        step_size: the first step size.
     """
 
     def __init__(self, step_size: float) -> None:
-        self.step_size = min(max(step_size, SMALLEST), LARGEST)  # the next one to be tried
+        self.step_size = min(max(step_size, SMALLEST), LARGEST)  # the next one to try
         self.low: float | None = None
         self.high: float | None = None
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is left to be tried."""
+        """Whether the search is finished."""
         if not SMALLEST <= self.step_size <= LARGEST:
             return True
         return self.low is not None and self.high is not None and self.high / self.low <= CLOSE
 
     def narrow(self, trial: Trial, facts: int, bound: float) -> None:
-        """Take a trial of :attr:`step_size` in and choose the next one."""
+        """Narrow the bracket by a trial of :attr:`step_size`, and choose the next step size."""
         if trial.taken == facts or not trial.within(bound):
             self.high = trial.step_size
         else:
@@ -220,14 +221,14 @@ class Bracket:
         if self.low is not None and self.high is not None:
             self.step_size = math.sqrt(self.low * self.high)
         elif self.high is None:
-            hardly = trial.taken == 0 and trial.within(bound / 100)
-            self.step_size *= FAR if hardly else NEAR
+            far_too_small = trial.taken == 0 and trial.within(bound / 100)
+            self.step_size *= FAR if far_too_small else NEAR
         else:
             self.step_size /= NEAR if trial.within(100 * bound) else FAR
 
 
 def best_of(trials: Sequence[Trial], bound: float) -> Trial:
-    """See :attr:`StrengthSearch.chosen`."""
+    """The trial to choose, as described in :attr:`StrengthSearch.chosen`."""
     allowed = [t for t in trials if t.within(bound)]
     if allowed:
         return max(allowed, key=lambda t: (t.taken, t.top1, -float(t.kl or 0.0)))

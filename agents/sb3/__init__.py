@@ -1,4 +1,4 @@
-"""Stable-Baselines3's algorithms on the low-dimensional view, and random search beside them."""
+"""Stable-Baselines3's algorithms on the low-dimensional view, and random search as their baseline."""
 
 from agents.sb3.agent import StandardAgent
 from agents.sb3.config import StandardConfig

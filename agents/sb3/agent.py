@@ -40,10 +40,10 @@ class StandardAgent(Agent):
     """A standard reinforcement-learning algorithm as an editor: it sees features and scales a base rule's update.
 
     Args:
-        env: a `LifelongEditEnv`, best with ``array_backend="torch"``. It is needed to predict, too: the features speak
-            of the LLM's weights.
-        config: algorithm and view.
-        seed: of the policy's initial weights, its exploration, and the training streams.
+        env: a `LifelongEditEnv`, best with ``array_backend="torch"``. It is needed to predict, too, since the features
+            depend on the LLM's weights.
+        config: the algorithm and the view.
+        seed: of the policy's initial weights, its exploration, and the training episodes.
     """
 
     name: ClassVar[str] = "standard"
@@ -55,15 +55,15 @@ class StandardAgent(Agent):
         settings = {**HYPERPARAMETERS[self.config.algorithm], **self.config.hyperparameters}
         policy = {"features_extractor_class": Standardised, **settings.pop("policy_kwargs", {})}
         algorithm: Any = ALGORITHMS[self.config.algorithm]
-        # On the CPU: the policy is tiny, and the LLM may fill the accelerator.
+        # On the CPU: the policy is tiny, and the LLM may use all of the GPU's memory.
         self.model = algorithm(
             "MlpPolicy", self._training_view(), seed=seed, device="cpu", policy_kwargs=policy, **settings
         )
         self._training = self.model.env
         self.best_score = -math.inf
-        self.earlier_timesteps = 0  # those that were taken before ``timesteps`` was last counted from 0
+        self.earlier_timesteps = 0  # steps taken before ``timesteps`` was last counted from 0
         self.unfinished_in: Path | None = None  # the log_dir of a run that was interrupted in this process
-        self.fitted = False  # whether the features' scale is the policy's own, to be kept
+        self.fitted = False  # whether the features' scale has been fitted; it is then kept
 
     def _look_at(self, env: gym.Env[Any, Any]) -> None:
         environment_inside(env, "StandardAgent", agent=True)
@@ -75,7 +75,7 @@ class StandardAgent(Agent):
         self._training = None
 
     def _training_view(self) -> Any:
-        """What the algorithm learns in: the view with relative and scaled rewards."""
+        """The environment that the algorithm learns in: the view with relative and scaled rewards."""
         training = self.relative or self.view
         return gym.wrappers.TransformReward(training, partial(_scaled, self.config.reward_scale))
 
@@ -83,8 +83,8 @@ class StandardAgent(Agent):
         """Edit and learn in this environment from now on; the zero action is measured there before learning.
 
         Raises:
-            ValueError: it is no environment of this package, or edits another number of modules; the agent is as it
-                was.
+            ValueError: it is not an environment of this package, or edits another number of modules; the agent is
+                unchanged.
         """
         other = copy.copy(self)
         other._look_at(env)
@@ -94,7 +94,7 @@ class StandardAgent(Agent):
         self.__dict__ |= vars(other)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandardAgent:
-        # The last pass's distribution holds tensors that cannot be copied; the next pass makes its own.
+        # The last forward pass's distribution has tensors that cannot be copied; the next pass makes a new one.
         last = getattr(getattr(self.model.policy, "action_dist", None), "distribution", None)
         if last is not None:
             memo[id(last)] = None
@@ -125,61 +125,62 @@ class StandardAgent(Agent):
     ) -> StandardAgent:
         """Train for this many further environment steps.
 
-        A run in ``log_dir`` that was interrupted, however roughly, is finished, counted from its own start: it goes on
-        from its last rollout (SAC and TD3: from its last ``eval_every`` streams), and from the beginning of a stream.
-        An agent that has finished it takes further steps; a new agent takes it as it is.
+        An interrupted run in ``log_dir`` is resumed, even after a kill; its steps count from its own start. It resumes
+        from its last rollout (SAC and TD3: from its last ``eval_every`` episodes), at the start of an episode. If the
+        run in ``log_dir`` is finished, the agent that finished it takes further steps, and a new agent loads its
+        result.
 
         Args:
-            total_timesteps: further environment steps, those that measure the zero action among them; PPO and A2C
+            total_timesteps: further environment steps, including those that measure the zero action; PPO and A2C
                 round them up to whole rollouts (``n_steps``).
-            callback: called after every stream with its numbers; training stops when it returns False.
-            progress_bar: show one.
+            callback: called after every episode with its numbers; training stops when it returns False.
+            progress_bar: show a progress bar.
             reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
-            log_dir: TensorBoard's folder; the best policy is kept in its folder ``best``.
-            eval_env: a held-out stream; its metrics choose the policy that the agent holds at the end. It may share the
-                LLM with the training environment.
-            eval_every: streams between two evaluations.
+            log_dir: TensorBoard's folder; the best policy is saved in its folder ``best``.
+            eval_env: an environment of held-out facts; its metrics choose the policy that the agent has at the end. It
+                may share the LLM with the training environment.
+            eval_every: episodes between two evaluations.
             eval_seed: the seed that ``eval_env`` is always reset with.
-            resume: go on from ``last`` in ``log_dir``, where a run has left it; False starts anew.
+            resume: resume from ``last`` in ``log_dir``, if it exists; False starts anew.
 
         Raises:
-            ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` holds an
+            ValueError: there are not more steps than measuring the zero action takes, or ``log_dir`` contains an
                 interrupted run with other settings.
-            FileExistsError: ``log_dir`` holds a file that would be overwritten and that no training wrote.
+            FileExistsError: ``log_dir`` contains a file that would be overwritten and that no training wrote.
         """
         folder = Path(log_dir) if log_dir is not None else None
-        watch = TrainingCallback(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
-        self._learn_in_own_env()
-        own = self.earlier_timesteps + self.timesteps  # before what the folder holds
-        found = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
-        if folder is not None and found:
-            watch.run = resume_run(folder / "last", self)
-        begins = not found or (watch.run.finished and own == self.earlier_timesteps + self.timesteps)  # else it goes on
-        if begins:
+        training = TrainingCallback(self, callback, progress_bar, folder, eval_env, eval_every, eval_seed)
+        self._set_model_env()
+        steps_before = self.earlier_timesteps + self.timesteps
+        exists = folder is not None and resume and (folder / "last" / TRAINING_STATE).exists()
+        if folder is not None and exists:
+            training.run = resume_run(folder / "last", self)
+        finished_here = training.run.finished and steps_before == self.earlier_timesteps + self.timesteps
+        if not exists or finished_here:  # a new run
             self._check_steps(total_timesteps)
-            watch.begin(reset_num_timesteps)
+            training.begin(reset_num_timesteps)
         if folder is not None:
             run_folder(folder)
-        self._train(watch, watch.run.begun + total_timesteps)
-        if watch.run.best is not None:
-            self.model.policy.load_state_dict(watch.run.best)
+        self._train(training, training.run.begun + total_timesteps)
+        if training.run.best is not None:
+            self.model.policy.load_state_dict(training.run.best)
         return self
 
-    def _train(self, watch: TrainingCallback, until: int) -> None:
-        """Learn until so many steps are counted."""
+    def _train(self, training: TrainingCallback, until: int) -> None:
+        """Learn until ``timesteps`` is ``until``."""
         try:
             if until > self.timesteps:
                 self._prepare()
-                self.model.learn(until - self.timesteps, callback=watch, reset_num_timesteps=False)
-                watch.end()
+                self.model.learn(until - self.timesteps, callback=training, reset_num_timesteps=False)
+                training.end()
         except BaseException:
-            self.unfinished_in = watch.folder
+            self.unfinished_in = training.folder
             raise
         finally:
-            watch.close()
+            training.close()
 
-    def _learn_in_own_env(self) -> None:
-        """Let the model, which copies of the agent share, learn in this one's environment."""
+    def _set_model_env(self) -> None:
+        """Set the model's environment to this agent's, since copies of the agent share the model."""
         if self._training is None:
             self.model.set_env(self._training_view())
             self._training = self.model.env
@@ -187,7 +188,7 @@ class StandardAgent(Agent):
             self.model.set_env(self._training)
 
     def _check_steps(self, total_timesteps: int) -> None:
-        """Raise ValueError where measuring the zero action would take all steps."""
+        """Raise ValueError if measuring the zero action would take all steps."""
         if self.relative is None or self.relative.baseline_steps or total_timesteps == 0:
             return
         needed = self.relative.streams * editing_env(self.scaled).episode_steps
@@ -198,8 +199,8 @@ class StandardAgent(Agent):
             )
 
     def _prepare(self) -> None:
-        """Measure the zero action on the training streams, which takes environment steps, and fit the features' scale,
-        before the first step in an environment."""
+        """Before the first step in an environment, measure the zero action on the training episodes, which takes
+        environment steps, and fit the features' scale."""
         if self.relative is None or self.relative.baseline_steps:
             return
         observations = self.relative.measure(self.seed)
@@ -212,7 +213,7 @@ class StandardAgent(Agent):
 
     @property
     def multiplier(self) -> Multiplier | None:
-        """Of the reward's constraint; None where it has none."""
+        """The multiplier of the reward's constraint; None if it has none."""
         return editing_env(self.scaled).multiplier
 
     @property
@@ -223,12 +224,12 @@ class StandardAgent(Agent):
     def save(self, path: str | Path) -> None:
         """Write the policy's weights as safetensors and everything else as JSON; no pickle."""
         folder = agent_folder(path)
-        # Cloned, since Stable-Baselines3 lists a features extractor that several networks share once for each.
+        # Cloned, since the state dict contains a features extractor once for each network that shares it.
         write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
 
     def description(self) -> dict[str, Any]:
-        """What agent.json says of the agent."""
+        """The content of agent.json."""
         return {
             "agent": self.name,
             "format": 1,
@@ -243,10 +244,10 @@ class StandardAgent(Agent):
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> StandardAgent:
-        """The agent in a folder that :meth:`save` wrote.
+        """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no agent there.
+            FileNotFoundError: the folder contains no agent.
             ValueError: no environment was given, or it edits another number of modules.
         """
         folder = Path(path)
@@ -258,15 +259,15 @@ class StandardAgent(Agent):
             check_counters(description, "seed", "timesteps")
             config = standard_config(description["config"], most=sum(t.numel() for t in tensors.values()))
             agent = cls(env, config, description["seed"])
-            trained = len((description["environment"] or {}).get("edit_modules", []))
-            if trained != len(agent.scaled.shapes):
+            modules = len((description["environment"] or {}).get("edit_modules", []))
+            if modules != len(agent.scaled.shapes):
                 raise ValueError(
-                    f"{folder} was trained for {trained} modules, the environment edits {len(agent.scaled.shapes)}; "
+                    f"{folder} was trained for {modules} modules, the environment edits {len(agent.scaled.shapes)}; "
                     f"make the environment with the settings in {folder / 'agent.json'}"
                 )
             agent.model.policy.load_state_dict(tensors)
             agent.model.num_timesteps = description["timesteps"]
-            agent.earlier_timesteps = description.get("earlier_timesteps", 0)  # which earlier versions did not have
+            agent.earlier_timesteps = description.get("earlier_timesteps", 0)  # absent in earlier versions
             agent.fitted = agent.timesteps + agent.earlier_timesteps > 0
         return agent
 

@@ -1,4 +1,4 @@
-"""What happens while a standard algorithm learns: logs, evaluations, the best policy, checkpoints."""
+"""The callback of a standard algorithm's training: logs, evaluations, the best policy, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Callback = Callable[[dict[str, float]], bool | None]
 
 
 class TrainingCallback(BaseCallback):
-    """Logs our numbers after every stream, evaluates, keeps the best policy, and writes down what to go on from.
+    """Logs the environment's numbers after every episode, evaluates, keeps the best policy, and writes checkpoints.
 
     Args:
-        agent: learns.
+        agent: the agent that learns.
         callback, progress_bar, eval_env, eval_every, eval_seed: as for :meth:`StandardAgent.learn`.
         folder: its ``log_dir``.
     """
@@ -49,23 +49,23 @@ class TrainingCallback(BaseCallback):
         self.show = progress_bar
         self.eval_env, self.eval_every, self.eval_seed = eval_env, eval_every, eval_seed
         self.run = Run(agent.timesteps)
-        self._kept = -1  # streams when the checkpoint was last written
+        self._saved_streams = -1  # number of episodes at the last checkpoint; -1 before the first one
         self._numbers: dict[str, list[float]] = {}
-        self._return = 0.0  # of the stream so far, the environment's own
+        self._return = 0.0  # the environment's return of the episode so far
         self._writer: Any = None
         self._bar: Any = None
 
     def begin(self, reset_num_timesteps: bool) -> None:
-        """Begin a run, with a new stream. The best policy of a run that was finished here is still the one to beat."""
+        """Start a run at a new episode. The best policy of the agent's previous run is kept for comparison."""
         model = self.agent.model
         if reset_num_timesteps:
             self.agent.earlier_timesteps += self.agent.timesteps
             model.num_timesteps = 0
         model._last_obs = None
-        self.run, self._kept = Run(self.agent.timesteps, best=self.run.best), -1
+        self.run, self._saved_streams = Run(self.agent.timesteps, best=self.run.best), -1
 
     def end(self) -> None:
-        """Score the last policy, and write down that the run is finished."""
+        """Evaluate the last policy, and mark the run as finished on disk."""
         self.evaluate()
         self.run.finished = True
         self._write_checkpoint()
@@ -79,8 +79,8 @@ class TrainingCallback(BaseCallback):
             self.evaluate()
 
     def _on_rollout_start(self) -> None:
-        due = isinstance(self.model, OnPolicyAlgorithm) or self.run.streams >= self._kept + self.eval_every
-        if due or self._kept < 0:
+        due = isinstance(self.model, OnPolicyAlgorithm) or self.run.streams >= self._saved_streams + self.eval_every
+        if due or self._saved_streams < 0:
             self._write_checkpoint()
 
     def _on_step(self) -> bool:
@@ -97,8 +97,8 @@ class TrainingCallback(BaseCallback):
         numbers |= {"return": self._return, "drift": info["drift"]}
         if (multiplier := self.agent.multiplier) is not None:
             finite = filter(math.isfinite, self._numbers.get(multiplier.constraint.component, []))
-            if measured := list(finite):
-                multiplier.update(measured[-1])
+            if values := list(finite):
+                multiplier.update(values[-1])
         self._numbers, self._return = {}, 0.0
         self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
         self._log("train", numbers)
@@ -107,15 +107,15 @@ class TrainingCallback(BaseCallback):
         return self.user_callback is None or self.user_callback(numbers) is not False
 
     def evaluate(self) -> None:
-        """Score the policy on the held-out stream and keep it if it is the best so far."""
+        """Score the policy on held-out facts, and keep it if it is the best so far."""
         if self.eval_env is None or self.run.evaluated == self.num_timesteps:
             return
         self.run.evaluated = self.num_timesteps
-        looking_on = copy.copy(self.agent)
-        looking_on.set_env(self.eval_env)
+        eval_agent = copy.copy(self.agent)
+        eval_agent.set_env(self.eval_env)
         inner = editing_env(self.eval_env)
-        with inner.lm.preserved():  # a training stream may be under way on the same LLM
-            total, info = run_stream(self.eval_env, looking_on, seed=self.eval_seed)
+        with inner.lm.preserved():  # a training episode may be editing the same LLM
+            total, info = run_stream(self.eval_env, eval_agent, seed=self.eval_seed)
             metrics = inner.evaluate(generate=False)
             score = -math.inf if info["diverged"] else metrics.mean
             numbers = {k: v for k, v in metrics.as_dict().items() if v is not None}
@@ -132,14 +132,14 @@ class TrainingCallback(BaseCallback):
 
     def _write_checkpoint(self) -> None:
         if self.folder is not None:
-            self._kept = self.run.streams
+            self._saved_streams = self.run.streams
             write_checkpoint(self.folder / "last", self.agent, self.run)
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds back."""
-        for one in (self._writer, self._bar):
-            if one is not None:
-                one.close()
+        """Close TensorBoard's writer and the progress bar."""
+        for output in (self._writer, self._bar):
+            if output is not None:
+                output.close()
 
     def _log(self, group: str, numbers: Mapping[str, float]) -> None:
         log(self._writer, group, numbers, self.num_timesteps)

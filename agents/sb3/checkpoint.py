@@ -1,4 +1,4 @@
-"""A training run's checkpoint: one file that an interrupted run goes on from."""
+"""A training run's checkpoint: one file that an interrupted run resumes from."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """How far a training run is.
+    """The progress of a training run.
 
     Attributes:
-        begun: environment steps that the agent had counted before it.
-        streams: training streams that have ended.
-        evaluated: the step at which the policy was evaluated last; -1 before the first time.
-        finished: whether the run is.
+        begun: the agent's timesteps at the start of the run.
+        streams: number of training episodes that have ended.
+        evaluated: the step of the last evaluation; -1 before the first one.
+        finished: whether the run is finished.
         best: the policy with the best held-out score, as tensors by name; None before the first evaluation.
     """
 
@@ -49,8 +49,8 @@ class Run:
 
 
 def write_checkpoint(folder: Path, agent: StandardAgent, run: Run) -> None:
-    """Write what :func:`resume_run` goes on from, in one file: a process killed at any moment leaves the earlier or
-    this one."""
+    """Write the checkpoint for :func:`resume_run` as one file; a process killed at any moment leaves the earlier
+    checkpoint or this one."""
     tensors, numbers = training_state(agent.model)
     numbers |= {
         "begun": run.begun, "finished": run.finished, "earlier": agent.earlier_timesteps, "streams": run.streams,
@@ -62,21 +62,21 @@ def write_checkpoint(folder: Path, agent: StandardAgent, run: Run) -> None:
         numbers["relative"] = agent.relative.state()
     tensors |= {f"best/{k}": v for k, v in (run.best or {}).items()}
     agent_folder(folder)
-    described = {"agent": json.dumps(agent.description()), "training": json.dumps(numbers)}
-    write_tensors(folder / TRAINING_STATE, tensors, described)
+    metadata = {"agent": json.dumps(agent.description()), "training": json.dumps(numbers)}
+    write_tensors(folder / TRAINING_STATE, tensors, metadata)
 
 
 def resume_run(folder: Path, agent: StandardAgent) -> Run:
-    """Let an agent go on from what an interrupted run left.
+    """Resume an interrupted run from its checkpoint.
 
     Raises:
-        ValueError: it is damaged, or of a run with other settings, or this agent has been trained elsewhere since;
-            the agent is as it was.
+        ValueError: the checkpoint is damaged or belongs to a run with other settings, or the agent has been trained
+            elsewhere since. The agent is unchanged.
     """
     tensors, metadata = read_training_state(folder / TRAINING_STATE)
     with built_from(folder):
         description, numbers = json.loads(metadata["agent"]), json.loads(metadata["training"])
-        # Earlier versions did not say these two: they counted on, and left nothing of a finished run.
+        # Checkpoints of earlier versions lack these two: they never counted from 0 again, nor marked a run as finished.
         numbers = {"earlier": 0, "finished": False, **numbers}
         if different := _differences(folder, agent, description, numbers):
             raise ValueError(f"{folder} holds an interrupted run with other settings ({'; '.join(different)}); "
@@ -93,24 +93,25 @@ def resume_run(folder: Path, agent: StandardAgent) -> Run:
 def _differences(
     folder: Path, agent: StandardAgent, description: Mapping[str, Any], numbers: Mapping[str, Any]
 ) -> list[str]:
-    """In what a checkpoint's run differs from one that the agent can go on with."""
+    """The differences, in words, between a checkpoint's run and a run that the agent could resume."""
     different = setting_differences(description, agent.description())
-    before_it, own = numbers["earlier"] + numbers["begun"], agent.earlier_timesteps + agent.timesteps
-    same = agent.unfinished_in == folder.parent
-    if not same and own not in (0, before_it, numbers["earlier"] + numbers["timesteps"]):
-        different.append(f"steps before it: {before_it} there, {own} here")
+    steps_before_run = numbers["earlier"] + numbers["begun"]
+    agent_steps = agent.earlier_timesteps + agent.timesteps
+    interrupted_here = agent.unfinished_in == folder.parent
+    if not interrupted_here and agent_steps not in (0, steps_before_run, numbers["earlier"] + numbers["timesteps"]):
+        different.append(f"steps before it: {steps_before_run} there, {agent_steps} here")
     return different
 
 
 def _load(agent: StandardAgent, run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Load the model, the environment's numbers and the zero action's; where that fails, the agent is as it was."""
+    """Load the model, the multiplier and the zero action's rewards; if that fails, restore the agent."""
     model: Any = agent.model
-    model.env.reset()  # the first one seeds the environment; what is loaded comes after it
+    model.env.reset()  # the first reset seeds the environment, which must come before loading
     multiplier = numbers["multiplier"] if agent.multiplier is not None else 0.0
     before = training_state(model), agent.relative.state() if agent.relative is not None else {}
     try:
         if run.best is not None:
-            model.policy.load_state_dict(run.best)  # at the end of the training it must fit
+            model.policy.load_state_dict(run.best)  # fails now, not at the end of the training, if it does not fit
         load_training_state(model, tensors, numbers)
         if agent.relative is not None:
             agent.relative.load_state(numbers["relative"])

@@ -1,4 +1,4 @@
-"""How a standard algorithm is configured: its view of the environment, its hyperparameters, and both from a file."""
+"""The configuration of a standard algorithm: its view of the environment and its hyperparameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rledit_env.wrappers import Rule, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
 SMALL_NETWORK: Mapping[str, Any] = {"net_arch": [32]}
-# For some hundred steps, each of which takes a fraction of a second: small networks and rollouts, used well.
+# For trainings of some hundred steps, each a fraction of a second: small networks, and many updates on small rollouts.
 HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "ppo": {
         "n_steps": 80, "batch_size": 40, "n_epochs": 10, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95,
@@ -26,24 +26,25 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "sac": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
     "td3": {"learning_starts": 40, "batch_size": 64, "learning_rate": 1e-3, "gamma": 0.99, "buffer_size": 100_000},
 }  # fmt: skip
-MAX_SIZE = 10**7  # of buffers and the like, in what a saved agent asks for
+MAX_SIZE = 10**7  # the largest buffer, or other number, that a saved agent's file may ask for
 
 
 @dataclass(frozen=True)
 class StandardConfig:
-    """How a standard algorithm sees the environment, and its hyperparameters.
+    """A standard algorithm's view of the environment, and its hyperparameters.
 
     Attributes:
-        algorithm: of Stable-Baselines3.
+        algorithm: the algorithm of Stable-Baselines3.
         rule: the base rule that the actions scale (see `rledit_env.wrappers.ScaledUpdate`).
-        step_size, damping, span, rank, share: as there; the features share as the actions do.
-        baseline_streams: training goes through this many streams again and again, each step's reward less the zero
-            action's (see `rledit_env.wrappers.RelativeReward`); features are standardised by what the zero action meets
-            there. 0: new streams, their own rewards, and features as they come.
-        reward_scale: rewards are multiplied by it for the algorithm, whose value function is best off near 1; returns
-            that are logged are the environment's own.
-        kl_bound: the best policy of a training is the best within this divergence (see `RLEditConfig.kl_bound`).
-        hyperparameters: of the algorithm, over :data:`HYPERPARAMETERS`.
+        step_size, damping, span, rank, share: as in `rledit_env.wrappers.ScaledUpdate`; the features have the same
+            ``share``.
+        baseline_streams: training repeats this many episodes, and each step's reward is relative to the zero action's
+            (see `rledit_env.wrappers.RelativeReward`). Features are standardised with those of the zero action in these
+            episodes. 0: new episodes, plain rewards and plain features.
+        reward_scale: factor of the algorithm's rewards, since its value function learns best near 1; logged returns are
+            the environment's own.
+        kl_bound: a bound on the divergence of the best policy (see `RLEditConfig.kl_bound`).
+        hyperparameters: of the algorithm; they override :data:`HYPERPARAMETERS`.
     """
 
     algorithm: Literal["ppo", "a2c", "sac", "td3"] = "ppo"
@@ -69,8 +70,8 @@ def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardC
     """The configuration in an agent's file.
 
     Raises:
-        ValueError: a hyperparameter is no number or list of numbers, or would make something larger than ``most``
-            numbers, or than :data:`MAX_SIZE`; or it says where files are to be written.
+        ValueError: a hyperparameter is not a number or a list of numbers, is larger than :data:`MAX_SIZE` (or, in
+            ``policy_kwargs``, than ``most``), or is not allowed in a file, such as a path to write to.
     """
 
     def check(name: str, value: Any, largest: int) -> None:

@@ -1,4 +1,4 @@
-"""Random search over constant actions on the low-dimensional view: what a standard algorithm has to beat."""
+"""Random search over constant actions on the low-dimensional view, the baseline of standard algorithms."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ Callback = Callable[[dict[str, float]], bool | None]
 
 
 class RandomSearchAgent(Agent):
-    """The same action at every step: before `learn` the zero action, which is the base rule, then the best one found.
+    """An agent with the same action at every step: the zero action, which is the base rule, and after `learn` the best
+    action found.
 
     Args:
         env: a `LifelongEditEnv`.
-        config: the view; what it says of algorithms is left aside.
-        seed: of the actions tried and of the streams that they are tried on.
+        config: the view; the algorithm and its hyperparameters are ignored.
+        seed: of the actions and of the episodes that they are tried in.
     """
 
     name: ClassVar[str] = "random search"
@@ -43,7 +44,7 @@ class RandomSearchAgent(Agent):
         self.scaled = ScaledUpdate(env, c.rule, c.step_size, c.damping, c.span, c.rank, share=c.share)
         self.action: np.ndarray = np.zeros(self.scaled.action_space.shape or (), np.float32)
         self.timesteps = 0
-        self.searches = 0  # calls of learn, each of which tries other actions
+        self.searches = 0  # number of calls of learn; each tries other actions
 
     def set_env(self, env: gym.Env[Any, Any]) -> None:
         other = RandomSearchAgent(env, self.config, self.seed)
@@ -63,15 +64,16 @@ class RandomSearchAgent(Agent):
         self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True, rounds: int = 4,
     ) -> RandomSearchAgent:  # fmt: skip
-        """Search by successive halving: in every round the better half of the actions goes on to twice the streams.
+        """Search by successive halving: after every round, the better half of the actions is tried in twice as many
+        episodes.
 
-        The action so far is one of the first round's, the others are uniform on the space. Within a round all are tried
-        on the same streams, so that their returns differ by what they do and not by their facts.
+        The first round has the present action and actions uniform on the space. Within a round all actions are tried
+        in the same episodes, so that their returns do not differ by the facts.
 
         Args:
-            total_timesteps: further environment steps to take, rounded up to whole streams; a first round of two
-                actions on one stream is the least. Streams that are left over after the last round go to the best
-                action, whose return is then the mean over more of them.
+            total_timesteps: further environment steps to take, rounded up to whole episodes; at least two episodes, for
+                one round of two actions. Episodes left over after the last round go to the best action, whose return is
+                then the mean over more of them.
             callback: called after every round with its numbers; the search stops when it returns False.
             progress_bar: show one.
             reset_num_timesteps: count ``timesteps`` from 0 again; False counts on.
@@ -85,28 +87,28 @@ class RandomSearchAgent(Agent):
         if streams < 2:
             raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
                              "for each of two actions")
-        while rounds > 1 and streams // rounds < 2**rounds:  # so that the last round, too, has two actions to compare
+        while rounds > 1 and streams // rounds < 2**rounds:  # the last round needs two actions to compare, too
             rounds -= 1
-        # Other actions at each call.
+        # Each call tries other actions.
         rng = np.random.default_rng([self.seed, self.searches] if self.searches else self.seed)
         self.searches += 1
         self.timesteps = 0 if reset_num_timesteps else self.timesteps
         shape = self.action.shape
         count = streams // rounds
         candidates = [self.action, *rng.uniform(-1, 1, (count - 1, *shape)).astype(np.float32)]
-        each, left = 1, streams
+        each, remaining = 1, streams  # episodes an action, and episodes left
         with tqdm(total=streams, unit="stream", desc="random search", disable=not progress_bar) as bar:
             for turn in range(rounds):
                 seeds = rng.integers(2**31, size=each).tolist()
                 means = []
                 for action in candidates:
                     means.append(self._mean_return(action, seeds, bar))
-                left -= each * len(candidates)
+                remaining -= each * len(candidates)
                 order = np.argsort(means)[::-1]
                 self.action, best = candidates[int(order[0])], max(means)
-                if turn == rounds - 1 and left:
-                    more = self._mean_return(self.action, rng.integers(2**31, size=left).tolist(), bar)
-                    best = (each * best + left * more) / (each + left)
+                if turn == rounds - 1 and remaining:
+                    more = self._mean_return(self.action, rng.integers(2**31, size=remaining).tolist(), bar)
+                    best = (each * best + remaining * more) / (each + remaining)
                 numbers = {"round": float(turn), "candidates": float(len(candidates)), "return": best}
                 if callback is not None and callback(numbers) is False:
                     break
@@ -115,7 +117,7 @@ class RandomSearchAgent(Agent):
         return self
 
     def _mean_return(self, action: np.ndarray, seeds: list[int], bar: Any) -> float:
-        """The mean return of always taking an action, over the streams of these seeds."""
+        """The mean return of a constant action over the episodes of these seeds."""
         self.action = action
         inner = editing_env(self.scaled)
         returns = []
@@ -142,10 +144,10 @@ class RandomSearchAgent(Agent):
 
     @classmethod
     def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> RandomSearchAgent:
-        """The agent in a folder that :meth:`save` wrote.
+        """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no agent there.
+            FileNotFoundError: the folder contains no agent.
             ValueError: no environment was given, or it edits another number of modules.
         """
         folder = Path(path)
@@ -155,15 +157,15 @@ class RandomSearchAgent(Agent):
         with built_from(folder):
             check_counters(description, "seed", "timesteps")
             agent = cls(env, standard_config(description["config"]), description["seed"])
-            trained = len((description["environment"] or {}).get("edit_modules", []))
-            if trained != len(agent.scaled.shapes):
+            modules = len((description["environment"] or {}).get("edit_modules", []))
+            if modules != len(agent.scaled.shapes):
                 raise ValueError(
-                    f"{folder} was found for {trained} modules, the environment edits {len(agent.scaled.shapes)}; make "
+                    f"{folder} was found for {modules} modules, the environment edits {len(agent.scaled.shapes)}; make "
                     f"the environment with the settings in {folder / 'agent.json'}"
                 )
             action = np.asarray(description["action"], np.float32)
             if not agent.scaled.action_space.contains(action):
                 raise ValueError(f"action has shape {action.shape}; it must be {agent.action.shape}, within ±1")
             agent.action, agent.timesteps = action, description["timesteps"]
-            agent.searches = description.get("searches", 1)  # which earlier versions did not count
+            agent.searches = description.get("searches", 1)  # absent in earlier versions
         return agent

@@ -1,4 +1,4 @@
-"""What the training of a standard algorithm goes on from after an interruption: tensors and numbers, no pickle."""
+"""The training state of a standard algorithm, from which an interrupted run resumes: tensors and numbers, no pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "t
 
 
 def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of what the rest of the training depends on: networks, optimisers, replay buffer, random numbers."""
+    """Copies of everything that the rest of the training depends on: networks, optimisers, replay buffer and the states
+    of the random generators."""
     tensors: dict[str, Tensor] = {}
     for name, state in model.get_parameters().items():
         flat = state if "param_groups" not in state else {
@@ -31,24 +32,24 @@ def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, A
     if isinstance(buffer := getattr(model, "replay_buffer", None), ReplayBuffer):
         tensors |= {f"buffer/{name}": torch.tensor(getattr(buffer, name)[: buffer.size()]) for name in BUFFER}
         numbers |= {"position": buffer.pos, "full": buffer.full}
-    # Stable-Baselines3 draws from NumPy's global numbers.
+    # Stable-Baselines3 uses NumPy's global random generator.
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     tensors |= {"random/torch": torch.get_rng_state(), "random/numpy": torch.tensor(np.asarray(keys, np.int64))}
     return tensors, {**numbers, "numpy": [kind, place, has_gauss, gauss]}
 
 
 def load_training_state(model: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Make the model, a new one of the same settings, go on from what :func:`training_state` returned.
+    """Load what :func:`training_state` returned into a new model with the same settings.
 
     Raises:
-        ValueError: an optimiser's moments do not fit its parameters; nothing has changed.
+        ValueError: an optimiser's moments do not fit its parameters; the model is unchanged.
     """
     parameters: dict[str, Any] = {}
-    for name, own in model.get_parameters().items():
+    for name, current in model.get_parameters().items():
         saved = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-        if "param_groups" in own:
+        if "param_groups" in current:
             moments = moments_of(attrgetter(name)(model), saved)
-            parameters[name] = {"state": moments, "param_groups": own["param_groups"]}
+            parameters[name] = {"state": moments, "param_groups": current["param_groups"]}
         else:
             parameters[name] = saved
     model.set_parameters(parameters)

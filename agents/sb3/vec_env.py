@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class StreamsVecEnv(VecEnv):
-    """A Gymnasium vector environment with flat spaces, as Stable-Baselines3 takes it.
+    """A Gymnasium vector environment with flat spaces, as a vector environment of Stable-Baselines3.
 
     ```python
     >>> import gymnasium as gym
@@ -28,16 +28,16 @@ class StreamsVecEnv(VecEnv):
 
     ```
 
-    An ended stream is reset in the same step, as Stable-Baselines3 expects; its last observation is in its info under
-    ``terminal_observation``.
+    An environment whose episode has ended is reset in the same step, as Stable-Baselines3 expects; its last observation
+    is in its info under ``terminal_observation``.
 
     Args:
-        env: with ``autoreset_mode=AutoresetMode.DISABLED``, since it is reset here, once the last observation has been
-            looked at.
+        env: a vector environment with ``autoreset_mode=AutoresetMode.DISABLED``, since this class resets its
+            environments.
 
     Raises:
-        ValueError: it is no vector environment, its spaces are dictionaries of dictionaries, or it resets streams
-            itself.
+        ValueError: it is not a vector environment, its spaces are dictionaries of dictionaries, or it resets its
+            environments itself.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -51,9 +51,9 @@ class StreamsVecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> Any:
-        """First observations, with the seeds that `seed` was given."""
+        """Reset all environments with the seeds given to `seed`; returns their first observations."""
         observations, infos = self.env.reset(seed=self._seeds)  # type: ignore[arg-type]
-        self.reset_infos = [_own(infos, i) for i in range(self.num_envs)]
+        self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         return observations
@@ -62,43 +62,43 @@ class StreamsVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """Observations, rewards, dones and one info a stream."""
-        observations, rewards, terminations, truncations, gathered = self.env.step(self._actions)
-        infos = [_own(gathered, i) for i in range(self.num_envs)]
+        """Observations, rewards, dones and one info for each environment."""
+        observations, rewards, terminations, truncations, vector_infos = self.env.step(self._actions)
+        infos = [_info_of(vector_infos, i) for i in range(self.num_envs)]
         dones = terminations | truncations
         for i, info in enumerate(infos):
             info["TimeLimit.truncated"] = bool(truncations[i] and not terminations[i])
             if dones[i]:
                 info["terminal_observation"] = observations[i]
         if dones.any():
-            observations, gathered = self.env.reset(options={"reset_mask": dones})
+            observations, vector_infos = self.env.reset(options={"reset_mask": dones})
             for k in np.flatnonzero(dones).tolist():
-                self.reset_infos[k] = _own(gathered, k)
+                self.reset_infos[k] = _info_of(vector_infos, k)
         return observations, rewards.astype(np.float32), dones, infos
 
     def close(self) -> None:
         self.env.close()
 
-    # -- the streams as environments -------------------------------------------------------------------------------
+    # -- access to single environments -----------------------------------------------------------------------------
 
-    def _chosen(self, indices: None | int | Iterable[int]) -> list[Any]:
+    def _envs_at(self, indices: None | int | Iterable[int]) -> list[Any]:
         inner: Any = self.env.unwrapped
         return [inner.envs[i] for i in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: None | int | Iterable[int] = None) -> list[Any]:
-        return [getattr(env, attr_name) for env in self._chosen(indices)]
+        return [getattr(env, attr_name) for env in self._envs_at(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: None | int | Iterable[int] = None) -> None:
-        for env in self._chosen(indices):
+        for env in self._envs_at(indices):
             setattr(env, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: None | int | Iterable[int] = None, **method_kwargs: Any
     ) -> list[Any]:
-        return [getattr(env, method_name)(*method_args, **method_kwargs) for env in self._chosen(indices)]
+        return [getattr(env, method_name)(*method_args, **method_kwargs) for env in self._envs_at(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: None | int | Iterable[int] = None) -> list[bool]:
-        return [False for _ in self._chosen(indices)]
+        return [False for _ in self._envs_at(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         frames: Any = self.env.render()
@@ -128,14 +128,14 @@ def _check_flat(env: VectorEnv[Any, Any, Any]) -> None:
         )
 
 
-def _own(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Stream i's info out of Gymnasium's gathered one, its numbers as Python's."""
-    own: dict[str, Any] = {}
+def _info_of(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Environment i's info from the vector environment's, with Python numbers instead of NumPy's."""
+    info: dict[str, Any] = {}
     for key, value in infos.items():
         if key.startswith("_") or not infos[f"_{key}"][i]:
             continue
         if isinstance(value, Mapping):
-            own[key] = _own(value, i)
+            info[key] = _info_of(value, i)
         else:
-            own[key] = value[i].item() if isinstance(value[i], np.generic) else value[i]
-    return own
+            info[key] = value[i].item() if isinstance(value[i], np.generic) else value[i]
+    return info

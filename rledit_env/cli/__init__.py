@@ -1,7 +1,6 @@
 """The `rledit` command: fetch a model, train an agent, edit facts, evaluate, compare editors.
 
-The environment knows nothing of any learning algorithm, and importing it imports none: the commands that need agents
-import them when they run.
+The environment does not depend on any learning algorithm: commands that need agents import them when they run.
 """
 
 from __future__ import annotations
@@ -56,16 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         warn(f"rledit: error: {error}")
         return USAGE
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(given[0] if given else None)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser(arguments[0] if arguments else None)
     try:
-        options = parser.parse_args(given)
-    except SystemExit as stop:  # argparse or tyro has said why
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse or tyro has printed the reason
         return int(stop.code or 0)
-    except PathError as error:  # an argument is no path
-        warn(f"rledit {given[0]}: error: {error}")
+    except PathError as error:  # an argument is not a path
+        warn(f"rledit {arguments[0]}: error: {error}")
         return USAGE
-    options.command_line = shlex.join(["rledit", *given])
+    options.command_line = shlex.join(["rledit", *arguments])
     with _short_warnings():
         try:
             return int(options.run(options))
@@ -73,39 +72,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warn(options.interrupted(options))
             return INTERRUPTED
         except (ValueError, OSError, RuntimeError, gym.error.Error) as error:
-            if options.traceback or not _is_users(error):
+            if options.traceback or not _is_usage_error(error):
                 traceback.print_exc()
-                return USAGE if _is_users(error) else FAILED
+                return USAGE if _is_usage_error(error) else FAILED
             warn(f"rledit {options.command}: error: {_as_options(' '.join(str(error).split()), options)}")
             return USAGE
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all commands. Only ``command``'s own arguments are built: their defaults are the libraries', which
-    take seconds to import."""
+    """The parser of all commands, with only the arguments of ``command``: their defaults come from libraries that take
+    seconds to import."""
     parser = argparse.ArgumentParser(
         prog="rledit", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"rledit-env {_own_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
-    for one in COMMANDS:
+    for entry in COMMANDS:
         sub = commands.add_parser(
-            one.name, help=one.summary, description=one.description, epilog=f"{one.examples}\n{EXIT_CODES}",
+            entry.name, help=entry.summary, description=entry.description, epilog=f"{entry.examples}\n{EXIT_CODES}",
             formatter_class=_HelpFormatter,
         )
-        if one.name == command:
-            one.add_arguments(sub)
+        if entry.name == command:
+            entry.add_arguments(sub)
             if not any(isinstance(action, argparse._SubParsersAction) for action in sub._actions):
                 sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-        sub.set_defaults(run=one.run, interrupted=one.interrupted, traceback=False)
+        sub.set_defaults(run=entry.run, interrupted=entry.interrupted, traceback=False)
     return parser
 
 
 def _as_options(message: str, options: argparse.Namespace) -> str:
-    """The message of a library's error with the command's own options in the place of Python's arguments: "--on-error
-    skip" for "on_error='skip'"."""
+    """A library's error message with the command's options in place of Python's arguments, such as "--on-error skip"
+    for "on_error='skip'"."""
     for name in vars(options):
-        if "_" in name and name not in ("command_line", "run_folder"):  # these are no options
+        if "_" in name and name not in ("command_line", "run_folder"):  # these are not options
             option, alone = "--" + name.replace("_", "-"), rf"(?<![\w./\\'\"-]){name}"
             message = re.sub(rf"{alone}=(['\"]?)(\w+)\1(?!\w)", rf"{option} \2", message)
             message = re.sub(rf"{alone}(?![\w=/\\'\"]|\.\w)", option, message)
@@ -113,7 +112,7 @@ def _as_options(message: str, options: argparse.Namespace) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples' lines as they are and adds each default that says something."""
+    """Keeps the lines of the examples, and adds each default except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -121,8 +120,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return super()._get_help_string(action)
 
 
-def _is_users(error: BaseException) -> bool:
-    """Whether the user can mend what the error says: its message then stands alone, without a traceback."""
+def _is_usage_error(error: BaseException) -> bool:
+    """Whether the user can mend the error; its message is then printed without a traceback."""
     from rledit_env.lm.loading.registry import ModelError
 
     return isinstance(error, (ValueError, OSError, ModelError, gym.error.Error))
@@ -130,7 +129,7 @@ def _is_users(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line, without the place in the code that raised them."""
+    """Print warnings as one line, without their place in the code."""
 
     def short(message: Warning | str, *_: Any, **__: Any) -> str:
         return f"warning: {message}\n"

@@ -1,4 +1,4 @@
-"""A comparison's folder, and the attempts to compute its cells."""
+"""A comparison's folder, and attempts to compute its cells."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rledit_env.cli.command import say_loading, warn
 if TYPE_CHECKING:
     from agents.running.comparison import Comparison
 
-COMPARISON = "comparison"  # what its folder is called in the marker
+COMPARISON = "comparison"  # the kind of its folder in the marker
 SETTINGS = "comparison.json"
 
 
 def begin(options: argparse.Namespace, comparison: Comparison) -> None:
-    """Load the model, unless that is done, and mark the folder."""
+    """Load the model and mark the folder, unless the model is loaded already."""
     from rledit_env.files import mark, write_text
     from rledit_env.reporting import versions
 
@@ -26,14 +26,14 @@ def begin(options: argparse.Namespace, comparison: Comparison) -> None:
         return
     say_loading(options.model)
     comparison.views.get(comparison.setting.edit_modules)
-    described = {**_described(options, comparison.setting.test.source), "versions": versions()}
+    settings = {**_settings(options, comparison.setting.test.source), "versions": versions()}
     options.out.mkdir(parents=True, exist_ok=True)
     mark(options.out, COMPARISON, command=options.command_line)
-    write_text(options.out / SETTINGS, json.dumps(described, indent=1) + "\n")
+    write_text(options.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) -> bool:
-    """Do some work and say what went wrong, if anything did; whether nothing did."""
+    """Call ``work``, and print the error if it fails; returns whether it succeeded."""
     try:
         work()
     except Exception as error:
@@ -45,21 +45,21 @@ def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) ->
 
 
 def check_folder(options: argparse.Namespace, source: str) -> None:
-    """Make sure that the cells in the folder are of this comparison.
+    """Check that the cells in the folder belong to this comparison.
 
     Raises:
-        ValueError: they are of another one.
+        ValueError: they belong to another one.
     """
     path = options.out / SETTINGS
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, value in _described(options, source).items():
-        if name in theirs and theirs[name] != value:
-            raise ValueError(f"{options.out} holds a comparison with {name} {theirs[name]!r}, not {value!r}; give "
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in _settings(options, source).items():
+        if name in saved and saved[name] != value:
+            raise ValueError(f"{options.out} holds a comparison with {name} {saved[name]!r}, not {value!r}; give "
                              "another --out, or the same settings")
 
 
-def _described(options: argparse.Namespace, source: str) -> dict[str, Any]:
-    """What the folder's cells have in common, beside the editors' own settings."""
+def _settings(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """The settings that all cells of the folder share."""
     names = (
         "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",
         "metrics", "text",

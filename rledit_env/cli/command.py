@@ -1,4 +1,4 @@
-"""What the commands of `rledit` share: their form, their common arguments, and what they say while they run."""
+"""Shared parts of the `rledit` commands: the `Command` class, common arguments and checks, and output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its texts, its arguments, what it does, and what it says when interrupted."""
+    """One subcommand: its help texts, its arguments, the function that runs it, and the message after Ctrl-C."""
 
     name: str
     summary: str
@@ -34,7 +34,13 @@ class Command:
 
 
 def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: str | None = None) -> None:
-    """The environment's arguments; without ``required`` the agent's own are the defaults. ``env`` is a default."""
+    """Add the environment's arguments.
+
+    Args:
+        parser: the command's parser.
+        required: whether the environment must be given; otherwise the agent's settings are the defaults.
+        env: a default of --env.
+    """
     ids = ", ".join(environment_ids())
     parser.add_argument("--env", required=required and env is None, metavar="ID", default=env,
                         help=f"one of {ids}" + ("" if required else " (default: the agent's)"))
@@ -51,20 +57,20 @@ def environment_arguments(parser: argparse.ArgumentParser, required: bool, env: 
 
 
 def on_error_argument(parser: argparse.ArgumentParser) -> None:
-    """What becomes of rows of the data that cannot be used."""
+    """Add --on-error, the handling of rows of the data that cannot be used."""
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise",
-                        help="what to do with rows that cannot be used: end with the first one's error, or count them")
+                        help="rows that cannot be used: end with the first one's error, or skip and count them")
 
 
 def agent_argument(parser: argparse.ArgumentParser) -> None:
-    """Which agent edits."""
+    """Add --agent, the agent that edits."""
     parser.add_argument("--agent", required=True, metavar="RUN",
                         help="a run's folder (its best agent is taken), an agent's folder, or 'default', the agent "
                         "that ships with the package for the kind of facts")
 
 
 def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
-    """What an agent's own settings can be replaced with."""
+    """Add the arguments that override an agent's own settings."""
     from rledit_env.lm.forward import TOKEN_CHOICES
 
     group = parser.add_argument_group("the agent's own settings, which need not be repeated")
@@ -77,7 +83,7 @@ def override_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> 
 
 
 def probability(text: str) -> float:
-    """A probability below 1; 0 for none."""
+    """Parse a probability below 1; "none" is 0."""
     value = 0.0 if text.lower() == "none" else float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no probability below 1; give one such as 0.8, or 'none'")
@@ -85,35 +91,35 @@ def probability(text: str) -> float:
 
 
 def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """How the facts are scored."""
+    """Add --metrics, the way the facts are scored."""
     parser.add_argument("--metrics", default="paper", metavar="NAME",
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
 def option_or(option: Any, otherwise: Any) -> Any:
-    """An option's value, or what holds where it was not given."""
+    """An option's value, or ``otherwise`` if it was not given."""
     return otherwise if option is None else option
 
 
 def chat_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str) -> None:
-    """--chat: how facts are asked."""
+    """Add --chat, which asks facts in the model's chat template."""
     from rledit_env.lm.chat import CHAT_FORMS
 
     parser.add_argument("--chat", nargs="?", const="only", choices=CHAT_FORMS,
-                        help=f"put {what} into the model's chat template, as a user's message ('only', which --chat "
-                        "alone means), or edit it both as it is and in the template ('also'), for a model that is "
-                        "asked both ways")
+                        help=f"put {what} into the model's chat template, as a user's message ('only', the meaning of "
+                        "--chat alone), or edit it both plain and in the template ('also'), for a model that is asked "
+                        "both ways")
 
 
 def text_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The human-written text that divergence is measured on."""
+    """Add --text, the human-written text on which the divergence is measured."""
     parser.add_argument("--text", metavar="FILE",
                         help="human-written text in UTF-8, on which the divergence from the unedited model is "
-                        "measured beside the model's own text (default: the help topics of Python's standard library)")
+                        "measured, too (default: the help topics of Python's standard library)")
 
 
 def check_text(options: argparse.Namespace) -> None:
-    """Refuse a text that cannot be read, before anything is computed."""
+    """Raise an error if --text cannot be read, before anything is computed."""
     from rledit_env.evaluation.general.scored_text import read_text
 
     if options.text is not None:
@@ -121,10 +127,10 @@ def check_text(options: argparse.Namespace) -> None:
 
 
 def check_text_is_no_prior(options: argparse.Namespace, config: Any) -> None:
-    """Refuse a text that an editor's configuration names, since it learns what that text needs.
+    """Check that --text is not the text of an editor's prior, which protects just that text.
 
     Raises:
-        ValueError: the two are one file.
+        ValueError: the editor's configuration names the same file.
     """
     if options.text is None or not is_dataclass(config) or isinstance(config, type):
         return
@@ -146,15 +152,15 @@ def _hardware_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") ->
 
 
 def source_arguments(parser: argparse.ArgumentParser) -> None:
-    """What version of a model is meant, and what it may do."""
+    """Add the arguments of a model's revision and of its own code."""
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit, for a model named by hub id")
     parser.add_argument("--trust-remote-code", action="store_true",
-                        help="run the code that comes with the model, where it needs that; it can do anything")
+                        help="run the code that comes with the model, if it needs it; such code can do anything")
 
 
 def model_source(options: argparse.Namespace, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What :func:`source_arguments` were given, as `EditableLM.load` takes it. Without ``--model`` and ``--revision``
-    the revision is the one that was ``trained`` with."""
+    """The values of :func:`source_arguments` as arguments of `EditableLM.load`. Without ``--model`` and ``--revision``,
+    the revision is that of the ``trained`` settings."""
     revision = options.revision
     if revision is None and options.model is None and trained is not None:
         revision = trained.get("revision")
@@ -162,7 +168,7 @@ def model_source(options: argparse.Namespace, trained: Mapping[str, Any] | None 
 
 
 def environment_ids() -> list[str]:
-    """The registered environments of this package."""
+    """The ids of this package's registered environments."""
     return [name for name in gym.registry if name.startswith("RLEdit-")]
 
 
@@ -176,7 +182,7 @@ def kind_of(env_id: str) -> str:
 
 
 def model_name(options: argparse.Namespace, trained: Mapping[str, Any], folder: Path) -> str:
-    """The model asked for, or else the one that the agent in ``folder`` was trained with."""
+    """The model of --model, or else the one that the agent in ``folder`` was trained with."""
     name = options.model or trained.get("model")
     if not name:
         raise ValueError(f"{folder} does not say which model it was trained on; name it with --model")
@@ -184,14 +190,14 @@ def model_name(options: argparse.Namespace, trained: Mapping[str, Any], folder: 
 
 
 def check_positive(options: argparse.Namespace, *names: str) -> None:
-    """Refuse options below 1."""
+    """Raise ValueError for options below 1."""
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give 1 or more")
 
 
 def check_contexts(contexts: int, token: str, flag: str = "--contexts") -> None:
-    """Refuse a number of contexts that the environment could not have, before a model is loaded."""
+    """Raise ValueError for a number of contexts that the environment would refuse, before a model is loaded."""
     if contexts < 0:
         raise ValueError(f"{flag} is {contexts}; give 0 (none) or more")
     if contexts and token == "all":
@@ -200,7 +206,7 @@ def check_contexts(contexts: int, token: str, flag: str = "--contexts") -> None:
 
 
 def skipped_rows(dataset: KnowledgeDataset) -> list[str]:
-    """What of the data was left out and why, to be printed; empty if nothing was."""
+    """The number of unused rows of the data by reason, to be printed; empty if all rows are used."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped.items())
     return [f"(not used: {reasons})"] if reasons else []
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--editors", nargs="+", required=True, metavar="NAME",
                         help=f"'all', or editors or groups by name ({listed})")
     environment_arguments(parser, required=True)
-    parser.add_argument("--train-data", help="whose train split editors learn from (default: --data)")
+    parser.add_argument("--train-data", help="data whose train split editors learn from (default: --data)")
     parser.add_argument("--out", type=written_path, required=True, metavar="FOLDER",
                         help="cells, trained networks and tables; finished cells are not computed again")
     parser.add_argument("--batches", type=int, default=20, metavar="T", help="batches of a stream")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--configs", type=Path, metavar="FILE",
                         help="hyperparameters by editor (default: those that ship for the model, agents/configs)")
     parser.add_argument("--no-generate", dest="generate", action="store_false",
-                        help="leave the free-running exact match out, which takes long")
+                        help="leave out the free-running exact match, which takes long")
     metrics_argument(parser)
     curve.add_arguments(parser)
     text_argument(parser)
@@ -83,12 +83,12 @@ def run(options: argparse.Namespace) -> int:
     check_folder(options, test.source)
 
     def say_inputs() -> None:
-        wanted = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
-        print(f"data     {test.source} ({test.split}): {wanted}", *skipped_rows(test))
+        size = f"{options.batches} × {options.batch_size} of {len(test):,} facts, {options.seeds} streams"
+        print(f"data     {test.source} ({test.split}): {size}", *skipped_rows(test))
         print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
 
-    compared = curve.run if options.curve else _compare
-    return compared(options, comparison, editors, say_inputs)
+    run_comparison = curve.run if options.curve else _compare
+    return run_comparison(options, comparison, editors, say_inputs)
 
 
 def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Comparison:
@@ -102,7 +102,7 @@ def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Compariso
 
     kind = kind_of(options.env)
     test = load_knowledge(kind, options.data, "eval", options.on_error)
-    KnowledgeStream(test, options.batches, options.batch_size)  # says whether there are enough
+    KnowledgeStream(test, options.batches, options.batch_size)  # raises ValueError if there are too few facts
 
     @functools.cache
     def training() -> Any:
@@ -124,9 +124,9 @@ def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Compariso
 def _compare(
     options: argparse.Namespace, comparison: Comparison, editors: list[Editor], say_inputs: Callable[[], None]
 ) -> int:
-    """Compute the cells that are missing, and write the tables."""
+    """Compute the missing cells, and write the tables."""
     seeds, source = range(options.seeds), comparison.setting.test.source
-    # Every cell is read, so that one that cannot be gone on from is refused before anything is computed.
+    # Reads every cell, so that an unusable one is refused before anything is computed.
     missing = [e for e in editors if None in [comparison.cell(e, seed) for seed in seeds]]
     say_inputs()
     print(f"editors  {', '.join(e.name for e in editors)}; {len(missing)} to run", flush=True)
@@ -152,8 +152,6 @@ def _compare(
     return OK
 
 
-
-
 def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
     """The rows of the editors that have all their cells."""
     from rledit_env.reporting.tables import Row
@@ -167,7 +165,7 @@ def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
 
 
 def _saved_agents(editors: list[Editor], kind: str) -> list[Input]:
-    """The agents that were trained elsewhere."""
+    """The saved agents of editors that were trained elsewhere, as inputs."""
     from agents.running.saved import find_agent
 
     saved = [(e, find_agent(e.saved, kind)) for e in editors if e.saved is not None]
@@ -182,14 +180,14 @@ def _write_tables(options: argparse.Namespace, rows: list[Row], source: str) -> 
 
 
 def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[str, str]:
-    """The content of the files of tables, by name."""
+    """The content of the table files, by name."""
     from rledit_env.evaluation.general.scored_text import source_of
     from rledit_env.reporting import tables
 
     streams = f"{options.seeds} streams, mean ± standard deviation" if options.seeds > 1 else "1 stream"
     caption = (f"{options.model}, {options.batches}×{options.batch_size} facts of {source}, {streams}. Scores in "
-               f"percent after the last edit{_scored(options)}. KL: from the unedited model on text that it wrote, "
-               f"on human text ({source_of(options.text)}) and on its answers in a chat, nats a token. "
+               f"percent after the last edit{_metrics_note(options)}. KL: from the unedited model on text that it "
+               f"wrote, on human text ({source_of(options.text)}) and on its answers in a chat, nats a token. "
                "s/fact in all: with training and statistics, shared by a stream's facts.")
     texts = (
         f"{tables.as_text(rows)}\n\n{caption} *: best.\n", f"{tables.as_markdown(rows)}\n{caption}\n",
@@ -198,9 +196,8 @@ def _tables(options: argparse.Namespace, rows: list[Row], source: str) -> dict[s
     return dict(zip(TABLES, texts, strict=True))
 
 
-def _scored(options: argparse.Namespace) -> str:
+def _metrics_note(options: argparse.Namespace) -> str:
     return "" if options.metrics == "paper" else f", with metrics {options.metrics!r}"
-
 
 
 def interrupted(options: argparse.Namespace) -> str:
@@ -223,7 +220,7 @@ examples:
   rledit compare --editors all --env RLEdit-CounterFact-v0 --data data --batches 20 --batch-size 20 --seeds 3 \\
       --out runs/counterfact-20x20
 
-  # what each editor gives for how much of the rest of the model: a picture, and the best strength within each bound
+  # each editor's score against its change of the rest of the model: a picture, and the best strength within each bound
   rledit compare --curve --editors none ultraedit rledit --env RLEdit-CounterFact-v0 --data data --then-batches 50 \\
       --out runs/curve
 """,

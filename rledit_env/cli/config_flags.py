@@ -1,4 +1,4 @@
-"""Flags that tyro generates from configuration dataclasses, beside those that a command writes by hand for argparse."""
+"""Command-line flags that tyro generates from configuration dataclasses, beside those written by hand for argparse."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ConfigFlags:
 
     Attributes:
         config: the dataclass; its docstring's Attributes section is the flags' help.
-        leave_out: the fields that are no flags.
-        types: other types than the dataclass's own, by field.
-        about: what the help says before the flags, instead of the docstring's first lines.
-        default: the configuration that flags which are not given are taken from, by the options that argparse parsed;
-            None: the dataclass's own defaults.
+        leave_out: the fields that get no flags.
+        types: types that replace the dataclass's own, by field.
+        about: the help's text before the flags, instead of the docstring's first lines.
+        default: returns the configuration with the flags' defaults, given the options that argparse parsed; None takes
+            the dataclass's own defaults.
     """
 
     config: type
@@ -39,13 +39,13 @@ class ConfigFlags:
 
     @property
     def flags(self) -> list[str]:
-        """The flags as they are written."""
+        """The flags as written on the command line."""
         options = [(name.replace("_", "-"), hint) for name, hint in self.hints.items()]
         return [f"--{option}" for option, _ in options] + [f"--no-{option}" for option, hint in options if hint is bool]
 
     def unchecked(self, options: argparse.Namespace) -> Any:
-        """A dataclass of the flags' fields with their defaults. It takes any value of the right type: what the
-        configuration itself refuses is said by the command."""
+        """A dataclass of the flags' fields with their defaults. It accepts any value of the right type; the command
+        reports values that the configuration refuses."""
         default = self.default(options) if self.default is not None else self.config()
         members = [(name, hint, field(default=getattr(default, name))) for name, hint in self.hints.items()]
         about, heading, attributes = _plain(self.config.__doc__ or "").partition("Attributes:")
@@ -54,9 +54,9 @@ class ConfigFlags:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser: argparse parses what was added by ``add_argument``, tyro what :meth:`add_config` added.
+    """A command's parser. argparse parses the arguments of ``add_argument``, tyro the flags of :meth:`add_config`.
 
-    Both write into the one namespace, a configuration's fields by their names.
+    Both write into one namespace, a configuration's fields by their names.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
         """Add a flag for each field of a configuration dataclass.
 
         Args:
-            title: a word under which the help shows them.
+            title: the flags' heading in the help.
             config: the dataclass.
             more: see `ConfigFlags`.
         """
@@ -98,45 +98,46 @@ class CommandParser(argparse.ArgumentParser):
         flags = [flag for config in self.configs.values() for flag in config.flags]
         generated: list[str] = []
         others: list[str] = []
-        into = others
+        target = others
         for argument in arguments:
             if re.match(r"--?[A-Za-z]", argument):
                 flag, *value = argument.split("=", 1)
                 flag = self._in_full(flag, [*flags, *self._option_string_actions])
                 argument = "=".join([flag, *value])
-                into = generated if flag in flags else others
-            into.append(argument)
+                target = generated if flag in flags else others
+            target.append(argument)
         return generated, others
 
     def _in_full(self, flag: str, known: Sequence[str]) -> str:
-        """A flag that may be abbreviated, as argparse has it: by its first letters, where only one flag has them."""
-        meant = [one for one in known if one.startswith(flag)]
-        if flag in known or not flag.startswith("--") or not meant:
+        """The full name of a flag, which may be abbreviated as in argparse: to first letters that only one flag has."""
+        matches = [name for name in known if name.startswith(flag)]
+        if flag in known or not flag.startswith("--") or not matches:
             return flag
-        if len(meant) > 1:
-            self.error(f"ambiguous option: {flag} could match {', '.join(meant)}")
-        return meant[0]
+        if len(matches) > 1:
+            self.error(f"ambiguous option: {flag} could match {', '.join(matches)}")
+        return matches[0]
 
     def _by_tyro(self, options: argparse.Namespace, arguments: Sequence[str], add_help: bool) -> Any:
-        """What tyro makes of the generated flags: a dataclass a title."""
+        """Parse the generated flags with tyro; returns an object with one dataclass a title."""
         import tyro
 
         classes = {title: config.unchecked(options) for title, config in self.configs.items()}
-        members = [(title, one, field(default_factory=one)) for title, one in classes.items()]
-        settings, flat = make_dataclass("Settings", members), (tyro.conf.OmitArgPrefixes,)
-        return tyro.cli(settings, prog=self.prog, args=arguments, add_help=add_help, config=flat)
+        members = [(title, settings, field(default_factory=settings)) for title, settings in classes.items()]
+        all_settings, flat = make_dataclass("Settings", members), (tyro.conf.OmitArgPrefixes,)
+        return tyro.cli(all_settings, prog=self.prog, args=arguments, add_help=add_help, config=flat)
 
     def _generated_help(self) -> str:
         """tyro's help of the generated flags."""
         defaults = argparse.Namespace(**{action.dest: action.default for action in self._actions})
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             self._by_tyro(defaults, ["--help"], add_help=True)
-        _, _, sections = text.getvalue().partition("show this help message and exit")  # argparse's says that
+        # argparse's help has the lines up to this one already.
+        _, _, sections = text.getvalue().partition("show this help message and exit")
         return "\n".join(line.rstrip() for line in sections.splitlines()[1:]).strip("\n")
 
 
 def _plain(docstring: str) -> str:
-    """A docstring without the documentation's markup, each attribute on a line of its own."""
+    """A docstring without markup, with one line for each attribute."""
     text = re.sub(r"\n {8,}", " ", inspect.cleandoc(docstring))
     text = re.sub(r":\w+:`", "`", text).replace("``", "`")
     each = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*)$", re.MULTILINE)
@@ -144,5 +145,5 @@ def _plain(docstring: str) -> str:
 
 
 def values_of(options: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The fields of a configuration that are flags, as the options say them."""
+    """The values of the options that are fields of a configuration, by name."""
     return {f.name: getattr(options, f.name) for f in fields(config) if f.name in options}

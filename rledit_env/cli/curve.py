@@ -1,4 +1,5 @@
-"""`rledit compare --curve`: each editor at a few strengths, the curve of score against KL, and the picks for bounds."""
+"""`rledit compare --curve`: each editor at several strengths, the curve of score against KL, and a pick for each
+bound."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ PICTURES = {"curve.png": "png", "curve.svg": "svg"}
 POINTS = "curve_points.csv"
 TABLES = ("curve.txt", "curve.md", "curve.tex", "curve.csv")
 FILES = (*TABLES, POINTS, *PICTURES)
-BEST = 5  # editors at each bound that go on to longer streams
-NO_PICK = "none"  # what stands in the place of the scores where no strength is within the bound
+BEST = 5  # number of editors at each bound that are scored on longer streams
+NO_PICK = "none"  # shown instead of the scores if no strength is within the bound
 SCORES = {"mean": "Mean", "selection_kl": "KL (choosing)", "kl": "KL", "efficacy": "Eff.", "generalization": "Gen.",
           "specificity": "Spe."}  # fmt: skip
 
@@ -41,23 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strengths", type=float, nargs="+", metavar="FACTOR",
                        help="factors of every editor's strength (default: the editor's own, such as 0.5 1 2)")
     group.add_argument("--then-batches", type=int, metavar="T",
-                       help=f"score the picks of the {BEST} editors that are best at each bound on longer streams, "
-                       "of so many batches, too")
+                       help=f"also score the picks of the {BEST} editors that are best at each bound on longer streams "
+                       "of T batches")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Make sure that the options of the curve are sensible.
+    """Check the options of the curve.
 
     Raises:
-        ValueError: one is not, or pictures cannot be drawn.
+        ValueError: an option's value is wrong, or pictures cannot be drawn.
     """
     from rledit_env.cli.command import check_positive
     from rledit_env.reporting import check_pictures
 
     if not options.curve:
-        given = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for the curve; give --curve, too")
+        names = [name for name in ("strengths", "then_batches") if getattr(options, name) is not None]
+        if names:
+            raise ValueError(f"--{names[0].replace('_', '-')} is for the curve; give --curve, too")
         return
     check_positive(options, "curve_batches", *(["then_batches"] if options.then_batches is not None else []))
     wrong = [factor for factor in options.strengths or () if not 0 < factor < float("inf")]
@@ -71,11 +72,11 @@ class Run:
     """One run of the command.
 
     Attributes:
-        options: the command's.
-        comparison: on the evaluation split.
-        curve: on the training stream.
-        longer: on the evaluation split's longer streams, if asked for.
-        editors: all of them, as they are configured.
+        options: the command's options.
+        comparison: the comparison on the evaluation split.
+        curve: the curve on the training stream.
+        longer: the comparison on longer streams of the evaluation split; None without --then-batches.
+        editors: all configured editors.
     """
 
     options: argparse.Namespace
@@ -89,10 +90,10 @@ class Run:
         return range(self.options.seeds)
 
     def check_cells(self) -> None:
-        """Read every cell, so that one that cannot be gone on from is refused before anything is computed.
+        """Read every cell, so that an unusable one is refused before anything is computed.
 
         Raises:
-            ValueError: there is one.
+            ValueError: a cell has other settings.
         """
         from agents.running.curve import SEED
 
@@ -104,33 +105,34 @@ class Run:
                         comparison.cell(variant, seed)
 
     def picks(self, bound: float) -> dict[str, Point | None]:
-        """Editor's name → its pick for a bound; of those that have all their points."""
+        """Editor's name → its pick for a bound, for the editors with all their points."""
         from agents.running.curve import pick
 
-        points = {editor.name: self.curve.points(editor) for editor in self.editors}
-        return {name: pick(known, bound) for name, known in points.items() if known is not None}
+        by_editor = {editor.name: self.curve.points(editor) for editor in self.editors}
+        return {name: pick(points, bound) for name, points in by_editor.items() if points is not None}
 
     def picked(self) -> list[Editor]:
-        """The picks for all bounds, each once."""
+        """The editors of the picks for all bounds, each once."""
         from agents.running.curve import BOUNDS
 
         return _distinct(point.editor for bound in BOUNDS for point in self.picks(bound).values() if point is not None)
 
     def best(self) -> list[Editor]:
-        """The picks that go on to longer streams."""
+        """The picks that are scored on longer streams."""
         from agents.running.curve import BOUNDS, best_picks
 
         if self.longer is None:
             return []
         by_bound = [self.picks(bound) for bound in BOUNDS]
-        found = [picks[name] for picks in by_bound for name in best_picks(picks, BEST)]
-        return _distinct(point.editor for point in found if point is not None)
+        best = [picks[name] for picks in by_bound for name in best_picks(picks, BEST)]
+        return _distinct(point.editor for point in best if point is not None)
 
     def missing(self, comparison: Comparison, variants: Iterable[Editor]) -> list[Editor]:
+        """The variants without all their cells."""
         return [v for v in variants if None in [comparison.cell(v, seed) for seed in self.seeds]]
 
     def rows(self, comparison: Comparison, bound: float, names: Sequence[str] | None = None) -> list[Row]:
-        """The table's rows for a bound, of these editors or all."""
+        """The table's rows for a bound, for these editors or all."""
         from rledit_env.reporting.tables import Row
 
         rows, picks = [], self.picks(bound)
@@ -139,8 +141,8 @@ class Run:
                 continue
             point, compared = picks[editor.name], editor.name != "none"
             if point is None:
-                refused = [p.cell for p in self.curve.points(editor) or () if "not_applicable" in p.cell]
-                rows.append(Row(editor.name, editor.title, refused, compared, instead=NO_PICK))
+                not_applicable = [p.cell for p in self.curve.points(editor) or () if "not_applicable" in p.cell]
+                rows.append(Row(editor.name, editor.title, not_applicable, compared, instead=NO_PICK))
                 continue
             cells = [cell for seed in self.seeds if (cell := comparison.cell(point.editor, seed)) is not None]
             if len(cells) == len(self.seeds):
@@ -151,32 +153,33 @@ class Run:
 def run(
     options: argparse.Namespace, comparison: Comparison, editors: Sequence[Editor], say_inputs: Callable[[], None]
 ) -> int:
-    """Compute the points, then the picks' scores; whatever is there already is not computed again.
+    """Compute the points, then the picks' scores; existing cells are not computed again.
 
     Args:
-        options: the command's.
-        comparison: on the evaluation split.
-        editors: as they are configured.
-        say_inputs: says what is edited and scored, once nothing stands in the way.
+        options: the command's options.
+        comparison: the comparison on the evaluation split.
+        editors: the configured editors.
+        say_inputs: prints the data and the model, after all checks.
     """
     from agents.running.curve import SEED
 
-    this = _run(options, comparison, editors)
-    curve, longer = this.curve, this.longer
-    this.check_cells()
-    unknown = [editor for editor in editors if curve.points(editor) is None]
+    curve_run = _run(options, comparison, editors)
+    curve, longer = curve_run.curve, curve_run.longer
+    curve_run.check_cells()
+    unfinished = [editor for editor in editors if curve.points(editor) is None]
     points = sum(len(curve.variants(editor)) for editor in editors)
     say_inputs()
     print(f"editors  {', '.join(editor.name for editor in editors)}")
     print(f"curve    {points} points on {options.curve_batches} × {options.batch_size} of {curve.setting.test.source}; "
-          f"{len(unknown)} editors to run", flush=True)
-    failed = _compute(this, "points", curve, [(editor.name, curve.variants(editor)) for editor in unknown], [SEED])
-    picked = this.missing(comparison, this.picked())
-    failed += _compute(this, "picks", comparison, [(v.label, [v]) for v in picked], this.seeds)
+          f"{len(unfinished)} editors to run", flush=True)
+    jobs = [(editor.name, curve.variants(editor)) for editor in unfinished]
+    failed = _compute(curve_run, "points", curve, jobs, [SEED])
+    picked = curve_run.missing(comparison, curve_run.picked())
+    failed += _compute(curve_run, "picks", comparison, [(v.label, [v]) for v in picked], curve_run.seeds)
     if longer is not None:
-        best = this.missing(longer, this.best())
-        failed += _compute(this, "longer", longer, [(v.label, [v]) for v in best], this.seeds)
-    print(_write(this)["curve.txt"], flush=True)
+        best = curve_run.missing(longer, curve_run.best())
+        failed += _compute(curve_run, "longer", longer, [(v.label, [v]) for v in best], curve_run.seeds)
+    print(_write(curve_run)["curve.txt"], flush=True)
     for editor in editors:
         reasons = [p.cell["not_applicable"] for p in curve.points(editor) or () if "not_applicable" in p.cell]
         if reasons:
@@ -193,7 +196,7 @@ def _run(options: argparse.Namespace, comparison: Comparison, editors: Sequence[
     """The run that the options ask for.
 
     Raises:
-        ValueError: there are not enough facts for its streams.
+        ValueError: there are too few facts for its streams.
     """
     from agents.running.comparison import Comparison
     from agents.running.curve import Curve
@@ -214,9 +217,9 @@ def _run(options: argparse.Namespace, comparison: Comparison, editors: Sequence[
 
 
 def _compute(
-    run: Run, title: str, on: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]
+    run: Run, title: str, comparison: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]
 ) -> list[str]:
-    """Compute the cells of these editors' variants, one editor after the other; the names of those that failed."""
+    """Compute a comparison's cells, job after job (name, variants); returns the names of the jobs that failed."""
     failed = []
     if jobs:
         begin(run.options, run.comparison)
@@ -225,11 +228,11 @@ def _compute(
 
         def compute(variants: Sequence[Editor] = variants) -> None:
             for variant in variants:
-                on.run(variant, seeds)
+                comparison.run(variant, seeds)
 
         if not attempt(run.options, name, compute):
             failed.append(name)
-        _write(run, pictures=on is run.curve)
+        _write(run, pictures=comparison is run.curve)
     return failed
 
 
@@ -241,11 +244,11 @@ def _title(editor: Editor, point: Point) -> str:
     return editor.title if editor.strength is None else f"{editor.title} ×{point.editor.factor:g}"
 
 
-# -- what is written -------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
 def _write(run: Run, pictures: bool = True) -> dict[str, str]:
-    """Write all files as far as is known, with or without the ``pictures``; returns the texts by name."""
+    """Write all files with the results so far, with or without the ``pictures``; returns the texts by name."""
     from rledit_env.files import write_bytes, write_text
 
     texts = _texts(run)
@@ -277,7 +280,7 @@ def _pictures(run: Run) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Section:
-    """The table of one bound and length of stream."""
+    """The table for one bound and one length of stream."""
 
     bound: float
     batches: int
@@ -296,7 +299,7 @@ def _sections(run: Run) -> list[Section]:
 
 
 def _texts(run: Run) -> dict[str, str]:
-    """The content of the files of text, by name."""
+    """The content of the text files, by name."""
     from rledit_env.reporting import tables
 
     options, size = run.options, run.options.batch_size
@@ -335,7 +338,7 @@ def _texts(run: Run) -> dict[str, str]:
 
 
 def _strength(run: Run, name: str, bound: float) -> float | str:
-    """The factor of an editor's pick; empty where there is none, or no strength."""
+    """The factor of an editor's pick; empty if there is no pick or the editor has no strength."""
     point = run.picks(bound)[name]
     return "" if point is None or point.editor.strength is None else point.editor.factor
 
@@ -367,7 +370,7 @@ def _point_markdown(header: Sequence[str], points: Sequence[tuple[Editor, Point]
 
 
 def _point_csv(run: Run) -> str:
-    """One line a point; empty where there is no number."""
+    """One line for each point; a missing number is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["editor", "title", "strength", *SCORES, "broke"])

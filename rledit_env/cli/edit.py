@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 FORMS = ("model", "delta", "lora")
 REPORT = "edit_report.json"
-DIVERGENCE_PASSAGES = 12  # of each text, of 64 tokens: fewer than `compare` has, since a user waits for them
+DIVERGENCE_PASSAGES = 12  # passages of 64 tokens of each text; fewer than in `compare`, since a user waits for them
 REPORT_FORMAT = "rledit-edit-report-1"
 
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--facts", type=Path, required=True, metavar="FILE",
                         help="the facts: JSON Lines, JSON, CSV, YAML or Parquet")
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
-                        help="how to read the file (default: told by its fields)")
+                        help="how to read the file (default: by its fields)")
     on_error_argument(parser)
     chat_argument(parser, "every fact")
     editor_arguments(parser)
@@ -72,10 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR", help="folder for the edited model")
     parser.add_argument("--save", nargs="+", choices=FORMS, default=["model"], metavar="FORM",
                         help="what to write: 'model', the whole edited model; 'delta', only the change, as "
-                        "safetensors; 'lora', the change as an adapter for peft; several go to folders of these names "
-                        "in DIR")
+                        "safetensors; 'lora', the change as an adapter for peft; several are written to folders of "
+                        "these names in DIR")
     parser.add_argument("--lora-rank", type=int, metavar="R",
-                        help="cut the adapter to this rank (default: as many as make it exact); the error is printed")
+                        help="truncate the adapter to this rank (default: the rank that makes it exact); the error is "
+                        "printed")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace DIR, if it is not empty and rledit wrote all that is in it")
     parser.add_argument("--model", help="registry name, hub id or folder (default: the agent's, or "
@@ -83,20 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="n", help="facts a batch (default: the agent's, or 20)")
     override_arguments(parser, dtype="stored")
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True,
-                        help="let an agent that was saved without moments of training facts start from those of "
-                        "bundled facts, so that single facts take; --no-warm-up leaves it as published")
+                        help="start an agent that was saved without moments of training facts from those of bundled "
+                        "facts, so that single facts take; --no-warm-up leaves it as published")
     text_argument(parser)
     parser.add_argument("--no-divergence", dest="divergence", action="store_false",
-                        help="leave the divergence from the unedited model out, for which it writes some text")
+                        help="leave out the divergence from the unedited model, for which the model writes some text")
     group = parser.add_argument_group("safety")
     group.add_argument("--ledger", type=written_path, metavar="DIR",
-                       help="record every update there before it takes effect (see 'rledit ledger')")
-    group.add_argument("--resume", action="store_true", help="go on with the run that --ledger recorded")
+                       help="record every update in DIR before it takes effect (see 'rledit ledger')")
+    group.add_argument("--resume", action="store_true", help="resume the run that --ledger recorded")
     group.add_argument("--on-divergence", choices=("end", "skip"), default="end",
-                       help="what follows an update that breaks the model and is taken back")
+                       help="end the run, or skip the update, when an update breaks the model; it is taken back")
     group.add_argument("--drift-bound", type=float, metavar="NATS",
-                       help="watch the KL divergence from the original model on held text, in nats a token")
-    group.add_argument("--on-drift", choices=("warn", "stop"), default="stop", help="what passing that bound does")
+                       help="bound on the KL divergence from the original model on held text, in nats a token")
+    group.add_argument("--on-drift", choices=("warn", "stop"), default="stop",
+                       help="warn or stop when that bound is exceeded")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,8 +106,8 @@ def run(options: argparse.Namespace) -> int:
     from rledit_env.knowledge.facts import load_facts
 
     _check(options)
-    given = load_facts(options.facts, options.kind, options.on_error)
-    editing = training_free(options, given) if options.editor else trained_agent(options, given)
+    loaded_facts = load_facts(options.facts, options.kind, options.on_error)
+    editing = training_free(options, loaded_facts) if options.editor else trained_agent(options, loaded_facts)
     lm, facts = editing.lm, editing.facts
     notes = [*_notes(facts, editing.settings["token"]), *editing.notes]
     for note in notes:
@@ -138,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, and paths that cannot be written, before anything is read."""
+    """Raise an error for options that exclude each other and for paths that cannot be written, before reading."""
     check_editor(options)
     check_text(options)
     if options.text is not None and not options.divergence:
@@ -151,7 +153,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _edit(editing: Editing, options: argparse.Namespace) -> EditLog:
-    """Edit the facts, with the ledger and the guard that are asked for."""
+    """Edit the facts, with the ledger and the guard of the options."""
     from agents import edit_facts
     from rledit_env.evaluation.guard import DriftGuard
 
@@ -171,7 +173,7 @@ def _report(
     editing: Editing, log: EditLog, metrics: Metrics, answers: Sequence[str], texts: Mapping[str, Any],
     notes: Sequence[str], options: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
-    """What edit_report.json says of an edit, but for what is saved."""
+    """The content of edit_report.json, except for "saved"."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.general import drifts
     from rledit_env.evaluation.general.scored_text import source_of
@@ -213,10 +215,10 @@ def _report(
 
 
 def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the forms asked for and the report, which is told where each one is; or, where that fails, the change.
+    """Write the forms of --save, and the report with the folder of each; if that fails, write the change elsewhere.
 
     Raises:
-        OSError: it cannot be written; the message names what was kept instead.
+        OSError: the folder cannot be written; the message names what was kept instead.
     """
     from rledit_env.files import whole_folder
 
@@ -225,8 +227,8 @@ def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) 
             report["saved"] = _save(lm, work, options.save, options.lora_rank)
             _write_report(work, report)
     except OSError as error:
-        kept = _keep_change(lm, report)
-        ways = [f"the change and the report are in {kept} (see rledit_env.lm.delta.load_delta)"] if kept else []
+        folder = _keep_change(lm, report)
+        ways = [f"the change and the report are in {folder} (see rledit_env.lm.delta.load_delta)"] if folder else []
         if options.ledger is not None:
             ways.append(f"write the model with: rledit ledger replay {shlex.quote(str(options.ledger))} --out MODEL")
         raise PathError("; ".join([str(error), *(ways or ["nothing of this run was kept but the scores above"])]))\
@@ -234,7 +236,7 @@ def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) 
 
 
 def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
-    """Write the change and the report into the system's folder of temporary files; None if that fails too."""
+    """Write the change and the report into the system's folder for temporary files; None if that fails too."""
     from rledit_env.files import whole_folder
     from rledit_env.lm.delta import save_delta
 
@@ -255,13 +257,13 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, dict[str, Any]]:
-    """Write the forms asked for; each one's folder within this one, and what it is."""
+    """Write these forms; returns form → its folder within ``folder``, and its description."""
     from rledit_env.lm.delta import relative_error, save_delta, save_lora
 
-    wanted = [form for form in FORMS if form in forms]
+    ordered = [form for form in FORMS if form in forms]
     saved: dict[str, dict[str, Any]] = {}
-    for form in wanted:
-        place = "." if len(wanted) == 1 else form
+    for form in ordered:
+        place = "." if len(ordered) == 1 else form
         if form == "model":
             lm.save_pretrained(folder / place)
             what = "for AutoModelForCausalLM.from_pretrained"
@@ -271,8 +273,8 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
         else:
             factors = save_lora(lm, folder / place, lora_rank)
             error = relative_error(lm, factors)
-            rank = max(one.rank for one in factors.values())
-            exact = all(one.exact for one in factors.values())
+            rank = max(factor.rank for factor in factors.values())
+            exact = all(factor.exact for factor in factors.values())
             how = "exact" if exact else f"truncated, relative error of the change {error:.3g}"
             what = f"for peft.PeftModel.from_pretrained({lm.name}, folder), rank {rank}, {how}"
             saved[form] = {"rank": rank, "exact": exact, "relative_error": error}
@@ -281,7 +283,7 @@ def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | N
 
 
 def _ledger_output(options: argparse.Namespace) -> list[Output]:
-    """The ledger as a path to be tried."""
+    """The ledger as an output to be checked."""
     from rledit_env.ledger import check_ledger
 
     if options.ledger is None:
@@ -290,29 +292,29 @@ def _ledger_output(options: argparse.Namespace) -> list[Output]:
 
 
 def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDataset) -> EditLedger:
-    """The run's ledger, new or to be gone on with; only with the same facts, editor and settings."""
+    """The run's ledger, new or resumed; a resumed run must have the same facts, editor and settings."""
     from rledit_env.ledger import EditLedger
 
     texts = json.dumps([[r.prompt, r.target, r.subject] for r in facts])
-    described = {
+    settings = {
         **editing.settings,
         "facts": hashlib.sha256(texts.encode()).hexdigest(),
         **editing.identity,
         "on_divergence": options.on_divergence,
     }
     if not options.resume:
-        return EditLedger.create(options.ledger, editing.lm, described)
-    ledger = EditLedger.resume(options.ledger, editing.lm, described)
+        return EditLedger.create(options.ledger, editing.lm, settings)
+    ledger = EditLedger.resume(options.ledger, editing.lm, settings)
     print(f"ledger {options.ledger}: going on after {len(ledger)} recorded updates", flush=True)
     return ledger
 
 
 def _notes(facts: Any, token: str) -> list[str]:
-    """What the user should know of how the facts were taken."""
+    """Notes for the user on how the facts were read."""
     dataset, notes = facts.dataset, []
     if facts.ignored:
-        named = [f"{n!r} (did you mean {meant!r}?)" if meant else f"{n!r}" for n, meant in facts.ignored.items()]
-        notes.append(f"fields that are not used: {', '.join(named)}")
+        names = [f"{n!r} (did you mean {meant!r}?)" if meant else f"{n!r}" for n, meant in facts.ignored.items()]
+        notes.append(f"fields that are not used: {', '.join(names)}")
     if facts.without_paraphrases:
         notes.append(f"{facts.without_paraphrases} facts have no paraphrases: their own prompt stands in, which "
                      "changes nothing in editing; generalization is not scored")
@@ -330,11 +332,11 @@ def _notes(facts: Any, token: str) -> list[str]:
 
 
 def interrupted(options: argparse.Namespace) -> str:
-    said = f"interrupted; {options.out} was not written"
+    message = f"interrupted; {options.out} was not written"
     if options.ledger is None:
-        return said
+        return message
     resume = "" if options.resume else " --resume"
-    return f"{said}. Go on with the same command:\n  {options.command_line}{resume}"
+    return f"{message}. Go on with the same command:\n  {options.command_line}{resume}"
 
 
 COMMAND = Command(
@@ -343,14 +345,14 @@ COMMAND = Command(
     "Edit facts into a model and write the edited model as a Hugging Face folder, in its original precision, or\n"
     "only the change, with edit_report.json. The facts whose answer did not change are named.",
     """\
-the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, told by what it holds. A fact is
+the file of facts: JSON Lines, JSON, CSV, YAML or Parquet, recognised by its content. A fact is
   {"prompt": "The capital of Freedonia is", "target": "Sylvania", "subject": "Freedonia"}
 or has the names of ZsRE, CounterFact, FEVER, KnowEdit, MQuAKE or WikiBigEdit, or those of EasyEdit's, ROME's, MEMIT's
 and AlphaEdit's requests ("{}" in a prompt is the subject's place).
 "subject" is optional but helps; so are "paraphrases": [...] and "unrelated": [{"prompt": ..., "answer": ...}], which
 are only used to score the result.
-Texts are taken as they are. Prompt and target are joined by a space, but by none after white space or a chat
-template, or in scripts without spaces.
+Texts are not changed. Prompt and target are joined by a space, except after white space or a chat template, and in
+scripts without spaces.
 
 examples:
   rledit edit --facts facts.jsonl --agent default --out edited-model

@@ -1,4 +1,4 @@
-"""Who edits in `rledit edit`, ready to edit: a trained agent (--agent), or an editor without training (--editor)."""
+"""Prepares the agent that edits in `rledit edit`: a trained one (--agent), or an editor without training (--editor)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ BATCH_SIZE = 20
 
 @dataclass(frozen=True)
 class Editing:
-    """Who edits which model, and how.
+    """A model, an agent that is ready to edit it, and the settings.
 
     Attributes:
         lm: the model.
-        agent: the editor, ready to edit.
-        facts: what is edited, in the model's chat template where that is asked for.
-        settings: batch_size, token, steps_per_batch and, unless batches are presented a fixed number of times,
-            present_until, as `agents.edit_facts` takes them.
-        identity: what a ledger's run must have been begun with, beside the settings, to be resumed.
-        report: what edit_report.json says of the editor.
-        notes: what the user should know.
-        mend: what helps where the editor breaks the model.
+        agent: the agent, ready to edit.
+        facts: the facts to edit, with --chat in the model's chat template.
+        settings: arguments of `agents.edit_facts`: batch_size, token, steps_per_batch, and optionally present_until and
+            contexts.
+        identity: further settings that a run recorded in a ledger must share to be resumed.
+        report: the editor's entries in edit_report.json.
+        notes: notes for the user.
+        mend: the advice if the editor breaks the model.
     """
 
     lm: EditableLM
@@ -61,7 +61,7 @@ class Editing:
 
 
 def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
-    """The agent of --agent, with the model and the settings that it was trained with unless others are given."""
+    """The agent of --agent, with its training's model and settings unless the options override them."""
     from agents import agent_settings, find_agent, load_agent
     from agents.rledit.moments import MissingMomentsWarning, start_warm
     from agents.running.saved import modules_of
@@ -93,7 +93,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
 
 
 def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
-    """The editor of --editor, for any model; its strength is given, recorded in the ledger, or found."""
+    """The editor of --editor, for any model; its strength is given, read from the ledger, or searched for."""
     from agents.running.comparison import Views
     from agents.running.editors import configured, find_configs, load_configs
 
@@ -121,17 +121,17 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     config = json.loads(json.dumps(asdict(editor.configuration()))) if editor.config else {}
     probe = json.loads(json.dumps(search.as_dict())) if search else None
     identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
-    described = {"name": editor.name, **strength, "config": config, "probe": probe}
+    description = {"name": editor.name, **strength, "config": config, "probe": probe}
     mend = "Give a smaller --step-size or another --editor" if strength else "Take another --editor"
-    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": described}, mend=mend)
+    return Editing(lm, agent, facts, settings, identity, {"agent": None, "editor": description}, mend=mend)
 
 
 def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Facts:
-    """The facts, with --chat in the model's chat template or both ways, and with --on-error skip without those that do
-    not fit it or the model's context.
+    """The facts as presented to the model: with --chat in its chat template, or both plain and in the template. With
+    --on-error skip, facts that do not fit the template or the model's context are left out.
 
     Raises:
-        ValueError: a fact does not fit; with --on-error skip, none does.
+        ValueError: a fact does not fit; with --on-error skip, no fact fits.
     """
     from rledit_env.encoding import encode
     from rledit_env.lm.chat import ChatTemplate
@@ -142,16 +142,16 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     reasons: list[str] = []
     for record in facts.dataset:
         try:
-            shown = template.asked(record, options.chat) if template else (record,)
-            if skips:  # where nothing is skipped, the environment checks the lengths
-                for one in shown:
-                    encode(lm, one)
+            forms = template.asked(record, options.chat) if template else (record,)
+            if skips:  # otherwise the environment checks the lengths
+                for form in forms:
+                    encode(lm, form)
         except ValueError as error:
             if not skips:
                 raise
             reasons.append(str(error))
         else:
-            records.extend(shown)
+            records.extend(forms)
     if not records:
         raise ValueError(f"no fact fits {lm.name}; the first one: {reasons[0]}")
     skipped = dict(facts.dataset.skipped)
@@ -162,11 +162,17 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
 
 
 def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: bool) -> dict[str, Any]:
-    """How the facts are shown: as the options say, else as the ledger to be resumed recorded, or as the agent or editor
-    itself does; ``repeated`` says whether it presents a batch more than once.
+    """How the facts are presented: by the options, else by the ledger of the resumed run, else by the agent's or
+    editor's own settings.
+
+    Args:
+        options: the command's options.
+        own: the agent's or editor's own settings.
+        facts: the facts.
+        repeated: whether the agent or editor presents a batch more than once.
 
     Raises:
-        ValueError: it presents a batch once, and is to present it until its facts have taken.
+        ValueError: the options ask for presentations until the facts have taken, but a batch is presented only once.
     """
     recorded = recorded_settings(options)
     contexts = option_or(options.contexts, (own if recorded is None else recorded).get("contexts", 0))
@@ -212,20 +218,20 @@ def _say_what_is_edited(lm: EditableLM, facts: KnowledgeDataset) -> None:
 
 
 def _with_options(editor: Editor, options: argparse.Namespace) -> Editor:
-    """The editor with what the options say of its configuration."""
+    """The editor with the options that concern its configuration."""
     from agents.running.editors import merged
 
     config = editor.configuration()
-    more: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if config is not None and "warm_up" in {f.name for f in fields(config)}:
-        more["warm_up"] = options.warm_up  # a single fact, too, is to take
+        overrides["warm_up"] = options.warm_up  # lets single facts take
     if options.statistics_tokens is not None:
-        more["corpus_tokens"] = options.statistics_tokens
-    return replace(editor, settings=merged(editor.settings, more))
+        overrides["corpus_tokens"] = options.statistics_tokens
+    return replace(editor, settings=merged(editor.settings, overrides))
 
 
 def _check_subjects(editor: Editor, facts: KnowledgeDataset) -> None:
-    """Refuse facts that a method cannot edit since it edits at their subjects."""
+    """Raise ValueError for facts without a subject if the method edits at the subject."""
     if editor.group != "locate":
         return
     without = [r for r in facts if not r.subject_span]
@@ -236,7 +242,7 @@ def _check_subjects(editor: Editor, facts: KnowledgeDataset) -> None:
 
 
 def _check_statistics(editor: Editor, lm: EditableLM, options: argparse.Namespace) -> None:
-    """Refuse a text that is too short for second moments of full rank."""
+    """Raise ValueError if --statistics-tokens is too small for second moments of full rank, or not needed."""
     tokens, widest = options.statistics_tokens, max(shape[0] for shape in lm.module_shapes.values())
     if tokens is not None and not editor.configuration().needs_statistics:
         raise ValueError(f"--statistics-tokens: {editor.name} as configured for {lm.name} takes no second moments "
@@ -247,7 +253,7 @@ def _check_statistics(editor: Editor, lm: EditableLM, options: argparse.Namespac
 
 
 def _get_ready(editor: Editor, agent: Agent, lm: EditableLM) -> None:
-    """What the editor needs once per model; what takes long is said beforehand."""
+    """Compute what the editor needs once per model; a long computation is announced."""
     config = editor.configuration()
     if editor.group == "locate" and config.needs_statistics:
         from agents.key_statistics import expected_seconds

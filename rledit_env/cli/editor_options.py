@@ -1,4 +1,4 @@
-"""The options of `rledit edit` that say who edits and how often: their flags, and which go together."""
+"""The options of `rledit edit` for the agent or editor and its presentations: their flags and their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESENT_UNTIL, MAX_PRESENTATIONS = 0.8, 16  # with 12 a few of fifty single fact
 
 
 def editor_arguments(parser: argparse.ArgumentParser) -> None:
-    """--agent or --editor, and what belongs to an editor."""
+    """Add --agent, --editor and the options of an editor's strength."""
     parser.add_argument("--agent", metavar="RUN",
                         help="a trained agent: a run's folder (its best agent is taken), an agent's folder, or "
                         "'default', the agent that ships with the package for smollm2-135m")
@@ -25,27 +25,28 @@ def editor_arguments(parser: argparse.ArgumentParser) -> None:
                         "recursion, ft-l, ft-m, rome, memit, alphaedit or another one of 'rledit compare'")
     group = parser.add_argument_group("an editor's strength")
     group.add_argument("--step-size", type=float, metavar="X",
-                       help="of the editor (default: found in about a minute on a few of the facts: most of them take, "
-                       "and the model moves least, by no more than --drift-bound or 0.1 nats a token)")
+                       help="step size of the editor (default: searched for in about a minute on a few of the facts, "
+                       "so that most of them take and the model moves least, by at most --drift-bound or 0.1 nats a "
+                       "token)")
     group.add_argument("--statistics-tokens", type=int, metavar="N",
-                       help="tokens of text that a locate-then-edit method has the model write for its second moments "
+                       help="tokens of text that the model writes for the second moments of a locate-then-edit method "
                        "(default: 65,536)")
 
 
 def presentation_arguments(parser: argparse.ArgumentParser) -> None:
-    """--present-until and --max-presentations."""
-    group = parser.add_argument_group("presentations, where a batch may be presented more than once")
+    """Add --present-until and --max-presentations."""
+    group = parser.add_argument_group("presentations, if a batch may be presented more than once")
     group.add_argument("--present-until", type=probability, metavar="P",
                        help="present a batch until the model gives every token of its answers at least this "
-                       f"probability, each time the facts that lack it (default: {PRESENT_UNTIL}); 'none' or 0: a "
+                       f"probability, each time only the facts below it (default: {PRESENT_UNTIL}); 'none' or 0: a "
                        "fixed number of times, the agent's own or --steps-per-batch")
     group.add_argument("--max-presentations", type=int, metavar="N",
-                       help=f"but so many times at most (default: {MAX_PRESENTATIONS}, or what was found with an "
-                       "editor's step size)")
+                       help=f"the largest number of presentations (default: {MAX_PRESENTATIONS}, or the number found "
+                       "with an editor's step size)")
 
 
 def check_editor(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything is read."""
+    """Raise ValueError for options that exclude each other, before anything is read."""
     if options.max_presentations is not None:
         check_positive(options, "max_presentations")
         if options.steps_per_batch is not None or options.present_until == 0:
@@ -53,8 +54,8 @@ def check_editor(options: argparse.Namespace) -> None:
             raise ValueError(f"--max-presentations and {other} exclude each other: a batch is presented either until "
                              "its facts have taken or a fixed number of times")
     if (options.agent is None) == (options.editor is None):
-        given = "exclude each other" if options.agent else "are both missing"
-        raise ValueError(f"--agent and --editor {given}; give --agent with a trained agent ('default' is one for "
+        problem = "exclude each other" if options.agent else "are both missing"
+        raise ValueError(f"--agent and --editor {problem}; give --agent with a trained agent ('default' is one for "
                          f"{DEFAULT_MODEL}), or --editor with one of {_choices()}")
     _check_mix_up(options)
     for name in ("step_size", "statistics_tokens"):
@@ -65,7 +66,7 @@ def check_editor(options: argparse.Namespace) -> None:
 
 
 def _check_mix_up(options: argparse.Namespace) -> None:
-    """Refuse an editor's name as an agent, and an agent as an editor."""
+    """Raise ValueError if --agent is an editor's name, or --editor an agent."""
     from agents.running.editors import EDITORS, SHORT_NAMES
 
     if options.agent in (*EDITORS, *SHORT_NAMES) and not Path(options.agent).exists():
@@ -81,10 +82,10 @@ def _choices() -> str:
 
 
 def named_editor(options: argparse.Namespace) -> Editor:
-    """The editor of --editor, with its published numbers.
+    """The editor of --editor, with its published settings.
 
     Raises:
-        ValueError: it is unknown, has to be trained, or the other options are not for it.
+        ValueError: the editor is unknown, has to be trained, or does not have one of the other options.
     """
     from agents.running.editors import find_editor
 

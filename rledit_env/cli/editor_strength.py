@@ -1,4 +1,4 @@
-"""The strength of `rledit edit --editor`: the step size and the presentations that are given, recorded, or found."""
+"""The strength of `rledit edit --editor`: step size and presentations, given, read from a ledger, or searched for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def step_size_of(editor: Editor) -> dict[str, float]:
-    """The editor's step size, where it has one."""
+    """{"step_size": the editor's step size}; empty if it has none."""
     from agents.running.editors import configured_step_size
 
     return {"step_size": configured_step_size(editor)} if editor.step_size else {}
@@ -25,8 +25,8 @@ def step_size_of(editor: Editor) -> dict[str, float]:
 def with_strength(
     editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: dict[str, Any]
 ) -> tuple[Editor, StrengthSearch | None]:
-    """The editor with the step size and the presentations that are given, that the ledger to be resumed recorded, or
-    that are found on a few of the facts."""
+    """The editor with its step size and presentations, and the search if there was one. They are given, read from the
+    ledger of the resumed run, or searched for on a few of the facts."""
     from agents.running.editors import with_step_size
     from agents.running.strength import StrengthSearch
 
@@ -44,18 +44,18 @@ def with_strength(
 
 
 def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The settings of the ledger that is to be resumed; None where there is none yet.
+    """The settings in the ledger of the resumed run; None if there is no ledger yet.
 
     Raises:
-        LedgerError: it records a run of somebody else.
+        LedgerError: the ledger records a run of another editor or step size.
     """
     from rledit_env.ledger import LedgerError
 
     recorded = recorded_settings(options)
     if recorded is None:
         return None
-    given = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
-    for name, value in given.items():
+    current = {"editor": editor.name} | ({} if options.step_size is None else {"step_size": options.step_size})
+    for name, value in current.items():
         if recorded.get(name) != value:
             raise LedgerError(f"{options.ledger} records another run (--{name.replace('_', '-')}: "
                               f"{recorded.get(name, 'none')} there, {value} here); give the same, or another --ledger")
@@ -63,7 +63,7 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
 
 
 def recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What the ledger that is to be resumed was begun with; None where there is none yet."""
+    """The settings in the ledger of the resumed run; None if there is no ledger yet."""
     from rledit_env.ledger import HEADER, EditLedger
 
     if not options.resume or options.ledger is None or not (options.ledger / HEADER).exists():
@@ -75,7 +75,7 @@ def recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
 def _probed(
     editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: dict[str, Any]
 ) -> StrengthSearch:
-    """Find the strength on a few of the facts, and say what was tried and chosen."""
+    """Search for the strength on a few of the facts, and print the trials and the choice."""
     from agents.running.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts
 
     few = some_facts(facts)
@@ -91,8 +91,8 @@ def _probed(
                               guarded=options.drift_bound is not None, progress=advance,
                               present_until=settings.get("present_until"),
                               contexts=settings.get("contexts", 0))
-        chosen = options.steps_per_batch is not None or options.max_presentations is not None
-        search = probe.search((settings["steps_per_batch"],) if chosen else editor.presentations)
+        fixed = options.steps_per_batch is not None or options.max_presentations is not None
+        search = probe.search((settings["steps_per_batch"],) if fixed else editor.presentations)
     _say_search(search)
     return search
 

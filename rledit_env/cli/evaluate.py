@@ -1,4 +1,4 @@
-"""`rledit evaluate`: score a trained agent on facts it never saw."""
+"""`rledit evaluate`: score a trained agent on facts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -75,17 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
     override_arguments(parser)
     parser.add_argument("--present-until", type=probability, metavar="P",
-                        help="present a batch until the model gives every token of its answers this probability, and "
-                        "--steps-per-batch times at most (default: as the agent was trained, or a fixed number of "
-                        "times where --steps-per-batch is given); 'none': always that often")
+                        help="present a batch until the model gives every token of its answers this probability, at "
+                        "most --steps-per-batch times (default: as the agent was trained, or a fixed number of times "
+                        "if --steps-per-batch is given); 'none': always that often")
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", type=file_or_dash, metavar="FILE",
-                        help="write the result there, over an earlier result perhaps; '-' for the standard output")
-    group = parser.add_argument_group("how it is scored, and what else is measured")
+                        help="write the result to FILE, and replace an earlier result; '-' for the standard output")
+    group = parser.add_argument_group("scores and other measurements")
     metrics_argument(group)
     group.add_argument("--chat", action="store_true",
                        help="also ask the edits and their paraphrases as a user's messages, through the model's chat "
-                       "template: does its free answer contain the target?")
+                       "template, and score whether its free answer contains the target")
     group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
     group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
     group.add_argument("--general", nargs="+", metavar="SOURCE", default=["self"],
@@ -94,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "file of tasks (sst2.jsonl, mrpc, cola, rte, nli, mmlu), 'hub' for the public ones, "
                        "'lm-eval:TASK,TASK'; 'none' leaves it out (default: self)")
     text_argument(group)
-    group.add_argument("--general-every", type=int, metavar="k", help="also during the stream, every k batches")
+    group.add_argument("--general-every", type=int, metavar="k",
+                       help="measure general ability also during the stream, every k batches")
     group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
     group.add_argument("--general-limit", type=int, default=200, metavar="N", help="examples a task")
 
@@ -141,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> list[str]:
-    """Refuse options that cannot be and paths that cannot be written; returns the sources of --general."""
+    """Raise an error for wrong options and for paths that cannot be written; returns the sources of --general."""
     from rledit_env.evaluation.metrics import check_metrics
 
     check_metrics(options.metrics)
@@ -155,11 +156,11 @@ def _check(options: argparse.Namespace) -> list[str]:
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The environment's name, and its settings: those of the options, or else those that the agent in ``folder`` was
-    trained with.
+    """The environment's id and settings: those of the options, or else those that the agent in ``folder`` was trained
+    with.
 
     Raises:
-        ValueError: the environment is named by neither, or an option is below 1.
+        ValueError: neither names the environment, or an option is below 1.
     """
     from agents import agent_settings
 
@@ -185,7 +186,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str,
 
 
 def _until(options: argparse.Namespace, trained: Mapping[str, Any]) -> float | None:
-    """The probability at which a fact is no longer presented, if any."""
+    """The probability at which a fact is no longer presented; None for a fixed number of presentations."""
     if options.present_until is not None:
         return options.present_until or None
     return trained.get("present_until") if options.steps_per_batch is None else None
@@ -206,7 +207,7 @@ def _chat_template(env: Any) -> ChatTemplate:
     """The model's chat template.
 
     Raises:
-        ValueError: a fact does not fit it.
+        ValueError: a fact does not fit the template.
     """
     from rledit_env.lm.chat import ChatTemplate
 
@@ -219,7 +220,7 @@ def _chat_template(env: Any) -> ChatTemplate:
 
 @dataclass(frozen=True)
 class Probes:
-    """What is measured while a stream is edited; None: not asked for."""
+    """The measurements while a stream is edited; None for those that were not asked for."""
 
     drift: DriftProbe
     retention: RetentionProbe | None
@@ -227,12 +228,12 @@ class Probes:
 
     @property
     def callbacks(self) -> list[Any]:
-        """Those that there are, as `agents.edit_stream` takes them."""
+        """The probes as callbacks of `agents.edit_stream`."""
         return [probe for probe in (self.drift, self.retention, self.general) if probe is not None]
 
 
 def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Probes:
-    """The probes that are asked for; general ability on these ``sources``."""
+    """The probes of the options; general ability is measured on these ``sources``."""
     from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
     from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
 
@@ -246,7 +247,7 @@ def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Pr
 
 
 def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., Any]) -> dict[str, Any]:
-    """Print what the probes measured; it as the result has it."""
+    """Print the probes' measurements; returns the result's entries for them."""
     content: dict[str, Any] = {}
     retention, general = probes.retention, probes.general
     if retention is not None and retention.measured:
@@ -264,12 +265,12 @@ class Edited:
     """A stream that an agent edited.
 
     Attributes:
-        options: the command's.
-        folder: the agent's.
-        env_id: the environment's name.
-        settings: the environment's.
+        options: the command's options.
+        folder: the agent's folder.
+        env_id: the environment's id.
+        settings: the environment's settings.
         env: the environment.
-        log: what happened.
+        log: the record of the stream.
         records: the facts, in order.
     """
 
@@ -283,13 +284,13 @@ class Edited:
 
 
 def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[str, Any]:
-    """The result's file, but for what probes and a chat add."""
+    """The content of the result's file, without the entries of the probes and the chat."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.reporting import versions
 
     options, env, log, records = edited.options, edited.env, edited.log, edited.records
-    before, shown = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
+    before, shown_answers = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
     return {
         "format": RESULT_FORMAT,
         "env": edited.env_id,
@@ -310,14 +311,14 @@ def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[s
         "taken_means": MEANING,
         "not_taken": not_taken(records, metrics, answers),
         "batches_without_effect": without_effect(log, metrics),
-        "answers": shown,
+        "answers": shown_answers,
         "batch_sizes": log.batch_sizes,
         "update_norms": log.update_norms,
     }  # fmt: skip
 
 
 def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> dict[str, Any]:
-    """Ask the facts in a chat, print how often that gave the target, and return it as the result has it."""
+    """Ask the facts in a chat, and print how often the target was answered; returns the result's entry for it."""
     from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
 
     records = edited.records
@@ -329,10 +330,10 @@ def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> di
 
 
 def _write(text: str, path: str) -> None:
-    """Write the result to a file, or to the standard output where that is asked for, or nothing else is left.
+    """Write the result to a file, or to the standard output if ``path`` is "-" or the file cannot be written.
 
     Raises:
-        OSError: it was not written to its file.
+        OSError: the file cannot be written.
     """
     from rledit_env.files import write_text
 
@@ -358,10 +359,10 @@ examples:
   rledit evaluate --env RLEdit-ZsRE-v0 --agent runs/paper --data zsre_eval.jsonl --split eval \\
       --num-batches 20 --batch-size 20 --seed 1 --json result.json
 
-  # a model made for chat: is the edit there for those who ask in a chat?
+  # a chat model: does an edit also change its answers in a chat?
   rledit evaluate --agent runs/chat --chat
 
-  # what is remembered, and what the model is still good for; then the run's page
+  # retention and general ability; then the run's page
   rledit evaluate --agent runs/first --retention --general self glue --json runs/first/result.json
   rledit report runs/first
 """,

@@ -1,4 +1,4 @@
-"""`rledit ledger`: look at an edit ledger, check it, take a batch out, rebuild the model at any step."""
+"""`rledit ledger`: list an edit ledger, verify it, undo a batch, or rebuild the model at any step."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _replay(ledger: EditLedger, options: argparse.Namespace) -> int:
 
 
 def _check_paths(options: argparse.Namespace, ledger: EditLedger) -> None:
-    """Try what is written: the model, and the ledger where something is undone in it."""
+    """Check the outputs: the model, and for an undo the ledger."""
     outputs = [whole("--out", options.out, options.overwrite)] if options.out is not None else []
     reads = model_inputs(f"the ledger's model ({ledger.header['model']})", ledger.header["model"])
     if options.action == "undo":

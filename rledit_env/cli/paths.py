@@ -1,4 +1,4 @@
-"""The paths on a command line: what a command reads, and what it writes."""
+"""The paths on a command line: a command's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rledit_env.outputs import Input, Output, PathError, try_outputs
 
-# The options of all commands that name what is read, and what that is.
+# Options of all commands that name an input → the input.
 READ = {
     "facts": "the facts",
     "agent": "the agent",
@@ -25,10 +25,10 @@ READ = {
 
 
 def written_path(text: str) -> Path:
-    """A path as an argument names it, to be written; ``~`` is the home folder, and ``..`` is worked out.
+    """The path of an output that an argument names; ``~`` is the home folder, and ``..`` is resolved.
 
     Raises:
-        PathError: it is empty, or of an unknown user's home folder.
+        PathError: the path is empty, or in the home folder of an unknown user.
     """
     if not text.strip():
         raise PathError("a path is empty; name a folder or a file")
@@ -40,21 +40,21 @@ def written_path(text: str) -> Path:
 
 
 def file_or_dash(text: str) -> str:
-    """A file to be written as :func:`written_path`, or "-" for the standard output."""
+    """An output file as in :func:`written_path`, or "-" for the standard output."""
     return text if text == "-" else str(written_path(text))
 
 
 def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[Input] = ()) -> None:
-    """Try a command's outputs, and the cache of its model, before it does anything; see
+    """Check a command's outputs, and the cache of its model, before it does anything; see
     `rledit_env.outputs.try_outputs`.
 
     Args:
-        options: the command's.
-        outputs: what it writes.
-        reads: what it reads beside the inputs that its options name.
+        options: the command's options.
+        outputs: the command's outputs.
+        reads: its inputs beside those that its options name.
 
     Raises:
-        OSError: one cannot be written, or something would be lost by it.
+        OSError: an output cannot be written, or writing it would destroy something.
     """
     try_outputs(outputs, [*inputs_of(options), *reads])
     model = getattr(options, "model", None) or _model_of_agent(options)
@@ -63,10 +63,10 @@ def check_paths(options: argparse.Namespace, *outputs: Output, reads: Sequence[I
 
 
 def try_cache(model: str) -> None:
-    """Try the folder in the cache that a model of this name is to be fetched into, if it is.
+    """Check the folder in the cache that a model of this name would be fetched into, if it has to be fetched.
 
     Raises:
-        OSError: it cannot be written, or something in it would be lost.
+        OSError: the folder cannot be written, or writing it would destroy something.
     """
     from rledit_env.lm.loading.fetching import folder_to_write
     from rledit_env.lm.loading.wheel import check_replaceable
@@ -78,31 +78,35 @@ def try_cache(model: str) -> None:
 
 @contextmanager
 def going_on(how: str = "the same command") -> Iterator[None]:
-    """Within it, the message of an error in writing says how to go on from what was written."""
+    """Context in which the message of a failed write also says how to resume.
+
+    Args:
+        how: the command that resumes.
+    """
     try:
         yield
     except OSError as error:
-        said = str(error)
-        if error.errno is not None:  # the system's own words, as TensorBoard hands them on
-            said = f"{error.filename or 'a file'} cannot be written ({error.strerror}); free some space"
-        raise PathError(f"{said}; {how} then goes on from what was written") from error
+        message = str(error)
+        if error.errno is not None:  # an error of the system, which TensorBoard passes on
+            message = f"{error.filename or 'a file'} cannot be written ({error.strerror}); free some space"
+        raise PathError(f"{message}; {how} then goes on from what was written") from error
 
 
 def inputs_of(options: argparse.Namespace) -> list[Input]:
-    """Everything on this machine that a command's options say it reads."""
+    """The inputs on this machine that a command's options name."""
     inputs: list[Input] = []
     for name, what in READ.items():
-        given = getattr(options, name, None)
-        for text in given if isinstance(given, list) else [] if given is None else [given]:
-            named = f"{what} (--{name.replace('_', '-')} {text})"
-            inputs += [Input(named, path) for path in _places(name, str(text))]
+        value = getattr(options, name, None)
+        for text in value if isinstance(value, list) else [] if value is None else [value]:
+            title = f"{what} (--{name.replace('_', '-')} {text})"
+            inputs += [Input(title, path) for path in _places(name, str(text))]
     if not getattr(options, "model", None) and (model := _model_of_agent(options)):
         inputs += model_inputs(f"the agent's model ({model})", model)
     return inputs
 
 
 def _places(option: str, text: str) -> list[Path]:
-    """Where on this machine something that is read is; several places for a run's folder and the agent in it."""
+    """The paths of an input on this machine; several for a run's folder and the agent in it."""
     from agents.running.saved import DEFAULT
     from rledit_env.lm.loading.registry import MODELS
 
@@ -121,29 +125,29 @@ def _agent(name: str) -> Path | None:
 
     try:
         return find_agent(name)
-    except OSError:  # said where the agent is loaded
+    except OSError:  # reported when the agent is loaded
         return None
 
 
 def _model_of_agent(options: argparse.Namespace) -> str | None:
-    """The name of the model that the agent was trained with, if there is an agent and it knows."""
+    """The name of the model that the agent was trained with; None without an agent or a recorded model."""
     from agents.running.saved import agent_settings
 
     folder = _agent(str(options.agent)) if getattr(options, "agent", None) else None
     try:
         model = agent_settings(folder)["environment"].get("model") if folder is not None else None
-    except (OSError, ValueError):  # said where the agent is loaded
+    except (OSError, ValueError):  # reported when the agent is loaded
         return None
     return str(model) if model else None
 
 
 def model_inputs(name: str, model: str) -> list[Input]:
-    """Where on this machine a model is, with what to call it."""
+    """The paths of a model on this machine, as inputs of this name."""
     return [Input(name, path) for path in _places("model", model)]
 
 
 def _model(name: str) -> Path | None:
-    """The folder in a cache that a model of this name is loaded from."""
+    """The folder in a cache from which a model of this name is loaded; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -155,6 +159,6 @@ def _model(name: str) -> Path | None:
         return None
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path
+    except HFValidationError:  # the name is a path
         return None
     return Path(config).parent if isinstance(config, str) else None

@@ -1,4 +1,4 @@
-"""`rledit probe`: which weights to edit, and with which step size."""
+"""`rledit probe`: find the modules to edit and a step size."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rledit_env.outputs import growing
 if TYPE_CHECKING:
     from agents.running.probe import ProbeResult
 
-TOLD = 10  # candidates that are printed
-PROBE = "probe"  # what its folder is called in the marker
+LISTED = 10  # candidates that are printed
+PROBE = "probe"  # the kind of its folder in the marker
 SCORES_FILE = "probe.json"
 PICTURE_FORMS: tuple[Literal["png", "pdf"], ...] = ("png", "pdf")
 FILES = (SCORES_FILE, *(f"probe.{form}" for form in PICTURE_FORMS))
@@ -37,7 +37,7 @@ def add_arguments(parser: CommandParser) -> None:
 
     environment_arguments(parser, required=True, env="RLEdit-CounterFact-v0")
     parser.add_argument("--out", type=written_path, required=True, metavar="DIR",
-                        help="folder of the scores and pictures; what is there already is not computed again")
+                        help="folder of the scores and pictures; existing scores are not computed again")
     parser.add_config("probe", ProbeConfig, types={"token": Literal[TOKEN_CHOICES]})
 
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     )
     probe = Probe(
         model, tokenizer, facts, options.out / SCORES_FILE, config, options.model, options.edit_modules,
-        None if options.edit_modules else _by_default(options.model, model),
+        None if options.edit_modules else _default_modules(options.model, model),
     )  # fmt: skip
     print(f"data   {facts.source}: {config.num_batches} × {config.batch_size} of {len(facts):,} facts",
           *skipped_rows(facts))
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         result = probe.run(update)
-    _tell(result)
+    _print_candidates(result)
     glob, size, _ = result.ranked()[0]
     settings = f"--edit-modules {shlex.quote(glob)} --token {config.token} --steps-per-batch {config.steps_per_batch}"
     print(f"recommended: {settings} --step-size {size:g}")
@@ -90,8 +90,8 @@ def _bar() -> Any:
     return tqdm(desc="probing", unit="candidate")
 
 
-def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
-    """The modules that are edited where none are named; None if the model's are not known."""
+def _default_modules(name: str, model: Any) -> tuple[str, ...] | None:
+    """The modules that are edited by default; None if they are not known for the model."""
     from rledit_env.lm.loading.registry import ModelError, default_edit_modules
 
     try:
@@ -100,18 +100,18 @@ def _by_default(name: str, model: Any) -> tuple[str, ...] | None:
         return None
 
 
-def _tell(result: ProbeResult) -> None:
-    """The best candidates, beside the unedited model."""
+def _print_candidates(result: ProbeResult) -> None:
+    """Print the scores of the best candidates and of the unedited model."""
     from agents.running.probe import NO_EDIT, SCORES
     from rledit_env.reporting import text_table
 
     rows: list[list[Any]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
-    rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:TOLD]]
+    rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:LISTED]]
     print(text_table(["modules", "step size", *SCORES], rows, widest=72))
 
 
 def _draw(result: ProbeResult, folder: Path) -> None:
-    """The heat map, where there is matplotlib."""
+    """Write the heat map, if matplotlib is installed."""
     from rledit_env.files import write_bytes
     from rledit_env.reporting import module_map
 

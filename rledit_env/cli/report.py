@@ -1,4 +1,4 @@
-"""`rledit report`: a run as one page."""
+"""`rledit report`: write a run's page."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rledit_env.reporting.run_report import PAGE, RunReport
 
-    if options.run_folder.is_dir():  # else it is refused below
+    if options.run_folder.is_dir():  # otherwise RunReport raises an error
         place = options.out or options.run_folder / PAGE
         outputs = [page("--out" if options.out else "the page", place)]
         if options.figures:
-            # Of a picture's name nothing is known yet; whose it is, is checked before any is written.
+            # The pictures' names are not known yet; they are checked before any picture is written.
             outputs.append(added("the pictures' folder", place.parent / FIGURES))
         check_paths(options, *outputs)
     for path in RunReport(options.run_folder).write(options.out, options.figures):

@@ -1,4 +1,4 @@
-"""How `evaluate` and `edit` score an edited model and say which facts did not take."""
+"""Scoring of an edited model in `evaluate` and `edit`, and printing of the results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from rledit_env.knowledge import EditRecord
     from rledit_env.lm.editable import EditableLM
 
-LISTED = 20  # facts that did not take are named up to this many
-SHOWN = 20  # facts are shown with the answers before and after
+LISTED = 20  # the largest number of lines in a printed list
+SHOWN = 20  # facts with their answers before and after in the result
 
 
 def score_facts(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, how: str = "paper"
 ) -> tuple[Metrics, list[str]]:
-    """The metrics on these records (``how``: a name of `rledit_env.evaluation.metrics.METRICS`), and the LLM's answer
-    to each one's prompt, to be shown."""
+    """The metrics on these records (``how``: a name in `rledit_env.evaluation.metrics.METRICS`), and the LLM's answer
+    to each prompt."""
     from rledit_env.answers import answer_of
     from rledit_env.evaluation.metrics import continuations, evaluate, with_answers
 
@@ -40,24 +40,24 @@ def score_facts(
 def before_and_after(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str]
 ) -> tuple[Metrics, list[dict[str, Any]]]:
-    """The metrics of the unedited LLM (teacher-forced, scored as the edited one's were), and some facts, evenly from
-    the stream whatever became of them, with its answers before and after, and whether they took."""
+    """The metrics of the unedited LLM (teacher-forced, scored in the same way as the edited LLM's), and some facts,
+    spread evenly over the stream, with the answers before and after, and whether they took."""
     from rledit_env.evaluation.metrics import evaluate, free_answers
 
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
-    some = [records[i] for i in chosen]
+    shown = [records[i] for i in chosen]
     with lm.original_weights():
         before = evaluate(lm, records, kind, generate=False, metrics=edited.metrics)
-        answers_before = free_answers(lm, some)
+        answers_before = free_answers(lm, shown)
     return before, [
         {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i], "took": edited.taken[i]}
-        for i, r, answer in zip(chosen, some, answers_before, strict=True)
+        for i, r, answer in zip(chosen, shown, answers_before, strict=True)
     ]
 
 
 def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
-    """The first batch's memory, and the forgetting of all."""
+    """Print the first batch's scores after later batches, and the forgetting over all batches."""
     from rledit_env.reporting import text_table
 
     rows = [
@@ -74,7 +74,7 @@ def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
 
 
 def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., Any]) -> None:
-    """The scores of general ability, a column a measurement."""
+    """Print the scores of general ability, one column for each measurement."""
     from rledit_env.reporting import general_table, text_table
 
     say("general ability by batches edited:")
@@ -82,7 +82,8 @@ def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: 
 
 
 def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., Any]) -> None:
-    """What became of the rest of the model, a row a text; see `rledit_env.evaluation.general.drifts`."""
+    """Print the divergences from the unedited model, one row for each text; see
+    `rledit_env.evaluation.general.drifts`."""
     from rledit_env.reporting import divergence_table, text_table
 
     if divergences:
@@ -91,7 +92,7 @@ def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Calla
 
 
 def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[dict[str, Any]]:
-    """Some facts, evenly from the stream, with the answers in a chat, and whether these contain the target."""
+    """Some facts, spread evenly over the stream, with the answers in a chat, and whether these contain the target."""
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
     return [
@@ -101,7 +102,7 @@ def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[dict
 
 
 def print_chat(scores: ChatScores, say: Callable[..., Any]) -> None:
-    """Say how often the model's answers in a chat contain the target."""
+    """Print how often the model's answers in a chat contain the target."""
     for name, score in scores.as_dict().items():
         say(f"{name.replace('_', ' '):<20}{score:10.2f}")
 
@@ -115,42 +116,49 @@ def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence
 
 
 def without_effect(log: EditLog, metrics: Metrics) -> list[dict[str, Any]]:
-    """Batches (counted from 1) that changed nothing, or none of whose facts took."""
-    found = []
+    """Batches (counted from 1) whose update was zero, or of which no fact took."""
+    batches = []
     for number, (facts, norm) in enumerate(zip(log.batches(), log.update_norms, strict=True), start=1):
-        if not any(log.presentations[i] for i in facts):  # all were in the model already
+        if not any(log.presentations[i] for i in facts):  # the model knew all facts already
             continue
         if norm == 0 or not any(metrics.taken[i] for i in facts):
-            found.append({"batch": number, "first_fact": facts.start + 1, "last_fact": facts.stop, "update_norm": norm})
-    return found
+            batches.append(
+                {"batch": number, "first_fact": facts.start + 1, "last_fact": facts.stop, "update_norm": norm}
+            )
+    return batches
 
 
 def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> None:
-    for one in batches[:LISTED]:
-        what = "its update was zero" if one["update_norm"] == 0 else "none of its facts took"
-        warn(f"warning: batch {one['batch']} of {len(log.batch_sizes)} (facts {one['first_fact']} to "
-             f"{one['last_fact']}) had no effect: {what}")
+    for batch in batches[:LISTED]:
+        what = "its update was zero" if batch["update_norm"] == 0 else "none of its facts took"
+        warn(f"warning: batch {batch['batch']} of {len(log.batch_sizes)} (facts {batch['first_fact']} to "
+             f"{batch['last_fact']}) had no effect: {what}")
     if len(batches) > LISTED:
         warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
 
 
 def presentations(log: EditLog, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How often facts were presented, for the report: how often ``at_most``, ``until`` which probability of every
-    answer token (None: a fixed number of times), how many facts so often by count, and the facts, from 0, that lack it
-    at the end: those that were presented as often as allowed, and those that had it and were lost to later facts."""
+    """How often facts were presented, for the report.
+
+    Returns:
+        "until": the probability of every answer token that ends a fact's presentations, None for a fixed number of
+        them; "at_most": the largest number of presentations; "facts_by_count": number of presentations → number of
+        facts; and the facts (from 0) below the probability at the end: "never", those presented as often as allowed,
+        and "lost", those that had reached it before later facts were edited.
+    """
     most = settings["steps_per_batch"]
-    left = [i for i, taken in enumerate(log.taken) if not taken]
+    below = [i for i, taken in enumerate(log.taken) if not taken]
     counts = {str(n): log.presentations.count(n) for n in sorted(set(log.presentations))}
     return {
         "until": settings.get("present_until"), "at_most": most, "facts_by_count": counts,
-        "never": [i for i in left if log.presentations[i] >= most],
-        "lost": [i for i in left if log.presentations[i] < most],
+        "never": [i for i in below if log.presentations[i] >= most],
+        "lost": [i for i in below if log.presentations[i] < most],
     }  # fmt: skip
 
 
 def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], say: Callable[..., Any]) -> None:
-    """Say how often facts were presented and which never reached the probability wanted; nothing where all were
-    presented a fixed number of times."""
+    """Print how often facts were presented, and which are below the probability at the end; nothing if all were
+    presented a fixed number of times. ``found``: the result of :func:`presentations`."""
     if found["until"] is None:
         return
     reached = f"every answer token at p ≥ {found['until']:g}"
@@ -171,14 +179,14 @@ def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], s
 def name_untaken(
     untaken: Sequence[Mapping[str, str]], total: int, exact: float | None, say: Callable[..., Any], rest: str | None
 ) -> None:
-    """Say how many facts took and how many are exact matches (in percent), what both mean, and which did not take.
+    """Print how many facts took and how many match exactly, what both mean, and which facts did not take.
 
     Args:
-        untaken: as :func:`not_taken` gives them.
-        total: facts in all.
+        untaken: the result of :func:`not_taken`.
+        total: number of all facts.
         exact: exact match, in percent.
         say: prints a line.
-        rest: the file that names them all.
+        rest: the file that names all facts that did not take.
     """
     all_took = "the fact" if total == 1 else f"all {total} facts"
     some_took = f"{total - len(untaken)} of {total} facts"
@@ -187,8 +195,8 @@ def name_untaken(
     if not untaken:
         return
     say(f"{len(untaken)} of {total} facts did not take, the model still answers otherwise:")
-    for one in untaken[:LISTED]:
-        say(f"  {one['prompt']!r}: wanted {one['target']!r}, answers {one['answer']!r}")
+    for fact in untaken[:LISTED]:
+        say(f"  {fact['prompt']!r}: wanted {fact['target']!r}, answers {fact['answer']!r}")
     if len(untaken) > LISTED:
         say(f"  … and {len(untaken) - LISTED} more" + (f", all in {rest}" if rest else ""))
 
@@ -205,7 +213,7 @@ def rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot hold."""
+    """The value with None in place of infinite numbers and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -49,10 +49,10 @@ def add_arguments(parser: CommandParser) -> None:
                         help="start anew, even if RUN holds an interrupted run (which is otherwise continued)")
     _stream_arguments(parser)
     reward_arguments(parser)
-    group = parser.add_argument_group("a saved agent to begin with")
+    group = parser.add_argument_group("a saved agent to start from")
     group.add_argument("--start", metavar="RUN",
-                       help="begin with the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
-                       "instead of an untrained one; its network is what it is, so that no network option can be given")
+                       help="start from the policy of a saved agent (a run's folder, an agent's folder, or 'default') "
+                       "instead of an untrained one; its network is kept, so no network option can be given")
     group.add_argument("--start-scale", type=float, default=1.0, metavar="FACTOR",
                        help="multiply that policy's step sizes")
     group = parser.add_argument_group("the training")
@@ -64,7 +64,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def _stream_arguments(parser: CommandParser) -> None:
-    """How the facts are streamed and presented."""
+    """Add the arguments of the stream and its presentations."""
     from agents.rledit.config import RECOMMENDED
     from rledit_env.lm.forward import TOKEN_CHOICES
 
@@ -76,22 +76,22 @@ def _stream_arguments(parser: CommandParser) -> None:
     group.add_argument("--steps-per-batch", type=int, default=RECOMMENDED["steps_per_batch"],
                        help="how often a batch is presented, its state recomputed each time")
     group.add_argument("--present-until", type=probability, metavar="P",
-                       help="present a batch until the model gives every token of its answers this probability, and "
-                       "--steps-per-batch times at most (default: always that often)")
+                       help="present a batch until the model gives every token of its answers this probability, at "
+                       "most --steps-per-batch times (default: always that often)")
     group.add_argument("--contexts", type=int, default=0, metavar="K",
                        help="present each fact plainly and behind K short texts that the model writes, all at once")
     group.add_argument("--edit-steps-per-batch", type=int, metavar="N",
-                       help="how often a batch is presented when the trained agent edits; the selection does so, too, "
-                       "and it is recorded with the agent (default: --steps-per-batch)")
+                       help="--steps-per-batch for the trained agent's editing, which is saved with the agent and used "
+                       "in the selection, too (default: --steps-per-batch)")
     group.add_argument("--edit-present-until", type=probability, metavar="P",
-                       help="until which probability it is presented then (default: --present-until)")
+                       help="--present-until for the trained agent's editing (default: --present-until)")
     group.add_argument("--edit-contexts", type=int, metavar="K",
-                       help="behind how many texts it is presented then (default: --contexts)")
+                       help="--contexts for the trained agent's editing (default: --contexts)")
     chat_argument(group, "every fact")
 
 
 def _selection_arguments(parser: CommandParser) -> None:
-    """How the best checkpoint is chosen, and what is done with it."""
+    """Add the arguments of the selection of the best checkpoint, and of its calibration and file."""
     from rledit_env.knowledge import HELD_OUT
 
     group = parser.add_argument_group("selection of the best checkpoint")
@@ -99,15 +99,15 @@ def _selection_arguments(parser: CommandParser) -> None:
                        help=f"the last {HELD_OUT:.0%} of the training split (then not trained on), or the eval split; "
                        "never report a result on facts that selected the agent".replace("%", "%%"))
     group.add_argument("--eval-num-batches", type=int, metavar="T",
-                       help="batches of the selection's stream (default: twice a training stream's, or what there is)")
+                       help="batches of the selection's stream (default: twice a training stream's, or fewer if there "
+                       "are not enough facts)")
     group.add_argument("--eval-every", type=int, default=5, help="updates between two evaluations")
     group.add_argument("--patience", type=int, default=4, help="evaluations without a better score before it stops")
     group.add_argument("--calibrate-num-batches", type=int, metavar="T",
-                       help="afterwards scale the step sizes to what suits a stream of T batches best: give as many as "
-                       "you will edit (default: leave them as trained)")
+                       help="after training, scale the step sizes by the factor that scores best on a stream of T "
+                       "batches: give as many as you will edit (default: leave them as trained)")
     group.add_argument("--calibrate-kl-bound", type=float, metavar="NATS",
-                       help="to what suits it best among those within this divergence on the model's own text "
-                       "(default: --kl-bound)")
+                       help="take the best factor within this divergence on the model's own text (default: --kl-bound)")
     group.add_argument("--save-precision", choices=("float32", "bfloat16"), default="float32",
                        help="of the blocks' weights in the best agent's file; bfloat16 makes it smaller")
 
@@ -119,8 +119,9 @@ def run(options: argparse.Namespace) -> int:
     check_paths(options, growing("--out", options.out, RUN, RUN_PARTS))
     training, selection = _training_data(options)
     _check_numbers(options)
-    held = options.eval_num_batches or max(1, min(2 * options.num_batches, len(selection) // options.batch_size))
-    # What can be wrong without the model is found before it is loaded.
+    most = len(selection) // options.batch_size
+    eval_batches = options.eval_num_batches or max(1, min(2 * options.num_batches, most))
+    # Settings that can be checked without the model are checked before it is loaded.
     reward = reward_of(options)
     start = _start(options)
     config = _config(options, start)
@@ -130,10 +131,10 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.chat:
         training, selection = (_in_chat(facts, lm, options.chat) for facts in (training, selection))
-    streams = Streams(options, lm, training, selection, held, reward)
+    streams = Streams(options, lm, training, selection, eval_batches, reward)
     env = streams.to_learn_from(_presentation(options))
-    eval_env = streams.to_select_on(held)
-    longer = streams.to_select_on(options.calibrate_num_batches) if options.calibrate_num_batches else None
+    eval_env = streams.to_select_on(eval_batches)
+    calibration_env = streams.to_select_on(options.calibrate_num_batches) if options.calibrate_num_batches else None
     agent = _agent(env, config, options, start)
     _say_inputs(streams, agent, start)
     run_folder(options.out, options.command_line)
@@ -141,11 +142,11 @@ def run(options: argparse.Namespace) -> int:
         agent.learn(
             options.trajectories * options.num_batches * options.steps_per_batch, log_dir=options.out,
             eval_env=eval_env, eval_every=options.eval_every, patience=options.patience, resume=options.resume,
-            # A stream whose batches end early has fewer steps than it could have.
+            # With present_until episodes may be shorter, so the number of steps does not bound the trajectories.
             callback=lambda _: agent.updates * options.trajectories_per_update < options.trajectories,
         )
-    if longer is not None:
-        _calibrate(agent, longer, options)
+    if calibration_env is not None:
+        _calibrate(agent, calibration_env, options)
     _save(agent, streams)
     return OK
 
@@ -155,12 +156,12 @@ class Streams:
     """The environments of a training.
 
     Attributes:
-        options: the command's.
+        options: the command's options.
         lm: the model.
         training: the facts to learn from.
         selection: the facts that select the checkpoint.
-        selection_batches: batches of the stream that they are edited in.
-        reward: what is learned from.
+        selection_batches: batches of the selection's stream.
+        reward: the reward's configuration.
     """
 
     options: argparse.Namespace
@@ -171,12 +172,12 @@ class Streams:
     reward: RewardConfig
 
     def to_learn_from(self, presentation: Mapping[str, Any]) -> Any:
-        """The environment of the training streams."""
+        """The training environment."""
         return self._make(self.training, self.options.num_batches, presentation, reward=self.reward,
                           reward_gradient=True)  # fmt: skip
 
     def to_select_on(self, num_batches: int) -> Any:
-        """An environment of the selection's facts, presented as the trained agent presents them."""
+        """An environment of the selection's facts, presented as when the trained agent edits."""
         return self._make(self.selection, num_batches, _presentation(self.options, editing=True), reward="none")
 
     def _make(self, data: KnowledgeDataset, num_batches: int, presentation: Mapping[str, Any], **more: Any) -> Any:
@@ -201,10 +202,10 @@ def _training_data(options: argparse.Namespace) -> tuple[KnowledgeDataset, Knowl
     from rledit_env.knowledge import held_out, load_knowledge
 
     kind = kind_of(options.env)
-    whole = load_knowledge(kind, options.data, "train", options.on_error)
+    training = load_knowledge(kind, options.data, "train", options.on_error)
     if options.select_on == "eval":
-        return whole, load_knowledge(kind, options.data, "eval", options.on_error)
-    return held_out(whole)
+        return training, load_knowledge(kind, options.data, "eval", options.on_error)
+    return held_out(training)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -225,10 +226,10 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _start(options: argparse.Namespace) -> Path | None:
-    """The folder of the agent that training begins with, if it is to begin with one.
+    """The folder of the agent of --start; None without one.
 
     Raises:
-        ValueError: an option says otherwise what its network is, or there is none whose step sizes could be scaled.
+        ValueError: an option of the network was given beside --start, or --start-scale without --start.
     """
     from agents import HypernetworkConfig, find_agent
 
@@ -249,7 +250,7 @@ def _start(options: argparse.Namespace) -> Path | None:
 
 
 def _config(options: argparse.Namespace, start: Path | None) -> RLEditConfig:
-    """How the agent is trained, with the network of the agent in ``start`` where it begins with one."""
+    """The configuration of the options, with the network of the agent in ``start`` if there is one."""
     from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 
     if start is None:
@@ -274,12 +275,12 @@ def _in_chat(facts: KnowledgeDataset, lm: EditableLM, form: str) -> KnowledgeDat
     from rledit_env.lm.chat import CHAT_FORMS, in_chat
 
     records = in_chat(facts.records, lm.tokenizer, lm.name, form)
-    # The agent's record names the source, so that a run is not gone on with on other prompts.
+    # The source is part of the agent's settings, so that a run is not resumed with other prompts.
     return replace(facts, records=records, source=f"{facts.source}, {CHAT_FORMS[form]}")
 
 
 def _say_inputs(streams: Streams, agent: RLEditAgent, start: Path | None) -> None:
-    """What is trained on what, and where it goes."""
+    """Print the data, the model, the streams, the agent and the run's folder."""
     options, lm, training, selection = streams.options, streams.lm, streams.training, streams.selection
     size = sum(p.numel() for p in agent.network.parameters())
     print(f"data      {training.source}: {len(training):,} facts to train on", *skipped_rows(training))
@@ -296,22 +297,22 @@ def _say_inputs(streams: Streams, agent: RLEditAgent, start: Path | None) -> Non
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
 
 
-def _calibrate(agent: RLEditAgent, longer: Any, options: argparse.Namespace) -> None:
-    """Scale the step sizes to what suits longer streams best, and say what was tried."""
-    scores = agent.calibrate(longer, kl_bound=options.calibrate_kl_bound)
+def _calibrate(agent: RLEditAgent, env: Any, options: argparse.Namespace) -> None:
+    """Scale the step sizes to suit the environment's stream best, and print the factors' scores."""
+    scores = agent.calibrate(env, kl_bound=options.calibrate_kl_bound)
     tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
     facts = f"{options.calibrate_num_batches} × {options.batch_size} facts"
     print(f"step sizes scaled for {facts}; mean scores: {tried}", flush=True)
 
 
 def _save(agent: RLEditAgent, streams: Streams) -> None:
-    """Save the trained agent, and say where it is and what to do with it."""
+    """Save the trained agent, and print its folder and the next command."""
     import torch
 
     options = streams.options
     editing = _presentation(options, editing=True)
     if editing != _presentation(options):
-        agent.set_env(streams.to_learn_from(editing))  # as it is recorded with the agent
+        agent.set_env(streams.to_learn_from(editing))  # saving records the settings of this environment
     agent.save(options.out / "best", getattr(torch, options.save_precision))
     score = f", mean score {agent.best_score:.1f} on the selection's facts" if agent.best_score > -1 else ""
     print(f"trained: {agent.updates} updates{score}; the agent is in {options.out / 'best'}")

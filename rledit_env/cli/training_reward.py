@@ -1,4 +1,4 @@
-"""The reward of `rledit train`: its flags, and the `RewardConfig` that they mean."""
+"""The reward of `rledit train`: its flags, and the `RewardConfig` that they give."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def reward_arguments(parser: CommandParser) -> None:
-    """--reward, the weights of its components, and the other settings of `RewardConfig`."""
+    """Add --reward, the weights of its components, and the other settings of `RewardConfig`."""
     from rledit_env.reward import RewardConfig
 
     group = parser.add_argument_group("the reward")
     group.add_argument("--reward", choices=("efficacy", "paper", "keeping"), default="efficacy",
-                       help="the paper's; the paper's with a term for the edit prompt and one sampled earlier batch; "
-                       "or 'keeping', which also keeps the rest of the model: the data set's own comparisons, answers "
-                       "that end, and the model's own text")
+                       help="'paper', the paper's; 'efficacy', the paper's with a term for the edit prompt and one "
+                       "sampled earlier batch; or 'keeping', which also preserves the rest of the model: the data "
+                       "set's own comparisons, answers that end, and the model's own text")
     group.add_argument("--efficacy-weight", type=float,
                        help="of the loss on the edit prompt (default: 1.0, and 2.0 for --reward keeping)")
     group.add_argument("--locality-weight", type=float,
@@ -33,8 +33,8 @@ def reward_arguments(parser: CommandParser) -> None:
     group.add_argument("--continuation-weight", type=float, default=0.0,
                        help="of the divergence on what the unedited model writes after a new fact (0: not scored)")
     group.add_argument("--kl-rate", type=float, default=1.0,
-                       help="of the Lagrange multiplier that holds the divergence on the model's own text at "
-                       "--kl-bound: its rise an update for each nat above the bound")
+                       help="rate of the Lagrange multiplier that keeps the divergence on the model's own text at "
+                       "--kl-bound: its increase in an update for each nat above the bound")
     parser.add_config(
         "reward", RewardConfig, leave_out=("components", "penalty", "constraint"),
         about="The defaults are those of --reward efficacy; 'paper' and 'keeping' have their own.",
@@ -43,10 +43,10 @@ def reward_arguments(parser: CommandParser) -> None:
 
 
 def reward_of(options: argparse.Namespace) -> RewardConfig:
-    """The reward that the options mean.
+    """The reward of the options.
 
     Raises:
-        ValueError: a setting has a value that it cannot have.
+        ValueError: a setting has a wrong value.
     """
     from rledit_env.preservation import Constraint, Continuation, OwnText
 
@@ -68,17 +68,17 @@ def _named(options: argparse.Namespace, kind: str) -> RewardConfig:
     if options.reward == "paper":
         return RewardConfig.paper(0.6 if locality is None else locality)
     if options.reward == "efficacy":
-        own = 1.0 if efficacy is None else efficacy
-        return RewardConfig.with_efficacy(own, 1.0 if locality is None else locality)
+        weight = 1.0 if efficacy is None else efficacy
+        return RewardConfig.with_efficacy(weight, 1.0 if locality is None else locality)
     config = RewardConfig.keeping(kind)
-    for name, weight in {"efficacy": efficacy, "locality": locality}.items():
-        if weight is not None:
-            config = config.replace(name, weight, config.components[name][1])
+    for name, given_weight in {"efficacy": efficacy, "locality": locality}.items():
+        if given_weight is not None:
+            config = config.replace(name, given_weight, config.components[name][1])
     return config
 
 
 def keeping_terms(reward: RewardConfig) -> str:
-    """What of the reward keeps the rest of the model, in words."""
+    """The components of the reward that preserve the rest of the model, in words."""
     names = ("own_text", "continuation")
     parts = [f"{n} × {reward.components[n][0]:g}" for n in names if reward.components.get(n, (0.0,))[0]]
     if reward.constraint is not None:

@@ -1,4 +1,4 @@
-"""Measures how well facts were edited, and what that did to the rest of the LLM."""
+"""Measures how well facts were edited, and how much else in the LLM changed."""
 
 from rledit_env.evaluation.chat_scores import ChatScores, chat_scores
 from rledit_env.evaluation.guard import DriftGuard

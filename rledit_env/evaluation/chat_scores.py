@@ -1,4 +1,4 @@
-"""Scores of edits that are asked for through the chat template, as users of chat models ask."""
+"""Scores of edits in a chat: the facts are asked for through the LLM's chat template."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ChatScores:
 
     Attributes:
         chat_efficacy: share of edit prompts whose answer contains the target (`rledit_env.answers.contains`).
-        chat_generalization: the same of its paraphrases, each record's share first.
+        chat_generalization: the same share for the paraphrases, the mean over records of each record's share.
         taken: for each record, whether the answer to its edit prompt contains the target.
-        answers: the answers to the edit prompts, one a record.
+        answers: the answers to the edit prompts, one for each record.
     """
 
     chat_efficacy: float
@@ -45,15 +45,15 @@ def chat_scores(
     template: ChatTemplate | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> ChatScores:
-    """Ask for the facts in a chat at the current weights, each edit prompt and each paraphrase in a chat of its own.
+    """Ask for the facts in a chat at the current weights, each edit prompt and each paraphrase in its own chat.
 
-    The answers are decoded greedily. They are free text, which has to contain the target.
+    The answers are free text, decoded greedily, and must contain the target.
 
     Args:
         lm: the edited LLM.
         records: the facts, with plain prompts.
-        template: the LLM's; None makes it.
-        progress: called with the number of further records that have been asked for.
+        template: the LLM's chat template; None makes it.
+        progress: called after each chunk with its number of records.
 
     Raises:
         ValueError: no records, an LLM without a chat template, or a prompt that does not fit it (`ChatTemplate`).
@@ -66,8 +66,8 @@ def chat_scores(
     general: list[float] = []
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        asked = [(r, prompt) for r in chunk for prompt in (r.prompt, *r.paraphrases)]
-        written = iter(lm.generate([template(prompt, r.origin) for r, prompt in asked], extra=ANSWER_TOKENS))
+        prompts = [template(prompt, r.origin) for r in chunk for prompt in (r.prompt, *r.paraphrases)]
+        written = iter(lm.generate(prompts, extra=ANSWER_TOKENS))
         for record in chunk:
             answers.append(next(written).strip())
             taken.append(contains(answers[-1], record.target))

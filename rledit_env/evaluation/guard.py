@@ -1,4 +1,4 @@
-"""DriftGuard: watches how far editing moves the LLM on text that has nothing to do with the edits."""
+"""DriftGuard: watches how far editing moves the LLM on text that is unrelated to the edits."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ HELD_TEXTS: tuple[str, ...] = (
 
 
 class DriftGuard:
-    """Measures KL(p_θ₀ ‖ p_W) on held text, and warns or stops the run where it exceeds a bound.
+    """Measures KL(p_θ₀ ‖ p_W) on held text, and warns or stops the run if it exceeds a bound.
 
     Args:
         lm: the LLM that is edited.
-        bound: the largest KL that is allowed, in nats a token.
+        bound: the largest KL allowed, in nats a token.
         on_excess: "warn" (once) or "stop".
         every: batches between two measurements.
         texts: the held text; every token but the first of each is predicted.
 
     Raises:
-        ValueError: an argument is none of those above, or a text has less than two tokens or more than the context.
+        ValueError: an argument has a wrong value, or a text has less than two tokens or more than the context.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class DriftGuard:
         return float(kl_divergence(self.lm.forward, hidden, reference).mean())
 
     def exceeded(self, batch: int) -> bool:
-        """Measure after this batch (from 0), and return whether the run must stop. With ``on_excess="warn"`` it never
-        must; there is a warning when the bound is first exceeded."""
+        """Measure after this batch (from 0), and return whether the run must stop. With ``on_excess="warn"`` it warns
+        when the bound is first exceeded, and returns False."""
         if (batch + 1) % self.every:
             return False
-        found = self.divergence()
-        passed_before = any(not earlier <= self.bound for _, earlier in self.history)
-        self.history.append((batch, found))
-        if found <= self.bound:  # False for NaN
+        kl = self.divergence()
+        exceeded_before = any(not earlier <= self.bound for _, earlier in self.history)
+        self.history.append((batch, kl))
+        if kl <= self.bound:  # False for NaN
             return False
         if self.on_excess == "stop":
             return True
-        if not passed_before:
-            warnings.warn(f"after batch {batch} the LLM differs from the original by {found:.3f} nats a token on held "
+        if not exceeded_before:
+            warnings.warn(f"after batch {batch} the LLM differs from the original by {kl:.3f} nats a token on held "
                           f"text, more than the bound of {self.bound:g}", stacklevel=2)
         return False

@@ -1,9 +1,9 @@
 """Efficacy, Generalization and Specificity per data set (Appendix A.3), and free-running exact match.
 
 Every score is a mean over records. A passage's score is the share of its answer tokens that are right (for CounterFact:
-whether one answer is more probable than the other). A record's is the mean over its passages of a kind, such as its
-paraphrases; the data's is the mean over the records that have such passages. So long answers count no more than short
-ones.
+whether one answer is more probable than the other). A record's score is the mean over its passages of a kind, such as
+its paraphrases; the data's score is the mean over the records that have such passages. Long answers therefore count no
+more than short ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
 
-CHUNK = 256  # passages whose logits are held at once
+CHUNK = 256  # passages whose logits are in memory at once
 
 METRICS_VERSION = 2
-"""The version of how scores are computed; saved with every score, so that scores of two versions never share a table.
+"""The version of the scores' computation; saved with every score, so that scores of two versions never share a table.
 1: answer tokens and prompts pooled over all records. 2: the mean over records."""
 
 METRICS = {
@@ -42,18 +42,18 @@ class Metrics:
     Attributes:
         efficacy, generalization: on x and on x̃. CounterFact: whether P(y*) > P(y_old); else the share of the answer's
             tokens that are the model's top-1 token, teacher-forced.
-        specificity: whether unrelated facts are kept, on x′. CounterFact: P(y_old) > P(y*); else the share of the
-            answer's tokens where the top-1 token is the *original model's*.
-        specificity_answer: the same against the data set's answer (what published ZsRE and FEVER code reports). For
-            CounterFact the two are equal.
+        specificity: whether unrelated facts are kept, on x′. CounterFact: whether P(y_old) > P(y*); else the share of
+            the answer's tokens where the top-1 token is the *original model's*.
+        specificity_answer: specificity against the data set's answer (what published ZsRE and FEVER code reports). For
+            CounterFact it equals ``specificity``.
         exact_match: share of edit prompts whose greedy, free-running continuation begins with the target and ends there
             (`rledit_env.answers.is_exact`); None if it was not asked for.
         top1: share of the target's tokens that are the model's top-1 token on x (teacher-forced), for every kind.
         taken: for each record, whether that continuation begins with the target (`rledit_env.answers.took`); empty if
             it was not asked for.
-        portability: for what an edit implies (KnowEdit), the share of the answer's tokens that are the top-1 token;
-            None where the data has no such facts.
-        metrics: how the first four were scored, a name in ``METRICS``.
+        portability: for facts that an edit implies (KnowEdit), the share of the answer's tokens that are the top-1
+            token; None if the data has no such facts.
+        metrics: a name in ``METRICS``, by which the first four were scored.
     """
 
     efficacy: float
@@ -72,7 +72,7 @@ class Metrics:
         return (self.efficacy + self.generalization + self.specificity) / 3
 
     def as_dict(self) -> dict[str, float | None]:
-        """The scores by name, without the list by record; portability only where the data has it."""
+        """The scores by name, without ``taken``; portability only if the data has it."""
         scores: dict[str, Any] = asdict(self)
         del scores["taken"], scores["metrics"]
         if self.portability is None:
@@ -80,7 +80,7 @@ class Metrics:
         return {**scores, "mean": self.mean}
 
     def __repr__(self) -> str:
-        """The scores in one line, to one decimal; which facts took is in `taken`."""
+        """The scores in one line, to one decimal, without `taken`."""
         names = ("efficacy", "generalization", "specificity", "mean", "exact_match", "portability")
         shown = [f"{name}={value:.1f}" for name in names if (value := getattr(self, name)) is not None]
         if self.metrics != "paper":
@@ -93,7 +93,7 @@ RecordScores = Mapping[str, Sequence[float | None]]
 
 
 def check_metrics(metrics: str) -> None:
-    """Make sure that this is a name in ``METRICS``.
+    """Check that this is a name in ``METRICS``.
 
     Raises:
         ValueError: it is not.
@@ -109,17 +109,17 @@ def evaluate(
     """Metrics of the current weights on these records.
 
     Args:
-        lm: the edited LM.
+        lm: the edited LLM.
         records: the facts that were edited.
         kind: "zsre", "counterfact" or "fever", which decides how records are scored.
         generate: also decode freely, for ``taken`` and ``exact_match`` (much slower than the teacher-forced scores).
-        metrics: "paper", or "rledit-code" for what the paper's released code computes, to be set beside its tables.
+        metrics: "paper", or "rledit-code" for the scores of the paper's released code, to compare with its tables.
             CounterFact: the share of the first min(m, m_old) answer tokens where P(y*ᵢ) > P(y_oldᵢ), both after the
-            prompt and y*₁…y*ᵢ₋₁ (m tokens in y*, m_old in y_old); on x′ the answers' roles are swapped, so that it is
+            prompt and y*₁…y*ᵢ₋₁ (m tokens in y*, m_old in y_old); on x′ the answers' roles are swapped:
             P(y_oldᵢ) > P(y*ᵢ) after y_old's own tokens. ZsRE and FEVER: Specificity is `specificity_answer`.
 
     Raises:
-        ValueError: no records, a CounterFact record without the answer it had before, or no such ``metrics``.
+        ValueError: there are no records, a CounterFact record has no original answer, or ``metrics`` is unknown.
     """
     check_metrics(metrics)
     if not records:
@@ -131,7 +131,7 @@ def evaluate(
 def score_records(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
 ) -> dict[str, list[float | None]]:
-    """Every teacher-forced score of every record, for :func:`averaged`; arguments and errors are :func:`evaluate`'s."""
+    """All teacher-forced scores of all records, for :func:`averaged`; arguments and errors as for :func:`evaluate`."""
     check_metrics(metrics)
     top1: list[float | None] = [*top1_by_record(lm, records)]
     implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
@@ -174,7 +174,7 @@ def top1_by_record(lm: EditableLM, records: Sequence[EditRecord]) -> list[float]
 
 
 def _by_record(shares: Tensor, counts: Sequence[int]) -> list[float | None]:
-    """The mean of each record's shares, given how many passages each has; None where it has none."""
+    """The mean of each record's shares, given each record's number of passages; None for a record without passages."""
     return [float(part.mean()) if len(part) else None for part in shares.split(list(counts))]
 
 
@@ -196,17 +196,17 @@ def _comparison_scores(
     edited = _edit_rows(records)
     general = [(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases]
     specific = [(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated]
-    kept = _by_record(_preferred(lm, specific, metrics), [len(r.unrelated) for r in records])
+    specificity = _by_record(_preferred(lm, specific, metrics), [len(r.unrelated) for r in records])
     return {
         "efficacy": _preferred(lm, edited, metrics).tolist(),
         "generalization": _by_record(_preferred(lm, general, metrics), [len(r.paraphrases) for r in records]),
-        "specificity": kept,
-        "specificity_answer": kept,
+        "specificity": specificity,
+        "specificity_answer": specificity,
     }
 
 
 def _preferred(lm: EditableLM, rows: Sequence[Comparison], metrics: str = "paper") -> Tensor:
-    """How far each row's first answer is preferred to its second, (rows,) float64: 1 if its mean log-probability is
+    """Whether each row's first answer is preferred to its second, (rows,) float64: 1 if its mean log-probability is
     higher, else 0; with "rledit-code" the share of its tokens that are more probable than the second answer's token at
     the same place."""
     first = [lm.tokenize(p, a, origin=o) for p, a, _, o in rows]
@@ -222,11 +222,11 @@ def _tokens_preferred(lm: EditableLM, first: Sequence[Passage], second: Sequence
     for start in range(0, len(first), CHUNK):
         chunk = first[start : start + CHUNK]
         logits = lm.forward.logits(lm.answer_states(chunk).hidden).split([len(p.targets) for p in chunk])
-        for scores, one, other in zip(logits, chunk, second[start : start + CHUNK], strict=True):
-            pairs = list(zip(one.targets, other.targets, strict=False))  # up to the shorter answer's end
-            own, others = torch.tensor(pairs, device=scores.device).T
+        for scores, preferred, other in zip(logits, chunk, second[start : start + CHUNK], strict=True):
+            pairs = list(zip(preferred.targets, other.targets, strict=False))  # up to the shorter answer's end
+            first_tokens, second_tokens = torch.tensor(pairs, device=scores.device).T
             rows = torch.arange(len(pairs), device=scores.device)
-            shares.append(float((scores[rows, own] > scores[rows, others]).double().mean()))
+            shares.append(float((scores[rows, first_tokens] > scores[rows, second_tokens]).double().mean()))
     return torch.tensor(shares, dtype=torch.float64)
 
 
@@ -291,7 +291,7 @@ def continuations(lm: EditableLM, records: Sequence[EditRecord], batch_size: int
 
 
 def free_answers(lm: EditableLM, records: Sequence[EditRecord], batch_size: int = 64) -> list[str]:
-    """The LLM's free, greedy answers to the edit prompts, cut as they are shown."""
+    """The LLM's free, greedy answers to the edit prompts, cut for display (`rledit_env.answers.answer_of`)."""
     return [answer_of(text) for text in continuations(lm, records, batch_size)]
 
 

@@ -1,4 +1,4 @@
-"""Probes of a stream: how much of each batch is retained, and how far each edited weight moves."""
+"""Probes of a stream: the retention of each batch, and the drift of each edited weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Retention:
         edited: batches edited before each of the R measurements, ascending.
         efficacy: (R, T), Efficacy of each of the T batches at each measurement (teacher-forced); NaN before the batch
             was edited.
-        first_exact_match: (R,), exact match of the first batch, decoded freely; NaN where it was not asked for.
+        first_exact_match: (R,), exact match of the first batch, decoded freely; NaN if it was not asked for.
     """
 
     edited: tuple[int, ...]
@@ -35,9 +35,9 @@ class Retention:
 
     @property
     def forgetting(self) -> float:
-        """How far Efficacy fell below its best: for each batch its best Efficacy before the last measurement minus that
-        at the last one, and the mean over all batches but the last. This is the forgetting measure of continual
-        learning (Chaudhry et al., 2018). NaN where no batch was measured twice."""
+        """The forgetting measure of continual learning (Chaudhry et al., 2018): each batch's best Efficacy before the
+        last measurement minus its Efficacy at the last one, the mean over all batches but the last. NaN if no batch was
+        measured twice."""
         measured_before = ~np.isnan(self.efficacy[:-1]).all(0)
         if not measured_before.any():
             return float("nan")
@@ -45,7 +45,7 @@ class Retention:
         return float((best - self.efficacy[-1, measured_before]).mean())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_dict` reads it."""
+        """The retention as JSON types, for :meth:`from_dict`."""
         return {
             "edited": list(self.edited),
             "efficacy": [[_or_none(value) for value in row] for row in self.efficacy],
@@ -55,7 +55,7 @@ class Retention:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Retention:
-        """What :meth:`as_dict` gave."""
+        """The retention that :meth:`as_dict` described."""
         return cls(
             tuple(values["edited"]),
             np.array(values["efficacy"], dtype=float),
@@ -66,7 +66,7 @@ class Retention:
 class RetentionProbe:
     """Measures retention while a stream is edited; a callback of `agents.edit_stream`.
 
-    A measurement scores all facts edited so far, in shared forward passes: with ``every=1`` that is about T²n / 2
+    A measurement scores all facts edited so far, in shared forward passes. With ``every=1`` these are about T²n / 2
     passages in a stream of T batches. States below the first edited layer are computed once.
 
     Args:
@@ -76,7 +76,7 @@ class RetentionProbe:
         metrics: how Efficacy is scored (see `rledit_env.evaluation.metrics.evaluate`).
 
     Raises:
-        ValueError: ``every`` is less than 1, or there is no such ``metrics``.
+        ValueError: ``every`` is less than 1, or ``metrics`` is unknown.
     """
 
     def __init__(self, env: gym.Env, every: int = 1, generate: bool = True, metrics: str = "paper") -> None:
@@ -92,16 +92,16 @@ class RetentionProbe:
     def __call__(self, edited: int) -> None:
         """Measure after ``edited`` batches, if a measurement is due."""
         batches = self.env.stream.num_batches
-        if edited == 0:  # a stream begins
+        if edited == 0:  # the start of a stream
             self._edited, self._rows, self._exact = [], [], []
         elif edited in (1, batches) or edited % self.every == 0:
             groups = [self.env.stream.batch(batch) for batch in range(edited)]
             row = np.full(batches, np.nan)
             row[:edited] = batch_efficacy(self.env.lm, groups, self.env.dataset.kind, self.metrics)
-            first = exact_matches(self.env.lm, groups[0]) if self.generate else []
+            matches = exact_matches(self.env.lm, groups[0]) if self.generate else []
             self._edited.append(edited)
             self._rows.append(row)
-            self._exact.append(100 * float(np.mean(first)) if first else np.nan)
+            self._exact.append(100 * float(np.mean(matches)) if matches else np.nan)
 
     @property
     def measured(self) -> bool:
@@ -121,7 +121,7 @@ class RetentionProbe:
 
 
 class DriftProbe:
-    """Notes how far each edited weight has moved while a stream is edited; a callback of `agents.edit_stream`.
+    """Records how far each edited weight moves while a stream is edited; a callback of `agents.edit_stream`.
 
     Attributes:
         by_module: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
@@ -132,9 +132,9 @@ class DriftProbe:
         self.by_module: dict[str, list[float]] = {}
 
     def __call__(self, edited: int) -> None:
-        """Note the drift after ``edited`` batches."""
+        """Record the drift after ``edited`` batches."""
         drift = self.env.lm.drift()
-        if edited == 0:  # a stream begins
+        if edited == 0:  # the start of a stream
             self.by_module = {module: [] for module in drift}
         else:
             for module, value in drift.items():
@@ -144,10 +144,8 @@ class DriftProbe:
 def batch_efficacy(
     lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
 ) -> np.ndarray:
-    """Efficacy of each batch of records at the current weights, in percent, (batches,), in shared forward passes.
-
-    It is `Metrics.efficacy` of the batch: the mean over its records.
-    """
+    """`Metrics.efficacy` of each batch of records at the current weights, in percent, (batches,), computed in shared
+    forward passes."""
     shares = record_efficacy(lm, [record for batch in batches for record in batch], kind, metrics)
     sizes = [len(batch) for batch in batches]
     return np.array([100 * float(np.mean(part)) for part in np.split(np.array(shares), np.cumsum(sizes)[:-1])])

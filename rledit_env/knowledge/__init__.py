@@ -1,4 +1,4 @@
-"""Edit records, the readers of data sets of edits, and the stream in which records arrive."""
+"""Edit records, the readers of data sets of edits, and the stream of records in batches."""
 
 from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
 from rledit_env.knowledge.stream import HELD_OUT, KnowledgeDataset, KnowledgeStream, held_out, load_knowledge

@@ -22,8 +22,8 @@ from rledit_env.knowledge.record import KnowledgeError, shown
 
 PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 PARQUET = b"PAR1"
-MORE_CELLS = "\0cells"  # key in a table's row: how many cells it has, if more than there are columns
-FOREIGN = {  # a file's first bytes → what it is, and what to do about it
+MORE_CELLS = "\0cells"  # key in a table's row: its number of cells, if it has more cells than there are columns
+FOREIGN = {  # a file's first bytes → a description of the file, and the advice
     b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", "save it as CSV"),
     b"%PDF": ("a PDF file", "write the facts as JSON Lines or CSV"),
     b"SQLite format 3": ("an SQLite database", "export the table as CSV"),
@@ -42,10 +42,10 @@ _PARTS = {*names.USED, *names.UNUSED}
 
 
 def readable_file(path: Path) -> Path:
-    """The path, or the single file in it where it is a folder.
+    """The path of a file, or of the only file in a folder.
 
     Raises:
-        KnowledgeError: the folder holds none, or several.
+        KnowledgeError: the folder contains no file, or several.
     """
     if not path.is_dir():
         return path
@@ -63,7 +63,7 @@ def unpacked(path: Path) -> bytes:
     """The file's content, decompressed and as UTF-8 without a byte order mark.
 
     Raises:
-        KnowledgeError: it cannot be read, or has a form that is not supported (the message says what to do).
+        KnowledgeError: the file cannot be read, or has an unsupported form (the message says what to do).
     """
     try:
         content = path.read_bytes()
@@ -131,10 +131,10 @@ def _decoded(content: bytes, path: Path) -> str:
 
 
 def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]] | None:
-    """The rows of a table (CSV, TSV, semicolons) and the lines on which they begin; None if the file is no table.
+    """The rows of a table (CSV, TSV, semicolons) and the lines on which they begin; None if the file is not a table.
 
     Raises:
-        KnowledgeError: it is a table without a heading that names a prompt or target, or not UTF-8.
+        KnowledgeError: the file is a table without a heading that names a prompt or target, or it is not UTF-8.
     """
     whole = _decoded(content, path)
     text = whole.lstrip("\r\n")
@@ -169,7 +169,7 @@ def _cells(text: str, delimiter: str, first_line: int) -> Iterator[tuple[dict[st
 
 
 def _cell(cell: str) -> Any:
-    """A cell's value: the list or object written in it, else its text; None where it is empty."""
+    """A cell's value: the list or object written in it, else its text; None if it is empty."""
     if not cell.strip():
         return None
     if cell.lstrip()[:1] in "[{":
@@ -184,17 +184,17 @@ def _cell(cell: str) -> Any:
 
 
 def yaml_values(content: bytes, path: Path) -> list[Any] | None:
-    """The entries of a YAML list, a single object or several documents; None if the file is no such YAML."""
+    """The entries of a YAML list, a single object or several documents; None if the file is not such YAML."""
     text = _decoded(content, path)
     if not _YAML.match(text):
         return None
     yaml = importlib.import_module("yaml")  # transformers needs it, too
     try:
-        documents = [one for one in yaml.safe_load_all(text) if one is not None]
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:
         message = f"{path}: looks like YAML, but cannot be read ({' '.join(str(error).split())}); correct it"
         raise KnowledgeError(message, reason="malformed YAML") from error
-    entries = [entry for one in documents for entry in (one if isinstance(one, list) else [one])]
+    entries = [entry for part in documents for entry in (part if isinstance(part, list) else [part])]
     return entries if any(isinstance(entry, dict) for entry in entries) else None
 
 
@@ -203,6 +203,6 @@ def parquet_values(path: Path) -> list[dict[str, Any]]:
     parquet = importlib.import_module("pyarrow.parquet")  # the datasets library needs it, too
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow raises its own and others
+    except Exception as error:  # pyarrow raises errors of its own and of other modules
         raise KnowledgeError(f"{path}: cannot be read as Parquet ({error}); check the file") from error
     return rows

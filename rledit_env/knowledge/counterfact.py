@@ -27,7 +27,7 @@ def _read_rome(row: Row) -> EditRecord:
         prompt=prompt,
         target=_new_answer(rewrite.inner("target_new"), "str", original),
         paraphrases=row.texts("paraphrase_prompts"),
-        # The neighbours share the edited relation and its original answer, so that is what they must keep.
+        # The neighbours share the edited relation and its original answer, which must stay their answer.
         unrelated=tuple(UnrelatedFact(prompt, original) for prompt in row.texts("neighborhood_prompts")),
         original=original,
         subject=subject,

@@ -31,11 +31,11 @@ class Facts:
 
     Attributes:
         dataset: the records. Its kind is "facts" for prompts and targets only, which are scored like ZsRE's.
-        without_paraphrases: how many records had no paraphrase; their own prompt is used as one.
-        without_unrelated: how many records had no unrelated fact; a stand-in is used, which says nothing about
-            specificity.
+        without_paraphrases: number of records without a paraphrase; their own prompt is used as one.
+        without_unrelated: number of records without an unrelated fact; a stand-in is used, on which specificity means
+            nothing.
         conflicts: prompt → number of its targets, for prompts with several.
-        ignored: fields that are not used → the name that may have been meant, or None.
+        ignored: fields that are not used → the name that was probably meant, or None.
     """
 
     dataset: KnowledgeDataset
@@ -56,14 +56,14 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
     word is the answer.
 
     Args:
-        path: the file, or a folder that holds a single one.
+        path: the file, or a folder with a single file.
         kind: "facts", "zsre", "counterfact" or "fever"; None: the fields decide.
         on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in the data
             set's `skipped` and warn once.
 
     Raises:
         KnowledgeError: a row cannot be used (the message has place, field and value), or there is no row.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the kind is unknown.
     """
     if kind is not None and kind not in KINDS:
@@ -73,15 +73,15 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file of facts; check the path")
     path = readable_file(path)
-    found = list(read_file(path))
-    if not found:
+    rows = list(read_file(path))
+    if not rows:
         raise KnowledgeError(f"{path}: no fact in it; give one JSON object a line, such as "
                              '{"prompt": "The capital of Freedonia is", "target": "Sylvania"}')
     faulty: Counter[str] = Counter()
     facts: list[tuple[Row, Fact]] = []
-    for row in unwrapped(found):
+    for row in unwrapped(rows):
         try:
-            facts += [(one, _read(one, kind)) for one in facts_of(_row(row))]
+            facts += [(fact_row, _read(fact_row, kind)) for fact_row in facts_of(_row(row))]
         except KnowledgeError as error:
             if on_error == "raise":
                 raise
@@ -89,7 +89,7 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
     if faulty:
         message = f"file {path.name}: {faulty.total()} faulty rows skipped: {reason_counts(faulty)}"
         warnings.warn(message, stacklevel=2)
-    return _gathered(path, facts, kind or _common_kind([row for row, _ in facts]), faulty)
+    return _as_dataset(path, facts, kind or _common_kind([row for row, _ in facts]), faulty)
 
 
 def _row(row: Row | KnowledgeError) -> Row:
@@ -98,21 +98,21 @@ def _row(row: Row | KnowledgeError) -> Row:
     return replace(row, values=with_numbers_as_text(row.values))
 
 
-def _gathered(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: Counter[str]) -> Facts:
-    """The facts as a data set, with counts of what is missing, conflicting or ignored."""
+def _as_dataset(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: Counter[str]) -> Facts:
+    """The facts as a data set, with counts of missing and conflicting parts and of ignored fields."""
     left_out = Counter(fact.reason for _, fact in facts if isinstance(fact, LeftOut))
-    kept = [fact for _, fact in facts if not isinstance(fact, LeftOut)]
+    usable = [fact for _, fact in facts if not isinstance(fact, LeftOut)]
     skipped = dict(left_out + faulty)
-    if not kept:
+    if not usable:
         raise KnowledgeError(f"{path}: none of its rows can be edited ({reason_counts(skipped)}); check the file")
-    plain = [fact for fact in kept if isinstance(fact, LenientFact)]
-    bare = [fact.record if isinstance(fact, LenientFact) else fact for fact in kept]
-    records = tuple(_completed(bare, i) for i in range(len(bare)))
+    plain = [fact for fact in usable if isinstance(fact, LenientFact)]
+    unwrapped_facts = [fact.record if isinstance(fact, LenientFact) else fact for fact in usable]
+    records = tuple(_completed(unwrapped_facts, i) for i in range(len(unwrapped_facts)))
     ignored = [name for row, fact in facts for name in _ignored(row, fact)]
     return Facts(
         dataset=KnowledgeDataset(kind, f"file {path.name}", "eval", records, skipped),
         without_paraphrases=sum(not fact.has_paraphrases for fact in plain),
-        without_unrelated=sum(not f.has_unrelated for f in plain) + sum(isinstance(f, LooseFact) for f in kept),
+        without_unrelated=sum(not f.has_unrelated for f in plain) + sum(isinstance(f, LooseFact) for f in usable),
         conflicts=_conflicts(records),
         ignored={name: names.did_you_mean(name) for name in dict.fromkeys(ignored)},
     )
@@ -120,16 +120,17 @@ def _gathered(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: 
 
 def _read(row: Row, kind: str | None) -> Fact:
     """Read a row by its fields' names; FEVER's claims and rows in MEND's schema by their data set's reader."""
-    own = detect_kind(row) if kind is None else kind
-    published = own == "fever" or (own == "zsre" and _follows(row, zsre.SCHEMAS[-1:]))
-    fact = READERS[own](row) if published else read_fact(row)
+    row_kind = detect_kind(row) if kind is None else kind
+    published = row_kind == "fever" or (row_kind == "zsre" and _follows(row, zsre.SCHEMAS[-1:]))
+    fact = READERS[row_kind](row) if published else read_fact(row)
     if isinstance(fact, LenientFact):
-        _check(fact.record, row, own)
+        _check(fact.record, row, row_kind)
     return fact
 
 
 def _check(record: EditRecord, row: Row, kind: str) -> None:
-    """Refuse a subject that is not in the prompt, and CounterFact records whose two answers cannot be compared."""
+    """Raise KnowledgeError for a subject that is not in the prompt, and for CounterFact records whose two answers
+    cannot be compared."""
     if record.subject is not None and record.subject_span is None:
         raise row.error("subject", "does not occur in the prompt", record.subject,
                         f"write it as in {record.prompt!r}, leave it out, or {SKIP_ROWS}")
@@ -142,18 +143,18 @@ def _check(record: EditRecord, row: Row, kind: str) -> None:
 
 def _follows(row: Row, schemas: Sequence[Schema]) -> bool:
     """Whether the row has every field of one of the schemas."""
-    found = {name for name, value in row.values.items() if value is not None}
-    return any(found.issuperset(schema.fields) for schema in schemas)
+    present = {name for name, value in row.values.items() if value is not None}
+    return any(present.issuperset(schema.fields) for schema in schemas)
 
 
 def detect_kind(row: Row) -> str:
-    """The published data set with a schema all of whose fields the row has; "facts" if there is none.
+    """The published data set one of whose schemas has all its fields in the row; "facts" if there is none.
 
-    A row with a claim is FEVER's even if other fields are missing, since a claim is no prompt.
+    A row with a claim is FEVER's even if other fields are missing, since a claim is not a prompt.
     """
     for kind in ("counterfact", "zsre", "fever"):
         if _follows(row, SCHEMAS[kind]):
-            # MEND's schema serves ZsRE and FEVER alike; FEVER's answers are verdicts.
+            # ZsRE and FEVER share MEND's schema; FEVER's answers are verdicts.
             is_verdict = kind == "zsre" and "output" in row.values and "input" in row.values and (
                 zsre.mend_answer(row).casefold() in _VERDICTS
             )
@@ -162,7 +163,7 @@ def detect_kind(row: Row) -> str:
 
 
 def _common_kind(rows: Sequence[Row]) -> str:
-    """The kind of all rows; "facts" where they differ, whose scores suit every row."""
+    """The kind of all rows; if they differ, "facts", whose scores suit every row."""
     kinds = {detect_kind(row) for row in rows}
     return kinds.pop() if len(kinds) == 1 else PLAIN
 
@@ -175,8 +176,8 @@ def _ignored(row: Row, fact: Fact) -> Iterable[str]:
 
 
 def _completed(facts: Sequence[EditRecord | LooseFact], index: int) -> EditRecord:
-    """The record at an index. A loose fact gets the next fact as its unrelated one; unlike in a data set, none is set
-    aside for that."""
+    """The record at an index. A loose fact gets the next fact as its unrelated one; unlike in a data set, no facts are
+    reserved for that."""
     fact = facts[index]
     if isinstance(fact, EditRecord):
         return fact
@@ -190,4 +191,4 @@ def _conflicts(records: Sequence[EditRecord]) -> dict[str, int]:
     targets: dict[str, set[str]] = {}
     for record in records:
         targets.setdefault(record.prompt, set()).add(record.target.strip())
-    return {prompt: len(given) for prompt, given in targets.items() if len(given) > 1}
+    return {prompt: len(texts) for prompt, texts in targets.items() if len(texts) > 1}

@@ -1,12 +1,11 @@
 """Reads FEVER (Thorne et al. 2018): claims whose verdict is edited, in every published schema.
 
-The published code trains a two-class head on the bare claim. A causal language model has no such head, so a claim is
+The published code trains a two-class head on the claim alone. A causal language model has no such head, so a claim is
 put into a template that asks for the verdict, and the verdict is a word: `True` for SUPPORTS, `False` for REFUTES. The
 templates were chosen so that the default model answers with one of the two words before any edit. (After "True or
-False? Answer:" it goes on with a line break whatever the claim, so that an edit changes the form of every answer.)
-Claims labelled NOT ENOUGH INFO have no verdict to flip; they are left out and counted. Where a schema has other
-wordings of the claim, these in the same template are the paraphrases; where it has none, the same claim in the other
-templates.
+False? Answer:" it continues with a line break for any claim, and an edit would change the form of every answer.) Claims
+labelled NOT ENOUGH INFO have no verdict to flip; they are left out and counted. If a schema has other wordings of the
+claim, the paraphrases are these in the same template; otherwise they are the same claim in the other templates.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def _read_rledit(row: Row) -> EditRecord:
 
 
 def ask(claim: str, template: str = TEMPLATE) -> str:
-    """The prompt that asks for a claim's verdict; a claim without a final mark gets a full stop."""
+    """The prompt that asks for a claim's verdict; a claim without final punctuation gets a full stop."""
     claim = claim.strip()
     return template.format(claim if claim.endswith((".", "!", "?", '"')) else claim + ".")
 

@@ -21,7 +21,7 @@ class Row:
         where: the row's place, such as "zsre_train.jsonl, line 17".
         path: the nested object's own path within the row, such as "locality.".
 
-    Every accessor raises `KnowledgeError` naming place, field and value. Texts come back as they are, never empty.
+    Every accessor raises `KnowledgeError` naming place, field and value. Texts are returned unchanged and never empty.
     """
 
     values: Mapping[str, Any]
@@ -30,8 +30,8 @@ class Row:
 
     def error(self, field: str, problem: str, value: Any = None, mend: str = SKIP) -> KnowledgeError:
         """The error to raise for `field`."""
-        given = "" if value is None else f" ({shown(value)})"
-        message = f"{self.where}, field '{self.path}{field}': {problem}{given}; {mend}"
+        value_text = "" if value is None else f" ({shown(value)})"
+        message = f"{self.where}, field '{self.path}{field}': {problem}{value_text}; {mend}"
         return KnowledgeError(message, reason=f"field '{self.path}{field}' {problem}")
 
     def get(self, field: str) -> Any:
@@ -46,16 +46,16 @@ class Row:
         return self._checked(field, self.get(field))
 
     def optional_text(self, field: str) -> str | None:
-        """A string, or None where the field is absent."""
+        """A string, or None if the field is absent."""
         return None if self.values.get(field) is None else self.text(field)
 
     def subject(self, field: str = "subject") -> str | None:
-        """What the row is about, without white space at the ends; None where the field is absent."""
+        """The subject of the fact, without white space at the ends; None if the field is absent."""
         name = self.optional_text(field)
         return None if name is None else name.strip()
 
     def texts(self, field: str) -> tuple[str, ...]:
-        """A string or a list of strings, as a tuple of at least one."""
+        """A string or a list of strings, as a tuple of at least one string."""
         value = self.get(field)
         if isinstance(value, str):
             return (self._checked(field, value),)
@@ -97,13 +97,13 @@ class Row:
             raise self.error(field, "is empty", value)
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
+        except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair, which no tokenizer accepts
             raise self.error(field, "is not valid Unicode text", value) from error
         return value
 
 
 def row_of(value: Any, where: str) -> Row | KnowledgeError:
-    """An object as a row; for anything else the error, which the caller raises or counts."""
+    """An object as a row; for anything else an error, which the caller raises or counts."""
     if isinstance(value, Mapping):
         return Row(value, where)
     return KnowledgeError(f"{where}: not an object ({shown(value)}); {SKIP}", reason="not an object")
@@ -119,34 +119,34 @@ class Schema:
 
 
 def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFact | LeftOut:
-    """Read a row by the schema of whose fields it has the largest share (the first of equals).
+    """Read a row by the schema with the largest share of its fields in the row (of equals, the first).
 
     Raises:
         KnowledgeError: the row has less than half of the fields of every schema, or lacks one of its schema's fields.
     """
-    found = [field for field, value in row.values.items() if value is not None]
+    present = [field for field, value in row.values.items() if value is not None]
 
     def share(schema: Schema) -> float:
-        return sum(field in found for field in schema.fields) / len(schema.fields)
+        return sum(field in present for field in schema.fields) / len(schema.fields)
 
     schema = max(schemas, key=share)
     if share(schema) < 0.5:
-        known = "; ".join(f"{one.name}: {', '.join(one.fields)}" for one in schemas)
+        known = "; ".join(f"{other.name}: {', '.join(other.fields)}" for other in schemas)
         raise KnowledgeError(
-            f"{row.where}: unknown schema, with the fields {', '.join(map(str, found)) or '(none)'}; "
+            f"{row.where}: unknown schema, with the fields {', '.join(map(str, present)) or '(none)'}; "
             f"the schemas known for this data set are {known}",
             reason="unknown schema",
         )
     for field in schema.fields:
-        if field not in found:
-            guess = f"the row looks like {schema.name} ({', '.join(schema.fields)}) and has {', '.join(found)}"
+        if field not in present:
+            guess = f"the row looks like {schema.name} ({', '.join(schema.fields)}) and has {', '.join(present)}"
             raise row.error(field, "is missing", mend=f"{guess}; {SKIP}")
     return schema.read(row)
 
 
 def fill_in(row: Row, field: str, template: str, subject: str | None) -> tuple[str, int | None]:
-    """A prompt with every ``{}`` replaced by the subject, and where the first one was: the subject's place. A prompt
-    without ``{}`` is returned as it is, with None.
+    """A prompt with every ``{}`` replaced by the subject, and the subject's place, that of the first ``{}``. A prompt
+    without ``{}`` is returned unchanged, with None.
 
     Raises:
         KnowledgeError: there is a ``{}``, but no subject.

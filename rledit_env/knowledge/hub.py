@@ -1,4 +1,4 @@
-"""Opens data sets with the `datasets` library: by hub id, or from a folder that the library saved or can load."""
+"""Opens data sets with the `datasets` library: by hub id, or from a folder that the library wrote or can load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVAL_SPLITS = ("eval", "validation", "dev", "labelled_dev", "test")
 
 @dataclass(frozen=True, slots=True)
 class HubData:
-    """Where a data set that the readers know is on the hub; `arguments` are for `load_dataset`."""
+    """A data set's place on the hub; `arguments` are for `load_dataset`."""
 
     path: str
     arguments: Mapping[str, Any]
@@ -37,9 +37,9 @@ def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[st
     """A description of the place, and the rows of a hub data set's split; downloaded once into the library's cache.
 
     Raises:
-        KnowledgeError: it cannot be fetched or loaded, or lacks the split.
+        KnowledgeError: the data set cannot be downloaded or loaded, or lacks the split.
     """
-    import datasets  # takes a second to import, which other sources save
+    import datasets  # here, since it takes a second and other sources do not need it
 
     known = USUAL.get((kind, name), HubData(name, {}))
     place = f"hub data set {known.path}"
@@ -60,14 +60,14 @@ def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapp
     `hint` is the file name that would be read without the library, for the error message.
 
     Raises:
-        KnowledgeError: the folder is neither, or lacks the split.
+        KnowledgeError: the folder contains no such data set, or lacks the split.
     """
     import datasets
 
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
-    except Exception as error:  # as above
+    except Exception as error:  # as in open_hub
         raise KnowledgeError(
             f"{folder}: holds no {hint} and no data set that can be loaded ({type(error).__name__}: {error}); "
             "name the file, or give a folder with one of these",
@@ -79,12 +79,12 @@ def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapp
 def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
     if not isinstance(loaded, Mapping):  # a single split that was saved by itself
         return place, loaded
-    wanted = ("train",) if split == "train" else EVAL_SPLITS
-    for name in wanted:
+    split_names = ("train",) if split == "train" else EVAL_SPLITS
+    for name in split_names:
         if name in loaded:
             return f"{place}, split {name}", loaded[name]
     raise KnowledgeError(
         f"{place}: has the splits {', '.join(loaded)}, none of which serves as {split!r} "
-        f"(that is {' or '.join(wanted)}); ask for another split, or pass a mapping such as {{{split!r}: path}}",
+        f"(that is {' or '.join(split_names)}); ask for another split, or pass a mapping such as {{{split!r}: path}}",
         reason="no such split",
     )

@@ -18,11 +18,11 @@ _TEXT_KEYS = ("str", "text", "answer", "name", "label")  # keys of the text in a
 
 @dataclass(frozen=True)
 class LenientFact:
-    """A record, and which of its parts are stand-ins for what the row did not have.
+    """A record, and which of its parts the row has.
 
     Attributes:
         record: the fact.
-        has_paraphrases, has_unrelated: whether the row has these itself.
+        has_paraphrases, has_unrelated: whether the row has them; otherwise the record has stand-ins.
         ignored: the row's fields that are not used.
     """
 
@@ -36,7 +36,8 @@ def read_fact(row: Row) -> LenientFact:
     """Read one row that has at least a prompt and a target.
 
     Raises:
-        KnowledgeError: one of them is missing, or a field is empty, of the wrong type or has no partner.
+        KnowledgeError: the prompt or the target is missing, or a field is empty, of the wrong type, or lacks its
+            counterpart.
     """
     fields = _Fields(row)
     prompt_field, target_field = fields.first(names.PROMPT), fields.first(names.TARGET)
@@ -75,8 +76,8 @@ def is_fact(values: Mapping[str, Any]) -> bool:
 
 
 def _missing(row: Row, part: str) -> KnowledgeError:
-    wanted = names.PROMPT if part == "prompt" else names.TARGET
-    near = ((name, names.did_you_mean(name, wanted)) for name in row.values if names.plain(name) not in names.USED)
+    known = names.PROMPT if part == "prompt" else names.TARGET
+    near = ((name, names.did_you_mean(name, known)) for name in row.values if names.plain(name) not in names.USED)
     guess = next((f"; did you mean {meant!r} by {name!r}?" for name, meant in near if meant), "")
     has = ", ".join(str(name) for name, value in row.values.items() if value is not None) or "no fields"
     mend = CHATS if set(map(names.plain, row.values)) & {"messages", "conversations", "role"} else MEND
@@ -84,7 +85,7 @@ def _missing(row: Row, part: str) -> KnowledgeError:
 
 
 class _Fields:
-    """A row's fields by their published names in any spelling, and which of them have been used."""
+    """Access to a row's fields by published names in any spelling; remembers which fields have been used."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
@@ -92,14 +93,14 @@ class _Fields:
         self.used: set[str] = set()
 
     def first(self, candidates: Sequence[str]) -> str | None:
-        """The first of these names that the row has and that is not used yet, in the row's spelling."""
+        """The first of these names that is an unused field of the row, in the row's spelling."""
         return next(iter(self.all(candidates, at_most=1)), None)
 
     def all(self, candidates: Sequence[str], at_most: int | None = None) -> list[str]:
-        """All of these names that the row has and that are not used yet, in the row's spelling."""
-        found = [self.spelled[name] for name in candidates if self.spelled.get(name, None) not in (None, *self.used)]
-        self.used.update(found[:at_most])
-        return found[:at_most]
+        """All of these names that are unused fields of the row, in the row's spelling."""
+        unused = [self.spelled[name] for name in candidates if self.spelled.get(name, None) not in (None, *self.used)]
+        self.used.update(unused[:at_most])
+        return unused[:at_most]
 
     def ignored(self) -> tuple[str, ...]:
         """The fields that were not used, except those that published code does not use either."""
@@ -107,7 +108,7 @@ class _Fields:
         return tuple(str(name) for name in rest if names.plain(name) not in names.UNUSED)
 
     def optional_text(self, candidates: Sequence[str]) -> str | None:
-        """:meth:`text` of the first of these names, or None where there is none or nothing in it."""
+        """:meth:`text` of the first of these names, or None if there is no such field or it is empty."""
         field = self.first(candidates)
         return self.text(field) if field is not None and _first(self.row.values[field]) else None
 
@@ -116,13 +117,13 @@ class _Fields:
         return _checked(self.row, field, _first(self.row.values[field]))
 
     def texts(self, field: str) -> list[str]:
-        """All texts of a field; an object in a list counts by the text that it holds."""
+        """All texts of a field; an object in a list counts as the text in it."""
         value = self.row.values[field]
         entries = value if isinstance(value, (list, tuple)) else [value]
         return [_checked(self.row, field, _first(entry)) for entry in entries]
 
     def unrelated(self, original: str | None) -> Iterator[tuple[str, str]]:
-        """Prompts and answers that should not change, from all fields that can hold them."""
+        """Prompts and answers that should not change, from all fields that can contain them."""
         yield from self.facts(names.UNRELATED, names.UNRELATED_PAIRS)
         for field in self.all([names.NEIGHBOURS]):
             if original is None:
@@ -130,7 +131,7 @@ class _Fields:
             yield from ((prompt, original) for prompt in self.texts(field))
 
     def facts(self, groups: Sequence[str], pairs: Sequence[names.Pair]) -> Iterator[tuple[str, str]]:
-        """Prompts and answers from the fields named in ``groups``, which hold objects, and from pairs of fields."""
+        """Prompts and answers from the fields named in ``groups``, which contain objects, and from pairs of fields."""
         for field in self.all(groups):
             yield from _facts_in(self.row.values[field], self.row, field)
         for asked, answered in pairs:
@@ -142,7 +143,7 @@ class _Fields:
 
 
 def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
-    """The facts of a list of objects, of one object, of an object of parallel lists, or of named groups of these."""
+    """The facts in a list of objects, in one object, in an object of parallel lists, or in named groups of these."""
     if isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
             yield from _facts_in(entry, row, f"{path}[{i}]")
@@ -165,8 +166,8 @@ def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> Iterator[tuple[str, str]]:
-    """One prompt with its answer (the first of several), or a list of prompts with as many answers. Entries without an
-    answer are left out."""
+    """One prompt with its answer (the first of several), or a list of prompts with a list of answers. Entries without
+    an answer are left out."""
     if not isinstance(prompts, (list, tuple)):
         prompts, answers = [prompts], [answers]
     elif len(prompts) == 1 and not (isinstance(answers, (list, tuple)) and len(answers) == 1):
@@ -180,7 +181,7 @@ def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> 
 
 
 def _first(value: Any) -> Any:
-    """The text that a value holds: itself, the first of a list, or an object's text; None where there is none."""
+    """The text in a value: the value itself, the first text of a list, or an object's text; None if there is none."""
     while isinstance(value, (list, tuple, Mapping)):
         if isinstance(value, Mapping):
             value = next((value[key] for key in _TEXT_KEYS if value.get(key) is not None), None)
@@ -198,7 +199,7 @@ def _checked(row: Row, field: str, value: Any) -> str:
     return Row({field: value}, row.where, row.path).text(field)
 
 
-# -- objects that hold several facts ---------------------------------------------------------------------------------
+# -- objects with several facts --------------------------------------------------------------------------------------
 
 
 def facts_of(row: Row) -> Iterator[Row]:
@@ -229,7 +230,7 @@ def facts_of(row: Row) -> Iterator[Row]:
 
 
 def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's fields beside its requested rewrites; MQuAKE's multi-hop questions become what the rewrites imply."""
+    """A row's fields beside its requested rewrites; MQuAKE's multi-hop questions become implied facts."""
     others = dict(rest)
     if "questions" in others and "new_answer" in others:
         answer = others.pop("new_answer")
@@ -240,7 +241,7 @@ def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _column(value: Any) -> Any:
-    """A column as a list; pandas writes a column as an object with a key for each row."""
+    """A column as a list; pandas writes a column as an object with one key for each row."""
     if isinstance(value, Mapping) and value and all(str(key).isdigit() for key in value):
         return list(value.values())
     return value
@@ -257,10 +258,10 @@ def _cell(value: Any, index: int, count: int, row: Row, path: str) -> Any:
 
 
 def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeError]:
-    """The rows. A single row that is no fact, but holds a list or an object of facts, is replaced by these.
+    """The rows. A single row that is not a fact, but contains a list or an object of facts, is replaced by these.
 
     Raises:
-        KnowledgeError: it holds several such lists.
+        KnowledgeError: the row contains several such lists.
     """
     (row, *others) = rows
     if others or isinstance(row, KnowledgeError) or is_fact(row.values):
@@ -279,7 +280,7 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
 
 
 def _objects_in(value: Any) -> list[Any]:
-    """The entries of a list that begins with an object, or the values of an object of facts; else none."""
+    """The entries of a list that begins with an object, or the values of an object of facts; else an empty list."""
     if isinstance(value, Mapping):
         entries = list(value.values())
         return entries if entries and isinstance(entries[0], Mapping) and is_fact(entries[0]) else []
@@ -287,7 +288,7 @@ def _objects_in(value: Any) -> list[Any]:
 
 
 def with_numbers_as_text(value: Any) -> Any:
-    """The value with its numbers as text (an answer may be 1987); truth values stay."""
+    """The value with its numbers as text (an answer may be 1987); truth values are not changed."""
     if isinstance(value, Mapping):
         return {name: with_numbers_as_text(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection
 
-# In order of precedence: the first name that a row has counts. The plain schema's name comes first.
+# In order of precedence: the first name in a row is used. The plain schema's name comes first.
 PROMPT = (
     "prompt", "src", "edit_prompt", "prompts", "question", "update", "instruction", "input", "query", "cloze", "text",
     "questions", "sentence",
@@ -46,7 +46,7 @@ INNER_ANSWER = (
     "answer", "ground_truth", "new_answer", "ans", "answers", "target", "target_new", "output", "labels",
 )  # fmt: skip
 
-# Published fields that say nothing about an edit, or that no score uses.
+# Published fields that do not describe the edit, or that no score uses.
 UNUSED = frozenset((
     "case_id", "id", "pararel_idx", "relation_id", "relation", "cond", "pred", "prediction", "tag", "personas",
     "generation_prompts", "attribute_prompts", "alternatives", "target_neg", "loc_prompt", "loc_prompts", "idx",
@@ -65,12 +65,12 @@ def plain(name: object) -> str:
 
 
 def did_you_mean(name: object, known: Collection[str] = USED) -> str | None:
-    """The known name that an unknown name is a misspelling of, if there is one."""
+    """The known name that is closest to an unknown name; None if the name is known or no known name is close."""
     if plain(name) in known:
         return None
-    found = difflib.get_close_matches(plain(name), sorted(known, key=_own_first), n=1, cutoff=0.8)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(plain(name), sorted(known, key=_plain_schema_first), n=1, cutoff=0.8)
+    return matches[0] if matches else None
 
 
-def _own_first(name: str) -> tuple[bool, str]:
+def _plain_schema_first(name: str) -> tuple[bool, str]:
     return name not in ("prompt", "target", "subject", "paraphrases", "unrelated", "original", "implied"), name

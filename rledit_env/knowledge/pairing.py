@@ -1,4 +1,4 @@
-"""Gives every record whose schema has no unrelated facts another row's fact as one."""
+"""Gives records from schemas without unrelated facts the fact of another row as their unrelated fact."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ KEPT = "kept as an unrelated fact"
 def pair(facts: Iterable[EditRecord | LooseFact], skipped: Counter[str]) -> list[EditRecord]:
     """Complete the loose facts and return them with the others, in order.
 
-    A fact that is edited in a stream cannot also be one that the stream must leave alone. So every tenth loose fact
-    (of twenty or more) is never edited; the others get these in turn as unrelated facts, with their true answers.
-    With fewer than twenty, each is edited and gets the next one. FEVER is published with a row for each piece of
+    A fact that is edited in a stream cannot also be an unrelated fact of that stream. So every tenth loose fact (of
+    twenty or more) is never edited; the others get these in turn as unrelated facts, with their true answers. With
+    fewer than twenty, each fact is edited and gets the next one. FEVER is published with a row for each piece of
     evidence, so of loose facts with the same prompt only the first is used. `skipped` counts both.
 
     Raises:
-        KnowledgeError: there is only one loose fact, so that no other can be its unrelated fact.
+        KnowledgeError: there is only one loose fact, and no other can be its unrelated fact.
     """
     facts = list(facts)
     first: dict[str, LooseFact] = {}
@@ -38,8 +38,8 @@ def pair(facts: Iterable[EditRecord | LooseFact], skipped: Counter[str]) -> list
     if len(loose) >= 2 * KEPT_EVERY:
         lenders = loose[KEPT_EVERY - 1 :: KEPT_EVERY]
         skipped[KEPT] += len(lenders)
-        kept = {fact.prompt for fact in lenders}
-        loose = [fact for fact in loose if fact.prompt not in kept]
+        unedited = {fact.prompt for fact in lenders}
+        loose = [fact for fact in loose if fact.prompt not in unedited]
     lender = {fact.prompt: lenders[(i + 1) % len(lenders)] for i, fact in enumerate(loose)}
 
     records: list[EditRecord] = []

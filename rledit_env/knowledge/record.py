@@ -1,4 +1,4 @@
-"""EditRecord, one fact to edit, as every reader makes it and all else uses it; and its validation."""
+"""EditRecord, one fact to edit, which every reader returns; and its validation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rledit_env.knowledge.text import find_subject
 
 
 class KnowledgeError(ValueError):
-    """A row, a file or a data set that cannot be used as it is.
+    """A row, a file or a data set cannot be used.
 
-    The message reads "<place>, field '<field>': <what is wrong> (<value>); <mend>".
+    The message reads "<place>, field '<field>': <problem> (<value>); <advice>".
 
     Attributes:
-        reason: what is wrong without the place, so that skipped rows can be counted per reason.
+        reason: the problem without the place, by which skipped rows are counted.
     """
 
     def __init__(self, message: str, reason: str = "unusable data") -> None:
@@ -30,7 +30,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UnrelatedFact:
-    """A fact that the edit must leave alone (x', y' of the paper), with the data set's own answer."""
+    """A fact that the edit must not change (x', y' of the paper), with the data set's answer."""
 
     prompt: str
     answer: str
@@ -38,7 +38,7 @@ class UnrelatedFact:
 
 @dataclass(frozen=True, slots=True)
 class ImpliedFact:
-    """What follows from an edit, such as the answer for another name of its subject: a prompt and its answer."""
+    """A fact that follows from an edit, such as the answer for another name of its subject."""
 
     prompt: str
     answer: str
@@ -46,19 +46,19 @@ class ImpliedFact:
 
 @dataclass(frozen=True, slots=True)
 class EditRecord:
-    """One fact to edit. Texts are as they were given; `TextEncoder` joins prompts and answers as the model needs it.
+    """One fact to edit. Texts are unchanged; `TextEncoder` joins prompts and answers as the model needs it.
 
     Attributes:
         prompt: the edit prompt x.
         target: the new answer y*.
         paraphrases: x~, other wordings of the prompt that must give the target too; at least one.
         unrelated: (x', y'), facts that must not change; at least one.
-        original: the answer before the edit, where the schema has it; CounterFact's metrics compare with it.
-        subject: what the fact is about, where the schema has it.
-        subject_start: where the subject begins in the prompt, if the schema says so (the place of its ``{}``).
-        lead: how many characters of a chat template come before the prompt's own words.
-        origin: where the record came from, such as "zsre_train.jsonl, line 17"; used in error messages.
-        implied: what follows from the edit, where the schema has it (KnowEdit's portability); used in scores only.
+        original: the answer before the edit, if the schema has it; CounterFact's metrics compare with it.
+        subject: the subject of the fact, if the schema has it.
+        subject_start: the subject's first character in the prompt, if the schema gives it (the place of its ``{}``).
+        lead: number of characters of a chat template before the prompt's own words.
+        origin: the record's place, such as "zsre_train.jsonl, line 17"; used in error messages.
+        implied: facts that follow from the edit, if the schema has them (KnowEdit's portability); only for scores.
 
     Raises:
         KnowledgeError: a prompt or answer is not a non-empty string, or there is no paraphrase or no unrelated fact.
@@ -77,8 +77,8 @@ class EditRecord:
 
     @property
     def subject_span(self) -> tuple[int, int] | None:
-        """Where the subject begins in the prompt and where it ends: the place that the schema gives, or else that of
-        `find_subject`; None where the prompt does not contain it."""
+        """The subject's first character in the prompt and the end of the subject, by the schema or else by
+        `find_subject`; None if the prompt does not contain the subject."""
         if self.subject is None:
             return None
         start = find_subject(self.prompt, self.subject) if self.subject_start is None else self.subject_start
@@ -99,8 +99,8 @@ class EditRecord:
 class LooseFact:
     """An edit from a schema without unrelated facts; `pairing.pair` gives it another row's.
 
-    `truth` is the true answer to `prompt`, which is used when this fact serves as another's unrelated fact. The other
-    attributes are `EditRecord`'s.
+    `truth` is the true answer to `prompt`, for use as another fact's unrelated fact. The other attributes are those of
+    `EditRecord`.
     """
 
     prompt: str
@@ -114,15 +114,15 @@ class LooseFact:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that the data set's published code leaves out, too: no error, but counted under `reason`."""
+    """A row that the data set's published code leaves out, too; it is not an error, but counted under `reason`."""
 
     reason: str
 
 
-def _require(holds: Any, origin: str, field: str, value: Any) -> None:
-    if not holds:
-        wanted = "a tuple with at least one entry" if field in ("paraphrases", "unrelated") else "a non-empty string"
+def _require(condition: Any, origin: str, field: str, value: Any) -> None:
+    if not condition:
+        mend = "a tuple with at least one entry" if field in ("paraphrases", "unrelated") else "a non-empty string"
         raise KnowledgeError(
-            f"{origin or 'edit record'}, field '{field}': empty or of the wrong type ({shown(value)}); give {wanted}",
+            f"{origin or 'edit record'}, field '{field}': empty or of the wrong type ({shown(value)}); give {mend}",
             reason=f"empty or wrong field '{field}'",
         )

@@ -1,4 +1,4 @@
-"""Finds a data set's rows (in a file, folder, mapping, list or on the hub) and reads them, each with its place."""
+"""Finds a data set's rows in a file, a folder, a mapping, a list or on the hub, and reads them with their places."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def split_name(split: str) -> str:
 
 
 def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
-    """A description of where the rows of `split` come from, and the rows.
+    """A description of the source of `split`'s rows, and the rows.
 
-    For a row that cannot be read there is an error among the rows, which the caller raises or counts.
+    In place of a row that cannot be read there is an error, which the caller raises or counts.
 
     Raises:
-        KnowledgeError: there is nothing readable at `data`, or it lacks the split.
+        KnowledgeError: `data` is not readable, or lacks the split.
     """
     if isinstance(data, Mapping):
         return find_rows(kind, _of_split(data, split), split)
@@ -98,10 +98,10 @@ def _in_folder(folder: Path, kind: str, split: str) -> Path | None:
 
 
 def read_file(path: Path, label: str = "") -> Rows:
-    """The rows of a file of any name: JSON Lines, a list or objects of JSON one after the other, a table with a heading
-    (CSV), YAML or Parquet; compressed with gzip, bzip2 or xz, in UTF-8 or UTF-16.
+    """The rows of a file of any name: JSON Lines, a JSON list, JSON objects one after the other, a table with a heading
+    (CSV), YAML or Parquet; uncompressed or compressed with gzip, bzip2 or xz; in UTF-8 or UTF-16.
 
-    Blank lines are skipped. `label` is put before the file's name in every row's place.
+    Blank lines are skipped. `label` precedes the file's name in every row's place.
 
     Raises:
         KnowledgeError: the file cannot be read or has another form, or it ends in the middle of a list.
@@ -115,14 +115,14 @@ def read_file(path: Path, label: str = "") -> Rows:
         return _read_values(content, place)
     if start != b"{":
         if (table := table_rows(content, path)) is not None:
-            return (_tablerow_of(values, f"{place}, line {line}") for values, line in table)
+            return (_table_row(values, f"{place}, line {line}") for values, line in table)
         if (values := yaml_values(content, path)) is not None:
             return (row_of(value, f"{place}, entry {i}") for i, value in enumerate(values))
     return _read_lines(content, place)
 
 
 def _spans_lines(content: bytes) -> bool:
-    """Whether the first object ends on a later line than its first."""
+    """Whether the file's first object spans several lines."""
     text = content.lstrip().decode("utf-8", errors="replace")
     try:
         json.loads(text.split("\n", 1)[0])
@@ -136,7 +136,7 @@ def _spans_lines(content: bytes) -> bool:
         return False
 
 
-def _tablerow_of(values: dict[str, Any], where: str) -> Row | KnowledgeError:
+def _table_row(values: dict[str, Any], where: str) -> Row | KnowledgeError:
     count = values.pop(MORE_CELLS, None)
     if count is None:
         return Row(values, where)
@@ -162,20 +162,20 @@ def _read_lines(content: bytes, place: str) -> Rows:
 
 
 def _read_values(content: bytes, place: str) -> Rows:
-    """The entries of JSON lists and objects one after the other, each with its line. After a malformed one the rest
-    cannot be read."""
+    """The entries of JSON lists and objects one after the other, each with its line. Reading ends with an error at the
+    first malformed one."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _bad_utf8(f"{place}, line {line}", error, "save the file as UTF-8") from error
     decoder = json.JSONDecoder()
-    at, line, counted, inside, separated = 0, 1, 0, False, True
+    at, line, line_at, inside, separated = 0, 1, 0, False, True  # line_at: the position to which lines are counted
     while True:
-        at = _next_mark(text, at)
+        at = _skip_space(text, at)
         if at == len(text):
             break
-        line, counted = line + text.count("\n", counted, at), at
+        line, line_at = line + text.count("\n", line_at, at), at
         where = f"{place}, line {line}"
         if text[at] == "[" and not inside:
             at, inside, separated = at + 1, True, True
@@ -199,7 +199,7 @@ def _read_values(content: bytes, place: str) -> Rows:
                              "the file", reason="malformed JSON")
 
 
-def _next_mark(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     while at < len(text) and text[at].isspace():
         at += 1
     return at

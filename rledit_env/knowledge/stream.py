@@ -1,4 +1,4 @@
-"""KnowledgeDataset, one split of a data set, and KnowledgeStream, its records in a drawn order of batches."""
+"""KnowledgeDataset, one split of a data set, and KnowledgeStream, a random sequence of batches of its records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, Loo
 from rledit_env.knowledge.source import Data, find_rows, split_name
 
 READERS = {"zsre": zsre.read_record, "counterfact": counterfact.read_record, "fever": fever.read_record}
-HELD_OUT = 0.2  # share of a training split that checkpoints and hyperparameters are chosen on
+HELD_OUT = 0.2  # share of a training split on which checkpoints and hyperparameters are chosen
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class KnowledgeDataset(Sequence[EditRecord]):
 
     Attributes:
         kind: "zsre", "counterfact" or "fever".
-        source: a description of where the records came from; bundled data is named as such.
+        source: a description of the records' source; bundled data is named as such.
         split: "train" or "eval".
         records: the records.
-        skipped: how many rows were not used, per reason.
+        skipped: reason → number of rows that were not used for it.
     """
 
     kind: str
@@ -63,13 +63,13 @@ def load_knowledge(
             the `datasets` library; a mapping from split to any of these; a list of dictionaries; or a hub id ("zsre",
             "counterfact" and "fever" stand for the usual ones).
         split: "train" or "eval"; "test", "validation" and "dev" mean "eval".
-        on_error: "raise" at the first row that cannot be used, or "skip" such rows, count them per reason in
+        on_error: "raise" an error at the first row that cannot be used, or "skip" such rows, count them per reason in
             `skipped` and warn once with the counts.
 
     Raises:
-        KnowledgeError: a row cannot be used (the message has place, field and value), nothing is readable at `data`, or
-            no row is left.
-        ValueError: an argument is none of those above.
+        KnowledgeError: a row cannot be used (the message has place, field and value), `data` is not readable, or no row
+            is left.
+        ValueError: an argument has a wrong value.
     """
     if kind not in READERS:
         raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(READERS)}")
@@ -111,8 +111,7 @@ def check_on_error(on_error: str) -> None:
 
 
 def held_out(dataset: KnowledgeDataset) -> tuple[KnowledgeDataset, KnowledgeDataset]:
-    """The facts to train on, and those held out to choose checkpoints and hyperparameters: the last ones, a share of
-    `HELD_OUT`."""
+    """The facts to train on, and those held out to choose checkpoints and hyperparameters (the last `HELD_OUT`)."""
     cut = len(dataset) - max(int(HELD_OUT * len(dataset)), 1)
     names = f"first {1 - HELD_OUT:.0%}", f"last {HELD_OUT:.0%}, held out"
     first, last = (
@@ -126,9 +125,9 @@ class KnowledgeStream:
     """A data set's records as a sequence of batches, no record twice; `reset` draws the records and their order.
 
     Args:
-        dataset: where the records are drawn from.
-        num_batches: batches in a stream.
-        batch_size: records in a batch.
+        dataset: the data set.
+        num_batches: number of batches in a stream.
+        batch_size: number of records in a batch.
 
     Raises:
         ValueError: a number is not a positive integer, or the data set is too small for a stream.
@@ -156,25 +155,25 @@ class KnowledgeStream:
         return self._indices
 
     def reset(self, rng: np.random.Generator, indices: Sequence[int] | np.ndarray | None = None) -> None:
-        """Draw distinct records in a random order, or take the given ones in their order, without `rng`.
+        """Draw distinct records in a random order, or take the records at ``indices`` in their order, without `rng`.
 
         Raises:
-            ValueError: the given indices are not num_batches * batch_size different integers of the data set's range;
-                the stream stays as it was.
+            ValueError: the indices are not num_batches * batch_size different integers in the data set's range; the
+                stream is unchanged.
         """
         total = self.num_batches * self.batch_size
         if indices is None:
-            chosen = rng.choice(len(self.dataset), size=total, replace=False)
+            order = rng.choice(len(self.dataset), size=total, replace=False)
         else:
-            chosen = self.checked(indices)
-        chosen.flags.writeable = False
-        self._indices = chosen
+            order = self.checked(indices)
+        order.flags.writeable = False
+        self._indices = order
 
     def batch(self, t: int) -> tuple[EditRecord, ...]:
         """The records of batch `t`, counted from 0.
 
         Raises:
-            IndexError: there is no such batch.
+            IndexError: the batch does not exist.
         """
         if not 0 <= t < self.num_batches:
             raise IndexError(f"batch {t} does not exist; the stream has batches 0 to {self.num_batches - 1}")
@@ -182,11 +181,11 @@ class KnowledgeStream:
         return tuple(self.dataset.records[i] for i in self.indices[start : start + self.batch_size])
 
     def checked(self, indices: Any) -> np.ndarray:
-        """The indices as :meth:`reset` takes them, (num_batches * batch_size,) int64; raises as it does."""
+        """The indices as an array for :meth:`reset`, (num_batches * batch_size,) int64; raises the same errors."""
         total = self.num_batches * self.batch_size
         try:
             array = np.asarray(indices)
-        except ValueError:  # a ragged nest of lists has no array
+        except ValueError:  # nested lists of different lengths have no array
             array = np.empty((), dtype=object)
         if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
             raise ValueError(f"indices are {shown(indices)}; give one flat sequence of integers")

@@ -1,4 +1,4 @@
-"""Where words begin and end in a text, and what is put between a prompt and its answer."""
+"""Word boundaries in a text, and the separator between a prompt and its answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNSPACED = (
     "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ", "THAI ", "LAO ",
     "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE ",
 )  # fmt: skip
-# Those of them that have no space before a word of another script either (Thai and others have one).
+# The scripts among them that have no space before a word of another script either (Thai and others have one).
 _EAST_ASIAN = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ")
 _INVISIBLE = "\u200b\u2060\ufeff"  # zero-width characters that separate words
 _ELISION = re.compile(r"(?:\b[^\W\d_]|\b\w*l|\b\w*qu|\bun)['’]$", re.IGNORECASE)  # l', d', dell', qu', un'
@@ -29,8 +29,8 @@ def _is_wide_mark(character: str) -> bool:
 
 
 def continues_word(before: str, after: str) -> bool:
-    """Whether one word would go on from the end of one text to the beginning of the next. False in scripts without
-    spaces, whose words have no visible ends."""
+    """Whether a word continues from the end of one text to the beginning of the next. False in scripts without spaces,
+    whose words have no visible ends."""
     return bool(before and after) and _is_word(before[-1]) and _is_word(after[0])
 
 
@@ -41,15 +41,15 @@ def _is_word(character: str) -> bool:
 
 
 def find_subject(text: str, subject: str) -> int | None:
-    """Where the subject begins in the text; None where the text does not contain it.
+    """The subject's first character in the text; None if the text does not contain the subject.
 
-    Its first occurrence as a whole word counts (one within a hyphenated word only if there is no other), else its first
+    The first occurrence as a whole word is taken (within a hyphenated word only if there is no other), else the first
     occurrence of any kind.
     """
     places = list(_occurrences(text, subject))
-    whole = [at for at in places if _is_whole(text, at, at + len(subject))]
-    alone = [at for at in whole if not _is_hyphenated(text, at, at + len(subject))]
-    return next(iter(alone or whole or places), None)
+    whole_words = [at for at in places if _is_whole(text, at, at + len(subject))]
+    unhyphenated = [at for at in whole_words if not _is_hyphenated(text, at, at + len(subject))]
+    return next(iter(unhyphenated or whole_words or places), None)
 
 
 def _occurrences(text: str, part: str) -> Iterator[int]:
@@ -72,9 +72,9 @@ def _is_hyphenated(text: str, start: int, stop: int) -> bool:
 
 
 def separator(prompt: str, answer: str) -> str:
-    """What belongs between a prompt and its answer: a space or nothing.
+    """The separator between a prompt and its answer: a space or nothing.
 
-    Nothing belongs after white space, before an answer that begins with white space, within a script without spaces,
+    It is nothing after white space, before an answer that begins with white space, within a script without spaces,
     after an opening bracket or quotation mark, a hyphen or slash that ends a word, an elision (l', dell') or a sign
     like $, and before a comma or full stop.
     """

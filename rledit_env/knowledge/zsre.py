@@ -1,7 +1,7 @@
 """Reads ZsRE (Levy et al. 2017): questions whose answer is edited, in every published schema.
 
-The unrelated facts of MEND's split are Natural Questions that begin with `nq question: ` and have no question mark. The
-code published with ROME, MALMEN and RLEdit keeps this beginning and adds the question mark, and so does this reader:
+The unrelated facts of MEND's split are Natural Questions that begin with `nq question: ` and have no question mark.
+Like the code published with ROME, MALMEN and RLEdit, this reader keeps this prefix and adds the question mark:
 `nq question: who wrote it` becomes `nq question: who wrote it?`.
 """
 
@@ -16,7 +16,7 @@ NQ_PREFIX = "nq question: "
 def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
     """Read one row; its fields decide which schema it follows.
 
-    A record whose target is also its original answer is kept, as the published splits hold such records.
+    A record whose target is also its original answer is kept, since the published splits have such records.
 
     Raises:
         KnowledgeError: the schema is unknown, or a field is missing, empty or of the wrong type.
@@ -49,8 +49,8 @@ def _new_question(row: Row) -> tuple[ImpliedFact, ...]:
     """The portability of flat ZsRE (Yao et al. 2023): one question and its answer."""
     if not row.values.get("portability"):
         return ()
-    asked = row.inner("portability")
-    return (ImpliedFact(asked.text("New Question"), asked.first_text("New Answer")),)
+    portability = row.inner("portability")
+    return (ImpliedFact(portability.text("New Question"), portability.first_text("New Answer")),)
 
 
 def _read_knowedit(row: Row) -> EditRecord:
@@ -81,7 +81,7 @@ def _read_knowedit(row: Row) -> EditRecord:
 
 
 def _present(groups: Row) -> list[str]:
-    """The groups that a row has. (In a table every row has all groups, absent ones are None.)"""
+    """The names of the groups that a row has. (In a table every row has all groups; absent ones are None.)"""
     return [name for name, group in groups.values.items() if group is not None]
 
 
@@ -93,19 +93,20 @@ def _read_mend(row: Row) -> LooseFact | LeftOut:
     if not paraphrases:
         return LeftOut("no alternatives or no rephrases")
     answer = mend_answer(row)
-    # MEND draws one of the alternatives each time; a record must not change, so the first is taken.
+    # MEND draws one of the alternatives each time; a record is constant, so the first is taken.
     target = row.texts("alternatives")[0]
     return LooseFact(prompt, target, paraphrases, truth=answer, original=answer, origin=row.where)
 
 
 def mend_answer(row: Row) -> str:
-    """The true answer of a row in MEND's schema: the first entry of `output` that has one (some hold sources only)."""
+    """The true answer of a row in MEND's schema: that of the first entry of `output` with an answer (some have only
+    sources)."""
     outputs = row.inners("output")
-    return next((one for one in outputs if one.values.get("answer") is not None), outputs[0]).text("answer")
+    return next((entry for entry in outputs if entry.values.get("answer") is not None), outputs[0]).text("answer")
 
 
 def with_question_mark(prompt: str) -> str:
-    """A prompt of Natural Questions with its question mark; any other prompt unchanged."""
+    """A prompt of Natural Questions with a question mark; any other prompt unchanged."""
     return prompt + "?" if prompt.startswith(NQ_PREFIX) and not prompt.endswith("?") else prompt
 
 

@@ -1,4 +1,4 @@
-"""The folder of a ledger: whether one may be begun there, and the lock of the process that writes it."""
+"""The folder of a ledger: checks before a ledger is created or resumed, and the lock of the writing process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LOCK = ".lock"
 
 
 def check_ledger(folder: str | Path, resume: bool = False) -> None:
-    """Make sure that a ledger may be begun in a folder or, with ``resume``, continued there.
+    """Check that a ledger may be created in a folder or, with ``resume``, resumed there.
 
     Raises:
-        FileExistsError: the folder is a file, or not empty and no ledger to be continued.
+        FileExistsError: the folder is a file, or not empty and without a ledger to resume.
         LedgerError: the ledger's header is damaged, or of a newer format.
     """
     if resume and (Path(folder) / HEADER).exists():
@@ -26,8 +26,8 @@ def check_ledger(folder: str | Path, resume: bool = False) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Make sure that a ledger may be begun in a folder. Leftovers of one that was killed before its header was written
-    do not count.
+    """Check that a ledger may be created in a folder. Files of a process that was killed before it wrote the header are
+    ignored.
 
     Raises:
         FileExistsError: the folder is a file, or not empty.

@@ -1,14 +1,13 @@
-"""The format of an edit ledger: its files, and what an entry says.
+"""The format of an edit ledger: its files, and the content of an entry.
 
 A ledger is an append-only folder of
 
-- ``ledger.json``: the model, its edited modules, the hash of W₀, and what the run was started with;
-- ``NNNNNNNN-DIGEST.safetensors``: entries, counted from 0. An entry holds an update in the form it was given in, the
-  batch and its facts, the random state, the hash of the weights after the update, and the name of the entry before it.
-  DIGEST is the SHA-256 of the file. So each file is checked against its name, and each entry against all before it;
-- ``memory-NNNNNNNN-DIGEST.safetensors``: the agent's memory of the stream as it was at that entry; only the latest two
-  are kept;
-- ``damaged``: a folder of files that were cut off when an interrupted or damaged ledger was resumed.
+- ``ledger.json``: the model, its edited modules, the hash of W₀, and the run's settings;
+- ``NNNNNNNN-DIGEST.safetensors``: entries, counted from 0. An entry contains an update in its original form, the batch
+  and its facts, the random state, the hash of the weights after the update, and the name of the entry before it. DIGEST
+  is the SHA-256 of the file. So each file is checked against its name, and each entry against all before it;
+- ``memory-NNNNNNNN-DIGEST.safetensors``: the agent's memory of the stream at that entry; only the latest two are kept;
+- ``damaged``: a folder of files that were moved there when an interrupted or damaged ledger was resumed.
 
 Files are written whole (to a temporary name, synced, renamed) and are never changed. Nothing in them is code.
 """
@@ -30,7 +29,7 @@ from torch import Tensor
 from rledit_env.files import sha256_of
 from rledit_env.updates import Update, from_tensors
 
-LEDGER = "edit ledger"  # what the folder's marker says that it is
+LEDGER = "edit ledger"  # the kind of the folder in its marker
 HEADER = "ledger.json"
 FORMAT = 1
 ENTRY_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.safetensors")
@@ -52,10 +51,10 @@ class Entry:
 
     Attributes:
         index: its place, from 0.
-        kind: "edit"; "rollback", which takes back the edit before it, since that broke the LLM; or "undo", which
+        kind: "edit"; "rollback", which takes back the edit before it because that broke the LLM; or "undo", which
             subtracts all of a batch's edits.
-        batch: which batch of the run, from 0.
-        presentation: which presentation of the batch, from 0.
+        batch: the batch's place in the run, from 0.
+        presentation: the number of the batch's presentation, from 0.
         facts: the batch's facts, as indices of the data set.
         norm: √(Σ ‖ΔW‖_F²) over the modules.
         weights_after: :func:`weights_hash` of the weights after the entry.
@@ -63,7 +62,7 @@ class Entry:
         previous: the name of the entry before it, or "".
         update: the update; nothing for a rollback.
         torch_random: torch's random state (bytes,) at that time, or None.
-        presented: which of the batch's facts were presented, as indices in the batch; None for all.
+        presented: the presented facts, as indices in the batch; None for all.
     """
 
     index: int
@@ -84,7 +83,7 @@ class Entry:
         """The entry that a file's tensors and metadata describe.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: they describe no entry.
+            KeyError, TypeError, ValueError, AttributeError: they do not describe an entry.
         """
         facts = json.loads(metadata["entry"])
         update = from_tensors({name: tensor for name, tensor in tensors.items() if name != TORCH_RANDOM})
@@ -102,7 +101,7 @@ class Entry:
         return tensors, {"entry": json.dumps({k: v for k, v in vars(self).items() if k not in left_out})}
 
     def problem(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-        """What is wrong with the entry, apart from its place in the ledger; None if nothing.
+        """A description of what is wrong with the entry, apart from its place in the ledger; None if it is valid.
 
         Args:
             shapes: module → (d_in, d_out).
@@ -112,9 +111,10 @@ class Entry:
         numbers = (self.batch, self.presentation, *self.facts)
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(self.norm, (int, float)):
             return "its batch, its facts or its norm are no numbers"
-        shown = self.presented
-        if shown is not None and (sorted(set(shown)) != list(shown) or not set(shown) <= set(range(len(self.facts)))):
-            return f"it presented {list(shown)} of {len(self.facts)} facts"
+        places = self.presented
+        count = len(self.facts)
+        if places is not None and (sorted(set(places)) != list(places) or not set(places) <= set(range(count))):
+            return f"it presented {list(places)} of {count} facts"
         return None if self.kind == "rollback" else self.update.misfit(shapes)
 
 
@@ -123,8 +123,8 @@ class RunState:
     """The state of a run at an edit, from which it can be resumed.
 
     Attributes:
-        presentation: which presentation of the batch, from 0.
-        presented: which of the batch's facts are presented, as indices in the batch; None for all.
+        presentation: the number of the batch's presentation, from 0.
+        presented: the presented facts, as indices in the batch; None for all.
         random: the state of the environment's random generator before the step's reward, or None.
         memory: the agent's memory of the stream, or None.
     """
@@ -148,8 +148,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     """The checked content of a ledger's ``ledger.json``.
 
     Raises:
-        FileNotFoundError: there is none.
-        LedgerError: it is damaged, or of a newer format.
+        FileNotFoundError: the folder contains no ledger.
+        LedgerError: the file is damaged, or of a newer format.
     """
     path = folder / HEADER
     if not path.is_file():
@@ -176,7 +176,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def checked_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a ledger's file, whose content is checked against the digest in its name.
+    """The tensors and the metadata of a ledger's file, after a check of its content against the digest in its name.
 
     Raises:
         LedgerError: the content has another digest, or the file cannot be read.

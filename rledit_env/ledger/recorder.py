@@ -1,4 +1,4 @@
-"""Recorder: the object that an environment tells its updates before they take effect."""
+"""Recorder: the interface that records an environment's updates before they take effect."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rledit_env.updates import Update
 
 
 class Recorder(Protocol):
-    """The interface of `LifelongEditEnv.recorder`, which is told each update before it takes effect."""
+    """The interface of `LifelongEditEnv.recorder`, which the environment calls before each update takes effect."""
 
     def record(self, update: Update) -> Mapping[str, Tensor]:
-        """An update is about to be applied. Returns the weights after it, which the environment then puts in place."""
+        """Record an update that is about to be applied; returns the weights after it, for the environment to set."""
 
     def roll_back(self) -> None:
-        """The last update is about to be taken back, since it broke the LLM."""
+        """Record that the last update is about to be taken back because it broke the LLM."""

@@ -1,4 +1,4 @@
-"""From updates to weights: what a ledger's entries, one after another, lead to, and how they are taken back."""
+"""From updates to weights: applies a ledger's entries one after another, and reverses them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def original_weights(lm: EditableLM) -> dict[str, Tensor]:
 
 
 class Replay:
-    """Follows a ledger's entries from W₀ on and keeps the weights after them; the LLM itself is not changed.
+    """Applies a ledger's entries to a copy of W₀, one after another; the LLM itself is not changed.
 
     Attributes:
         original: W₀ by module.
@@ -36,7 +36,7 @@ class Replay:
         self.before = self.weights = self.original
 
     def follow(self, entry: Entry) -> bool:
-        """Take the next entry; returns whether the weights are then those that it recorded."""
+        """Apply the next entry; returns whether the weights are then those that it recorded."""
         if entry.kind == "rollback":
             self.weights = self.before
         else:
@@ -45,10 +45,10 @@ class Replay:
 
 
 def reverse(updates: Sequence[Update], change: Mapping[str, Tensor]) -> Update:
-    """The update that takes others back: in factors if all of them are factors and that is smaller, else dense.
+    """The update that takes others back: as factors if all of them are factors and that is smaller, else dense.
 
     Args:
-        updates: those that are taken back.
+        updates: the updates to take back.
         change: module → the sum of their changes, (d_out, d_in).
     """
     factors = [update for update in updates if isinstance(update, RankOne)]

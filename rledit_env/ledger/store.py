@@ -1,4 +1,4 @@
-"""EditLedger: a ledger on the disk, whose entries are appended before they take effect, read, replayed and undone."""
+"""EditLedger: a ledger on disk; entries are appended before they take effect, and can be read, replayed and undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rledit_env.ledger.replay import Replay, change_norm, original_weights, reve
 from rledit_env.lm.editable import EditableLM
 from rledit_env.updates import NOTHING, Update
 
-MEMORIES = 2  # the newest may belong to an entry that was never written
+MEMORIES = 2  # kept memories; the newest may belong to an entry that was never written
 
 
 class EditLedger:
@@ -45,8 +45,8 @@ class EditLedger:
         folder: the ledger's folder.
 
     Raises:
-        FileNotFoundError: it holds no ledger.
-        LedgerError: its header is damaged, or of a newer format.
+        FileNotFoundError: the folder contains no ledger.
+        LedgerError: the ledger's header is damaged, or of a newer format.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,21 +55,21 @@ class EditLedger:
         self.shapes: dict[str, tuple[int, int]] = {m: (s[0], s[1]) for m, s in self.header["shapes"].items()}
         self.names, self.damage = self._scan()
         self._lock: filelock.BaseFileLock | None = None
-        self._checked: dict[int, Entry] = {}  # by index: entries whose files have been checked, without their tensors
+        self._checked: dict[int, Entry] = {}  # index → an entry whose file has been checked, without its tensors
 
     @classmethod
     def create(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, Any] | None = None) -> EditLedger:
-        """Begin a ledger in a new or empty folder, locked for writing.
+        """Create a ledger in a new or empty folder, locked for writing.
 
         Args:
-            folder: its path; it is made if need be.
+            folder: its path; created if it does not exist.
             lm: the LLM whose edits will be recorded.
-            settings: all else that the run depends on, as JSON can hold it.
+            settings: everything else that the run depends on, as JSON types.
 
         Raises:
             FileExistsError: the folder is not empty.
-            LedgerError: another process is beginning a ledger there.
-            OSError: it cannot be written.
+            LedgerError: another process is creating a ledger there.
+            OSError: the folder cannot be written.
         """
         folder = Path(folder)
         check_new(folder)
@@ -85,7 +85,7 @@ class EditLedger:
         folder.mkdir(parents=True, exist_ok=True)
         lock = reserved(folder)
         try:
-            check_new(folder)  # another process may have begun and ended one meanwhile
+            check_new(folder)  # another process may have created and closed one meanwhile
             mark(folder, LEDGER)
             write_text(folder / HEADER, json.dumps(header, indent=1) + "\n")
             ledger = cls(folder)
@@ -108,11 +108,11 @@ class EditLedger:
             return cls.create(folder, lm, settings)
         ledger = cls(folder)
         ledger.check_model(lm)
-        given = json.loads(json.dumps(dict(settings or {})))
+        current = json.loads(json.dumps(dict(settings or {})))
         recorded = ledger.header["settings"]
         different = [
-            f"{name}: {recorded.get(name)!r} there, {given.get(name)!r} here"
-            for name in sorted({*recorded, *given}) if recorded.get(name) != given.get(name)
+            f"{name}: {recorded.get(name)!r} there, {current.get(name)!r} here"
+            for name in sorted({*recorded, *current}) if recorded.get(name) != current.get(name)
         ]
         if different:
             raise LedgerError(f"{folder} records another run ({'; '.join(different)}); give the same settings, or "
@@ -123,7 +123,7 @@ class EditLedger:
         return ledger
 
     def lock(self) -> None:
-        """Lock the ledger for this process, until :meth:`close` or the process's end.
+        """Lock the ledger for this process, until :meth:`close` or the end of the process.
 
         Raises:
             LedgerError: another process has locked it.
@@ -132,7 +132,7 @@ class EditLedger:
         self.names, self.damage = self._scan()
 
     def close(self) -> None:
-        """Release the lock, so that other processes may write."""
+        """Release the lock, so that other processes can write."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -140,11 +140,12 @@ class EditLedger:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of usable entries, as far as they have been checked: see :meth:`verify`."""
+        """The number of entries that are usable as far as they have been checked; see :meth:`verify`."""
         return len(self.names)
 
     def _scan(self) -> tuple[list[str], str | None]:
-        """The entries' file names, up to the first that is missing or there twice, and what is wrong with that one."""
+        """The entries' file names, up to the first entry that is missing or exists twice, and a description of that
+        problem."""
         by_index: dict[int, list[str]] = {}
         self._memory_names = sorted(path.name for path in self.folder.iterdir() if MEMORY_NAME.fullmatch(path.name))
         for path in self.folder.iterdir():
@@ -152,19 +153,19 @@ class EditLedger:
                 by_index.setdefault(int(match[1]), []).append(path.name)
         names: list[str] = []
         for index in range(len(by_index)):
-            found = by_index.get(index, [])
-            if len(found) != 1:
-                what = "is missing" if not found else f"is there {len(found)} times"
+            files = by_index.get(index, [])
+            if len(files) != 1:
+                what = "is missing" if not files else f"is there {len(files)} times"
                 return names, f"entry {index} {what} in {self.folder}"
-            names.append(found[0])
+            names.append(files[0])
         return names, None
 
     def read(self, index: int) -> Entry:
         """Read an entry with its tensors, after a check of its digest and its link to the entry before it.
 
         Raises:
-            IndexError: there is no such entry.
-            LedgerError: it is damaged.
+            IndexError: the entry does not exist.
+            LedgerError: the entry is damaged.
         """
         if not 0 <= index < len(self.names):
             raise IndexError(f"{self.folder} has entries 0 to {len(self) - 1}, not {index}")
@@ -193,7 +194,7 @@ class EditLedger:
         return entry
 
     def _misplaced(self, index: int, entry: Entry) -> str | None:
-        """What is wrong with an entry's place, if anything."""
+        """A description of what is wrong with an entry's place; None if it is right."""
         if entry.index != index:
             return f"it says that it is entry {entry.index}"
         before = self.names[index - 1] if index else ""
@@ -211,10 +212,10 @@ class EditLedger:
                 return
 
     def verify(self, lm: EditableLM | None = None) -> str | None:
-        """Check every entry; given an LLM, check also that the updates lead to the weights that were recorded.
+        """Check every entry; given an LLM, check also that the updates lead to the recorded weights.
 
         Returns:
-            What is wrong, or None. ``len(ledger)`` is then the number of usable entries.
+            A description of the damage, or None. ``len(ledger)`` is then the number of usable entries.
 
         Raises:
             LedgerError: the LLM is not the one that was edited.
@@ -249,11 +250,11 @@ class EditLedger:
     # -- the weights -----------------------------------------------------------------------------------------------
 
     def _walk(self, replay: Replay, count: int) -> Iterator[Entry]:
-        """The first ``count`` entries; the replay has followed each when it is yielded.
+        """The first ``count`` entries, each yielded after the replay has applied it.
 
         Raises:
-            LedgerError: an entry is damaged, or leads to other weights than those recorded. The usable entries then end
-                before it.
+            LedgerError: an entry is damaged, or leads to other weights than the recorded ones. The usable entries then
+                end before it.
         """
         for index in range(count):
             try:
@@ -277,7 +278,7 @@ class EditLedger:
         """The weights after the first ``to`` entries (by default all); the LLM is not changed.
 
         Raises:
-            ValueError: there are not so many entries.
+            ValueError: the ledger has fewer entries.
             LedgerError: one of these entries is damaged, or the ledger belongs to another LLM.
         """
         self.check_model(lm)
@@ -289,7 +290,7 @@ class EditLedger:
         return dict(replay.weights)
 
     def replay(self, lm: EditableLM, to: int | None = None) -> None:
-        """Give the LLM its weights after the first ``to`` entries, bit for bit; see :meth:`weights`."""
+        """Set the LLM's weights to those after the first ``to`` entries, bit for bit; see :meth:`weights`."""
         lm.restore(self.weights(lm, to))
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ class EditLedger:
         self, kind: Kind, update: Update, after: Mapping[str, Tensor], batch: int, facts: Sequence[int] = (),
         norm: float = 0.0, state: RunState | None = None,
     ) -> None:
-        """Write an entry, and before it the agent's memory; both are on the disk when this returns.
+        """Write an entry, and before it the agent's memory; both are on disk when this returns.
 
         Args:
             kind, update, batch, facts, norm: see :class:`Entry`.
@@ -306,7 +307,7 @@ class EditLedger:
             state: the state of the run.
 
         Raises:
-            OSError: the disk is full or read-only; the ledger is as it was.
+            OSError: the disk is full or read-only; the ledger is unchanged.
             LedgerError: the ledger was not locked by this process, or is damaged.
         """
         if self._lock is None:
@@ -328,7 +329,7 @@ class EditLedger:
             self._memory_names = self._memory_names[-MEMORIES:]
 
     def _write(self, prefix: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
-        # Cloned, since the format cannot hold tensors that share memory.
+        # Cloned, since the format does not support tensors that share memory.
         data = save({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, metadata)
         name = f"{prefix}{sha256(data).hexdigest()}.safetensors"
         write_bytes(self.folder / name, data)
@@ -337,11 +338,11 @@ class EditLedger:
     def undo(self, lm: EditableLM, batch: int) -> None:
         """Subtract a batch's updates from the LLM's weights, by a new entry.
 
-        The result is W₀ plus all other updates, to rounding. Later updates stay as they are, though they were computed
-        with the batch's updates in place.
+        The result is W₀ plus all other updates, to rounding. Later updates are not changed, though they were computed
+        with the batch's updates in the weights.
 
         Raises:
-            ValueError: there is no such batch, or it has been undone.
+            ValueError: the batch does not exist, or has been undone.
             LedgerError: as :meth:`weights`.
         """
         if batch in self.undone():
@@ -368,7 +369,7 @@ class EditLedger:
     # -- the agent's memory, and cutting -----------------------------------------------------------------------------
 
     def memory(self, index: int) -> dict[str, Tensor] | None:
-        """The agent's memory as it was at an entry; None where it is not kept any more, or damaged."""
+        """The agent's memory at an entry; None if it is no longer kept or damaged."""
         for name in self._memory_names:
             if name.startswith(f"memory-{index:08d}-"):
                 with suppress(LedgerError):

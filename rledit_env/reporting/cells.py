@@ -9,7 +9,7 @@ Table = tuple[list[str], list[list[Any]]]  # header and rows
 
 
 def numeric_columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
-    """Which columns hold only numbers and None; these are aligned to the right."""
+    """For each column, whether it contains only numbers and None; such columns are aligned to the right."""
     return [bool(rows) and all(_is_number(row[c]) for row in rows) for c in range(len(header))]
 
 
@@ -18,14 +18,14 @@ def _is_number(value: Any) -> bool:
 
 
 def shown_cell(value: Any) -> str:
-    """A cell's text: a dash for None, "yes" or "no" for True and False, a float as :func:`shown_number` gives it."""
+    """A cell's text: a dash for None, "yes" or "no" for True and False, :func:`shown_number` for a float."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "–" if value is None else shown_number(value) if isinstance(value, float) else str(value)
 
 
 def shown_number(value: float) -> str:
-    """A score or a time as tables show it: one decimal, or two significant digits below 1."""
+    """The text of a score or a time: one decimal, or two significant digits below 1."""
     return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.2g}"
 
 

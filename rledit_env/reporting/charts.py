@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[float, float]]
 
 MARKERS = "osD^vPX"
-LEAST_KL = 1e-3  # nats a token: where the axis of :func:`tradeoff_curves` begins
+LEAST_KL = 1e-3  # nats a token; the left end of the axis of :func:`tradeoff_curves`
 RETENTION_CAPTION = "Efficacy of every batch (left to right) as the stream goes on (top to bottom)."
 MEMORY_CAPTION = "What is left of the first batch as later ones are edited."
 LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and each module's along the stream."
 
 
 def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | None:
-    """A picture of training: losses of the training streams on the left, scores of the held-out stream on the right,
-    over policy updates; None if neither was logged.
+    """A picture of training over policy updates, with the losses of the training streams on the left and the scores of
+    the held-out stream on the right; None if neither was logged.
 
     Args:
-        curves: as :func:`read_curves` gives them.
+        curves: the result of :func:`read_curves`.
     """
     losses = {name: curves.get(f"train/{name}", ()) for name in ("efficacy", "generalization", "locality")}
     scores = {name: curves.get(f"eval/{name}", ()) for name in ("efficacy", "generalization", "specificity")}
@@ -136,8 +136,8 @@ def tradeoff_curves(
     broke: Mapping[str, Curve] | None = None,
     form: Form = "png",
 ) -> bytes:
-    """A picture of score against divergence: one line an editor, from its weakest strength to its strongest. In an SVG
-    each line is a group whose id is "editor-" and its number.
+    """A picture of score against divergence: one line for each editor, from its weakest strength to its strongest. In
+    an SVG each line is a group with the id "editor-" and its number.
 
     Args:
         curves: editor's name → (KL in nats a token, score in percent) pairs, by strength; the axis of KL is
@@ -150,9 +150,9 @@ def tradeoff_curves(
     kl_name = "KL from the unedited model on its own text, nats a token"
     axes = new_axes(figure, (1, 1, 1), kl_name, "mean score, percent")
     axes.set_xscale("log")
-    known = [kl for group in (curves, broke or {}) for curve in group.values() for kl, _ in curve if kl > 0]
-    least = max(min([*known, *bounds, 1.0]) / 2, LEAST_KL)
-    right = max([*known, *bounds, 1.0]) * 1.5
+    positive = [kl for group in (curves, broke or {}) for curve in group.values() for kl, _ in curve if kl > 0]
+    least = max(min([*positive, *bounds, 1.0]) / 2, LEAST_KL)
+    right = max([*positive, *bounds, 1.0]) * 1.5
     axes.set_xlim(least * 0.9, right)
     for bound in bounds:
         axes.axvline(bound, color=FAINT, linewidth=1.0, zorder=0)
@@ -193,8 +193,8 @@ def retention_map(retention: Retention, form: Form = "png") -> bytes:
 
 
 def memory_curve(retention: Retention, form: Form = "png") -> bytes:
-    """A picture of how much of the first batch is left as later ones are edited; a thin line is the mean over all
-    batches edited by then."""
+    """A picture of the first batch's scores as later batches are edited; a thin line is the mean over all batches
+    edited by then."""
     figure = new_figure(9.2, 3.0)
     axes = new_axes(figure, (1, 1, 1), "batches edited", "percent")
     lines = [
@@ -212,8 +212,8 @@ def memory_curve(retention: Retention, form: Form = "png") -> bytes:
 
 
 def layer_drift(drift: Mapping[str, Sequence[float]], form: Form = "png") -> bytes:
-    """A picture of how far each edited weight moved: by layer at the end, with one line a kind of module, and along the
-    stream.
+    """A picture of how far each edited weight moved: by layer at the end, with one line for each kind of module, and
+    along the stream.
 
     Args:
         drift: module → ‖W_t − W₀‖ / ‖W₀‖ after each batch.
@@ -246,18 +246,18 @@ def norm_curve(norms: Sequence[float], form: Form = "png") -> bytes:
 def module_map(
     kinds: Sequence[str], layers: Sequence[int], maps: Mapping[str, np.ndarray], form: Form = "png"
 ) -> bytes:
-    """A picture of the scores of editing each module alone: one heat map a score.
+    """A picture of the scores of editing each module alone: one heat map for each score.
 
     Args:
         kinds: kinds of module, the rows.
         layers: the columns.
         maps: score → (kinds, layers) in percent; NaN stays empty. Only scores of ``SCORES`` are drawn.
     """
-    named = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
-    figure = new_figure(9.2, 0.7 + len(named) * (0.8 + 0.22 * len(kinds)))
-    for i, (name, values) in enumerate(named.items()):
-        axes = new_axes(figure, (len(named), 1, i + 1), "layer" if i == len(named) - 1 else "", "")
+    by_title = {SCORES[score]: values for score, values in maps.items() if score in SCORES}
+    figure = new_figure(9.2, 0.7 + len(by_title) * (0.8 + 0.22 * len(kinds)))
+    for i, (title, values) in enumerate(by_title.items()):
+        axes = new_axes(figure, (len(by_title), 1, i + 1), "layer" if i == len(by_title) - 1 else "", "")
         image = heat_map(axes, values, [str(layer) for layer in layers], kinds, most_columns=32)
-        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
     colour_bar(figure, image, "percent")
     return drawn(figure, form)

@@ -21,7 +21,7 @@ INK, FAINT = "#1f2933", "#d9dee3"
 
 
 def check_pictures() -> None:
-    """Make sure that pictures can be drawn.
+    """Check that pictures can be drawn.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -58,14 +58,14 @@ def new_axes(figure: Figure, place: tuple[int, int, int], x: str, y: str) -> Axe
 def plot_curve(
     axes: Axes, points: Iterable[tuple[float, float]], colour: str, name: str, width: float = 1.8, marker: str = "o"
 ) -> None:
-    """A line through (x, y) points, each with its marker ("" for none)."""
+    """Plot a line through (x, y) points, each with the marker ("" for none)."""
     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, linewidth=width, label=name)
 
 
 def heat_map(
     axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], most_columns: int = 20
 ) -> AxesImage:
-    """Percentages (rows, columns) as colours; NaN stays empty. At most ``most_columns`` columns are named."""
+    """Draw percentages (rows, columns) as colours; NaN stays empty. At most ``most_columns`` columns are named."""
     axes.grid(visible=False)
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
     _name_ticks(axes.set_xticks, columns, most_columns)
@@ -74,13 +74,13 @@ def heat_map(
 
 
 def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], most: int = 20) -> None:
-    """Ticks with these names, or with every second, third … of them if there are too many."""
+    """Set ticks with these names, or with every second, third … of them if there are too many."""
     step = -(-len(names) // most)
     set_ticks(range(0, len(names), step), list(names[::step]))
 
 
 def write_values(axes: Axes, values: np.ndarray) -> None:
-    """Numbers in a heat map's cells, readable on their colours (of cividis, 0 to 100)."""
+    """Write the numbers into a heat map's cells, readable on their colours (of cividis, 0 to 100)."""
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = INK if value > 55 else "white"
@@ -88,7 +88,7 @@ def write_values(axes: Axes, values: np.ndarray) -> None:
 
 
 def colour_bar(figure: Figure, image: AxesImage, name: str) -> None:
-    """The scale of a heat map's colours, beside all axes of the figure."""
+    """Add the scale of a heat map's colours beside all axes of the figure."""
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, pad=0.02)
     bar.set_label(name, fontsize=9, color=INK)
     bar.ax.tick_params(labelsize=8.5, colors=INK)
@@ -96,7 +96,7 @@ def colour_bar(figure: Figure, image: AxesImage, name: str) -> None:
 
 
 def legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
-    """The legend: above the axes, or where there is room in them."""
+    """Add a legend above the axes, or inside them where there is room."""
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {"loc": "best"}
     axes.legend(frameon=False, fontsize=8.5, ncols=columns, labelcolor=INK, **place)
 

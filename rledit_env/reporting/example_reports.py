@@ -29,10 +29,10 @@ from rledit_env.reporting.run_tables import general_table, return_table, score_t
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of an editor along a stream; those that were not made are empty.
+    """Measurements of an editor along a stream; missing measurements are None.
 
     Attributes:
-        retention: of the stream's batches.
+        retention: retention of the stream's batches.
         module_drift: as in :func:`rledit_env.reporting.charts.layer_drift`.
         general: as in :func:`rledit_env.reporting.run_tables.general_table`.
     """
@@ -55,13 +55,13 @@ def editing_report(
     """The page of an agent that learned to edit and then edited a stream; the last editor's row is in bold.
 
     Args:
-        lead: a sentence that says what was done.
+        lead: a sentence that describes the run.
         scores: as in :func:`score_table`.
-        answers: as :func:`answer_table` gives them.
-        curves: as :func:`read_curves` gives them; may be empty.
+        answers: the result of :func:`answer_table`.
+        curves: the result of :func:`read_curves`; may be empty.
         drifts: as in :func:`drift_curves`.
         settings: the run's settings.
-        source: a description of where the facts came from.
+        source: a description of the facts' source.
         measured: measurements of the last editor.
     """
     measured = measured or Measured()
@@ -74,7 +74,7 @@ def editing_report(
         "written freely begins with the new one and ends there."
     )
     page.heading("Facts of the stream")
-    page.paragraph("Drawn evenly from the stream, whatever became of them; the new facts are false on purpose. "
+    page.paragraph("Spread evenly over the stream, whether they took or not; the new facts are false on purpose. "
                    f"{MEANING[0].upper()}{MEANING[1:]}.")
     page.table(*answers)
     if picture := learning_curves(curves):
@@ -109,11 +109,11 @@ def returns_report(
     """The page of algorithms that learned to edit, compared by their returns on the same held-out streams.
 
     Args:
-        lead: a sentence that says what was done.
+        lead: a sentence that describes the run.
         returns, steps: as in :func:`return_table`.
         curves, levels: as in :func:`return_curves`.
         settings: the run's settings.
-        source: a description of where the facts came from.
+        source: a description of the facts' source.
     """
     page = Report("Standard algorithms as editors", lead)
     page.table(*return_table(returns, steps))

@@ -1,4 +1,4 @@
-"""Reads what a training run logged for TensorBoard."""
+"""Reads the TensorBoard logs of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Report: an HTML page of text, tables and pictures that loads nothing from elsewhere."""
+"""Report: an HTML page of text, tables and pictures in one file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Report:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
-        self._parts: list[dict[str, Any]] = []  # for page.html.jinja, which tells them by "kind"
+        self._parts: list[dict[str, Any]] = []  # for page.html.jinja, which distinguishes them by "kind"
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -83,10 +83,10 @@ class Report:
         return page.render(generator=GENERATOR, title=self.title, lead=self.lead, parts=self._parts)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, and make its folder if need be; returns its absolute path.
+        """Write the page, and create its folder if it does not exist; returns its absolute path.
 
         Raises:
-            FileExistsError: there is a file that rledit did not write as a page.
+            FileExistsError: the path is a file that rledit did not write as a page.
         """
         path = Path(path).resolve()
         check_page(path)

@@ -1,4 +1,4 @@
-"""The versions of the software, and the machine, that a result was made with."""
+"""The versions of the software and the machine with which a result was computed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PACKAGES = ("rledit-env", "torch", "transformers", "gymnasium", "numpy")
 
 def versions() -> dict[str, str]:
     """The versions of Python and the packages of ``PACKAGES``, and a description of the machine."""
-    found = {"python": platform.python_version()}
+    entries = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            entries[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return found
+            entries[package] = "not installed"
+    entries["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return entries

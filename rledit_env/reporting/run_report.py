@@ -29,9 +29,8 @@ class RunReport:
             `rledit evaluate --json` wrote into it, and the learning curve, if training logged one there.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no result, or results that were scored by different versions of the metrics, or in
-            different ways.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder contains no result, or results of different metrics or different versions of them.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,14 +80,14 @@ class RunReport:
         """Write the page and its pictures.
 
         Args:
-            path: of the page; None: ``report.html`` in the run's folder.
-            figures: file forms in which each picture is also written, into ``figures`` beside the page.
+            path: the page's path; None takes ``report.html`` in the run's folder.
+            figures: file formats in which each picture is also written, into ``figures`` beside the page.
 
         Returns:
-            The paths of what was written, the page first.
+            The paths of the written files, the page first.
 
         Raises:
-            FileExistsError: there is a file of one of these names that rledit did not write; nothing was written.
+            FileExistsError: one of these files exists and rledit did not write it; nothing was written.
         """
         page, place = self.page(), Path(path or self.folder / PAGE).resolve()
         folder = place.parent / FIGURES
@@ -113,8 +112,8 @@ class RunReport:
         if not result.get("answers"):
             return
         page.heading(f"Facts of the stream{of}")
-        page.paragraph("Drawn evenly from the stream, whatever became of them. The model's answers are written freely: "
-                       f"{MEANING}.")
+        page.paragraph("Spread evenly over the stream, whether they took or not. The model's answers are written "
+                       f"freely: {MEANING}.")
         page.table(*answer_rows(result["answers"]))
 
     def _chat(self, page: Report, result: Mapping[str, Any], of: str) -> None:
@@ -124,7 +123,8 @@ class RunReport:
         page.heading(f"Asked in a chat{of}")
         page.table(["", "%"], [["Efficacy", chat["chat_efficacy"]], ["Generalization", chat["chat_generalization"]]])
         page.paragraph(f"The edit prompts, and their paraphrases: {chat['taken_means']}.")
-        rows = [[one["prompt"], one["target"], one["answer"] or "(nothing)", one["took"]] for one in chat["answers"]]
+        rows = [[fact["prompt"], fact["target"], fact["answer"] or "(nothing)", fact["took"]]
+                for fact in chat["answers"]]  # fmt: skip
         page.table(["Prompt", "New fact", "Answer in a chat", "Took"], rows)
 
     def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
@@ -190,17 +190,17 @@ class RunReport:
 
 
 def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows of the main table: the unedited model on each result's facts, then the result.
+    """Rows of the main table: for each result, the unedited model on its facts, then the result.
 
     Results on the same facts share the unedited model's row.
     """
     rows: dict[str, dict[str, Any]] = {}
-    seen: list[Any] = []
+    unedited: list[Any] = []  # scores that have a row already
     for name, result in results.items():
         before = result.get("before")
-        if before and before not in seen:
-            rows[NO_EDIT if not seen else f"{NO_EDIT} ({name})"] = dict(before)
-            seen.append(before)
+        if before and before not in unedited:
+            rows[NO_EDIT if not unedited else f"{NO_EDIT} ({name})"] = dict(before)
+            unedited.append(before)
         rows[name] = {**result["metrics"], "seconds": result.get("seconds_per_fact")}
     return rows
 
@@ -208,26 +208,26 @@ def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
     """Header and rows of facts with the model's answers before (if the result has them) and after editing.
 
-    A result of an earlier version does not say which facts took; its rows say whether the answer is exactly the target.
+    Results of earlier versions lack "took"; their rows show whether the answer is exactly the target.
     """
-    with_before = all("before" in one for one in answers)
-    with_took = all("took" in one for one in answers)
-    counted = all("presentations" in one for one in answers)
+    with_before = all("before" in fact for fact in answers)
+    with_took = all("took" in fact for fact in answers)
+    with_counts = all("presentations" in fact for fact in answers)
     header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after",
-              "Took" if with_took else "Exactly", *(["Presentations"] if counted else [])]
+              "Took" if with_took else "Exactly", *(["Presentations"] if with_counts else [])]
     rows: list[list[Any]] = []
-    for one in answers:
-        after = one["after"] if "after" in one else one["answer"]
-        before = [one["before"] or "(nothing)"] if with_before else []
-        mark = one["took"] if with_took else after == answer_of(one["target"])
-        count = [one["presentations"]] if counted else []
-        rows.append([one["prompt"], one["target"], *before, after or "(nothing)", mark, *count])
+    for fact in answers:
+        after = fact["after"] if "after" in fact else fact["answer"]
+        before = [fact["before"] or "(nothing)"] if with_before else []
+        mark = fact["took"] if with_took else after == answer_of(fact["target"])
+        count = [fact["presentations"]] if with_counts else []
+        rows.append([fact["prompt"], fact["target"], *before, after or "(nothing)", mark, *count])
     return header, rows
 
 
 def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """The results in a folder by file name, oldest first."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -236,8 +236,8 @@ def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(content, dict) and {"metrics", "settings", "versions", "data_source"} <= set(content):
             if path.name == "edit_report.json":
                 content["answers"] = content["answers"][:20]
-            found[path.stem] = content
-    return found
+            results[path.stem] = content
+    return results
 
 
 def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -256,18 +256,18 @@ def _scored_as(result: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _check_comparable(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make sure that all results were scored alike, so that they can be in one table.
+    """Check that all results were scored in the same way, so that one table can show them.
 
     Raises:
         ValueError: they were not.
     """
-    (first, kept), *others = results.items()
+    (first_name, first), *others = results.items()
     for name, result in others:
-        if _scored_as(result) != _scored_as(kept):
-            said = [f"{folder / f'{stem}.json'} of version {one[0]} ('{one[1]}')"
-                    for stem, one in ((first, _scored_as(kept)), (name, _scored_as(result)))]
+        if _scored_as(result) != _scored_as(first):
+            scored = [f"{folder / f'{stem}.json'} of version {version} ('{metrics}')"
+                      for stem, (version, metrics) in ((first_name, _scored_as(first)), (name, _scored_as(result)))]
             raise ValueError(f"the scores of {folder} do not compare, since they are of different metrics: "
-                             f"{' and '.join(said)}; write the older one again with its command, or move one away")
+                             f"{' and '.join(scored)}; write the older one again with its command, or move one away")
 
 
 def _legend(kind: str, version: int, metrics: str) -> str:

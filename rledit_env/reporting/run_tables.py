@@ -42,7 +42,7 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
     Args:
         facts: the facts.
         before, after: results of `rledit_env.evaluation.metrics.continuations`, which are shown up to the end of a
-        phrase.
+            phrase.
     """
     header = ["Prompt", "New fact", "Answer before", "Answer after", "Took"]
     return header, [
@@ -55,7 +55,7 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
     """Header and rows of general ability, with a column for each measurement (the first, the last, some between).
 
     Args:
-        scores: batches edited → scores, as `rledit_env.evaluation.general.GeneralEvery` gives them.
+        scores: batches edited → scores, from `rledit_env.evaluation.general.GeneralEvery`.
         most: the largest number of such columns.
     """
     steps = sorted(scores)
@@ -78,8 +78,8 @@ def divergence_table(divergences: Mapping[str, Mapping[str, float | None]]) -> T
     """Header and rows of the divergence from the unedited LLM, a row for each kind of text.
 
     Args:
-        divergences: text → `SelfDrift.as_dict`, as `rledit_env.evaluation.general.drifts` gives them; None where a
-            number is not finite.
+        divergences: text → `SelfDrift.as_dict` of the result of `rledit_env.evaluation.general.drifts`; None for a
+            number that is not finite.
     """
     header = ["", GENERAL["kl"], "perplexity before", "perplexity after"]
     return header, [

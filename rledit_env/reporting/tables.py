@@ -33,9 +33,9 @@ class Column:
     best: Literal["high", "low"]
 
 
-# The columns of the paper's main table, and beside them: Specificity against the data set's answers, free-running exact
-# match, the mean of the three metrics, the divergence from the unedited model (on its own text, on text that people
-# wrote, and on its answers in a chat), and the time with what is computed once.
+# The columns of the paper's main table, and further ones: Specificity against the data set's answers, free-running
+# exact match, the mean of the three metrics, the divergence from the unedited model (on its own text, on human text and
+# on its answers in a chat), and the time including training and statistics.
 COLUMNS = (
     Column("efficacy", "Eff.", 1, "high"),
     Column("generalization", "Gen.", 1, "high"),
@@ -56,12 +56,12 @@ class Row:
     """An editor's row.
 
     Attributes:
-        name: what the command line calls it.
-        title: what the table calls it.
+        name: the editor's name on the command line.
+        title: the editor's name in the table.
         cells: for each stream, numbers by the columns' keys; a number may be None. ``one_off_seconds`` and ``facts``
             give "seconds_per_fact_in_all". A cell with "not_applicable" has no numbers.
         compared: whether it may be marked as the best; "no edit" may not.
-        instead: a text that is shown where there are no cells.
+        instead: a text to show if there are no cells.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def placeholder(self) -> str:
-        """The text that is shown instead of numbers; empty where there are numbers."""
+        """The text that is shown instead of numbers; empty if there are numbers."""
         return NOT_APPLICABLE if self.not_applicable else self.instead
 
     @property
@@ -86,9 +86,9 @@ class Row:
 
     def values(self, key: str) -> list[float]:
         """The numbers of a column, one for each stream; empty if any is missing or not finite."""
-        found = [_number(cell, key) for cell in self.cells]
-        known = [value for value in found if value is not None and math.isfinite(value)]
-        return known if known and len(known) == len(found) else []
+        numbers = [_number(cell, key) for cell in self.cells]
+        finite = [number for number in numbers if number is not None and math.isfinite(number)]
+        return finite if finite and len(finite) == len(numbers) else []
 
 
 def _number(cell: Mapping[str, Any], key: str) -> float | None:
@@ -99,7 +99,7 @@ def _number(cell: Mapping[str, Any], key: str) -> float | None:
 
 
 def shown(values: Sequence[float], digits: int, plus_minus: str = "±") -> str:
-    """Mean ± standard deviation (of the sample); of one value the mean alone, of none a dash."""
+    """Mean ± standard deviation (of the sample); for one value the mean alone, for none a dash."""
     if not values:
         return "–"
     text = f"{mean(values):.{digits}f}"
@@ -126,7 +126,7 @@ def _cells(rows: Sequence[Row], plus_minus: str, bold: str) -> Iterable[tuple[Ro
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """For a terminal; the best are marked with a star."""
+    """A table for a terminal; the best numbers are marked with a star."""
     header = ["", *(column.title for column in COLUMNS)]
     lines = [
         [_title(row), row.placeholder, *[""] * (len(COLUMNS) - 1)] if row.placeholder else [_title(row), *cells]
@@ -159,7 +159,7 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
 
 
 def as_csv(rows: Sequence[Row], leading: Mapping[str, Sequence[Any]] | None = None) -> str:
-    """One line for each row: means and standard deviations as numbers, empty where there are none.
+    """A CSV table: one line for each row, with means and standard deviations; missing numbers are empty.
 
     Args:
         rows: the lines.

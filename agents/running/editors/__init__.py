@@ -1,4 +1,4 @@
-"""The registry of editors: what each one is, how it is built, and with which hyperparameters for which model."""
+"""The registry of editors: their agents, configurations and training, and hyperparameters by model."""
 
 from agents.running.editors.configs import CONFIGS, ENVIRONMENT, configured, find_configs, load_configs
 from agents.running.editors.editor import (

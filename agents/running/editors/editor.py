@@ -1,4 +1,4 @@
-"""An editor as it can be compared: what it is, how it is built and trained, and what makes it edit more strongly."""
+"""The description of an editor: its agent, its configuration, its training and its strength."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ COMPONENTS: dict[str, type[Component] | type[TextComponent]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """How long and on what an editor with something to learn is trained.
+    """How an editor is trained.
 
     Attributes:
-        num_batches: batches of a training stream; None is as many as are edited.
-        batch_size: facts of a training batch; None is as many as are edited at once.
-        steps_per_batch: presentations of a batch; None is as many as when it edits.
-        trajectories: training streams.
-        reward: the reward's components by name and weight, and any other of `RewardConfig`'s numbers; "constraint"
-            holds a `Constraint`'s.
-        select_batches: batches of the held-out streams that choose the best checkpoint; 0 takes the last.
+        num_batches: batches of a training episode; None takes as many as in editing.
+        batch_size: facts of a training batch; None takes as many as in editing.
+        steps_per_batch: presentations of a batch; None takes as many as in editing.
+        trajectories: number of training episodes.
+        reward: the reward's components by name and weight, and other fields of `RewardConfig`; "constraint" maps to the
+            fields of `Constraint`.
+        select_batches: batches of the held-out episode that chooses the best checkpoint; 0 takes the last checkpoint.
         eval_every: updates between two such evaluations.
         patience: evaluations without a better score before training ends.
-        calibrate_batches: afterwards the step sizes are suited to held-out streams of so many batches; 0 leaves them.
+        calibrate_batches: batches of the held-out episode on which the step sizes are calibrated after training; 0
+            leaves them.
     """
 
     num_batches: int | None = 5
@@ -49,16 +50,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Strength:
-    """What makes an editor edit more or less, as one factor: 2 is twice as strongly.
+    """How a factor makes an editor edit more or less strongly; 2 is twice as strongly.
 
-    Where no number is named, it is the step sizes that training gave that are multiplied
-    (`RLEditAgent.scale_step_sizes`), so that nothing is trained again.
+    Without any names, the factor multiplies the trained step sizes (`RLEditAgent.scale_step_sizes`), and the editor is
+    not trained again.
 
     Attributes:
-        multiplied: the numbers of the configuration that are multiplied by the factor, such as a step size; those of a
-            nested configuration with a dot, "value.clamp".
-        divided: those that are divided by it: weights of what is to stay as it is, such as λ.
-        factors: what `rledit compare --curve` tries.
+        multiplied: names of the numbers of the configuration that are multiplied by the factor, such as a step size; a
+            dot leads into a nested configuration, "value.clamp".
+        divided: names of the numbers that are divided by the factor: weights that protect the model, such as λ.
+        factors: the factors that `rledit compare --curve` tries.
     """
 
     multiplied: tuple[str, ...] = ()
@@ -67,11 +68,11 @@ class Strength:
 
     @property
     def of_training(self) -> bool:
-        """Whether it is the step sizes that training gave."""
+        """Whether the factor multiplies the trained step sizes."""
         return not self.multiplied and not self.divided
 
     def scaled(self, config: Any, factor: float) -> dict[str, Any]:
-        """The numbers of a configuration with this factor, nested as :func:`changed` takes them."""
+        """The numbers of a configuration at this factor, nested as for :func:`changed`."""
         powers = [(name, factor) for name in self.multiplied] + [(name, 1 / factor) for name in self.divided]
         numbers: dict[str, Any] = {}
         for name, power in powers:
@@ -85,28 +86,28 @@ class Strength:
 
 @dataclass(frozen=True)
 class Editor:
-    """An editor that can be compared.
+    """An editor of the registry.
 
     Attributes:
-        name: what the command line calls it.
-        title: what a table calls it.
-        group: which editors it belongs with.
-        agent: its class, built as ``agent(env, config, seed=seed)``.
-        config: its configuration's class, or a function that gives the default configuration.
-        env: settings of the environment; without edit_modules the model's default ones are edited, and a saved agent
+        name: its name on the command line.
+        title: its name in tables.
+        group: its group on the command line.
+        agent: the agent's class, built as ``agent(env, config, seed=seed)``.
+        config: the configuration's class, or a function that returns the default configuration.
+        env: settings of the environment; without edit_modules the model's default modules are edited, and a saved agent
             keeps those that it was trained with.
-        settings: what of the default configuration is otherwise, by (nested) name.
-        training: how it is trained; None if there is nothing to train, only perhaps statistics to gather, which is
-            then ``learn(0)``'s work.
-        trained_as: it goes on from what this editor's training gave, and has its settings beside its own.
-        trainer: that editor, as it is configured.
-        variant_of: what a file says of this editor's settings holds for it too, beside what it says of its own.
-        saved: a trained agent to take instead, as `agents.find_agent` knows it.
-        step_size: which numbers of its configuration scale its updates; the first is called its step size, the others
-            keep their ratio to it. Empty where there is no such number.
-        presentations: how often a batch may be presented: what a search of the step size tries, in this order.
-        strength: what makes it edit more or less strongly; None where nothing does.
-        factor: how strongly it edits, as a factor of its strength as it is configured, or trained.
+        settings: overrides of the default configuration, by (nested) name.
+        training: how it is trained; None if there is nothing to train. ``learn(0)`` then gathers the statistics that
+            some agents need.
+        trained_as: name of another editor whose trained agent this one starts from, and whose settings it has too.
+        trainer: that editor, configured.
+        variant_of: name of another editor; a file's settings for that one apply to this one too.
+        saved: a trained agent to load instead, as for `agents.find_agent`.
+        step_size: names of the numbers of its configuration that scale its updates; the first is its step size, the
+            others keep their ratio to it. Empty if there is no such number.
+        presentations: numbers of presentations of a batch that a search of the step size tries, in this order.
+        strength: how a factor makes it edit more or less strongly; None if nothing does.
+        factor: the factor of its strength, 1 as configured or trained.
     """
 
     name: str
@@ -128,28 +129,28 @@ class Editor:
 
     @property
     def label(self) -> str:
-        """Its name, with the factor of its strength where that is not 1: what a folder of its results is called."""
+        """Its name, with the factor of its strength unless that is 1; the name of its results' folder."""
         return self.name if self.factor == 1 else f"{self.name}@{self.factor:g}"
 
     @property
     def scales_trained(self) -> bool:
-        """Whether its factor is one of the step sizes that training gave, not of numbers of its configuration."""
+        """Whether its factor multiplies the trained step sizes, not numbers of its configuration."""
         return self.saved is not None or (self.strength is not None and self.strength.of_training)
 
     @property
     def training_free(self) -> bool:
-        """Whether it edits without having been trained."""
+        """Whether it edits without training."""
         return self.training is None and self.trained_as is None
 
     def agent_class(self) -> Any:
-        """The agent's class as a callable that builds one: `Agent` does not say how its classes are built."""
+        """The agent's class, typed as `Any` since `Agent` does not define a constructor."""
         return self.agent
 
     def configuration(self) -> Any:
-        """The configuration that the agent is built with; None for an agent that has none.
+        """The agent's configuration; None for an agent that has none.
 
         Raises:
-            ValueError: a setting is unknown or out of its range.
+            ValueError: a setting is unknown or out of range.
         """
         if self.config is None:
             check_known(self.settings, (), f"editor {self.name!r}, config")
@@ -161,7 +162,7 @@ class Editor:
         return changed(config, self.strength.scaled(config, self.factor), place)
 
     def reward(self) -> RewardConfig:
-        """What it is trained with; see :attr:`Training.reward`.
+        """The reward that it is trained with; see :attr:`Training.reward`.
 
         Raises:
             ValueError: a component or a number is unknown.
@@ -178,15 +179,15 @@ class Editor:
         return config
 
     def description(self) -> dict[str, Any]:
-        """All that its results depend on, as JSON holds it; classes and functions by their names."""
+        """Everything that its results depend on, as JSON types; classes and functions by their names."""
         left_out = ["title", "group", "trainer", "step_size", "presentations", "strength"]
-        if self.factor == 1:  # as the results of earlier versions say nothing of it
+        if self.factor == 1:  # results of earlier versions have no factor
             left_out.append("factor")
-        described = {k: v for k, v in asdict(self).items() if k not in left_out}
-        described |= {"agent": self.agent.__name__, "config": getattr(self.config, "__name__", None)}
+        fields = {k: v for k, v in asdict(self).items() if k not in left_out}
+        fields |= {"agent": self.agent.__name__, "config": getattr(self.config, "__name__", None)}
         trainer = self.trainer.description() if self.trainer else None
-        written: dict[str, Any] = json.loads(json.dumps({**described, "trainer": trainer}))
-        return written
+        description: dict[str, Any] = json.loads(json.dumps({**fields, "trainer": trainer}))
+        return description
 
 
 def configured_step_size(editor: Editor) -> float:
@@ -195,10 +196,10 @@ def configured_step_size(editor: Editor) -> float:
 
 
 def with_step_size(editor: Editor, step_size: float, steps_per_batch: int) -> Editor:
-    """The editor with this step size and so many presentations of a batch.
+    """The editor with this step size and this number of presentations of a batch.
 
     Raises:
-        ValueError: it has no step size, or refuses this one.
+        ValueError: the editor has no step size, or refuses this one.
     """
     if not editor.step_size:
         raise ValueError(f"editor {editor.name!r} has no step size; its strength is its configuration's")
@@ -206,19 +207,19 @@ def with_step_size(editor: Editor, step_size: float, steps_per_batch: int) -> Ed
         raise ValueError(f"step size is {step_size}; give a positive number")
     config, factor = editor.configuration(), step_size / configured_step_size(editor)
     numbers = {name: getattr(config, name) * factor for name in editor.step_size[1:]} | {editor.step_size[0]: step_size}
-    made = replace(
+    scaled_editor = replace(
         editor, settings=merged(editor.settings, numbers), env={**editor.env, "steps_per_batch": steps_per_batch},
         factor=1.0,
     )  # fmt: skip
-    made.configuration()
-    return made
+    scaled_editor.configuration()  # raises ValueError if it refuses the step size
+    return scaled_editor
 
 
 def with_strength(editor: Editor, factor: float) -> Editor:
-    """The editor with so many times the strength that it is configured, or was trained, with.
+    """The editor at ``factor`` times its configured or trained strength.
 
     Raises:
-        ValueError: it has no strength, or refuses this one.
+        ValueError: the editor has no strength, or refuses this one.
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"strength is {factor}; give a positive number")
@@ -226,6 +227,6 @@ def with_strength(editor: Editor, factor: float) -> Editor:
         return editor
     if editor.strength is None:
         raise ValueError(f"editor {editor.name!r} has no strength; nothing makes it edit more or less")
-    made = replace(editor, factor=factor, title=f"{editor.title} ×{factor:g}")
-    made.configuration()
-    return made
+    scaled_editor = replace(editor, factor=factor, title=f"{editor.title} ×{factor:g}")
+    scaled_editor.configuration()  # raises ValueError if it refuses the factor
+    return scaled_editor

@@ -1,4 +1,4 @@
-"""Frozen configurations with some of their values changed by name."""
+"""Changes values of frozen configurations by name."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 
 
 def changed(config: Any, values: Mapping[str, Any], place: str) -> Any:
-    """A frozen configuration with other values, by name; nested configurations by nested dictionaries.
+    """A copy of a frozen configuration with some values changed, by name; nested dictionaries change nested
+    configurations.
 
     Raises:
         ValueError: a name is unknown, or a value is refused.
     """
     check_known(values, [f.name for f in fields(config)], place)
-    others: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in values.items():
         current = getattr(config, name)
         if is_dataclass(current) and isinstance(value, Mapping):
             value = changed(current, value, f"{place}.{name}")
-        others[name] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
+        changes[name] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
     try:
-        return replace(config, **others)
+        return replace(config, **changes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from error
 
 
 def check_known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], place: str) -> None:
-    """Make sure that all names are known.
+    """Check that all names are known.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a name is unknown.
     """
     unknown = [name for name in given if name not in known]
     if unknown:
@@ -38,9 +39,9 @@ def check_known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, An
 
 
 def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with the other's values, nested dictionaries merged likewise."""
+    """A copy of ``base`` with the values of ``other``; nested dictionaries are merged in the same way."""
     result = dict(base)
     for name, value in other.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
-        result[name] = merged(result[name], value) if both else value
+        nested = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if nested else value
     return result

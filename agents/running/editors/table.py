@@ -1,4 +1,4 @@
-"""The table of editors: each one is registered here, once, and found by its name or group."""
+"""The table of editors: every editor is registered here, and found by its name or group."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from agents.running.editors.editor import Editor, Strength, Training
 TRAINED = Strength()
 STEP_SIZE = Strength(("step_size",))
 BOX = Strength(("learning_rate", "epsilon"))
-# How far a value is moved: Adam's steps, and what they may add up to. ROME writes a value whole, whatever it weighs.
+# ROME always writes the whole value; its strength is how far the value moves: Adam's step size and the clamp.
 VALUE = Strength(("value.learning_rate", "value.clamp"))
-# With λ well below kᵀC⁻¹k a value is written whole, so that a smaller λ changes nothing: only larger ones are tried.
+# With λ well below kᵀC⁻¹k the whole value is written, and a smaller λ changes nothing: only larger ones are tried.
 COVARIANCE = Strength(divided=("covariance_weight",), factors=(0.1, 0.3, 1.0))
 RIDGE = Strength(divided=("ridge",), factors=(0.1, 0.3, 1.0))
-TEXT_PRIOR = 300.0  # c: keys of text that weigh as much as the keys of so many facts
+TEXT_PRIOR = 300.0  # c, the number of text keys in the prior
 ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
-PRESENTATIONS = (8, 16, 3)  # many weak ones move the rest of an LLM less than few strong ones
+PRESENTATIONS = (8, 16, 3)  # many weak presentations change the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
 
 
 def _trajectory(name: str, title: str, config: Callable[[], Any] = RLEditConfig, **more: Any) -> Editor:
-    """A hypernetwork that is trained by the gradient of whole trajectories."""
+    """An editor whose hypernetwork is trained by the gradient of whole trajectories."""
     return Editor(name, title, "trajectory", RLEditAgent, config, strength=TRAINED, **more)
 
 
 def _starred(editor: Editor) -> Editor:
-    """The same network, trained again on the current weights after every third batch (RLEdit, Appendix A.2)."""
+    """The editor, trained again on the current weights after every third batch (RLEdit, Appendix A.2)."""
     return replace(
         editor, name=f"{editor.name}*", title=f"{editor.title}*", settings={"retrain_every": 3}, training=None,
         trained_as=editor.name,
@@ -53,20 +53,20 @@ def _starred(editor: Editor) -> Editor:
 
 
 def _recursive(editor: Editor) -> Editor:
-    """The same with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
-    made = _variant(editor, "recursion", recursion=True)
-    if made.strength == COVARIANCE:  # the whole of what stands against the keys
-        made = replace(made, strength=replace(COVARIANCE, divided=("covariance_weight", "anchor")))
-    return made
+    """The editor with all earlier keys in its least squares (SimIE, ICML 2025; RLSEdit, arXiv 2601.15686)."""
+    variant = _variant(editor, "recursion", recursion=True)
+    if variant.strength == COVARIANCE:  # both weights in the least squares oppose the update
+        variant = replace(variant, strength=replace(COVARIANCE, divided=("covariance_weight", "anchor")))
+    return variant
 
 
 def _anchored(editor: Editor) -> Editor:
-    """The same with every value rescaled to the norm that values have in the original model (NAS, arXiv 2602.02543)."""
+    """The editor with every value rescaled to the norm of the original model's values (NAS, arXiv 2602.02543)."""
     return _variant(editor, "nas", norm_anchor=True)
 
 
 def _textual(editor: Editor) -> Editor:
-    """The same with a prior on text in its least squares (see `agents.rledit.text_prior`)."""
+    """The editor with a prior of text in its least squares (see `agents.rledit.text_prior`)."""
     return _variant(editor, "text", text_prior=TEXT_PRIOR)
 
 
@@ -167,14 +167,14 @@ EDITORS: dict[str, Editor] = {
             "mend+rledit", "MEND+RLEdit", mend_rledit, env={"token": "all", "steps_per_batch": 1}, training=LONG,
         ),
         _trajectory("malmen+rledit", "MALMEN+RLEdit", malmen_rledit, env=ANSWER, training=LONG),
-        _trajectory(  # the published training to the letter
+        _trajectory(  # exactly the published training
             "rledit-paper", "RLEdit (paper)", rledit_paper, env=ANSWER,
             training=Training(
                 num_batches=None, trajectories=1,
                 reward={"locality_reference": "previous", "regularisation_gradient": False},
             ),
         ),
-        _trajectory(  # what training starts from: the moments of training facts, and nothing learned
+        _trajectory(  # the start of training: moments of training facts, and nothing learned
             "rledit-untrained", "RLEdit, untrained", rledit_untrained,
             env={"token": "subject", "steps_per_batch": 8, "present_until": 0.8}, training=Training(trajectories=0),
         ),
@@ -197,14 +197,14 @@ def find_editor(name: str) -> Editor:
     """The editor of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
-    found = EDITORS.get(SHORT_NAMES.get(name, name))
-    if found is None:
+    editor = EDITORS.get(SHORT_NAMES.get(name, name))
+    if editor is None:
         close = difflib.get_close_matches(name, [*EDITORS, *SHORT_NAMES], n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"editor {name!r} is unknown{meant}; editors are {', '.join([*EDITORS, *SHORT_NAMES])}")
-    return found
+        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"editor {name!r} is unknown{suggestion}; editors are {', '.join([*EDITORS, *SHORT_NAMES])}")
+    return editor
 
 
 def training_free_editors() -> list[str]:
@@ -213,16 +213,16 @@ def training_free_editors() -> list[str]:
 
 
 def chosen_editors(names: Iterable[str]) -> list[Editor]:
-    """Editors by name or group, or "all", in the order of a table, each once.
+    """Editors by name, group or "all", each once, in the table's order.
 
     Raises:
         ValueError: a name is neither an editor's nor a group's.
     """
-    wanted = [SHORT_NAMES.get(name, name) for name in names]
+    names = [SHORT_NAMES.get(name, name) for name in names]
     groups = list(dict.fromkeys(editor.group for editor in EDITORS.values()))
-    unknown = [name for name in wanted if name != "all" and name not in (*EDITORS, *groups)]
+    unknown = [name for name in names if name != "all" and name not in (*EDITORS, *groups)]
     if unknown:
         raise ValueError(
             f"editor {unknown[0]!r} is unknown; editors are {', '.join(EDITORS)}; groups are {', '.join(groups)}, all"
         )
-    return [e for e in EDITORS.values() if "all" in wanted or e.name in wanted or e.group in wanted]
+    return [e for e in EDITORS.values() if "all" in names or e.name in names or e.group in names]

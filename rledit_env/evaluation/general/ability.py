@@ -1,4 +1,4 @@
-"""GeneralAbility: measures all sources of general ability at once, before, during and after a stream."""
+"""GeneralAbility measures all sources of general ability; GeneralEvery does so before, during and after a stream."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class GeneralAbility:
     """Measures an LLM's general ability at its current weights.
 
     Args:
-        lm: the LLM; its pre-trained weights write the text for "self" at once.
-        sources: any of "self" (perplexity and KL on its own earlier text, on human-written text and, where it has a
-            chat template, on its earlier answers in a chat; see `scored_texts`), a folder or file of tasks or "hub"
-            (see :func:`~rledit_env.evaluation.general.tasks.load_tasks`), and "lm-eval:TASK,TASK".
-        shots: solved examples before each question.
-        limit: examples of a task; None means all.
-        seed: of the draw of examples and of the text.
+        lm: the LLM; its pre-trained weights write the text for "self" in the constructor.
+        sources: any of "self" (perplexity and KL on the unedited LLM's text, on human-written text and, if there is a
+            chat template, on the unedited LLM's answers in a chat; see `scored_texts`), a folder or file of tasks or
+            "hub" (see :func:`~rledit_env.evaluation.general.tasks.load_tasks`), and "lm-eval:TASK,TASK".
+        shots: number of solved examples before each question.
+        limit: number of examples of a task; None means all.
+        seed: of the choice of examples and of the text.
         text: a UTF-8 file of human-written text for "self"; None takes the help topics of Python's standard library.
 
     Raises:
@@ -51,18 +51,18 @@ class GeneralAbility:
 
     @property
     def sources(self) -> dict[str, str]:
-        """A description of where each task's examples come from."""
-        found = {
+        """Task → a description of its examples' source."""
+        texts = {
             "self": "sampled from the model before editing",
             "human": source_of(self.text),
             "chat": "sampled from the model before editing, to everyday questions in its chat template",
         }
         tasks = {t.name: t.source for t in self._tasks} | dict.fromkeys(self._lm_eval, "lm-eval")
-        return {key: found[key] for key in self._texts} | tasks
+        return {key: texts[key] for key in self._texts} | tasks
 
     def measure(self) -> Scores:
-        """Scores at the current weights: those of `SelfDrift` under "self", "human" and "chat", those of `TaskScore`
-        under a task's name, and lm-eval's under its tasks' names."""
+        """Scores at the current weights: those of `SelfDrift` under "self", "human" and "chat", and those of
+        `TaskScore` and of lm-eval under the tasks' names."""
         scores: Scores = {key: drift.as_dict() for key, drift in drifts(self.lm, self._texts).items()}
         for task in self._tasks:
             scores[task.name] = score_task(self.lm, task, self.shots, self.limit, self.seed).as_dict()
@@ -76,9 +76,8 @@ class GeneralEvery:
 
     Args:
         env: the stream's environment.
-        ability: what is measured.
-        every: batches between two measurements; None means only before the first batch and after the last, which are
-            always measured.
+        ability: the general ability to measure.
+        every: batches between two measurements; None measures only before the first batch and after the last.
 
     Attributes:
         scores: batches edited → scores.
@@ -93,7 +92,7 @@ class GeneralEvery:
 
     def __call__(self, edited: int) -> None:
         """Measure after ``edited`` batches, if a measurement is due."""
-        if edited == 0:  # a stream begins
+        if edited == 0:  # the start of a stream
             self.scores = {}
         if edited in (0, self.env.stream.num_batches) or (self.every and edited % self.every == 0):
             self.scores[edited] = self.ability.measure()

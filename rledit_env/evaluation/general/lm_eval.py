@@ -23,17 +23,17 @@ def lm_eval_scores(
     Args:
         lm: the LLM.
         tasks: their names in lm-eval, such as "hellaswag".
-        shots: solved examples before each question; None means the task's own number.
-        limit: examples of a task; None means all.
+        shots: number of solved examples before each question; None means the task's own number.
+        limit: number of examples of a task; None means all.
         batch_size: of lm-eval's forward passes.
         include_path: a folder with more task definitions.
 
     Returns:
-        Task → metric → value as lm-eval gives it (mostly a share of 1).
+        Task → metric → lm-eval's value (mostly a share of 1).
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: a task is unknown to it.
+        ValueError: lm-eval does not know a task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -48,7 +48,7 @@ def lm_eval_scores(
     if unknown:
         raise ValueError(f"lm-eval knows no task {unknown[0]!r}; 'lm-eval ls tasks' lists them")
     adapter = HFLM(
-        pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size,  # it is changed there
+        pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size,  # HFLM changes it
         max_length=lm.context_length,
     )  # fmt: skip
     output: dict[str, Any] = simple_evaluate(

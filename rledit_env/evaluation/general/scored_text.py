@@ -1,7 +1,7 @@
-"""The passages that divergence is reported on: the LLM's own text, text that people wrote, and answers in a chat.
+"""The passages on which the divergence is reported: the LLM's own text, human-written text, and answers in a chat.
 
 No editor, reward or selection uses any of these passages. There are three kinds, since an editor that preserves the
-LLM's own text on purpose could still lose all else.
+LLM's own text on purpose could still change everything else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QUESTIONS = (
 def scored_texts(
     lm: EditableLM, file: str | Path | None = None, seed: int = 0, passages: int = PASSAGES
 ) -> dict[str, list[Passage]]:
-    """The passages that divergence is reported on, by the keys of ``NAMES``.
+    """The passages on which the divergence is reported, by the keys of ``NAMES``.
 
     "self" is `self_text`, "human" `human_text`, and "chat" `chat_text`, if the LLM has a chat template. A kind without
     text is left out, with a warning.
@@ -49,16 +49,16 @@ def scored_texts(
         lm: the LLM, edited or not; its pre-trained weights write the texts.
         file: the human-written text, in UTF-8; None takes the help topics of Python's standard library.
         seed: of the texts that the LLM writes.
-        passages: how many of each, 1 to 32.
+        passages: number of passages of each kind, 1 to 32.
 
     Raises:
-        FileNotFoundError, ValueError: ``file`` does not exist, or holds too little text.
+        FileNotFoundError, ValueError: ``file`` does not exist, or has too little text.
     """
-    # Errors of a file are raised before the LLM writes.
-    given = None if file is None else human_text(lm, file, passages)
+    # Read first, so that errors of the file are raised before the LLM writes.
+    from_file = None if file is None else human_text(lm, file, passages)
     sources: dict[str, Callable[[], list[Passage]]] = {
         "self": lambda: self_text(lm, OPENINGS[:passages], seed=seed),
-        "human": lambda: human_text(lm, None, passages) if given is None else given,
+        "human": lambda: human_text(lm, None, passages) if from_file is None else from_file,
     }
     if lm.tokenizer.chat_template:
         sources["chat"] = lambda: chat_text(lm, QUESTIONS[:passages], seed=seed)
@@ -79,26 +79,26 @@ def drifts(lm: EditableLM, texts: Mapping[str, Sequence[Passage]]) -> dict[str, 
 def human_text(
     lm: EditableLM, file: str | Path | None = None, passages: int = PASSAGES, tokens: int = TOKENS
 ) -> list[Passage]:
-    """Passages that people wrote, the same at every call: from places evenly spread over a text file, or without a file
-    each from another help topic of Python's standard library (`pydoc_data.topics`).
+    """Human-written passages, the same at every call: from places spread evenly over a text file, or without a file
+    from different help topics of Python's standard library (`pydoc_data.topics`).
 
-    The help topics differ between versions of Python: compare divergences of one version only, or name a file.
+    The help topics differ between versions of Python: compare only divergences of one version, or name a file.
 
     Args:
         lm: the LLM, for its tokens.
         file: a text in UTF-8.
         passages: the largest number of passages; a short text gives fewer.
-        tokens: predicted tokens of each; fewer where the text or the LLM's context is shorter.
+        tokens: number of predicted tokens of a passage; fewer if the text or the LLM's context is shorter.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ImportError: this Python has no help topics.
         ValueError: the file is not UTF-8, or has less than two tokens; a number is below 1.
     """
     if passages < 1 or tokens < 1:
         raise ValueError(f"passages is {passages} and tokens is {tokens}; give 1 or more of each")
     length = min(tokens + 1, lm.context_length)
-    rows = _of_topics(lm, passages, length) if file is None else _of_text(lm, read_text(file), passages, length)
+    rows = _topic_rows(lm, passages, length) if file is None else _text_rows(lm, read_text(file), passages, length)
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError(f"{file or 'the help topics'}: no text of two tokens or more; give a longer text")
@@ -108,12 +108,12 @@ def human_text(
 def chat_text(
     lm: EditableLM, questions: Sequence[str] = QUESTIONS, tokens: int = TOKENS, seed: int = 0
 ) -> list[Passage]:
-    """The pre-trained LLM's answers, whatever its current weights, to a user's questions in its chat template.
+    """The answers of the pre-trained weights to a user's questions in the LLM's chat template.
 
     Args:
-        lm: the LLM.
-        questions: a user's messages, each of which gives a passage; only the answers' tokens are predicted.
-        tokens: of the longest answer; the LLM may end it earlier.
+        lm: the LLM, edited or not.
+        questions: a user's messages, one for each passage; only the answers' tokens are predicted.
+        tokens: the largest number of tokens of an answer; the LLM may end it earlier.
         seed: of the sampling.
 
     Raises:
@@ -127,8 +127,8 @@ def read_text(file: str | Path) -> str:
     """Read a text file in UTF-8.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8.
     """
     path = Path(file).expanduser()
     if not path.is_file():
@@ -140,12 +140,12 @@ def read_text(file: str | Path) -> str:
 
 
 def source_of(file: str | Path | None) -> str:
-    """A description of where `human_text` is from."""
+    """A description of `human_text`'s source."""
     return "help topics of Python's standard library" if file is None else f"file {Path(file).name}"
 
 
-def _of_topics(lm: EditableLM, count: int, length: int) -> list[list[int]]:
-    """A paragraph's beginning, after a third of the topic, for ``count`` topics spread evenly over the long ones."""
+def _topic_rows(lm: EditableLM, count: int, length: int) -> list[list[int]]:
+    """A paragraph's beginning after a third of the topic, for ``count`` topics spread evenly over the long ones."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -159,9 +159,8 @@ def _of_topics(lm: EditableLM, count: int, length: int) -> list[list[int]]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _of_text(lm: EditableLM, text: str, count: int, length: int) -> list[list[int]]:
-    """The beginnings of ``count`` equal parts of a text, each at a word's start; of fewer parts where those are too
-    short."""
+def _text_rows(lm: EditableLM, text: str, count: int, length: int) -> list[list[int]]:
+    """The beginnings of ``count`` equal parts of a text, each at a word's start; of fewer parts if they are short."""
     text = text.strip()
     rows: list[list[int]] = []
     for parts in range(count, 0, -1):

