@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rledit_env.files import write_tensors
-from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.loading.registry import cache_dir
+from rledit_env.lm.names import module_layer
 
 GENERATED = "generated"
 ROW = 64  # tokens of one text of the corpus
@@ -193,15 +194,11 @@ def second_moments(
 
         return hook
 
-    handles = [lm.model.get_submodule(m).register_forward_pre_hook(add_keys(m)) for m in modules]
-    above = 1 + max(layer_of(m) for m in modules)
+    above = 1 + max(module_layer(m) for m in modules)
     rows = ids.split(max(1, lm.max_tokens_per_pass // ids.shape[1]))
-    try:
+    with module_hooks(before=[(lm.model.get_submodule(m), add_keys(m)) for m in modules]):
         for part in tqdm(rows, "key statistics", disable=not progress, leave=False):
             lm.forward.run_below(part.to(lm.device), above)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {m: total / ids.numel() for m, total in sums.items()}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
+from rledit_env.lm.names import module_layer
 
 
 def output_projections(lm: EditableLM) -> list[str]:
@@ -19,7 +19,7 @@ def output_projections(lm: EditableLM) -> list[str]:
     modules = list(lm.module_shapes)
     width = lm.model.config.get_text_config().hidden_size
     wrong = next((m for m in modules if lm.module_shapes[m][1] != width), None)
-    if wrong is not None or len({layer_of(m) for m in modules}) < len(modules):
+    if wrong is not None or len({module_layer(m) for m in modules}) < len(modules):
         raise ValueError(
             f"edit_modules has {wrong or ', '.join(modules)}; locate-then-edit takes the last projection of MLPs, one "
             "a layer, such as 'model.layers.[4-8].mlp.down_proj' or 'transformer.h.[3-8].mlp.c_proj'"

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from agents.base import NotApplicable
 from rledit_env.knowledge import EditRecord
-from rledit_env.lm.continued import at_places, continued_forward, layer_of
+from rledit_env.lm.continued import at_places, continued_forward
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood, reverse_kl_divergence
+from rledit_env.lm.names import module_layer
 from rledit_env.lm.precision import at_least_float32
 
 KL_TERMS = ("subject", "essence")
@@ -250,7 +252,7 @@ class _Pass:
         self.site, self.width = lm.model.get_submodule(module), lm.module_shapes[module][1]
         rewrites = [p for request in requests for p in request.rewrites]
         self.passages = [*rewrites, *(request.essence for request in requests)]
-        self.layer = layer_of(module)
+        self.layer = module_layer(module)
         self.forward = continued_forward(lm, self.passages, self.layer)
         self.places = self.forward.places(self.passages)
         counts = [len(request.rewrites) for request in requests]
@@ -281,11 +283,8 @@ class _Pass:
             places = torch.arange(len(shifted), device=output.device), self.forward.subjects
             return rows.index_put(places, shifted).view_as(output)
 
-        handle = self.site.register_forward_hook(add)
-        try:
+        with module_hooks([(self.site, add)]):
             states = self.forward.states(self.places)
-        finally:
-            handle.remove()
         return states, outputs[0]
 
     @torch.no_grad()
@@ -302,11 +301,8 @@ class _Pass:
             states = output[0] if isinstance(output, tuple) else output
             layer_states.append(at_least_float32(at_places(states, self.forward.subjects)[self.plain]))
 
-        handle = self.forward.layers[self.layer].register_forward_hook(keep)
-        try:
+        with module_hooks([(self.forward.layers[self.layer], keep)]):
             states, initial = self._states(self.share.new_zeros(len(self.plain), self.width))
-        finally:
-            handle.remove()
         return initial, layer_states[0], states[len(self.targets) :]
 
     def losses(self, delta: Tensor, reference: Tensor, config: ValueConfig) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from transformers import DynamicCache
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import FAILURES, Passage
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.kernels.layout import Layout, cheapest_chunks
+from rledit_env.lm.names import module_layer
 from rledit_env.lm.precision import at_least_float32, same_numbers
 from rledit_env.lm.suffix import Stub, SuffixForward
 from rledit_env.lm.whole import WholeForward, WholePassages
@@ -181,7 +183,7 @@ def subject_states(
         passages: P passages with a subject.
         updates: module → ΔW (d_out, d_in), added to the weights for this run only; no weight is written.
     """
-    last = layer_of(modules[-1])
+    last = module_layer(modules[-1])
     heads = [
         Passage(p.input_ids[: position + 1], (), position)
         for p, position in zip(passages, subject_positions(passages), strict=True)
@@ -201,18 +203,13 @@ def subject_states(
         states = output[0] if isinstance(output, tuple) else output
         hidden.append(at_least_float32(at_places(states, last_tokens[-1])))
 
-    handles = [lm.model.get_submodule(m).register_forward_pre_hook(keep_inputs(m)) for m in modules]
-    handles.append(lm.forward.layers[last].register_forward_hook(keep_outputs))
-    try:
-        with with_updates(lm, updates or {}):
-            for chunk in cheapest_chunks([len(p) for p in heads], lm.passes.token_limit):
-                members = [heads[i] for i in chunk]
-                last_tokens.append(torch.tensor([len(p) - 1 for p in members], device=lm.device))
-                lm.forward.run_below(lm.pad_ids([p.input_ids for p in members]), last + 1)
-                order += chunk
-    finally:
-        for handle in handles:
-            handle.remove()
+    on_inputs = [(lm.model.get_submodule(m), keep_inputs(m)) for m in modules]
+    with module_hooks([(lm.forward.layers[last], keep_outputs)], on_inputs), with_updates(lm, updates or {}):
+        for chunk in cheapest_chunks([len(p) for p in heads], lm.passes.token_limit):
+            members = [heads[i] for i in chunk]
+            last_tokens.append(torch.tensor([len(p) - 1 for p in members], device=lm.device))
+            lm.forward.run_below(lm.pad_ids([p.input_ids for p in members]), last + 1)
+            order += chunk
     permutation = torch.argsort(torch.tensor(order, device=lm.device))
     return SubjectStates({m: torch.cat(k)[permutation] for m, k in keys.items()}, torch.cat(hidden)[permutation])
 
@@ -227,14 +224,5 @@ def with_updates(lm: EditableLM, updates: dict[str, Tensor]) -> Iterator[None]:
 
         return add
 
-    handles = [lm.model.get_submodule(name).register_forward_hook(hook(u)) for name, u in updates.items()]
-    try:
+    with module_hooks([(lm.model.get_submodule(name), hook(u)) for name, u in updates.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def layer_of(module: str) -> int:
-    """Index of the decoder layer that a module's dotted name is in."""
-    return next(int(part) for part in module.split(".") if part.isdigit())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.kernels.layout import Layout
 from rledit_env.lm.kernels.products import outer
 from rledit_env.lm.losses import negative_log_likelihood
@@ -186,12 +187,8 @@ class Gradients:
     def _hook_modules(self, hook: Callable[..., Tensor], wanted: bool = True) -> Iterator[None]:
         """Context in which forward passes call ``hook`` with an edited module's name and a forward hook's arguments."""
         modules = self._weights.modules if wanted else {}
-        handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
-        try:
+        with module_hooks([(module, partial(hook, name)) for name, module in modules.items()]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _require_gradient(self, name: str, output: Tensor) -> tuple[Tensor, Tensor]:
         """A module's output, which now requires a gradient, and what the model gets: a copy where it overwrites it."""

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.forward import FAILURES, Forward
 from rledit_env.lm.head import AfterHead, OutputHead, read_after_head
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.kernels.layout import Layout
 from rledit_env.lm.kernels.products import FASTER
 from rledit_env.lm.kernels.switch import FastModules
@@ -66,12 +67,9 @@ class OwnPass:
         self.overwritten: set[str] = set()
         self._ids = _text_ids(tokenizer, len(head.weight)).to(execution_device(head))
         head_outputs: list[Tensor] = []
-        handle = head.register_forward_hook(lambda _module, _args, output: head_outputs.append(output))
-        try:
-            with torch.no_grad(), self._watch_calls(linear):
-                logits = model(input_ids=self._ids, use_cache=False).logits
-        finally:
-            handle.remove()
+        keep_output = [(head, lambda _module, _args, output: head_outputs.append(output))]
+        with torch.no_grad(), module_hooks(keep_output), self._watch_calls(linear):
+            logits = model(input_ids=self._ids, use_cache=False).logits
         if not head_outputs or head_outputs[-1].shape != logits.shape:
             raise ValueError(f"{self.kind} cannot be edited: its logits do not come from one output head")
         is_unchanged = torch.equal(head_outputs[-1].to(logits.dtype), logits)
@@ -154,12 +152,8 @@ class OwnPass:
         def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             all_inputs.append(args[0])
 
-        handles = [module.register_forward_pre_hook(record) for module in modules.values()]
-        try:
+        with module_hooks(before=[(module, record) for module in modules.values()]):
             logits = forward.logits(forward.final_states(forward.prefix(batch, layout), places, layout))
-        finally:
-            for handle in handles:
-                handle.remove()
         rows = [inputs.reshape(2, -1, inputs.shape[-1])[:, :_SHARED] for inputs in all_inputs]
         return same_numbers(logits, torch.cat([self._logits, self._logits[:_SHARED]]), self._precision) and all(
             same_numbers(second, first, self._precision) for first, second in rows
@@ -178,12 +172,8 @@ class OwnPass:
             else:
                 outputs[name] = output, output._version
 
-        handles = [module.register_forward_hook(partial(watch, name)) for name, module in linear.items()]
-        try:
+        with module_hooks([(module, partial(watch, name)) for name, module in linear.items()]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self.overwritten = {name for name, (output, version) in outputs.items() if output._version > version}
         for name in linear:
             if calls[name] == 0:
