@@ -150,7 +150,7 @@ def main(settings: Settings) -> None:
     page = reporting.editing_report(lead, scores, table, curves, drifts, made_with, source, measured)
     path = page.write(settings.out / "report.html")
     print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {path}")
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes in total")
 
 
 if __name__ == "__main__":

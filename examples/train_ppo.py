@@ -142,7 +142,7 @@ def main(args: Args) -> None:  # noqa: PLR0915  one function, to be read from to
     lead = (f"{name}, which scales a base rule given {len(agent.model.observation_space.low)} features, and its "
             f"baselines: {lm.name}, {args.num_batches} batches of {args.batch_size} facts a stream.")
     page = reporting.returns_report(lead, test_returns, training_steps, curves, levels, asdict(args), source)
-    print(f"report: {page.write(args.out / 'report.html')}\n{(time.monotonic() - started) / 60:.1f} minutes in all")
+    print(f"report: {page.write(args.out / 'report.html')}\n{(time.monotonic() - started) / 60:.1f} minutes in total")
 
 
 if __name__ == "__main__":
