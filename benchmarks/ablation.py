@@ -1,15 +1,15 @@
-"""What each part of RLEdit is worth: the paper's Table 4, its settings one by one, T × n, and longer streams.
+"""What each part of RLEdit contributes: the paper's Table 4, single settings, T × n, and longer streams.
 
     python benchmarks/ablation.py --data ../shared/data
     python benchmarks/ablation.py --data ../shared/data --only "without"
 
-Every row is an agent trained from the same seeds on the same facts, with one thing changed, and scored on streams of
-the evaluation split after the last edit. "Without the RL framework" trains on single batches, each on the unedited
-model, as MEND and MALMEN do, with as many batches an update as a whole stream has. The T × n rows train and test on
-streams of the same number of facts. The length rows edit longer and longer streams with the whole agent.
+Every row is an agent trained with one change, from the same seeds and on the same facts, and scored on streams of the
+evaluation split after the last edit. "Without the RL framework" trains on single batches, each edited into the unedited
+model, as MEND and MALMEN do; an update has as many batches as a whole stream. The T × n rows train and test on streams
+with the same number of facts. The length rows edit streams of different lengths with the agent of "whole".
 
-Each number is a cell of results.json: a run that was interrupted goes on with the cells that are missing, and prints
-the table of those that are there. Several processes may share the work, each with its own --only.
+The numbers are stored as cells in results.json: an interrupted run computes only the missing cells when it is started
+again. The table shows the cells that exist. Several processes can share the work, each with its own --only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import tyro
 from learning import ENV_IDS, Cells, table
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.rledit.config import Aggregation
 from rledit_env.evaluation.metrics import METRICS_VERSION, evaluate
@@ -36,57 +36,57 @@ from rledit_env.reward import RewardConfig
 
 @dataclass(frozen=True)
 class Args:
-    """Trains agents with one thing changed each; prints a table."""
+    """Trains agents with one change each and prints a table of their scores."""
 
     data: str
     """Folder with {kind}_train.jsonl and {kind}_eval.jsonl, or anything else that the environment reads."""
     kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
-    """Whose facts."""
+    """Form of the facts."""
     out: Path = Path("runs/ablation")
-    """Where results and trained agents go; a folder a kind."""
+    """Folder for results and trained agents, with a subfolder for each kind."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model."""
     edit_modules: tuple[str, ...] = ("model.layers.[6-12].mlp.{gate,up}_proj",)
-    """Modules edited."""
+    """Modules to edit."""
     token: str = "subject"
-    """Positions seen."""
+    """Positions whose keys and value gradients are observed."""
     steps_per_batch: int = 3
     """Presentations of a batch."""
     aggregation: Aggregation = "recursive"
-    """Of the update; "least_squares" is the paper's."""
+    """How the rows of a batch are combined into an update; the paper uses "least_squares"."""
     step_size: float = 1e-3
-    """The policy's to start from."""
+    """Initial step size of the policy."""
     rank: int = 256
-    """Of its network."""
+    """Rank of the policy's network."""
     num_batches: int = 10
-    """T of the training streams and of the test."""
+    """T, batches in the training and test streams."""
     batch_size: int = 20
-    """n."""
+    """n, facts in a batch."""
     trajectories: int = 20
-    """Training streams, each an update."""
+    """Training streams; each gives one update."""
     samples: int = 1
-    """Earlier batches that a step's reward looks at, drawn by their weight; 0 looks at all k of them."""
+    """Earlier batches scored in a step's reward, sampled by their weight; 0 scores all k of them."""
     depths: tuple[int, ...] = (1, 5, 20)
-    """k, tried beside the default of 10."""
+    """Values of k, in addition to the default of 10."""
     decays: tuple[float, ...] = (0.5, 0.8, 1.0)
-    """μ, beside 0.95."""
+    """Values of μ, in addition to 0.95."""
     localities: tuple[float, ...] = (0.0, 0.3, 1.0, 2.0)
-    """λ_loc, beside 0.6."""
+    """Values of λ_loc, in addition to 0.6."""
     grid: tuple[int, ...] = (2, 5, 20, 40, 100)
-    """T of the T × n rows; n makes as many facts as num_batches × batch_size."""
+    """T of the T × n rows; n is such that T × n is num_batches × batch_size."""
     lengths: tuple[int, ...] = (5, 20, 40, 80)
     """T of the length rows."""
     seeds: int = 3
-    """Agents and test streams."""
+    """Number of seeds; each has an agent and a test stream."""
     threads: int = 1
-    """torch's threads."""
+    """Number of torch's threads."""
     only: str = ""
-    """Compute just the cells whose name holds this text."""
+    """Compute only the cells whose name contains this text."""
 
 
 @dataclass(frozen=True)
 class Variation:
-    """A row: what it changes, and what it is tested on."""
+    """A row of the table: the change in training, and the test stream."""
 
     name: str
     reward: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Variation:
     test_batches: int | None = None
     trained: bool = True
     trained_as: str = ""
-    """The row whose agent is tested here, if it is not this one's own."""
+    """The row whose agent is tested, if it is another one."""
 
 
 def variations(args: Args) -> list[Variation]:
@@ -129,8 +129,8 @@ class Ablation:
         self.training, self.test = (self._facts(split) for split in ("train", "eval"))
         self.folder = args.out / args.kind
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = ("data", "out", "seeds", "only", "threads", "depths", "decays", "localities", "grid", "lengths")
-        settings = {k: v for k, v in asdict(args).items() if k not in free}  # what every row depends on
+        independent = ("data", "out", "seeds", "only", "threads", "depths", "decays", "localities", "grid", "lengths")
+        settings = {k: v for k, v in asdict(args).items() if k not in independent}  # the cells depend on all others
         settings |= {"train": self.training.source, "test": self.test.source, "dtype": str(self.lm.dtype)}
         settings |= {"metrics_version": METRICS_VERSION}
         self.cells = Cells(self.folder / "results.json", json.loads(json.dumps(settings, default=str)), args.only)
@@ -148,15 +148,15 @@ class Ablation:
         )  # fmt: skip
 
     def reward(self, row: Variation) -> RewardConfig:
-        """The paper's with a term for the edit prompt itself; scored at a batch's last presentation."""
+        """The paper's reward with a term for the edit prompt; scored at the last presentation of a batch."""
         base = RewardConfig.with_efficacy(locality=row.locality, samples=self.args.samples or None)
         return replace(base, every_step=False, **row.reward)
 
     def agent(self, row: Variation, seed: int) -> RLEditAgent:
-        """The row's agent after training, from its folder if it is there."""
+        """The trained agent of the row, loaded from its folder if it exists."""
         args = self.args
         batches, size = row.num_batches or args.num_batches, row.batch_size or args.batch_size
-        length = 1 if row.single_batches else batches  # of a training stream; an update sees as many batches
+        length = 1 if row.single_batches else batches  # of a training stream; the batches of an update stay the same
         network = HypernetworkConfig(aggregation=args.aggregation, step_size=args.step_size, rank=args.rank)
         if not row.trained:
             config = RLEditConfig(network=replace(network, blocks=0))
@@ -175,7 +175,7 @@ class Ablation:
         return RLEditAgent.load(folder, env)
 
     def cell(self, row: Variation, seed: int) -> dict[str, Any] | None:
-        """The row's scores on one stream of the evaluation split; None where there are too few facts."""
+        """The row's scores on one stream of the evaluation split; None if there are too few facts."""
         batches = row.test_batches or row.num_batches or self.args.num_batches
         size = row.batch_size or self.args.batch_size
         if batches * size > len(self.test):
@@ -194,7 +194,7 @@ class Ablation:
         return self.cells.get(f"test/{row.name}/seed {seed}", compute)
 
     def rows(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Every row of the table with its cells, one a seed."""
+        """The name of every row with its cells, one per seed."""
         for row in variations(self.args):
             yield row.name, [c for s in range(self.args.seeds) if (c := self.cell(row, s))]
 

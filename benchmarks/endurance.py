@@ -1,12 +1,12 @@
 """Endurance: thousands of sequential edits in one process. Memory and step time must stay flat, and the edited weights
-must be W₀ plus the sum of all that the ledger recorded.
+must be W₀ plus the sum of the ledger's updates.
 
     python benchmarks/endurance.py --edits 2000 --out runs/endurance
     python benchmarks/endurance.py --model tiny-llama --steps-per-batch 1 --batch-size 1 --edits 5000
 
-It writes endurance.json and, where matplotlib is installed, endurance.png, and ends with 1 if anything is not flat. The
-facts are those of the training split, again and again if there are not enough; the agent is untrained (the recursion
-with a small step size), since what is tested is the machinery and not the policy.
+It writes endurance.json and, if matplotlib is installed, endurance.png. The exit code is 1 if a check fails. The facts
+are those of the training split, repeated if there are not enough. The agent is untrained (recursion with a small step
+size), since the test is of the software, not of the policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import tyro
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
 from agents.running.editing import EditLog, edit_stream
 from rledit_env.env import LifelongEditEnv
@@ -49,12 +49,12 @@ class Args:
     data: str = "bundled"
     """A file, a folder, a hub id, or "bundled"."""
     agent: str = ""
-    """A saved agent's or run's folder, or "default"; none means an untrained one."""
+    """Folder of a saved agent or a run, or "default"; if empty, an untrained agent."""
     edits: int = 2000
-    """Facts to edit, each counted whenever it is edited."""
+    """Number of edits; a fact that is edited twice counts twice."""
     distinct_facts: int = 0
-    """Facts that are edited again and again; 0: as many as there are. What a forward pass keeps for each length of
-    passages is bounded, but grows as long as new lengths turn up."""
+    """Number of different facts, which are repeated; 0: all. Forward passes cache data for each length of passage; the
+    cache is bounded, but grows while new lengths occur."""
     batch_size: int = 20
     """Facts in a batch."""
     steps_per_batch: int = 1
@@ -62,21 +62,21 @@ class Args:
     token: str = "subject"
     """Positions whose keys and value gradients the agent sees."""
     step_size: float = 1e-4
-    """Of the untrained agent."""
+    """Step size of the untrained agent."""
     measure_every: int = 500
-    """Edits between two measurements of the metrics."""
+    """Edits between two evaluations of the metrics."""
     measured_facts: int = 100
-    """The metrics are of the latest so many facts, and of the first so many."""
+    """Number of facts to evaluate: this many of the latest, and this many of the first."""
     ledger: bool = True
-    """Record every update (the check of the weights' sum needs it)."""
+    """Record every update; needed to check the sum of the updates."""
     warm_up: float = 0.3
-    """Share of the run before memory and step time must be flat."""
+    """Share of the run after which memory and step time must be flat."""
     out: Path = Path("runs/endurance")
-    """The folder for the results; its ledger is written anew."""
+    """Folder for the results; an earlier ledger in it is replaced."""
 
 
 def resident_bytes() -> int:
-    """Memory that the process holds, in bytes: anonymous pages, since the system pages files in and out as it likes."""
+    """Anonymous resident memory of the process, in bytes. File pages do not count: the system may evict them."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
@@ -84,14 +84,16 @@ def resident_bytes() -> int:
 
 
 def repeated(facts: KnowledgeDataset, count: int, distinct: int = 0) -> KnowledgeDataset:
-    """``count`` records, the data set's own, or the first ``distinct`` of them, again and again."""
+    """The data set with ``count`` records: its own, or the first ``distinct`` of them, repeated as often as needed."""
     records = facts.records[:distinct] if distinct else facts.records
     return replace(facts, records=tuple(itertools.islice(itertools.cycle(records), count)))
 
 
 def drift_of_sum(lm: EditableLM, ledger: EditLedger) -> float:
-    """The largest difference between W and W₀ + Σ ΔW of the ledger, summed in float64, in units of float32's rounding
-    of the largest weight of its module."""
+    """The largest difference between W and W₀ + Σ ΔW of the ledger, summed in float64.
+
+    The unit is the float32 rounding of the module's largest weight.
+    """
     total = {m: lm.original_weight(m).double() for m in lm.module_shapes}
     rolled_back = {e.index - 1 for e in ledger.entries() if e.kind == "rollback"}
     for index in range(len(ledger)):
@@ -107,14 +109,14 @@ def drift_of_sum(lm: EditableLM, ledger: EditLedger) -> float:
 
 
 def flatness(values: np.ndarray, warm_up: float) -> float:
-    """How far the medians of ten parts of the run after its warm-up lie from their own median, as a share of it."""
+    """The largest deviation of the medians of ten parts of the run after warm-up from their median, relative to it."""
     parts = [float(np.median(p)) for p in np.array_split(values[int(warm_up * len(values)) :], 10) if len(p)]
     middle = float(np.median(parts))
     return max(abs(p - middle) for p in parts) / middle
 
 
 def run(args: Args) -> dict[str, Any]:
-    """Edit and measure; the results."""
+    """Edit all facts and return the measurements."""
     torch.manual_seed(0)
     lm = EditableLM.load(args.model)
     facts = repeated(load_knowledge(args.kind, args.data, "train"), args.edits, args.distinct_facts)
@@ -129,23 +131,23 @@ def run(args: Args) -> dict[str, Any]:
         agent = RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(blocks=0, step_size=args.step_size)))
     agent.reset()
     marker = read_marker(args.out / "ledger")
-    if marker is not None and marker.what == LEDGER:  # an earlier run's; anything else is refused below
+    if marker is not None and marker.what == LEDGER:  # of an earlier run; anything else is refused below
         shutil.rmtree(args.out / "ledger")
     ledger = EditLedger.create(args.out / "ledger", lm, {}) if args.ledger else None
 
     seconds: list[float] = []
     memory: list[int] = []
-    measured: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = []
     state = {"edits": 0, "since": time.perf_counter()}
 
     def measure(done: int) -> None:
-        chosen = {"latest": facts.records[max(0, done - args.measured_facts) : done],
+        groups = {"latest": facts.records[max(0, done - args.measured_facts) : done],
                   "first": facts.records[: args.measured_facts]}
-        for which, records in chosen.items():
+        for which, records in groups.items():
             if not records:
                 continue
             scores = evaluate(lm, records, args.kind, generate=False).as_dict()
-            measured.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
+            metrics.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
             print(f"{done:>6} edits, {which:<6} {len(records)}: " + ", ".join(
                 f"{k} {v:.1f}" for k, v in scores.items() if v is not None), flush=True)
         gc.collect()
@@ -174,7 +176,7 @@ def run(args: Args) -> dict[str, Any]:
         "memory_growth": memory[-1] / memory[int(args.warm_up * len(memory))] - 1,
         "step_time_deviation": flatness(np.asarray(seconds), args.warm_up),
         "metrics_version": METRICS_VERSION,
-        "metrics": measured,
+        "metrics": metrics,
         "memory_bytes": memory,
         "batch_seconds": seconds,
     }

@@ -1,11 +1,11 @@
-"""The operations that a training step and an edit cannot do without, counted.
+"""Counts the operations that a training step or an edit needs at least.
 
-Matrix products only, of real tokens only: the layers above the first edited one forward and backward, the layers below
-it for passages never seen before, the output head at answer positions, gradients of the edited weights where a reward
-asks for them, and the network's own products. Two operations a multiplication and addition.
+Only matrix products of real tokens (no padding) count: the layers above the first edited one, forward and backward; the
+layers below it, for passages not seen before; the output head at answer positions; the gradients of the edited weights,
+if the reward needs them; and the products of the hypernetwork. A multiplication and an addition are two operations.
 
-Counted passage by passage. What several passages begin with can be computed once, as the package does on a CPU; with
-``once`` it is counted so, over a whole step, and the floor is lower.
+Every passage counts in full. The package computes shared prefixes only once on a CPU; with ``once`` they also count
+once over a whole step, and the floor is lower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -27,12 +27,12 @@ from rledit_env.lm.suffix import ATTENTIONS
 
 
 class Floor:
-    """Counts for one model and its edited modules.
+    """Counts operations for one model and its edited modules.
 
     Args:
         lm: the model.
-        once: whether tokens with the same tokens before them count once, but for those of the state, where each
-            passage's gradient is wanted.
+        once: whether tokens of shared prefixes count once. Those of the state always count in full, since each
+            passage's own gradient is needed there.
     """
 
     def __init__(self, lm: EditableLM, once: bool = False) -> None:
@@ -55,33 +55,36 @@ class Floor:
         self.edited = sum(d_in * d_out for d_in, d_out in lm.module_shapes.values())
 
     def layers_forward(self, passages: Sequence[Passage], layers: int) -> float:
-        """The products of this many layers."""
-        pairs = sum(self._depths(passages))  # of a query and a key
+        """Operations of a forward pass through this many layers."""
+        pairs = sum(self._positions(passages))  # of a query and a key
         return layers * (2 * self.layer * self._tokens(passages) + self.attention * pairs)
 
-    def _depths(self, passages: Sequence[Passage]) -> list[int]:
-        """Of each token that is computed, its place in its passage, from 1."""
+    def _positions(self, passages: Sequence[Passage]) -> list[int]:
+        """The position in its passage, from 1, of every token that is computed."""
         if self.once:
             return [len(t) for t in {p.input_ids[:n] for p in passages for n in range(1, len(p) + 1)}]
         return [n for p in passages for n in range(1, len(p) + 1)]
 
     def _tokens(self, passages: Sequence[Passage]) -> int:
-        return len(self._depths(passages))
+        return len(self._positions(passages))
 
     def prefix(self, passages: Sequence[Passage]) -> float:
-        """Of passages never seen before."""
+        """Operations of the layers below the first edited one, for passages not seen before."""
         return self.layers_forward(passages, self.first)
 
     def suffix(self, passages: Sequence[Passage]) -> float:
-        """A forward pass to the answers' probabilities; after the last attention, the answers' positions alone."""
+        """Operations of the forward pass from the first edited layer to the answers' probabilities.
+
+        After the last attention, only the answers' positions count.
+        """
         answers = sum(len(p.targets) for p in passages)
-        whole = self.layers_forward(passages, self.layers - self.first) + 2 * self.head * answers
+        operations = self.layers_forward(passages, self.layers - self.first) + 2 * self.head * answers
         if self.forward.narrows:
-            whole -= 2 * self.outside_attention * (self._tokens(passages) - answers)
-        return whole
+            operations -= 2 * self.outside_attention * (self._tokens(passages) - answers)
+        return operations
 
     def backward(self, passages: Sequence[Passage], weights: bool) -> float:
-        """The gradient of the edited modules' outputs and, if asked for, of their weights."""
+        """Operations of the gradients of the edited modules' outputs and, with ``weights``, of their weights."""
         inputs = self.suffix(passages)
         if not self.attention_is_edited:  # nothing below the first edited module is needed
             inputs -= self.layers_forward(passages, 1) - 2 * self.outside_attention * self._tokens(passages)
@@ -90,26 +93,29 @@ class Floor:
     def step(
         self, edits: Sequence[Passage], new: Sequence[Passage], unrelated: Sequence[Passage], scored: Sequence[Passage]
     ) -> dict[str, float]:
-        """What the LLM must do in a training step, by part.
+        """Operations of the LLM in a training step, by part.
 
         Args:
-            edits: the next batch, whose state is computed.
-            new: passages of the current batch's reward, not seen before.
-            unrelated: those of them whose divergence from θ₀ is scored.
+            edits: edit passages of the next batch, from which the state is computed.
+            new: passages of the current batch's reward, which were not seen before.
+            unrelated: those of ``new`` whose divergence from θ₀ is scored.
             scored: all passages of the reward, of the current and of earlier batches.
         """
-        apart = copy.copy(self)
-        apart.once = False
+        in_full = copy.copy(self)
+        in_full.once = False
         return {
             "layers below the first edited one, for passages not seen before": self.prefix([*edits, *new]),
-            "state": apart.suffix(edits) + apart.backward(edits, weights=False),
+            "state": in_full.suffix(edits) + in_full.backward(edits, weights=False),
             "θ₀'s states": self.suffix(unrelated),
             "reward": self.suffix(scored),
             "reward's gradient": self.backward(scored, weights=True),
         }
 
     def policy(self, network: Hypernetwork, rows: int, learn: bool) -> float:
-        """The network on this many rows a module, the least squares and the update; for learning with its gradient."""
+        """Operations of the network on this many rows per module, the least squares and the update.
+
+        With ``learn``, those of their gradient are included.
+        """
         config = network.config
         blocks = sum(2 * 2 * (d_in + d_out) * config.rank * config.blocks for d_in, d_out in network.shapes.values())
         solve = sum(4 * rows * d_in + rows**2 / 3 for d_in, _ in network.shapes.values())
@@ -123,12 +129,12 @@ def _weights(module: Any) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: str, shape: tuple[int, int, int]) -> float:
-    """Operations a second of the package's matrix products (m, k) × (k, n), the best of several tries."""
+    """Operations per second of the package's matrix product (m, k) × (k, n), the best of several runs."""
     m, k, n = shape
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-    best, enough = 0.0, 4e9 if device == "cpu" else 2e13  # operations of a try: long enough for the clock
+    best, operations = 0.0, 4e9 if device == "cpu" else 2e13  # operations of a run, enough to be timed
     for _ in range(5):
-        count = max(1, int(enough / (2 * m * k * n)))
+        count = max(1, int(operations / (2 * m * k * n)))
         _wait(device)
         start = time.perf_counter()
         for _ in range(count):
@@ -140,16 +146,21 @@ def matmul_rate(dtype: torch.dtype, device: str, shape: tuple[int, int, int]) ->
 
 @torch.no_grad()
 def pass_rate(lm: EditableLM, tokens: int, answers: int) -> float:
-    """Operations a second of a pass's own products, the median of several tries.
+    """Operations per second of the products of one forward and backward pass, the median of several runs.
 
-    Those of one pass of so many tokens, with so many answer positions: through the layers above the first edited one
-    and the output head, forward and backward, and the gradients of the edited weights. Unlike :func:`matmul_rate`'s,
-    they are of the shapes that a step has, and their weights come from memory, one after another.
+    The products are those of the layers above the first edited one and of the output head, forward and backward, and
+    those of the gradients of the edited weights. Unlike the product of :func:`matmul_rate`, they have the shapes of a
+    step, and each reads another weight from memory.
+
+    Args:
+        lm: the model.
+        tokens: tokens in the pass.
+        answers: answer positions among them.
     """
     layers, head = lm.forward.layers[lm.forward.first_layer :], lm.forward.output.module.weight
     weights = [(p, tokens) for layer in layers for p in layer.parameters() if p.dim() == 2] + [(head, answers)]
     edited = [lm.model.get_submodule(name).weight for name in lm.module_shapes]
-    numbers = {
+    operands = {
         (rows, width): torch.randn(rows, width, device=head.device, dtype=head.dtype)
         for weight, rows in [*weights, *((w, tokens) for w in edited)] for width in weight.shape
     }  # fmt: skip
@@ -159,10 +170,10 @@ def pass_rate(lm: EditableLM, tokens: int, answers: int) -> float:
         _wait(head.device)
         start = time.perf_counter()
         for weight, rows in weights:
-            linear(numbers[rows, weight.shape[1]], weight)
-            linear(numbers[rows, weight.shape[0]], weight.t())
+            linear(operands[rows, weight.shape[1]], weight)
+            linear(operands[rows, weight.shape[0]], weight.t())
         for weight in edited:
-            outer(numbers[tokens, weight.shape[0]], numbers[tokens, weight.shape[1]])
+            outer(operands[tokens, weight.shape[0]], operands[tokens, weight.shape[1]])
         _wait(head.device)
         rates.append(operations / (time.perf_counter() - start))
     return statistics.median(rates)

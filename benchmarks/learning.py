@@ -1,16 +1,16 @@
-"""Does the agent learn? RLEdit, trained, against its rivals on the same model, modules and streams of new facts.
+"""Does the agent learn? Compares trained RLEdit with its baselines on the same model, modules and streams of new facts.
 
     python benchmarks/learning.py --data ../shared/data
     python benchmarks/learning.py --data ../shared/data --kind zsre --seeds 1
 
-Every rival edits with its best step size, found on training facts that no agent trains on, in a stream as long as the
-test. Agents train on the rest of the training split; their checkpoints, and the factor that suits their step sizes to
-longer streams than they were trained on ("calibrated"), are chosen on those same facts. Everybody is then scored on
-streams of the evaluation split, after the last edit.
+Every baseline edits with its best step size, found on held-out training facts in a stream as long as the test. Agents
+train on the rest of the training split. Their checkpoints are chosen on the same held-out facts; so is the factor that
+adapts their step sizes to streams longer than those of training ("calibrated"). All editors are then scored on streams
+of the evaluation split, after the last edit.
 
-Each number is a cell of results.json: a run that was interrupted goes on with the cells that are missing, and prints
-the table of those that are there. Several processes may share the work, each with its own --only; on a CPU, two with
-one thread each do more than one with two.
+The numbers are stored as cells in results.json: an interrupted run computes only the missing cells when it is started
+again. The table shows the cells that exist. Several processes can share the work, each with its own --only; on a CPU,
+two with one thread each are faster than one with two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import tyro
 from filelock import FileLock
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import FineTuningAgent, FineTuningConfig, HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.rledit.config import Aggregation
 from rledit_env.evaluation.metrics import METRICS_VERSION, Metrics, evaluate
@@ -44,38 +44,38 @@ SCORES = ("efficacy", "generalization", "specificity", "mean", "top1")
 
 @dataclass(frozen=True)
 class Training:
-    """How agents with one of the aggregations are trained."""
+    """How the agent with one of the aggregations is trained."""
 
     steps: int
     """Presentations of a batch."""
     num_batches: int
     """Batches in a training stream."""
     batch_stride: int
-    """One in this many of its batches is scored."""
+    """One in this many batches of a training stream is scored."""
     trajectories: int
     """Training streams."""
     select_batches: int
-    """Batches in the held-out streams that choose the step size to start from, and the checkpoint."""
+    """Batches in the held-out streams that select the initial step size and the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Trains and compares editors; prints a table."""
+    """Trains and compares editors and prints a table of their scores."""
 
     data: str
     """Folder with {kind}_train.jsonl and {kind}_eval.jsonl, or anything else that the environment reads."""
     kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
-    """Whose facts."""
+    """Form of the facts."""
     out: Path = Path("runs/learning")
-    """Where results and trained agents go; a folder a kind."""
+    """Folder for results and trained agents, with a subfolder for each kind."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model."""
     edit_modules: tuple[str, ...] = ("model.layers.[6-12].mlp.{gate,up}_proj",)
-    """Modules that everybody edits."""
+    """Modules to edit."""
     token: str = "subject"
-    """Positions that everybody sees."""
+    """Positions whose keys and value gradients are observed."""
     seeds: int = 3
-    """Evaluation streams, each with agents trained from its own seed."""
+    """Number of seeds; each has an evaluation stream and trained agents."""
     num_batches: int = 20
     """Batches in an evaluation stream."""
     batch_size: int = 20
@@ -83,31 +83,31 @@ class Args:
     longer: int = 5
     """The recursive agents also edit a stream this many times as long as their training streams."""
     eval_every: int = 10
-    """Updates between two selections of the checkpoint."""
+    """Updates between two evaluations for selecting the checkpoint."""
     recursive: Training = Training(steps=5, num_batches=5, batch_stride=1, trajectories=20, select_batches=10)
-    """The agent with recursive least squares."""
+    """Training of the agent with recursive least squares."""
     paper: Training = Training(steps=1, num_batches=20, batch_stride=5, trajectories=20, select_batches=20)
-    """The agent with the paper's aggregation, one presentation a batch as in the paper, trained and tested. It forgets
-    the keys of earlier batches, so that what suits a short stream ruins a long one: it is trained on streams as long
-    as the test."""
+    """Training of the agent with the paper's aggregation and one presentation per batch. This aggregation forgets the
+    keys of earlier batches, so that a policy for short streams fails on long ones: training streams are as long as
+    the test."""
     paper_repeated: Training = Training(steps=3, num_batches=20, batch_stride=5, trajectories=20, select_batches=20)
-    """The same with more presentations."""
+    """The same, with more presentations per batch."""
     steps_most: int = 12
-    """Presentations of a batch at which the calibrated recursive agent is tested."""
+    """Presentations of a batch in the test of the calibrated recursive agent."""
     learning_rate: float = 2e-3
-    """Adam's, of the trained agents' networks."""
+    """Learning rate of Adam for the networks of the trained agents."""
     step_size_learning_rate: float = 4e-2
-    """Adam's, of their step sizes."""
+    """Learning rate of Adam for their step sizes."""
     efficacy: float = 1.0
-    """Weight of the edit prompt's own loss in training."""
+    """Weight of the loss of the edit prompt in the reward."""
     rank: int = 256
-    """Of the trained agents' networks."""
+    """Rank of the networks of the trained agents."""
     held_out: int = 2000
-    """Facts at the end of the training split that choose step sizes and checkpoints; at most half of it."""
+    """Facts at the end of the training split for selecting step sizes and checkpoints; at most half of the split."""
     threads: int = 1
-    """torch's threads."""
+    """Number of torch's threads."""
     only: str = ""
-    """Compute just the cells whose name holds this text."""
+    """Compute only the cells whose name contains this text."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ class Editor:
     """A row of the table.
 
     Attributes:
-        name: what the table calls it.
-        aggregation: of its update; None for the plain fine-tuning gradient.
+        name: its name in the table.
+        aggregation: how the rows of a batch are combined into an update; None for the plain fine-tuning gradient.
         steps: presentations of a batch.
-        step_size: where the search for the best one begins.
-        training: how its policy is learned, from the untrained rival's best step size on; None if it is not.
-        calibrated: whether its step sizes are then suited to longer streams.
+        step_size: the step size from which the search for the best one starts.
+        training: how its policy is trained, starting from the best step size of the untrained policy; None for editors
+            without training.
+        calibrated: whether its step sizes are then adapted to longer streams.
     """
 
     name: str
@@ -132,7 +133,7 @@ class Editor:
 
 
 class Cells:
-    """Results by name, written after each; what is there already is not computed again."""
+    """Results by name. Each is written when it is computed, and existing ones are not computed again."""
 
     def __init__(self, path: Path, settings: dict[str, Any], only: str) -> None:
         self.path, self.settings, self.only = path, settings, only
@@ -147,13 +148,13 @@ class Cells:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The cell, computed if need be; None if it is missing and not wanted now."""
+        """The cell, computed if it is missing; None if it is missing and ``only`` excludes it."""
         cells = self._stored()["cells"]
         if name in cells:
             return cells[name]
         if not self._computing and self.only not in name:
             return None
-        self._computing += 1  # whatever a wanted cell is computed from is wanted too
+        self._computing += 1  # cells on which a requested cell depends are computed, too
         started = time.monotonic()
         value = compute()
         self._computing -= 1
@@ -177,10 +178,10 @@ class Benchmark:
     def __init__(self, args: Args) -> None:
         self.args = args
         self.lm = EditableLM.load(args.model, args.edit_modules)
-        whole = self._facts("train")
-        held_out = min(args.held_out, len(whole) // 2)
-        self.training = replace(whole, records=whole.records[:-held_out])
-        self.selection = replace(whole, records=whole.records[-held_out:])
+        train_split = self._facts("train")
+        held_out = min(args.held_out, len(train_split) // 2)
+        self.training = replace(train_split, records=train_split.records[:-held_out])
+        self.selection = replace(train_split, records=train_split.records[-held_out:])
         self.test = self._facts("eval")
         self.folder = args.out / args.kind
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ class Benchmark:
         )  # fmt: skip
 
     def network(self, editor: Editor, step_size: float) -> RLEditConfig:
-        """The untrained policy with this step size; the trained one's start."""
+        """The configuration of the policy with this initial step size."""
         assert editor.aggregation is not None
         network = HypernetworkConfig(
             aggregation=editor.aggregation, step_size=step_size, blocks=2 if editor.training else 0,
@@ -211,7 +212,7 @@ class Benchmark:
         return RLEditConfig(network=network, learning_rate=rates[0], step_size_learning_rate=rates[1])
 
     def score(self, editor: Editor, policy: Any, data: KnowledgeDataset, batches: int, seed: int) -> dict[str, Any]:
-        """The metrics after a whole stream of an editor."""
+        """Edit a stream and return the metrics after it."""
         env = self.stream(data, batches, editor.steps, reward="none")
         policy.reset()
         log = edit_stream(env, policy, seed=seed)
@@ -221,16 +222,19 @@ class Benchmark:
         }  # fmt: skip
 
     def untrained(self, editor: Editor, step_size: float) -> Any:
-        """The editor before any training."""
+        """The untrained agent of an editor."""
         if editor.aggregation is None:
             return FineTuningAgent(config=FineTuningConfig(step_size))
         env = self.stream(self.test, 1, editor.steps, reward="none")
         return RLEditAgent(env, self.network(editor, step_size))
 
     def best_step_size(self, editor: Editor, batches: int) -> float:
-        """Climbs from ``editor.step_size`` by factors of two, on a stream of held-out training facts."""
+        """The best step size on a stream of held-out training facts.
 
-        def value(exponent: int) -> float:
+        Starts at ``editor.step_size`` and moves by factors of two as long as the mean score grows.
+        """
+
+        def mean_score(exponent: int) -> float:
             size = editor.step_size * 2.0**exponent
             cell = self.cells.get(
                 f"sweep, {batches} batches/{editor.name}/{size:g}",
@@ -238,20 +242,20 @@ class Benchmark:
             )
             return -math.inf if cell["diverged"] else float(cell["mean"])
 
-        scores = {e: value(e) for e in (-1, 0, 1)}
+        scores = {e: mean_score(e) for e in (-1, 0, 1)}
         while True:
             best = max(scores, key=scores.__getitem__)
             missing = [e for e in (best - 1, best + 1) if e not in scores]
             if not missing:
                 return editor.step_size * 2.0**best
-            scores |= {e: value(e) for e in missing}
+            scores |= {e: mean_score(e) for e in missing}
 
     def trained(self, editor: Editor, seed: int) -> RLEditAgent:
-        """The agent after training, from its folder if it is there."""
+        """The trained agent, loaded from its folder if it exists."""
         args, training = self.args, editor.training
         assert training is not None
         steps = training.steps
-        rival = untrained(editor.aggregation, steps)
+        baseline = untrained(editor.aggregation, steps)
         name = f"{editor.aggregation} {_steps(steps)}"
         folder = self.folder / name.replace(" ", "_") / str(seed)
         rewards = replace(
@@ -260,7 +264,7 @@ class Benchmark:
         env = self.stream(self.training, training.num_batches, steps, reward=rewards, reward_gradient=True)
 
         def train() -> dict[str, Any]:
-            step_size = self.best_step_size(rival, training.select_batches)
+            step_size = self.best_step_size(baseline, training.select_batches)
             agent = RLEditAgent(env, self.network(editor, step_size), seed=seed)
             agent.learn(
                 training.trajectories * training.num_batches * steps, log_dir=folder, eval_every=args.eval_every,
@@ -272,7 +276,7 @@ class Benchmark:
         return RLEditAgent.load(folder / "best", env)
 
     def calibration(self, editor: Editor) -> float:
-        """The factor for the trained step sizes, found with the first seed's agent and used for every seed's."""
+        """The factor for the trained step sizes, found with the agent of the first seed and used for all seeds."""
 
         def compute() -> dict[str, Any]:
             env = self.stream(self.selection, self.args.num_batches, editor.steps, reward="none")
@@ -297,7 +301,7 @@ class Benchmark:
         return self.cells.get(f"{name}/{editor.name}/seed {seed}", compute)
 
     def no_edit(self, seed: int) -> dict[str, Any] | None:
-        """The scores of the model as it is."""
+        """The scores of the unedited model."""
 
         def compute() -> dict[str, Any]:
             env: Any = self.stream(self.test, self.args.num_batches, 1, reward="none").unwrapped
@@ -308,14 +312,14 @@ class Benchmark:
         return self.cells.get(f"test/no edit/seed {seed}", compute)
 
     def rows(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Every row of the table with its cells, one a seed."""
+        """The name of every row with its cells, one per seed."""
         args, seeds = self.args, range(self.args.seeds)
-        everybody = editors(args)
+        all_editors = editors(args)
         yield "no edit", [c for s in seeds if (c := self.no_edit(s))]
-        for editor in everybody:
+        for editor in all_editors:
             yield editor.name, [c for s in seeds if (c := self.row(editor, s, args.num_batches, "test"))]
         batches = args.longer * args.recursive.num_batches
-        for editor in everybody:
+        for editor in all_editors:
             if editor.training and editor.aggregation == "recursive":
                 name = f"test, {batches} batches"
                 cells = [c for s in seeds if (c := self.row(editor, s, batches, name))]
@@ -323,17 +327,17 @@ class Benchmark:
 
 
 def untrained(aggregation: Aggregation | None, steps: int) -> Editor:
-    """The policy without blocks."""
+    """The untrained policy, a network without blocks, as an editor."""
     kind = "per-batch" if aggregation == "least_squares" else "recursive"
     return Editor(f"{kind} least squares, {_steps(steps)}", aggregation, steps, 2e-3 if steps < 3 else 1e-3)
 
 
 def editors(args: Args) -> list[Editor]:
-    """The rivals and the agents."""
+    """The baselines and the trained agents."""
     papers, recursive, most = (args.paper, args.paper_repeated), args.recursive, args.steps_most
-    rivals = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
-    rivals += [untrained("least_squares", n) for n in sorted({1, 2, 3, *(paper.steps for paper in papers)})]
-    rivals += [untrained("recursive", n) for n in sorted({1, 2, 3, recursive.steps, most})]
+    baselines = [Editor("fine-tuning gradient, 1 step", None, 1, 1.0)]
+    baselines += [untrained("least_squares", n) for n in sorted({1, 2, 3, *(paper.steps for paper in papers)})]
+    baselines += [untrained("recursive", n) for n in sorted({1, 2, 3, recursive.steps, most})]
     agents = [
         *(
             Editor(f"RLEdit, per-batch, {_steps(p.steps)}{name}", "least_squares", p.steps, 0.0, p, bool(name))
@@ -343,7 +347,7 @@ def editors(args: Args) -> list[Editor]:
         Editor(f"RLEdit, recursive, {_steps(recursive.steps)}", "recursive", recursive.steps, 0.0, recursive),
         Editor(f"RLEdit, recursive, {_steps(most)}, calibrated", "recursive", most, 0.0, recursive, True),
     ]
-    return rivals + agents
+    return baselines + agents
 
 
 def _steps(count: int) -> str:
@@ -355,9 +359,9 @@ def _cell(metrics: Metrics) -> dict[str, Any]:
 
 
 def table(rows: Iterator[tuple[str, list[dict[str, Any]]]]) -> str:
-    """Mean ± standard deviation over the seeds, in percent."""
+    """The rows as text: mean ± standard deviation over the seeds, scores in percent."""
 
-    def shown(cells: list[dict[str, Any]], score: str) -> str:
+    def formatted(cells: list[dict[str, Any]], score: str) -> str:
         values = [cell[score] for cell in cells if score in cell]
         digits = 3 if score == "drift" else 1
         if not values:
@@ -368,7 +372,7 @@ def table(rows: Iterator[tuple[str, list[dict[str, Any]]]]) -> str:
     columns = (*SCORES, "drift", "seconds_per_fact")
     return text_table(
         ["editor", *columns, "seeds"],
-        [[name, *(shown(cells, c) for c in columns), len(cells)] for name, cells in rows if cells],
+        [[name, *(formatted(cells, c) for c in columns), len(cells)] for name, cells in rows if cells],
     )
 
 

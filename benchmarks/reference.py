@@ -1,8 +1,8 @@
-"""A training step of RLEdit as one would first write it, to measure and to check the package against.
+"""A plain implementation of RLEdit's training step, with which the package's speed and results are compared.
 
-Every loss runs the whole model in mini-batches of four and takes logits at all positions; the divergence from θ₀ runs
-the unedited model again; each component and each backtracked batch is a pass of its own; the update solves a system of
-d_in × d_in and is held as a dense matrix. Nothing is cached. The formulas are MALMEN's and RLEdit's.
+Every loss runs the whole model in mini-batches of four and computes logits at all positions. The divergence from θ₀
+runs the unedited model again. Each component and each backtracked batch has its own forward passes. The update solves
+a d_in × d_in system and is a dense matrix. Nothing is cached. The formulas are MALMEN's and RLEdit's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import Hypernetwork
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -26,11 +26,11 @@ from rledit_env.scoring import ScoredBatch
 
 @dataclass(frozen=True)
 class Scored:
-    """What a reward consists of.
+    """The loss of a step, which is the negative reward without regularisation, and its gradient.
 
     Attributes:
         loss: Σ_batches weight · Σ_components weight · mean.
-        gradient: module → its gradient (d_out, d_in).
+        gradient: module → gradient of the loss with respect to its weight (d_out, d_in).
     """
 
     loss: float
@@ -38,13 +38,13 @@ class Scored:
 
 
 class Reference:
-    """The plain path over the Hugging Face model inside an `EditableLM`, whose weights it reads and writes itself.
+    """The plain implementation. It uses the Hugging Face model of an `EditableLM` and changes its weights directly.
 
     Args:
-        lm: where the model and the names of the edited modules come from; loaded with ``optimize=False``.
+        lm: gives the model and the names of the edited modules; loaded with ``optimize=False``.
         mini_batch: passages in a forward pass.
-        solve_in: precision of the normal equations. In float32 they lose what is below 1e-7 of ‖u‖², the damping among
-            it where modules are wide.
+        solve_in: precision of the normal equations. In float32 they lose terms below 1e-7 of ‖u‖²; for wide modules
+            the damping is one of them.
     """
 
     def __init__(self, lm: EditableLM, mini_batch: int = 4, solve_in: torch.dtype = torch.float32) -> None:
@@ -52,7 +52,7 @@ class Reference:
         self.modules: dict[str, Any] = {name: lm.model.get_submodule(name) for name in lm.module_shapes}
 
     def _logits(self, passages: Sequence[Passage]) -> tuple[Tensor, Tensor]:
-        """Logits at every position (b, L, |V|), and labels (b, L): the target, or −100 where nothing is scored."""
+        """Logits (b, L, |V|), and labels (b, L): the target, or −100 at positions that are not scored."""
         length = max(map(len, passages))
         ids, mask = torch.zeros(2, len(passages), length, dtype=torch.long)
         labels = torch.full((len(passages), length), -100)
@@ -73,20 +73,20 @@ class Reference:
         total = sum(len(p.targets) for p in passages)
         keys: dict[str, list[Tensor]] = {m: [] for m in self.modules}
         gradients: dict[str, list[Tensor]] = {m: [] for m in self.modules}
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        recorded: dict[str, tuple[Tensor, Tensor]] = {}  # module → its inputs and outputs
 
-        def watch(name: str) -> Any:
+        def recorder(name: str) -> Any:
             def hook(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 output.retain_grad() if output.requires_grad else output.requires_grad_()
-                seen[name] = (inputs[0].detach(), output)
+                recorded[name] = (inputs[0].detach(), output)
 
             return hook
 
-        handles = [module.register_forward_hook(watch(name)) for name, module in self.modules.items()]
+        handles = [module.register_forward_hook(recorder(name)) for name, module in self.modules.items()]
         for members in self._mini_batches(passages):
             logits, labels = self._logits(members)
             (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total).backward()
-            for name, (inputs, output) in seen.items():
+            for name, (inputs, output) in recorded.items():
                 assert output.grad is not None
                 keys[name].append(inputs[labels != -100].float())
                 gradients[name].append(output.grad[labels != -100].float())
@@ -97,7 +97,10 @@ class Reference:
     def update(
         self, network: Hypernetwork, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Dense ΔW (d_out, d_in) by module: least squares by its normal equations, differentiable in the network."""
+        """Dense ΔW (d_out, d_in) by module, by the normal equations of least squares.
+
+        ΔW is differentiable with respect to the network's parameters.
+        """
         updates = {}
         record = network.observe(keys, gradients)
         for module, u in keys.items():
@@ -156,7 +159,11 @@ class Reference:
     def training_step(
         self, network: Hypernetwork, edits: Sequence[Passage], batches: Sequence[ScoredBatch], config: RewardConfig
     ) -> tuple[dict[str, Tensor], Scored, list[Tensor]]:
-        """State, action, transition, reward, and the reward's gradient for the network: (ΔW, losses, gradient)."""
+        """A training step: state, action, transition, reward, and gradient of the network.
+
+        Returns:
+            ΔW, the loss with its gradient, and the gradient of the loss for every trained parameter of the network.
+        """
         updates = self.update(network, *self.trace(edits))
         self.apply(updates)
         scored = self.score(batches, config)

@@ -1,10 +1,10 @@
-"""What data-parallel training of large models takes, computed from their architectures: memory of a process, bytes that
-travel, expected efficiency.
+"""Computes the cost of data-parallel training of large models from their architectures: the memory of a process, the
+bytes sent between processes, and the expected efficiency.
 
     python benchmarks/scaling.py > benchmarks/SCALING.md
 
-Shapes and parameter counts are those of transformers' own models, built without memory; network sizes are counted by
-the agent's own code. Speeds of machines are assumptions, named in the output.
+Shapes and parameter counts are those of transformers' models, built on the meta device; sizes of the hypernetwork are
+counted by the agent's own code. The speeds of the machines are assumptions, listed in the output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents.rledit.config import HypernetworkConfig
 from agents.rledit.hypernetwork import Hypernetwork
 from rledit_env.knowledge import load_knowledge
@@ -26,7 +26,7 @@ from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.names import expand_globs
 
 GIB = 2**30
-# Published configurations, as far as sizes depend on them.
+# Published configurations, limited to the fields that determine sizes.
 MODELS: dict[str, PretrainedConfig] = {
     "Llama 3.1 8B": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                                 num_key_value_heads=8, vocab_size=128256),
@@ -39,37 +39,40 @@ MODELS: dict[str, PretrainedConfig] = {
 
 @dataclass(frozen=True)
 class Training:
-    """A training run and the machines it is on."""
+    """A training run and its machines."""
 
     batches: int = 20
     batch_size: int = 20
     steps_per_batch: int = 5
     rows: int = 20
-    """Observed positions of a batch: one a fact with token="subject"."""
+    """Observed positions of a batch; with token="subject", one per fact."""
     passage_tokens: int = 24
     """Tokens of a prompt with its answer."""
     scored_batches: int = 2
-    """Batches that a reward looks at: the current one, and one sampled earlier one."""
+    """Batches scored in a reward: the current one and one sampled earlier one."""
     scored_passages: int = 3
-    """Passages of a fact that it scores: the edit, a paraphrase, an unrelated pair."""
+    """Scored passages of a fact: the edit, a paraphrase, an unrelated pair."""
     flops: float = 4e14
-    """Sustained by a process's devices together, bfloat16."""
+    """Sustained FLOP/s of all devices of a process together, bfloat16."""
     bandwidth: float = 25e9
-    """Bytes a second between two processes, each way."""
+    """Bytes per second between two processes, in each direction."""
     latency: float = 50e-6
-    """Seconds a message of the ring takes at least."""
+    """Minimum seconds of a message in the ring."""
 
     @property
     def spread(self) -> float:
-        """Standard deviation of a trajectory's time over its mean: that of the text of its facts, in the bundled
-        CounterFact sample. Of independent facts it falls as their number's root."""
+        """Standard deviation of a trajectory's time divided by the mean.
+
+        It is estimated from the text lengths of the bundled CounterFact facts. For independent facts it falls with the
+        square root of their number.
+        """
         records = load_knowledge("counterfact").records
         length = [len(f"{r.prompt} {r.target}{r.paraphrases[0]}{r.unrelated[0].prompt}") for r in records]
         return float(np.std(length) / np.mean(length)) / math.sqrt(self.batches * self.batch_size)
 
 
 def module_shapes(config: PretrainedConfig) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Parameters of the model, and the shapes (d_in, d_out) of the modules edited by default; nothing is allocated."""
+    """The model's number of parameters and the shapes (d_in, d_out) of its default modules, without allocating it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -81,7 +84,7 @@ def module_shapes(config: PretrainedConfig) -> tuple[int, dict[str, tuple[int, i
 def memory(parameters: int, shapes: Mapping[str, tuple[int, int]], network: HypernetworkConfig, t: Training) -> dict[
     str, float
 ]:
-    """Bytes of a process, by what holds them."""
+    """Memory of a process in bytes, by purpose."""
     edited = sum(d_in * d_out for d_in, d_out in shapes.values())
     square = sum(d_in**2 for d_in, _ in shapes.values())
     policy = Hypernetwork.parameter_count(shapes, network)
@@ -99,7 +102,10 @@ def memory(parameters: int, shapes: Mapping[str, tuple[int, int]], network: Hype
 
 
 def step_flops(parameters: int, t: Training) -> float:
-    """Of one environment step: a trace (forward and backward for its inputs: 4 P a token), and the reward's."""
+    """FLOP of an environment step with P parameters: 4 P per traced token, 6 P per scored token.
+
+    A trace has a forward pass and a backward pass for the inputs; a reward also needs the gradients of the weights.
+    """
     trace = t.batch_size * t.passage_tokens
     scored = t.scored_batches * t.batch_size * t.scored_passages * t.passage_tokens / t.steps_per_batch
     return 4.0 * parameters * trace + 6.0 * parameters * scored
@@ -108,8 +114,8 @@ def step_flops(parameters: int, t: Training) -> float:
 def efficiency(processes: int, trajectory: float, gradient_bytes: float, t: Training) -> float:
     """Share of the processes' time that is spent on trajectories.
 
-    The slowest of n trajectories with normal times takes about σ √(2 ln n) longer than the mean one; a ring all-reduce
-    moves 2 (n − 1)/n of the gradient through every link, in 2 (n − 1) messages.
+    If times are normally distributed, the slowest of n trajectories takes about σ √(2 ln n) longer than the mean. A
+    ring all-reduce sends 2 (n − 1)/n of the gradient over every link, in 2 (n − 1) messages.
     """
     if processes == 1:
         return 1.0
@@ -125,20 +131,20 @@ def report(t: Training | None = None) -> str:
     lines = [
         "# Large models on several devices, on paper",
         "",
-        "Written by `python benchmarks/scaling.py`; nothing here was measured (a step of 8B parameters on one GPU was:",
-        "RESULTS.md). Shapes and counts are computed from the models' architectures; the speeds below are assumptions,",
-        "to be replaced by one's own.",
+        "Written by `python benchmarks/scaling.py`. Nothing here was measured; RESULTS.md has a measured step of a",
+        "model with 8B parameters on one GPU. Shapes and counts are computed from the models' architectures. The",
+        "speeds below are assumptions; replace them by those of your machines.",
         "",
         "Each process holds a whole LLM (on one device or, with `device_map=\"auto\"`, on several), edits its own",
-        "streams, and sends the hypernetwork's gradient once an update. The LLM's weights and updates never travel.",
+        "streams, and sends the hypernetwork's gradient once per update. The LLM's weights and ΔW are not sent.",
         "",
-        f"Training: trajectories of {t.batches} × {t.batch_size} facts, {t.steps_per_batch} steps a batch, {t.rows} "
+        f"Training: trajectories of {t.batches} × {t.batch_size} facts, {t.steps_per_batch} steps per batch, {t.rows} "
         "observed rows;",
         f"hypernetwork of rank {network.rank} with {network.blocks} blocks; recursive aggregation; the modules edited "
         "by default.",
-        f"Assumed of a process: {t.flops:.0e} FLOP/s sustained, {t.bandwidth / 1e9:.0f} GB/s and "
-        f"{t.latency * 1e6:.0f} µs to the next one. Trajectory times spread by {t.spread:.1%}, as the lengths of "
-        "the bundled facts do.",
+        f"Assumptions for a process: {t.flops:.0e} FLOP/s sustained; {t.bandwidth / 1e9:.0f} GB/s and "
+        f"{t.latency * 1e6:.0f} µs to the next process.",
+        f"The relative standard deviation of trajectory times is {t.spread:.1%}, from the text lengths of the facts.",
         "",
     ]
     rows: list[list[str]] = []
@@ -154,17 +160,19 @@ def report(t: Training | None = None) -> str:
                      f"**{sum(parts.values()) / GIB:.0f}**"])
         rows.append([name, f"{policy / 1e6:.0f}", f"{sent / GIB:.2f}", f"{trajectory:.0f}",
                      *(f"{efficiency(n, trajectory, sent, t):.1%}" for n in (2, 8, 64))])
-    parts_named = list(memory(1, {"m": (1, 1)}, network, t))
+    part_names = list(memory(1, {"m": (1, 1)}, network, t))
     lines += ["## Memory of a process, GiB", "",
-              *_table(["model", "parameters, 10⁹", "edited modules", *parts_named, "sum"], sums), ""]
-    lines += ["Activations of a pass (bounded by `max_tokens_per_pass`) come on top.", ""]
-    lines += ["## An update", "",
-              *_table(["model", "policy, 10⁶ parameters", "sent a process and update, GiB (float32, before the ring's "
-                       "factor 2(n−1)/n)", "seconds a trajectory", "efficiency, 2 processes", "8", "64"], rows), ""]
+              *_table(["model", "parameters, 10⁹", "edited modules", *part_names, "sum"], sums), ""]
+    lines += ["Activations of a forward pass (bounded by `max_tokens_per_pass`) are not included.", ""]
+    sent_head = "sent per process and update, GiB (float32, before the ring's factor 2(n−1)/n)"
+    efficiency_head = ["efficiency, 2 processes", "8", "64"]
+    head = ["model", "policy, 10⁶ parameters", sent_head, "seconds per trajectory", *efficiency_head]
+    lines += ["## An update", "", *_table(head, rows), ""]
     lines += [
-        "Efficiency = T / (T + waiting + sending): T is a trajectory's time; waiting, for the slowest of n, is",
-        "T · spread · √(2 ln n); sending is a ring all-reduce. Other differences between machines come on top. More",
-        "trajectories an update (`trajectories_per_update` m) shrink both, the first by √m, the second by m.",
+        "Efficiency = T / (T + waiting + sending). T is the time of a trajectory. Waiting for the slowest of n",
+        "processes takes T · spread · √(2 ln n); spread is the relative standard deviation above. Sending is a ring",
+        "all-reduce. Other differences between machines are not included. With m trajectories per update",
+        "(`trajectories_per_update`), waiting shrinks by √m and sending by m, relative to the time of trajectories.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Models with the shape of a published one and random weights: speed and memory do not depend on what they know."""
+"""Models with the shape of a published model and random weights, for measuring speed and memory."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ def random_model(
     name: str, tokenizer: str, dtype: torch.dtype, device: torch.device, edit_modules: Sequence[str] = (),
     optimize: bool = True,
 ) -> EditableLM:
-    """A Llama of a shape of :data:`SHAPES`, its weights drawn on the device itself from a seed.
+    """A Llama with a shape of :data:`SHAPES`; its weights are drawn on the device with a fixed seed.
 
     Args:
-        name: of the shape.
-        tokenizer: model name or folder whose tokenizer it reads with, which must not have more tokens.
+        name: name of the shape.
+        tokenizer: model name or folder of the tokenizer, which must not have more tokens than the shape.
         dtype: precision of the weights.
-        device: where they are.
-        edit_modules: instead of the shape's own.
+        device: device of the weights.
+        edit_modules: modules to edit; by default those of the shape.
         optimize: as for `EditableLM`.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the shape.
     """
-    numbers, modules = SHAPES[name]
+    settings, modules = SHAPES[name]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**numbers), dtype=dtype)
-    reader = AutoTokenizer.from_pretrained(fetch(tokenizer), local_files_only=True)
-    if len(reader) > numbers["vocab_size"]:
-        raise ValueError(f"the tokenizer of {tokenizer!r} has {len(reader)} tokens; {name} has fewer")
-    return EditableLM(model, reader, edit_modules or modules, name, optimize=optimize)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=dtype)
+    loaded_tokenizer = AutoTokenizer.from_pretrained(fetch(tokenizer), local_files_only=True)
+    if len(loaded_tokenizer) > settings["vocab_size"]:
+        raise ValueError(f"the tokenizer of {tokenizer!r} has {len(loaded_tokenizer)} tokens; {name} has fewer")
+    return EditableLM(model, loaded_tokenizer, edit_modules or modules, name, optimize=optimize)

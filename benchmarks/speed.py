@@ -1,13 +1,13 @@
-"""How fast is a training step, an edit and a solve, beside a straightforward implementation and the machine's limit?
+"""Times a training step, an edit and a solve, and compares them with a plain implementation and the machine's limit.
 
     python benchmarks/speed.py
     python benchmarks/speed.py --sections step memory --threads 1
     python benchmarks/speed.py --model random-llama-3-8b --dtypes bfloat16 --sections step memory edit
 
-`benchmarks/reference.py` is the straightforward implementation; both get the same batches and weights, and what they
-compute is compared. Everything that is compared runs in turn, `--repeats` times in one process, and medians count. The
-floor (`benchmarks/floor.py`) is the time that the operations which a step cannot do without would take at the measured
-speed of matrix products.
+`benchmarks/reference.py` is the plain implementation, called the reference. Both get the same batches and weights, and
+their results are compared. They run in turn, `--repeats` times in one process, and the medians are reported. The floor
+(`benchmarks/floor.py`) is the time that all necessary operations of a step would take at the measured speed of matrix
+products.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import gymnasium as gym
 import torch
 import tyro
 from floor import Floor, matmul_rate, pass_rate
-from reference import Reference
+from reference import Reference, Scored
 from shapes import SHAPES, random_model
 from torch import Tensor
 from tqdm import tqdm
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import Hypernetwork, HypernetworkConfig
 from agents.rledit.credit import CreditAccumulator
 from rledit_env.files import write_text
@@ -42,26 +42,26 @@ from rledit_env.reward import RewardConfig, backtracked
 from rledit_env.scoring import ScoredBatch
 
 EDIT_MODULES = ("model.layers.[20-27].mlp.{gate,up}_proj",)  # of the default model
-GRAPH_BYTES = 2**24  # of the network's second pass, where there is one
-ONCE = "over theirs, equal beginnings once"  # a column's name
+GRAPH_BYTES = 2**24  # memory bound for the graph of the network's second forward pass, if it runs again
+ONCE = "over theirs, equal beginnings once"  # the ratio to the second floor with shared prefixes counted once
 Section = Literal["step", "edit", "solve", "memory", "growth"]
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Args:
-    """Times the package beside a plain implementation."""
+    """Compares the speed of the package with that of a plain implementation."""
 
     model: str = "smollm2-135m"
-    """Registry name, hub id or folder of the model; or a shape of benchmarks/shapes.py, with random weights."""
+    """Registry name, hub id or folder of the model, or a shape of benchmarks/shapes.py, for random weights."""
     edit_modules: tuple[str, ...] = ()
-    """Modules to edit; by default gate and up of layers 20 to 27, and of a shape those that the paper edits."""
+    """Modules to edit; by default gate and up of layers 20 to 27, or for a shape those that the paper edits."""
     tokenizer: str = "smollm2-135m"
-    """Whose tokenizer a model with random weights reads with."""
+    """The model whose tokenizer is used for random weights."""
     dtypes: tuple[Precision, ...] = ("float32", "bfloat16")
-    """Precisions of the frozen weights to measure the package in; the reference runs in the first."""
+    """Precisions of the frozen weights in which the package is measured; the reference runs in the first."""
     data: str = "bundled"
-    """CounterFact's facts, as the environment takes them."""
+    """CounterFact facts: a file, a folder, a hub id or "bundled"."""
     batch_size: int = 20
     """n, facts in a batch of the training step."""
     edit_batch_size: int = 100
@@ -69,39 +69,39 @@ class Args:
     depth: int = 10
     """k, earlier batches in the reward."""
     samples: int = 2
-    """Earlier batches in the reward where they are sampled."""
+    """Number of earlier batches in the reward if they are sampled."""
     rank: int = 1024
     """Inner width of the network's blocks."""
     blocks: int = 4
     """Residual blocks of the network."""
     reference_solve: Literal["float32", "float64"] = "float32"
-    """Precision of the reference's normal equations; wide modules need float64 to be compared with."""
+    """Precision of the reference's normal equations; with wide modules a comparison needs float64."""
     repeats: int = 3
-    """Runs of everything that is timed; the median counts."""
+    """Number of runs of each measurement; the median is reported."""
     solve_widths: tuple[int, ...] = (4096, 14336)
-    """d_in of the least squares that are solved alone."""
+    """Values of d_in in the "solve" section."""
     growth_edits: int = 5000
-    """Edits in the stream that shows whether a step slows down."""
+    """Edits in the stream of the "growth" section."""
     growth_batch_sizes: tuple[int, ...] = (5, 10, 20, 40)
-    """Values of n whose step is timed."""
+    """Values of n in the "growth" section."""
     growth_depths: tuple[int, ...] = (0, 2, 5, 10)
-    """Values of k whose step is timed."""
+    """Values of k in the "growth" section."""
     threads: int = 2
-    """torch's threads."""
+    """Number of torch's threads."""
     tokens_per_pass: int = 0
-    """The most padded tokens of a pass that takes gradients; 0 leaves the package's default."""
+    """Maximum number of padded tokens in a forward pass with gradients; 0 means the package's default."""
     device: str = "auto"
-    """Where; "auto" takes an accelerator."""
+    """Device of the model; "auto" takes an accelerator if there is one."""
     sections: tuple[Section, ...] = ("step", "edit", "solve", "memory", "growth")
-    """What to measure."""
+    """Sections to measure."""
     out: Path = Path("runs/speed")
-    """Folder of speed.json and growth.png."""
+    """Folder for speed.json and growth.png."""
     peak_of: Literal["", "reference", "package"] = ""
-    """Only print bytes in use before a step of one path, and its peak above them; used by the memory section."""
+    """Only print the bytes in use before a step of this implementation and the peak above them, for "memory"."""
 
 
 class Stepper:
-    """The package's training step, one at a time: state, action, transition, reward, gradient for the network."""
+    """Runs the package's training steps: state, action, transition, reward, gradient of the network."""
 
     def __init__(self, args: Args, lm: EditableLM, config: RewardConfig | str, batches: int, batch_size: int) -> None:
         self.lm, self.batch_size = lm, batch_size
@@ -110,30 +110,30 @@ class Stepper:
             reward=config, reward_gradient=config != "none", array_backend="torch", disable_env_checker=True,
         )  # fmt: skip
         self.inner: Any = self.env.unwrapped
-        self.network = made_network(args, lm)
+        self.network = make_network(args, lm)
         self.steps = 0
         self.observation, _ = self.env.reset(seed=0)
         self.info: dict[str, Any] = {}
         self.loss = 0.0
         self.factors: tuple[Mapping[str, Tensor], ...] = ({}, {})
-        self.compared = False  # whether the last step's dense gradient is kept, for others to see
-        self.dense: dict[str, Tensor] = {}
-        self.keeps = lm.dtype == torch.bfloat16  # in float32 the network runs a second time, which saves its graph
+        self.keeps_gradient = False  # whether to copy the reward's gradient of the last step, for comparisons
+        self.weight_gradient: dict[str, Tensor] = {}
+        self.keeps_graph = lm.dtype == torch.bfloat16  # in float32 the network runs a second time, to save memory
 
-    def edit(self, keep: bool = False) -> None:
-        """State → action → transition, and the next state; ``keep``: the network's graph."""
-        self.info = {}  # the last step's gradient is not held beside the next
+    def edit(self, keep_graph: bool = False) -> None:
+        """Take one step: action, transition, reward and the next state; ``keep_graph`` keeps the network's graph."""
+        self.info = {}  # frees the gradient of the last step before the next
         self.record = self.network.observe(self.observation["keys"], self.observation["value_gradients"])
-        with torch.set_grad_enabled(keep):
-            made = self.network.factors(self.record)
-        self.made = made if keep else None
-        keys, values = self.factors = tuple({m: f.detach() for m, f in part.items()} for part in made)
+        with torch.set_grad_enabled(keep_graph):
+            factors = self.network.factors(self.record)
+        self.graph_factors = factors if keep_graph else None
+        keys, values = self.factors = tuple({m: f.detach() for m, f in part.items()} for part in factors)
         self.observation, reward, *_, self.info = self.env.step({"keys": keys, "values": values})
         self.loss = -float(reward)
         self.steps += 1
 
     def edit_quickly(self, steps: int) -> None:
-        """Steps of :meth:`edit` whose reward looks at their own batch only, so that all passages have been seen."""
+        """Take steps of :meth:`edit` that score only the current batch, so that all passages have been seen."""
         config = self.inner.reward_config
         self.inner.reward_config = replace(config, backtracking_depth=0) if config is not None else None
         for _ in range(steps):
@@ -141,33 +141,34 @@ class Stepper:
         self.inner.reward_config = config
 
     def learn(self) -> list[Tensor]:
-        """:meth:`edit`, and the gradient of the step's reward for the network's parameters."""
-        self.edit(self.keeps)
+        """Take one step of :meth:`edit`; return the gradient of its reward for the network's parameters."""
+        self.edit(self.keeps_graph)
         keys, values = self.factors
         credit = CreditAccumulator("trajectory", key_gradients=True)
         gradient = self.info.pop("reward_gradient")
-        if self.compared:
-            self.dense = {m: g.clone() for m, g in gradient.items()}
+        if self.keeps_gradient:
+            self.weight_gradient = {m: g.clone() for m, g in gradient.items()}
         credit.take(keys, values, gradient, self.info["action_gradient"], 1.0)
         del gradient
-        ((for_keys, for_values),) = credit.finish()
+        ((key_gradients, value_gradients),) = credit.finish()
         self.network.zero_grad()
-        self.network.accumulate(replace(self.record, factors=self.made), for_keys, for_values, GRAPH_BYTES)
+        record = replace(self.record, factors=self.graph_factors)
+        self.network.accumulate(record, key_gradients, value_gradients, GRAPH_BYTES)
         return [p.grad for p in self.network.parameters() if p.grad is not None]
 
     @property
     def edits(self) -> Sequence[Any]:
-        """The current batch's edit passages."""
+        """The edit passages of the current batch."""
         return [record.edit for record in self.inner.episode.records(self.steps)]
 
     def batches(self, config: RewardConfig) -> list[ScoredBatch]:
-        """What the exact reward of the current step scores."""
+        """The batches that are scored in the exact reward of the current step."""
         earlier = backtracked(self.steps, config, self.inner.np_random)
         return [self.inner.episode.scored(self.steps - i, w) for i, w in {0: 1.0, **earlier}.items()]
 
 
-def made_network(args: Args, lm: EditableLM) -> Hypernetwork:
-    """The paper's policy, its blocks no longer the identity; its products in bfloat16 where the LLM's are."""
+def make_network(args: Args, lm: EditableLM) -> Hypernetwork:
+    """The paper's policy with random blocks, not the identity; in bfloat16 for a bfloat16 LLM, else in float32."""
     precision: Any = "bfloat16" if lm.dtype == torch.bfloat16 else "float32"
     config = HypernetworkConfig(args.rank, args.blocks, "least_squares", step_size=1e-3, precision=precision)
     network = Hypernetwork(lm.module_shapes, config).to(lm.device)
@@ -181,7 +182,7 @@ def made_network(args: Args, lm: EditableLM) -> Hypernetwork:
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, the device's queue empty at both ends; and the result."""
+    """The seconds that ``work`` takes, with the device synchronised before and after, and its result."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -191,14 +192,14 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Benchmark:
-    """The sections; each returns numbers for speed.json."""
+    """The sections of the benchmark. Each is a method that returns its numbers for speed.json."""
 
     def __init__(self, args: Args) -> None:
         self.args = args
         self.seconds: dict[str, list[float]] = {}
 
     def load(self, precision: Precision, optimize: bool = True) -> EditableLM:
-        """A model of its own, so that what is compared shares no cache."""
+        """Load a separate model, so that the measurements share no caches."""
         args, dtype = self.args, getattr(torch, precision)
         if args.model in SHAPES:
             device = resolve_device(args.device)
@@ -210,23 +211,23 @@ class Benchmark:
         return lm
 
     def reference(self, lm: EditableLM | None = None) -> Reference:
-        """The plain path, over a model of its own unless one is given."""
+        """The plain implementation, with a separate model unless ``lm`` is given."""
         lm = lm or self.load(self.args.dtypes[0], optimize=False)
         return Reference(lm, solve_in=getattr(torch, self.args.reference_solve))
 
     def clock(self, name: str, lm: EditableLM, work: Callable[[], Any]) -> Any:
-        """Run and time something under a name."""
+        """Run ``work``, record its time under ``name``, and return its result."""
         seconds, result = timed(lm.device, work)
         self.seconds.setdefault(name, []).append(seconds)
         print(f"  {name}: {seconds:.3f} s", flush=True)
         return result
 
     def median(self, name: str) -> float:
-        """Of a name's runs."""
+        """The median time of the runs under ``name``."""
         return statistics.median(self.seconds[name])
 
     def step(self) -> dict[str, Any]:
-        """A training step with ``depth`` earlier batches, beside the reference and the floor."""
+        """Compare a training step with ``depth`` earlier batches with the reference and the floor."""
         args = self.args
         exact = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
         sampled = replace(exact, backtracking_samples=args.samples)
@@ -238,37 +239,31 @@ class Benchmark:
         }
         for stepper in tqdm(steppers.values(), desc="first batches"):
             stepper.edit_quickly(args.depth)
-        ours = steppers[f"{args.dtypes[0]}, exact"]
-        ours.compared = True
+        compared = steppers[f"{args.dtypes[0]}, exact"]
+        compared.keeps_gradient = True
         reference = self.reference()
         deviations: dict[str, list[float]] = {}
         floors: dict[str, list[dict[str, float]]] = {name: [] for name in steppers}
-        shared: dict[str, list[float]] = {name: [] for name in steppers}
+        floors_once: dict[str, list[float]] = {name: [] for name in steppers}
         for _ in range(args.repeats):
             for name, stepper in steppers.items():
                 floors[name].append(self._floor(stepper, exact, "sampled" in name))
-                shared[name].append(sum(self._floor(stepper, exact, "sampled" in name, once=True).values()))
-            scored, edits = ours.batches(exact), ours.edits
-            moments = ours.network.memory_state()
-            reference.lm.restore(ours.lm.snapshot())
-            updates, theirs, gradient = self.clock(
-                "reference", ours.lm, lambda s=scored, e=edits: reference.training_step(ours.network, e, s, exact)
-            )
-            ours.network.load_memory_state(moments)
+                floors_once[name].append(sum(self._floor(stepper, exact, "sampled" in name, once=True).values()))
+            scored, edits = compared.batches(exact), compared.edits
+            moments = compared.network.memory_state()
+            reference.lm.restore(compared.lm.snapshot())
+            expected = self.clock(
+                "reference", compared.lm,
+                lambda s=scored, e=edits: reference.training_step(compared.network, e, s, exact),
+            )  # fmt: skip
+            compared.network.load_memory_state(moments)
             for name, stepper in steppers.items():
-                got = self.clock(name, stepper.lm, stepper.learn)
-                if stepper is ours:
-                    keys, values = ours.factors
-                    reward_gradient = {m: -g for m, g in ours.dense.items()}
-                    for what, pairs in {
-                        "loss": [(torch.tensor(ours.loss), torch.tensor(theirs.loss))],
-                        "ΔW": [(values[m].T @ keys[m], updates[m].detach()) for m in keys],
-                        "gradient of the weights": [(reward_gradient[m], theirs.gradient[m]) for m in keys],
-                        "gradient of the network": [(a, -b) for a, b in zip(got, gradient, strict=True)],
-                    }.items():
-                        deviations.setdefault(what, []).append(max(_deviation(a, b) for a, b in pairs))
-        rates = self._rates(ours.lm)
-        own = {name: self._own_rate(steppers[f"{name}, exact"]) for name in rates}
+                gradient = self.clock(name, stepper.lm, stepper.learn)
+                if stepper is compared:
+                    for what, deviation in _deviations(stepper, gradient, *expected).items():
+                        deviations.setdefault(what, []).append(deviation)
+        rates = self._rates(compared.lm)
+        own_rates = {name: self._own_rate(steppers[f"{name}, exact"]) for name in rates}
         rows = {}
         for name in steppers:
             operations = statistics.median(sum(counts.values()) for counts in floors[name])
@@ -278,13 +273,13 @@ class Benchmark:
                 "times the reference's speed": self.median("reference") / self.median(name),
                 "floor": operations / rates[dtype],
                 "over the floor": self.median(name) * rates[dtype] / operations,
-                "over that of its own products": self.median(name) * own[dtype] / operations,
-                ONCE: self.median(name) * own[dtype] / statistics.median(shared[name]),
+                "over that of its own products": self.median(name) * own_rates[dtype] / operations,
+                ONCE: self.median(name) * own_rates[dtype] / statistics.median(floors_once[name]),
             }
         return {
             "rows": {"reference": {"seconds": self.median("reference")}, **rows},
             "greatest relative deviation": {what: max(values) for what, values in deviations.items()},
-            "operations a second": {"one large product": rates, "a pass's own products": own},
+            "operations a second": {"one large product": rates, "a pass's own products": own_rates},
             "operations": {name: floors[name][-1] for name in list(steppers)[:2]},
             "seconds a fact": {name: row["seconds"] / args.batch_size for name, row in rows.items()},
         }
@@ -297,15 +292,15 @@ class Benchmark:
         }
 
     def _own_rate(self, stepper: Stepper) -> float:
-        """:func:`pass_rate` of the step's passes."""
-        tokens, answers = (sum(len(x) for x in seen) for seen in ([*stepper.edits], [p.targets for p in stepper.edits]))
-        most = stepper.lm.max_tokens_per_pass
-        return pass_rate(stepper.lm, most, max(1, round(most * answers / tokens)))
+        """The :func:`pass_rate` of forward passes with as many tokens and answers as those of the step."""
+        tokens, answers = sum(map(len, stepper.edits)), sum(len(p.targets) for p in stepper.edits)
+        tokens_per_pass = stepper.lm.max_tokens_per_pass
+        return pass_rate(stepper.lm, tokens_per_pass, max(1, round(tokens_per_pass * answers / tokens)))
 
     def _floor(
         self, stepper: Stepper, config: RewardConfig, sampled: bool, once: bool = False
     ) -> dict[str, float]:
-        """Operations of the step to come, by part: its reward and the next batch's state."""
+        """Operations of the next step, by part."""
         floor = Floor(stepper.lm, once)
         batches = stepper.batches(config)
         if sampled:
@@ -325,25 +320,25 @@ class Benchmark:
         }
 
     def edit(self) -> dict[str, Any]:
-        """The editing phase: batches of new facts, no reward."""
+        """Compare the editing phase, batches of new facts without a reward, with the reference."""
         args = self.args
         n, batches = args.edit_batch_size, args.repeats + 1
         small = replace(args, rank=256, blocks=2)
         steppers = {f"editing, {name}": Stepper(args, self.load(name), "none", batches, n) for name in args.dtypes}
         last = args.dtypes[-1]
         steppers[f"editing, {last}, rank 256, 2 blocks"] = Stepper(small, self.load(last), "none", batches, n)
-        ours = steppers[f"editing, {args.dtypes[0]}"]
+        compared = steppers[f"editing, {args.dtypes[0]}"]
         reference = self.reference()
 
         def plain(edits: Sequence[Any]) -> None:
             with torch.no_grad():
-                reference.apply(reference.update(ours.network, *_with_gradient(reference.trace, edits)))
+                reference.apply(reference.update(compared.network, *_with_gradient(reference.trace, edits)))
 
         for _ in range(args.repeats):
-            edits, moments = ours.edits, ours.network.memory_state()
-            reference.lm.restore(ours.lm.snapshot())
-            self.clock("editing, reference", ours.lm, lambda e=edits: plain(e))
-            ours.network.load_memory_state(moments)
+            edits, moments = compared.edits, compared.network.memory_state()
+            reference.lm.restore(compared.lm.snapshot())
+            self.clock("editing, reference", compared.lm, lambda e=edits: plain(e))
+            compared.network.load_memory_state(moments)
             for name, stepper in steppers.items():
                 self.clock(name, stepper.lm, stepper.edit)
         names = ["editing, reference", *steppers]
@@ -358,7 +353,7 @@ class Benchmark:
         }
 
     def solve(self) -> dict[str, Any]:
-        """The ridge least squares of one module by its dual and by its normal equations, random factors."""
+        """Compare the dual form and the normal equations of ridge least squares, for one module and random factors."""
         results = {}
         rows, d_out, damping = 300, 4096, 1.0
         device = resolve_device(self.args.device)
@@ -378,7 +373,7 @@ class Benchmark:
             dual()
             seconds = [timed(device, dual)[0] for _ in range(5)]
             primal_seconds, _ = timed(device, primal)
-            # Normal equations in float32 round more than the dual does: it is compared with exact ones.
+            # Normal equations in float32 have larger rounding errors than the dual, so compare with float64.
             u64 = u.double()
             factor = torch.linalg.cholesky(u64.T @ u64 + damping * torch.eye(d_in, device=device, dtype=u64.dtype))
             update = torch.cholesky_solve(u64.T @ v.double(), factor).T.float()
@@ -393,7 +388,7 @@ class Benchmark:
         return results
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory of a training step above the model itself, each path in a process of its own."""
+        """Peak memory of a training step above that of the model, for each implementation in its own process."""
         result = {}
         for path in ("reference", "package"):
             command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", path]
@@ -402,14 +397,16 @@ class Benchmark:
         return {**result, "package / reference": result["package"] / result["reference"]}
 
     def peak(self, path: str) -> tuple[int, int]:
-        """Bytes that were there before a step of one path (on a GPU its tensors, on a CPU the process), and those that
-        the step needs above."""
+        """Bytes in use before a step of one implementation, and the additional bytes at its peak.
+
+        On a GPU these are bytes of tensors, on a CPU bytes of the process.
+        """
         args = self.args
         config = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
         lm = self.load(args.dtypes[0], optimize=path == "package")
         stepper = Stepper(args, lm, config, args.depth + 1, args.batch_size)
         device = stepper.lm.device
-        if path == "package":  # its caches are part of what it needs: they fill from here on
+        if path == "package":  # measured from here on, since its caches count as memory of the step
             start = _reset_peak(device)
             stepper.edit_quickly(args.depth)
             stepper.learn()
@@ -424,7 +421,7 @@ class Benchmark:
         args, result = self.args, {}
         base = RewardConfig(backtracking_depth=args.depth, regularisation=0.0)
         for what, sizes in (("n", args.growth_batch_sizes), ("k", args.growth_depths)):
-            found = {}
+            seconds_by_size = {}
             for size in sizes:
                 n, k = (size, args.depth) if what == "n" else (args.batch_size, size)
                 config = replace(base, backtracking_depth=k)
@@ -432,13 +429,13 @@ class Benchmark:
                 stepper.edit_quickly(k)
                 for _ in range(args.repeats):
                     self.clock(f"{what} = {size}", stepper.lm, stepper.learn)
-                found[str(size)] = self.median(f"{what} = {size}")
-            result[f"seconds by {what}"] = found
+                seconds_by_size[str(size)] = self.median(f"{what} = {size}")
+            result[f"seconds by {what}"] = seconds_by_size
         config = replace(base, backtracking_samples=args.samples)
         steps = args.growth_edits // args.batch_size
         stepper = Stepper(args, self.load(args.dtypes[-1]), config, steps, args.batch_size)
         with torch.no_grad():
-            stepper.network.log_step_size -= 2.3  # so small that the model stays whole for thousands of edits
+            stepper.network.log_step_size -= 2.3  # small enough that thousands of edits do not break the model
         seconds = [timed(stepper.lm.device, stepper.learn)[0] for _ in tqdm(range(steps), desc="edits", unit="batch")]
         result["seconds by edits so far"] = {str((i + 1) * args.batch_size): s for i, s in enumerate(seconds)}
         tenth = max(1, steps // 10)
@@ -446,6 +443,21 @@ class Benchmark:
             seconds[tenth : 2 * tenth]
         )
         return result
+
+
+def _deviations(
+    stepper: Stepper, gradient: Sequence[Tensor], updates: Mapping[str, Tensor], scored: Scored,
+    expected_gradient: Sequence[Tensor],
+) -> dict[str, float]:  # fmt: skip
+    """The greatest relative deviations of a stepper's last step from the reference's updates, losses and gradient."""
+    keys, values = stepper.factors
+    pairs = {
+        "loss": [(torch.tensor(stepper.loss), torch.tensor(scored.loss))],
+        "ΔW": [(values[m].T @ keys[m], updates[m].detach()) for m in keys],
+        "gradient of the weights": [(-stepper.weight_gradient[m], scored.gradient[m]) for m in keys],
+        "gradient of the network": [(a, -b) for a, b in zip(gradient, expected_gradient, strict=True)],
+    }
+    return {what: max(_deviation(a, b) for a, b in tensors) for what, tensors in pairs.items()}
 
 
 def _with_gradient(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -459,11 +471,11 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Begin to watch the peak of memory; bytes in use now."""
+    """Reset the peak of memory and return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM, the peak
     return _status("VmRSS")
 
 
@@ -477,7 +489,7 @@ def _status(field: str) -> int:
 
 
 def plot_growth(result: Mapping[str, Any], path: Path) -> None:
-    """Three curves of seconds a step."""
+    """Plot the seconds per step by n, by k and by edits so far."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -492,8 +504,8 @@ def plot_growth(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def shown(section: str, result: Mapping[str, Any]) -> str:
-    """A section's numbers as text."""
+def formatted(section: str, result: Mapping[str, Any]) -> str:
+    """The numbers of a section as text."""
     if section == "step":
         columns = [
             "seconds", "times the reference's speed", "floor", "over the floor", "over that of its own products", ONCE
@@ -526,10 +538,10 @@ def main(args: Args) -> None:
     for section in args.sections:
         print(section, flush=True)
         results[section] = getattr(benchmark, section)()
-        print(shown(section, results[section]), flush=True)
+        print(formatted(section, results[section]), flush=True)
         settings = json.loads(json.dumps(asdict(args), default=str))
-        whole = {"settings": settings, "versions": versions(), "results": results}
-        write_text(args.out / "speed.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        content = {"settings": settings, "versions": versions(), "results": results}
+        write_text(args.out / "speed.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     if "growth" in results:
         plot_growth(results["growth"], args.out / "growth.png")
     print(f"written: {args.out}")

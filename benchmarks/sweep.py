@@ -1,12 +1,12 @@
-"""Finds editors' hyperparameters for a model, on held-out training facts, and writes the best into its file.
+"""Finds hyperparameters of editors for a model, on held-out training facts, and writes the best into the model's file.
 
     python benchmarks/sweep.py --data ../shared/data --editors ultraedit ft-l --write agents/configs/smollm2-135m.json
 
-A grid (benchmarks/grids.json, or --grids) names for each editor some settings and their values, such as
+A grid (benchmarks/grids.json, or --grids) lists settings and values for each editor, such as
 {"ultraedit": {"config.step_size": [0.0005, 0.001], "env.steps_per_batch": [1, 3]}}; every combination is a point. Each
-point edits one stream of the last fifth of the training split, on which nothing trains, and is scored by the mean of
-Efficacy, Generalization and Specificity after the last edit. Points are cells that are kept: an interrupted sweep, or
-one whose --minutes are over, goes on with the points that are missing.
+point edits one stream from the last fifth of the training split, on which nothing is trained. It is scored by the mean
+of Efficacy, Generalization and Specificity after the last edit. The scores of points are stored: a sweep that was
+interrupted, or ended by --minutes, computes only the missing points when it is started again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents.running.comparison import Comparison, Setting, Views
 from agents.running.editors import EDITORS, Editor, configured, find_configs, load_configs, merged
 from rledit_env.evaluation.metrics import METRICS_VERSION
@@ -44,53 +44,53 @@ class Args:
     editors: tuple[str, ...]
     """Editors by name, as `rledit compare` knows them."""
     data: str = "bundled"
-    """As `rledit compare` takes it; only its training split is read."""
+    """As for `rledit compare`; only the training split is read."""
     kind: Literal["counterfact", "zsre", "fever"] = "counterfact"
-    """Whose facts."""
+    """Form of the facts."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model."""
     dtype: str = "auto"
     """Precision of the frozen weights."""
     batches: int = 10
-    """Batches of the stream that a point edits."""
+    """Batches in the stream that is edited for a point."""
     batch_size: int = 20
     """Facts in a batch."""
     seed: int = 0
-    """Of that stream."""
+    """Seed of this stream."""
     grids: Path = HERE / "grids.json"
-    """What is tried."""
+    """File with the grids."""
     out: Path = Path("runs/sweep")
-    """Where the points are kept."""
+    """Folder for the scores of the points."""
     results: Path = HERE / "results" / "sweeps.json"
-    """Where every point's scores are recorded, by model, kind and editor."""
+    """File for the scores of all points, by model, kind and editor."""
     write: Path | None = None
-    """File of hyperparameters that the best point goes into; None writes none."""
+    """File of hyperparameters into which the best point is written; if not given, none is written."""
     minutes: float = math.inf
-    """No point is begun after these."""
+    """No new point is started after this many minutes."""
     threads: int = 1
-    """torch's threads."""
+    """Number of torch's threads."""
 
 
 def points(grid: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Every combination of a grid's values, by setting."""
+    """Every combination of the values of a grid, as setting → value."""
     for values in itertools.product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
 
 
 def entry_of(point: Mapping[str, Any]) -> dict[str, Any]:
-    """{"config.network.rank": 8} as {"config": {"network": {"rank": 8}}}."""
+    """The point as nested dictionaries: {"config.network.rank": 8} gives {"config": {"network": {"rank": 8}}}."""
     entry: dict[str, Any] = {}
     for name, value in point.items():
         *parents, last = name.split(".")
-        place = entry
+        inner = entry
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
     return entry
 
 
 def compact(value: Any, width: int = 118, indent: int = 0) -> str:
-    """JSON with as much on a line as fits; what does not is spread, one member a line."""
+    """JSON in which a value is on one line if it fits, and has one line per member otherwise."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) <= width or not isinstance(value, dict | list):
         return line
@@ -103,7 +103,7 @@ def compact(value: Any, width: int = 118, indent: int = 0) -> str:
 
 
 def score_of(cell: Mapping[str, Any]) -> float:
-    """What a point is judged by; a model that broke is the worst there is."""
+    """The score by which points are compared: the mean, or −∞ if the model broke."""
     return -math.inf if cell.get("diverged") or "mean" not in cell else float(cell["mean"])
 
 
@@ -121,12 +121,12 @@ class Sweep:
         self.views = views
 
     def editor(self, point: Mapping[str, Any]) -> Editor:
-        """The editor with a point's settings; what is trained is trained, and not taken from a file."""
+        """The editor with the settings of a point; a trained editor is trained anew, not loaded."""
         entries = {**self.configs, self.name: merged(self.configs.get(self.name, {}), entry_of(point))}
         return replace(configured(EDITORS[self.name], entries), saved=None)
 
     def cell(self, point: Mapping[str, Any], compute: bool) -> dict[str, Any] | None:
-        """A point's scores; None if they are missing and not to be computed."""
+        """The scores of a point; None if they are missing and ``compute`` is False."""
         editor, args = self.editor(point), self.args
         stream = f"{args.model}, {args.kind}, {self.held_out.source}, {args.batches}x{args.batch_size}"
         key = json.dumps([stream, editor.description()], sort_keys=True)
@@ -137,40 +137,40 @@ class Sweep:
         return comparison.cell(editor, args.seed)
 
     def run(self, deadline: float) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Compute the points that are missing, as long as there is time; all that are there, best first."""
-        found = []
+        """Compute missing points until the deadline; return all computed points with their scores, best first."""
+        scored = []
         for point in points(self.grid):
-            new = self.cell(point, compute=False) is None
+            is_new = self.cell(point, compute=False) is None
             started = time.monotonic()
-            cell = self.cell(point, compute=new and started < deadline)
+            cell = self.cell(point, compute=is_new and started < deadline)
             if cell is None:
                 continue
-            found.append((point, cell))
-            if new:
+            scored.append((point, cell))
+            if is_new:
                 scores = cell.get("not_applicable") or f"mean {cell['mean']:.2f}{' (broke)' * cell['diverged']}"
                 print(f"[{time.monotonic() - started:4.0f} s] {self.name} {json.dumps(point)}: {scores}", flush=True)
-        return sorted(found, key=lambda pair: -score_of(pair[1]))
+        return sorted(scored, key=lambda pair: -score_of(pair[1]))
 
     def at_edge(self, point: Mapping[str, Any]) -> list[str]:
-        """Settings whose value is the first or last of several numbers: beyond it, a better one may be."""
+        """Settings whose value is the first or last of several numbers; a better value may be outside the grid."""
         numbers = {n: v for n, v in self.grid.items() if len(v) > 1 and all(isinstance(x, float) for x in v)}
         return [name for name, values in numbers.items() if point[name] in (values[0], values[-1])]
 
 
-def record(args: Args, sweep: Sweep, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Every point's scores, in the file of results; the best one's settings, in the file of hyperparameters."""
-    point, best = found[0]
+def record(args: Args, sweep: Sweep, scored: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Write the scores of all points into the file of results, and the best settings into that of hyperparameters."""
+    point, best = scored[0]
     results = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results[f"{args.model}/{args.kind}/{sweep.name}"] = {
         "facts": f"{args.batches}×{args.batch_size} of {sweep.held_out.source}, stream {args.seed}",
         "metrics_version": METRICS_VERSION,
         "grid": sweep.grid,
-        "complete": len(found) == len(list(points(sweep.grid))),
+        "complete": len(scored) == len(list(points(sweep.grid))),
         "best": point,
         "at_edge": sweep.at_edge(point),
         "points": [
             {**p, "diverged": c.get("diverged"), **{s: round(c[s], 4) for s in SCORES if c.get(s) is not None}}
-            for p, c in found
+            for p, c in scored
         ],
     }
     write_text(args.results, compact(dict(sorted(results.items()))) + "\n")
@@ -179,7 +179,7 @@ def record(args: Args, sweep: Sweep, found: list[tuple[dict[str, Any], dict[str,
     file = {"models": [args.model], "editors": {}}
     if args.write.exists():
         file = json.loads(args.write.read_text(encoding="utf-8"))
-    note = (f"{args.kind}: best of {len(found)} points on {args.batches}×{args.batch_size} held-out training facts, "
+    note = (f"{args.kind}: best of {len(scored)} points on {args.batches}×{args.batch_size} held-out training facts, "
             f"mean {best['mean']:.1f} (benchmarks/results/sweeps.json)")
     file["editors"][sweep.name] = merged(file["editors"].get(sweep.name, {}), {**entry_of(point), "note": note})
     write_text(args.write, compact(file) + "\n")
@@ -191,14 +191,14 @@ def main(args: Args) -> None:
     views = Views(args.model, args.dtype)
     sweeps = [Sweep(args, name, views) for name in args.editors]
     for sweep in sweeps:
-        found = sweep.run(deadline)
-        if not found or score_of(found[0][1]) == -math.inf:
+        scored = sweep.run(deadline)
+        if not scored or score_of(scored[0][1]) == -math.inf:
             print(f"{sweep.name}: no point is there, or none whose model held")
             continue
-        print(text_table([*sweep.grid, *SCORES], [[*p.values(), *(c.get(s) for s in SCORES)] for p, c in found]))
-        if edge := sweep.at_edge(found[0][0]):
+        print(text_table([*sweep.grid, *SCORES], [[*p.values(), *(c.get(s) for s in SCORES)] for p, c in scored]))
+        if edge := sweep.at_edge(scored[0][0]):
             print(f"{sweep.name}: the best {' and '.join(edge)} is at the edge of the grid; widen it")
-        record(args, sweep, found)
+        record(args, sweep, scored)
 
 
 if __name__ == "__main__":

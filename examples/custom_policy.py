@@ -1,10 +1,10 @@
-"""Your own policy in under 60 lines: the fine-tuning gradient with one learned step size a module.
+"""Your own policy in under 60 lines: the fine-tuning gradient with a learned step size for each module.
 
     python examples/custom_policy.py
     python examples/custom_policy.py --model tiny-llama --num-batches 2 --batch-size 4 --updates 2
 
-With reward_gradient=True the environment gives ∂r/∂W_t, so a policy learns through the LLM without ever touching it:
-for W ← W − η δᵀu, the return's derivative with respect to log η is ⟨∂r/∂W_t, ΔW⟩, summed over the stream.
+With reward_gradient=True the environment gives ∂r_t/∂W_t, so a policy can be trained through the LLM without access to
+it: for W ← W − η δᵀu, the derivative of the return with respect to log η is the sum over t of ⟨∂r_t/∂W_t, W_t − W_0⟩.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Args:
     step_size: float = 0.1
     """Initial step size."""
     learning_rate: float = 0.3
-    """Adam's, for the logarithms of the step sizes."""
+    """Learning rate of Adam, for the logarithms of the step sizes."""
     updates: int = 8
-    """Streams to learn from."""
+    """Training streams; each gives one update of the step sizes."""
     seed: int = 0
-    """Seed of the streams."""
+    """Seed of the first stream."""
 
 
 class LearnedStepSize:
@@ -57,21 +57,21 @@ class LearnedStepSize:
         return {"keys": observation["keys"], "values": values}
 
     def learn(self, env: gym.Env[Any, Any], seed: int) -> float:
-        """One stream and one step of Adam; returns the stream's return."""
+        """Edit one stream, take one step of Adam, and return the stream's return."""
         observation, _ = env.reset(seed=seed)
         total, done = 0.0, False
         slope = torch.zeros(len(self.modules))  # ∂return/∂log η_l
-        so_far = dict.fromkeys(self.modules, 0.0)  # the sum of all ΔW: r_t depends on every update up to t
+        change = dict.fromkeys(self.modules, 0.0)  # W_t − W_0, the sum of all ΔW up to t
         while not done:
             action = self.predict(observation)
             observation, reward, terminated, truncated, info = env.step(action)
             total, done = total + float(reward), terminated or truncated
-            if "reward_gradient" not in info:  # the update broke the LLM: this stream teaches only a smaller step
+            if "reward_gradient" not in info:  # the update broke the LLM: only make the steps smaller
                 slope -= 1
                 break
             for i, m in enumerate(self.modules):
-                so_far[m] = so_far[m] + action["values"][m].T @ action["keys"][m]  # (d_out, d_in)
-                slope[i] += (info["reward_gradient"][m] * so_far[m]).sum().cpu()
+                change[m] = change[m] + action["values"][m].T @ action["keys"][m]  # (d_out, d_in)
+                slope[i] += (info["reward_gradient"][m] * change[m]).sum().cpu()
         self.log_step.grad = -slope
         self.optimizer.step()
         return total

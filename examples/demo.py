@@ -1,7 +1,7 @@
 """Teach an agent to edit a language model, then let it edit: what `make demo` runs.
 
-Fetches the model once, trains the RLEdit agent for some minutes on the bundled facts (Ctrl-C: enough training, go on),
-edits a stream of facts that training never saw, and writes a report with pictures.
+Fetches the model once, trains the RLEdit agent for some minutes on the bundled facts (Ctrl-C ends the training early),
+edits a stream of facts that were not used in training, and writes a report with figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gymnasium as gym
 import tyro
 from tqdm import tqdm
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import RLEditAgent, edit_stream
 from agents.files import remove_run
 from agents.rledit.config import RECOMMENDED
@@ -33,7 +33,8 @@ from rledit_env.reward import RewardConfig
 ENV_ID = "RLEdit-CounterFact-v0"
 
 
-# Training time, facts in a batch, its presentations, and batches of a stream that trains, that checks, that is edited.
+# Minutes of training, facts in a batch, and batches in the streams for training, checkpoint selection ("check") and the
+# final edits; RECOMMENDED has the presentations of a batch.
 SIZES = {"minutes": 6.0, "batch_size": 20, "train": 4, "check": 8, "edit": 10, **RECOMMENDED}
 QUICK = {**RECOMMENDED, "minutes": 0.02, "batch_size": 4, "steps_per_batch": 1, "train": 2, "check": 2, "edit": 2}
 
@@ -43,11 +44,11 @@ class Settings:
     """Trains an editor of a language model and shows what it does."""
 
     minutes: float | None = None
-    """Time for training, 6 if not given; the stream under way is finished first."""
+    """Time for training, 6 if not given; the current stream is finished first."""
     out: Path = Path("runs/demo")
     """Folder of the trained agent and of the report."""
     quick: bool = False
-    """A tiny random model and seconds of training: shows that everything runs, teaches nothing."""
+    """Use a tiny random model and train for seconds: shows that everything runs, but learns nothing."""
     seed: int = 0
     """Seed of the agent and of all streams."""
     model: str = "smollm2-135m"
@@ -55,13 +56,13 @@ class Settings:
 
 
 class Clock(gym.Wrapper[Any, Any, Any, Any]):
-    """Moves a progress bar of seconds at every step."""
+    """Shows the time spent in training as a progress bar, updated at every step."""
 
     def __init__(self, env: gym.Env[Any, Any], seconds: float) -> None:
         super().__init__(env)
         self.seconds, self.start = seconds, time.monotonic()
-        form = "training {percentage:3.0f}%|{bar}| {elapsed} of " + f"{seconds / 60:.3g} min{{postfix}}"
-        self.bar = tqdm(total=seconds, bar_format=form, disable=None)  # none where nobody watches, as in CI
+        bar_format = "training {percentage:3.0f}%|{bar}| {elapsed} of " + f"{seconds / 60:.3g} min{{postfix}}"
+        self.bar = tqdm(total=seconds, bar_format=bar_format, disable=None)  # shown only in a terminal
 
     def step(self, action: Any) -> Any:
         self.bar.n = min(self.seconds, time.monotonic() - self.start)
@@ -69,22 +70,22 @@ class Clock(gym.Wrapper[Any, Any, Any, Any]):
         return super().step(action)
 
     def learned(self, numbers: dict[str, float]) -> bool:
-        """The agent's callback: shows an update's numbers, and is False once the time is over."""
+        """The agent's callback: shows the loss of an update; returns False once the time is over."""
         self.bar.set_postfix_str(f"paraphrase loss {numbers.get('generalization', float('nan')):.2f}")
         return time.monotonic() - self.start < self.seconds
 
 
 def train(lm: EditableLM, sizes: dict[str, Any], out: Path, seed: int) -> RLEditAgent:
-    """The best agent that the time allows. Its training split is split again: every tenth fact checks the others."""
+    """Train for the given time and return the best agent; every tenth training fact is held out to choose it."""
     facts = load_knowledge("counterfact", "bundled", "train")
-    checks = replace(facts, records=facts.records[::10])
-    others = replace(facts, records=tuple(r for i, r in enumerate(facts.records) if i % 10))
-    # The Efficacy term keeps the edit prompt itself in view; only a batch's last presentation is scored, to save time.
+    held_out = replace(facts, records=facts.records[::10])
+    training = replace(facts, records=tuple(r for i, r in enumerate(facts.records) if i % 10))
+    # The Efficacy term scores the edit prompt itself. Only the last presentation of a batch is scored, to save time.
     reward = replace(RewardConfig.with_efficacy(), every_step=False)
-    clock = Clock(make_env(lm, others, sizes, "train", reward=reward, reward_gradient=True), 60 * sizes["minutes"])
-    check_env = make_env(lm, checks, sizes, "check", reward="none")
+    clock = Clock(make_env(lm, training, sizes, "train", reward=reward, reward_gradient=True), 60 * sizes["minutes"])
+    check_env = make_env(lm, held_out, sizes, "check", reward="none")
     agent = RLEditAgent(clock, seed=seed)
-    remove_run(out)  # an earlier demo's
+    remove_run(out)  # of an earlier demo
     try:
         agent.learn(10**9, clock.learned, progress_bar=False, log_dir=out, eval_env=check_env, patience=10**9)
     except KeyboardInterrupt:
@@ -110,7 +111,7 @@ def main(settings: Settings) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     try_or_exit([growing("--out", settings.out, "demo", ("training/", "agent/"))])
     settings.out.mkdir(parents=True, exist_ok=True)
-    mark(settings.out, "demo")  # so that the next demo knows its folder
+    mark(settings.out, "demo")  # so that the next demo may overwrite the folder
     started = time.monotonic()
     lm = EditableLM.load("tiny-llama" if settings.quick else settings.model)
     agent = train(lm, sizes, settings.out / "training", settings.seed)
@@ -121,8 +122,8 @@ def main(settings: Settings) -> None:
     env: Any = make_env(lm, held_out, sizes, "edit", reward="none")
     env.reset(seed=settings.seed)
     facts = [fact for t in range(sizes["edit"]) for fact in env.unwrapped.stream.batch(t)]
-    chosen = facts[:: max(1, len(facts) // 5)][:5]  # evenly from the stream, whatever became of them
-    print(f"editing {len(facts)} facts that training never saw: {env.unwrapped.dataset.source}")
+    chosen = facts[:: max(1, len(facts) // 5)][:5]  # evenly spaced, whether or not they took
+    print(f"editing {len(facts)} facts that were not used in training: {env.unwrapped.dataset.source}")
     answers = {"before": continuations(lm, chosen)}
     scores: dict[str, dict[str, Any]] = {"no edit": evaluate(lm, facts, "counterfact").as_dict()}
     drifts: dict[str, list[tuple[float, float]]] = {}
@@ -149,7 +150,7 @@ def main(settings: Settings) -> None:
     page = reporting.editing_report(lead, scores, table, curves, drifts, made_with, source, measured)
     path = page.write(settings.out / "report.html")
     print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {path}")
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes in total")
 
 
 if __name__ == "__main__":

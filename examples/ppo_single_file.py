@@ -1,4 +1,4 @@
-"""PPO in one file, after CleanRL's manner: the arguments, the networks, then the whole algorithm from top to bottom.
+"""PPO in one file, in the style of CleanRL: the arguments, the networks, and the whole algorithm from top to bottom.
 
     python examples/ppo_single_file.py
     python examples/ppo_single_file.py --model tiny-llama --total-timesteps 2000
@@ -23,46 +23,46 @@ from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
 
 @dataclass(frozen=True)
 class Args:
-    """Proximal policy optimisation (Schulman et al. 2017) of step size and damping, state by state."""
+    """Proximal policy optimisation (Schulman et al. 2017): the policy chooses step size and damping in every state."""
 
     env_id: str = "RLEdit-CounterFact-v0"
     """The environment."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model to edit."""
     step_size: float = 1.0
-    """Of the base rule, which the zero action is."""
+    """Step size of the base rule, which is the zero action."""
     num_batches: int = 5
-    """Batches in a stream, which is an episode."""
+    """Batches in a stream; a stream is an episode."""
     batch_size: int = 1
-    """Facts in a batch, which is a step."""
+    """Facts in a batch; a batch is a step."""
     streams: int = 32
-    """Training streams; rewards are relative to what the zero action gets on them."""
+    """Training streams; rewards are relative to those of the zero action on the same stream."""
     total_timesteps: int = 960
     """Environment steps."""
     num_steps: int = 80
     """Environment steps between two updates of the policy."""
     learning_rate: float = 3e-3
-    """Adam's, which falls to 0 in the course of the training."""
+    """Initial learning rate of Adam; it falls linearly to 0."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount factor."""
     gae_lambda: float = 0.95
     """λ of the generalised advantage estimate (Schulman et al. 2016)."""
     update_epochs: int = 10
     """Passes over the steps of an update."""
     minibatch_size: int = 40
-    """Steps of one gradient."""
+    """Steps in a minibatch."""
     clip_coef: float = 0.2
-    """How far the ratio of new to old probabilities counts."""
+    """The ratio of new to old probabilities is clipped to 1 ± this."""
     vf_coef: float = 0.5
     """Weight of the value's squared error."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this norm."""
     log_std_init: float = -1.0
-    """Logarithm of the exploration's standard deviation at the start."""
+    """Initial logarithm of the standard deviation of the exploration."""
     log_dir: str = "runs/ppo_single_file"
-    """TensorBoard's folder."""
+    """Folder for TensorBoard."""
     seed: int = 0
-    """Of the networks, the exploration and the streams."""
+    """Seed of the networks, the exploration and the streams."""
 
 
 def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -73,34 +73,34 @@ def network(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class Policy(nn.Module):
-    """Gaussian actions whose mean is the zero action at first, and the value of a state."""
+    """A Gaussian policy whose mean is initially the zero action, and a value function."""
 
-    def __init__(self, seen: np.ndarray, actions: int, log_std: float) -> None:
+    def __init__(self, observations: np.ndarray, actions: int, log_std: float) -> None:
         super().__init__()
-        self.offset = torch.as_tensor(seen.mean(0))  # (F,)
-        self.scale = torch.as_tensor(seen.std(0)).clamp(min=1e-3)
-        self.mean, self.critic = network(seen.shape[1], actions, 0.01), network(seen.shape[1], 1, 1.0)
+        self.offset = torch.as_tensor(observations.mean(0))  # (F,)
+        self.scale = torch.as_tensor(observations.std(0)).clamp(min=1e-3)
+        self.mean, self.critic = network(len(self.offset), actions, 0.01), network(len(self.offset), 1, 1.0)
         self.log_std = nn.Parameter(torch.full((actions,), log_std))
 
     def forward(self, observation: torch.Tensor) -> tuple[Normal, torch.Tensor]:
-        standard = ((observation - self.offset) / self.scale).clamp(-5, 5)  # (B, F)
-        return Normal(self.mean(standard), self.log_std.exp()), self.critic(standard).squeeze(-1)
+        features = ((observation - self.offset) / self.scale).clamp(-5, 5)  # (B, F)
+        return Normal(self.mean(features), self.log_std.exp()), self.critic(features).squeeze(-1)
 
 
 def main(args: Args) -> None:
-    try_or_exit([added("--log-dir", args.log_dir)])  # before anything is learned
+    try_or_exit([added("--log-dir", args.log_dir)])  # check the folder before training
     torch.manual_seed(args.seed)
     raw = gym.make(f"rledit_env:{args.env_id}", model=args.model, num_batches=args.num_batches,
                    batch_size=args.batch_size, token="subject", reward="efficacy", array_backend="torch",
                    disable_env_checker=True)  # fmt: skip
-    view = GradientFeatures(ScaledUpdate(raw, step_size=args.step_size, share="all"), share="all")
-    env = RelativeReward(view, args.streams)
+    low_dimensional = GradientFeatures(ScaledUpdate(raw, step_size=args.step_size, share="all"), share="all")
+    env = RelativeReward(low_dimensional, args.streams)
     writer, started = SummaryWriter(args.log_dir), time.time()
-    policy = Policy(env.measure(args.seed), env.action_space.shape[0], args.log_std_init)  # standardises its features
+    policy = Policy(env.measure(args.seed), env.action_space.shape[0], args.log_std_init)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, eps=1e-5)
     updates = (args.total_timesteps - env.baseline_steps) // args.num_steps
     low, high = env.action_space.low, env.action_space.high
-    next_observation, done, gained, history = torch.as_tensor(env.reset()[0]), 0.0, 0.0, []
+    next_observation, done, episode_return, returns = torch.as_tensor(env.reset()[0]), 0.0, 0.0, []
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / updates)
         rows = []
@@ -109,21 +109,21 @@ def main(args: Args) -> None:
                 distribution, value = policy(next_observation[None])
                 action = distribution.sample()[0]
             log_prob = distribution.log_prob(action).sum()
-            seen, began = next_observation, done
+            old_observation, starts_episode = next_observation, done
             observation, reward, terminated, truncated, _ = env.step(np.clip(action.numpy(), low, high))
-            rows.append((seen, action, log_prob, value[0], torch.tensor(reward), torch.tensor(began)))
-            done, gained = float(terminated or truncated), gained + reward
+            rows.append((old_observation, action, log_prob, value[0], *map(torch.tensor, (reward, starts_episode))))
+            done, episode_return = float(terminated or truncated), episode_return + reward
             if done:
-                history.append(gained)
-                observation, gained = env.reset()[0], 0.0
+                returns.append(episode_return)
+                observation, episode_return = env.reset()[0], 0.0
             next_observation = torch.as_tensor(observation)
         observations, actions, log_probs, values, rewards, starts = map(torch.stack, zip(*rows, strict=True))
         advantages, last = torch.zeros(args.num_steps), torch.tensor(0.0)  # ---------------------------- advantages
-        following, follows = policy(next_observation[None])[1][0].detach(), 1 - done
+        next_value, continues = policy(next_observation[None])[1][0].detach(), 1 - done
         for t in reversed(range(args.num_steps)):
-            delta = rewards[t] + args.gamma * following * follows - values[t]
-            advantages[t] = last = delta + args.gamma * args.gae_lambda * follows * last
-            following, follows = values[t], 1 - float(starts[t])
+            delta = rewards[t] + args.gamma * next_value * continues - values[t]
+            advantages[t] = last = delta + args.gamma * args.gae_lambda * continues * last
+            next_value, continues = values[t], 1 - float(starts[t])
         targets = advantages + values
         for _ in range(args.update_epochs):  # ---------------------------------------------------------- learn
             for part in torch.randperm(args.num_steps).split(args.minibatch_size):
@@ -138,7 +138,7 @@ def main(args: Args) -> None:
                 nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
                 optimizer.step()
         step = env.baseline_steps + (update + 1) * args.num_steps
-        recent = float(np.mean(history[-20:]))
+        recent = float(np.mean(returns[-20:]))
         writer.add_scalar("train/return_above_zero_action", recent, step)
         writer.add_scalar("train/std", float(policy.log_std.exp().mean()), step)
         print(f"step {step}: return {recent:+.2f} beside the zero action, {step / (time.time() - started):.1f} steps/s")

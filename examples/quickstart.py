@@ -1,10 +1,10 @@
 """The environment in one loop: plain fine-tuning edits a stream of facts into a language model.
 
     python examples/quickstart.py
-    python examples/quickstart.py --model tiny-llama      # seconds, on a model that knows nothing
+    python examples/quickstart.py --model tiny-llama      # takes seconds, on a tiny random model
 
-The agent here learns nothing: its update is the fine-tuning gradient times a step size. See train_rledit.py for one
-that learns, and custom_policy.py for how to write your own.
+The update is the fine-tuning gradient times a step size; nothing is learned. train_rledit.py trains an agent, and
+custom_policy.py shows how to write your own policy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Args:
     step_size: float = 1.0
     """Step size of the fine-tuning update."""
     seed: int = 0
-    """Seed of the facts' choice and order."""
+    """Seed of the choice and order of the facts."""
 
 
 def main(args: Args) -> None:
@@ -46,7 +46,7 @@ def main(args: Args) -> None:
     observation, _ = env.reset(seed=args.seed)
     done = False
     while not done:
-        # The gradient ∂L/∂W is δᵀu: keys u (N, d_in) and value gradients δ (N, d_out), one row a token that matters.
+        # The gradient ∂L/∂W is δᵀu, with keys u (N, d_in) and value gradients δ (N, d_out), one row per traced token.
         action = {
             "keys": observation["keys"],
             "values": {module: -args.step_size * delta for module, delta in observation["value_gradients"].items()},

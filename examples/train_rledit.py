@@ -1,10 +1,10 @@
-"""Train the RLEdit agent, then edit a stream of facts that it never saw.
+"""Train the RLEdit agent, then edit a stream of facts that were not used in training.
 
     python examples/train_rledit.py
     python examples/train_rledit.py --model tiny-llama --num-batches 2 --batch-size 4 --trajectories 2
 
-An interrupted run goes on where it was when started again. Watch it with: tensorboard --logdir runs
-On several GPUs or machines: accelerate launch examples/train_rledit.py, or torchrun --nproc-per-node 4 the same.
+An interrupted run resumes when the same command is started again. Watch it with: tensorboard --logdir runs
+On several GPUs or machines, start it with accelerate launch or torchrun --nproc-per-node 4 instead of python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import tyro
 
-import rledit_env.own_agents  # noqa: F401 - says so where another package is called agents
+import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.files import RUN, RUN_PARTS
 from agents.rledit.config import RECOMMENDED, Aggregation
@@ -38,13 +38,13 @@ class Args:
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model to edit."""
     edit_modules: tuple[str, ...] = ()
-    """Modules to edit, by name or glob; none means the model's default."""
+    """Modules to edit, by name or glob; by default those of the model."""
     data: str = "bundled"
     """A file, a folder, a hub id, or "bundled", the sample that ships with the package."""
     out: Path = Path("runs/train_rledit")
     """The run's folder."""
     num_batches: int = 5
-    """Batches in a training stream; the streams that choose the best checkpoint and test it are twice as long."""
+    """Batches in a training stream; streams for selecting and testing the checkpoint are twice as long."""
     batch_size: int = 20
     """Facts in a batch."""
     token: str = RECOMMENDED["token"]
@@ -54,25 +54,25 @@ class Args:
     trajectories: int = 20
     """Training streams."""
     aggregation: Aggregation = "recursive"
-    """How the rows of a batch become an update; "least_squares" is the paper's."""
+    """How the rows of a batch are combined into an update; the paper uses "least_squares"."""
     rank: int = 256
     """Inner width of the network's residual blocks."""
     learning_rate: float = 2e-3
-    """Adam's."""
+    """Learning rate of Adam."""
     eval_every: int = 5
     """Policy updates between two evaluations."""
     patience: int = 4
-    """Evaluations without a better score before training stops."""
+    """Number of evaluations without a better score after which training stops."""
     seed: int = 0
     """Seed of the network and of all streams."""
 
 
 def main(args: Args) -> None:
-    processes = Processes.started()  # those of accelerate launch or torchrun; else this one alone
-    if processes.first:  # what cannot be written is found now, not after the training
+    processes = Processes.started()  # all processes of accelerate launch or torchrun, or this one alone
+    if processes.first:  # check the output folder before training
         try_or_exit([growing("--out", args.out, RUN, RUN_PARTS)])
     facts = load_knowledge(KINDS[args.env], args.data, "train")
-    cut = int(0.8 * len(facts))  # the last fifth chooses the checkpoint; the evaluation split is for the test alone
+    cut = int(0.8 * len(facts))  # the last fifth selects the checkpoint; the evaluation split is used only for testing
     training, selection = replace(facts, records=facts[:cut]), replace(facts, records=facts[cut:])
     lm = EditableLM.load(args.model, args.edit_modules or None, device=processes.device)
 
@@ -82,7 +82,7 @@ def main(args: Args) -> None:
             steps_per_batch=args.steps_per_batch, array_backend="torch", disable_env_checker=True, **more,
         )  # fmt: skip
 
-    # The Efficacy term keeps the edit prompt itself in view; only a batch's last presentation is scored, to save time.
+    # The Efficacy term scores the edit prompt itself. Only the last presentation of a batch is scored, to save time.
     reward = replace(RewardConfig.with_efficacy(), every_step=False)
     env = stream(training, args.num_batches, reward=reward, reward_gradient=True)
     longer = 2 * args.num_batches
@@ -102,9 +102,9 @@ def main(args: Args) -> None:
 
     test = stream(load_knowledge(KINDS[args.env], args.data, "eval"), longer, reward="none")
     untrained = RLEditAgent(env, agent.config, seed=args.seed)
-    for name, one in (("untrained", untrained), ("trained", agent)):
-        one.reset()
-        log = edit_stream(test, one, seed=args.seed)
+    for name, editor in (("untrained", untrained), ("trained", agent)):
+        editor.reset()
+        log = edit_stream(test, editor, seed=args.seed)
         scores = test.unwrapped.evaluate(generate=False)
         print(f"{name:<10} {log.facts} facts of the evaluation split: efficacy {scores.efficacy:.1f}, generalization "
               f"{scores.generalization:.1f}, specificity {scores.specificity:.1f}, mean {scores.mean:.1f}")
