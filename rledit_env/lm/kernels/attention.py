@@ -61,10 +61,8 @@ def short_attention(
         use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
         attend = _run_packed_kernel if use_kernel else _PackedAttention.apply
         return attend(query, key, value, scale, packing).transpose(1, 2), None
-    arguments: Any = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **options}
-    sdpa: Callable[..., tuple[Tensor, None]] = partial(
-        sdpa_attention_forward, module, attention_mask=attention_mask, **arguments
-    )
+    others: Any = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    sdpa: Callable[..., tuple[Tensor, None]] = partial(sdpa_attention_forward, module, **others, **options)
     if query.is_cuda:
         with sdpa_kernel(PLANLESS):
             return sdpa(query, key, value)
