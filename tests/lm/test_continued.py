@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rledit_env.lm.continued import ContinuedForward, layer_of, subject_states, with_updates
+from rledit_env.lm.continued import ContinuedForward, subject_states, with_updates
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.loading.tiny import TINY_NAMES
+from rledit_env.lm.names import module_layer
 
 
 def output_projection(name: str, layer: int = 1) -> str:
@@ -108,5 +109,5 @@ def test_a_passage_without_a_subject_is_refused(tiny_lm: Callable[..., EditableL
 
 
 def test_the_layer_is_read_from_a_modules_name() -> None:
-    assert layer_of("model.layers.17.mlp.down_proj") == 17 and layer_of("transformer.h.3.mlp.c_proj") == 3
+    assert module_layer("model.layers.17.mlp.down_proj") == 17 and module_layer("transformer.h.3.mlp.c_proj") == 3
 

@@ -41,10 +41,9 @@ from agents.locate_then_edit.prune import restrained
 from agents.locate_then_edit.rect import largest_changes
 from agents.locate_then_edit.rome import sequential_rank_one
 from agents.locate_then_edit.value_optimisation import Values, encode_request, optimise_values
-from rledit_env.lm.continued import layer_of
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.registry import MODELS, default_edit_modules
-from rledit_env.lm.names import expand_globs
+from rledit_env.lm.names import expand_globs, module_layer
 
 ONE = "model.layers.1.mlp.down_proj"
 TWO = "model.layers.[1-2].mlp.down_proj"
@@ -421,7 +420,7 @@ def test_a_model_without_published_layers_is_edited_at_the_last_projections_of_i
     found = default_output_projections(lm)
     last = "c_proj" if name == "tiny-gpt2" else "down_proj"
     assert [module.rpartition(".")[2] for module in found] == [last] * 2
-    assert [layer_of(module) for module in found] == [0, 1]
+    assert [module_layer(module) for module in found] == [0, 1]
     assert ROMEAgent.default_modules(lm) == found[1:]
     assert MEMITAgent.default_modules(lm) == found
 
