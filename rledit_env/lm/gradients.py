@@ -85,9 +85,9 @@ class Gradients:
             token: which positions: those that predict an answer token (``"answer"``), the subject's last token
                 (``"subject"``; the answer positions where a record names no subject), both
                 (``"subject+answer"``), or every token (``"all"``).
-            until: passages whose every answer token has at least this probability have taken.
-            untaken: which passages had not taken before, (passages,) bool. The others are run without gradients first,
-                and get no positions in the trace if they still have taken, which halves their cost.
+            until: used with ``untaken``: a passage has taken if every answer token has at least this probability.
+            untaken: which passages had not taken before, (passages,) bool; None: all. The others are first run without
+                gradients. If they have still taken, they get no positions in the trace, which halves their cost.
         """
         return self.trace_batches([passages], token, until, [untaken])[0]
 
