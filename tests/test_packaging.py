@@ -152,6 +152,19 @@ def test_the_workflow_caches_the_default_models_folder_and_pips() -> None:
     assert list(ROOT.glob(pattern))
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/releasing.md"])
+def test_what_contributors_read_names_files_and_targets_that_exist(name: str) -> None:
+    path, makefile = ROOT / name, (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    folders = r"\.github|benchmarks|docs|examples|rledit_env|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+|\w+\.(?:cfg|cff|toml|md))`", text)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert [file for file in named if not (ROOT / file).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"(?:^ *|`|&& )make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+
+
 def test_ci_builds_and_uses_the_wheel() -> None:
     assert "\npart make wheel\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 

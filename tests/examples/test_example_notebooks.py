@@ -25,7 +25,7 @@ from notebooks import (
     source,
 )
 
-from agents import RLEditAgent, rledit_untrained
+from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 
 FIRST_STEPS, COMPARING = ROOT / "examples" / "first_steps.ipynb", ROOT / "examples" / "comparing_editors.ipynb"
@@ -49,9 +49,10 @@ def saved_agent(chat_model: Path, tmp_path: Path) -> Path:
     """An untrained agent for that model, saved."""
     env = gym.make(
         "RLEdit-CounterFact-v0", model=str(chat_model), num_batches=1, batch_size=2, token="subject", steps_per_batch=2,
-        present_until=0.8, array_backend="torch",
+        present_until=0.8, array_backend="torch", reward_gradient=True,
     )  # fmt: skip
-    RLEditAgent(env, rledit_untrained(), seed=0).learn(0, progress_bar=False).save(tmp_path / "agent")
+    config = RLEditConfig(network=HypernetworkConfig(blocks=0, step_size=0.01), prior_batches=2)
+    RLEditAgent(env, config, seed=0).learn(0, progress_bar=False).save(tmp_path / "agent")
     return tmp_path / "agent"
 
 
