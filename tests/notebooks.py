@@ -126,7 +126,7 @@ def cleaned(notebook: Notebook) -> Notebook:
     cells = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            cell = {**cell, "outputs": [kept for output in cell["outputs"] if (kept := _kept(output)) is not None]}
+            cell = {**cell, "outputs": _joined([kept for output in cell["outputs"] if (kept := _kept(output))])}
         cells.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {**notebook, "cells": cells, "metadata": {
@@ -143,6 +143,18 @@ def _kept(output: dict[str, Any]) -> dict[str, Any] | None:
         return None
     data = {kind: value for kind, value in output["data"].items() if kind in KEPT_DATA}
     return {**output, "data": data, "metadata": {}}
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The outputs, with texts printed one after another as one output, whenever they arrived."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if output["output_type"] == "stream" and joined and joined[-1]["output_type"] == "stream":
+            text = "".join(joined[-1]["text"]) + "".join(output["text"])
+            joined[-1] = {**joined[-1], "text": text.splitlines(keepends=True)}
+        else:
+            joined.append(output)
+    return joined
 
 
 def main() -> None:

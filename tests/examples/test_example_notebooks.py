@@ -122,6 +122,15 @@ def test_the_kept_outputs_of_the_comparison_show_all_numbers_and_a_picture() -> 
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_number_in_the_text_is_one_of_the_outputs(path: Path) -> None:
+    notebook = read(path)
+    texts = [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    numbers = set(re.findall(rf"(?<![\w.]){NUMBER}(?![\w.]*\w)", "\n".join(texts)))
+    assert numbers
+    assert numbers - set(re.findall(NUMBER, printed(notebook))) == set()
+
+
 def assert_costs_are_printed(text: str) -> None:
     """The scores of both streams, with the exact match, and the KL of each."""
     assert len(re.findall(rf"Metrics\(efficacy={NUMBER}, .* exact_match={NUMBER}\)", text)) == 2
@@ -165,6 +174,12 @@ def test_cleaning_leaves_out_progress_bars_and_their_widgets_but_not_errors() ->
     ]
     (cell,) = cleaned(notebook_of("1 / 0", outputs=outputs))["cells"]
     assert [output["output_type"] for output in cell["outputs"]] == ["error"]
+
+
+def test_cleaning_joins_what_is_printed_in_parts() -> None:
+    outputs = [{"output_type": "stream", "name": "stdout", "text": [line]} for line in ("a\n", "b\n")]
+    (cell,) = cleaned(notebook_of("print()", outputs=outputs))["cells"]
+    assert cell["outputs"] == [{"output_type": "stream", "name": "stdout", "text": ["a\n", "b\n"]}]
 
 
 def test_the_digest_is_another_when_code_has_changed() -> None:
