@@ -11,6 +11,8 @@ import gymnasium as gym
 from rledit_env.encoding import EncodedRecord
 from rledit_env.interface import EditingEnv, editing_env
 
+MEND = "name the environment that it edits in with set_env(env)"
+
 
 @dataclass(frozen=True)
 class FactRows:
@@ -66,22 +68,39 @@ class PresentedFacts:
         """
         if rows == 0:
             return []
-        if self.env is None:
-            raise ValueError("this agent asks its environment which facts are presented; load it with env=… or give it "
-                             "with set_env(env)")
-        inner = editing_env(self.env)
-        mend = "name the environment that it edits in with set_env(env)"
-        holder = inner.lm.holder() if inner.lm.holder is not None else None
-        if holder is not None and holder is not inner:
-            raise ValueError(f"another environment has begun an episode on the agent's LLM since; {mend}")
+        inner = self._presenting_env()
         try:
             records = facts_themselves(inner)
         except gym.error.ResetNeeded as error:
-            raise ValueError(f"the agent's environment presents no facts; {mend}") from error
+            raise ValueError(f"the agent's environment presents no facts; {MEND}") from error
         facts = [FactRows(len(r.edit.chosen_positions(inner.token)), len(r.edit.targets)) for r in records]
         if sum(fact.rows for fact in facts) != rows:
             raise ValueError(
                 f"the observation has {rows} rows, but the facts that the agent's environment presents have "
-                f"{sum(fact.rows for fact in facts)}; {mend}"
+                f"{sum(fact.rows for fact in facts)}; {MEND}"
             )
         return facts
+
+    def batch(self) -> int:
+        """The index in the episode of the batch that is presented.
+
+        Raises:
+            ValueError: the environment is not known.
+        """
+        inner = self._presenting_env()
+        return inner.position // inner.steps_per_batch
+
+    def _presenting_env(self) -> EditingEnv:
+        """The environment that presents facts.
+
+        Raises:
+            ValueError: it is not known, or another one has begun an episode on its LLM.
+        """
+        if self.env is None:
+            raise ValueError("this agent asks its environment which facts are presented; load it with env=… or give it "
+                             "with set_env(env)")
+        inner = editing_env(self.env)
+        holder = inner.lm.holder() if inner.lm.holder is not None else None
+        if holder is not None and holder is not inner:
+            raise ValueError(f"another environment has begun an episode on the agent's LLM since; {MEND}")
+        return inner

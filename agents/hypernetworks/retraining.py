@@ -106,7 +106,7 @@ class BatchwiseAgent(RLEditAgent):
         if self._trained_state is None:
             self._trained_state = (self.policy_state(), self.optimizer, self.updates)
             self.optimizer = self.make_optimizer()
-        inverses, normalisers = network.key_memory.inverses, network.normalisers
+        memory, normalisers = network.key_memory.state(), network.normalisers
         kind = self.config.network.normaliser
         if kind == "continued":  # the moments continue from the stream to the training facts and back
             network.lifetime = moments_state(normalisers)
@@ -119,7 +119,7 @@ class BatchwiseAgent(RLEditAgent):
                         gradients.append(trajectory(self, env, seed, options={"keep_weights": True})[0])
                 update_policy(self, gradients)
         finally:
-            network.key_memory.inverses = inverses
+            network.key_memory.load_state(memory)
             if kind == "stream":
                 network.normalisers = normalisers
             elif kind == "continued":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -59,6 +60,8 @@ class HypernetworkConfig:
             of a stream out of the directions that all keys share, and makes the steps of long and short streams alike.
             "text": those of all tokens of ordinary text, for "recursive" and "least_squares" (λ is then not learned).
             Updates avoid the directions of text's keys, which protects the rest of the LLM.
+        memory_weight: w, the number of keys that each key of an earlier batch counts as in S ("recursive" only). More
+            than 1 protects earlier edits from later ones, and leaves the presentations of one batch as they are.
         output_curvature: γ, which protects a module's outputs. With G = E[g gᵀ], g the gradient of −log p of text with
             respect to the module's outputs, each vᵢ is replaced by (G + γ·mean(diag G)·I)⁻¹ vᵢ at the same norm, so
             that it avoids the outputs that text's next tokens depend on. Together with the text prior on the keys this
@@ -104,6 +107,7 @@ class HypernetworkConfig:
     output_units: Literal["normalised", "input"] = "normalised"
     prior: float = 100.0
     prior_source: Literal["facts", "text"] = "facts"
+    memory_weight: float = 1.0
     output_curvature: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
@@ -139,6 +143,8 @@ class HypernetworkConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
             raise ValueError(f"prior is {self.prior}; give 0 (none) or more")
+        if not 1 <= self.memory_weight < math.inf:
+            raise ValueError(f"memory_weight is {self.memory_weight}; give 1 (plain recursive least squares) or more")
         if not self.output_curvature >= 0:
             raise ValueError(f"output_curvature is {self.output_curvature}; give 0 (none) or more, such as 0.1")
         if type(self.text_tokens) is not int or self.text_tokens < 64:
@@ -150,6 +156,9 @@ class HypernetworkConfig:
         if self.output_curvature and self.aggregation == "mend":
             raise ValueError(f"output_curvature is {self.output_curvature} and aggregation is 'mend', which solves no "
                              "least squares; give 'least_squares' or 'recursive', or output_curvature=0")
+        if self.memory_weight != 1 and self.aggregation != "recursive":
+            raise ValueError(f"memory_weight is {self.memory_weight} and aggregation is {self.aggregation!r}, which "
+                             "keeps no earlier keys; give 'recursive', or memory_weight=1")
         if self.has_text_prior and self.aggregation == "mend":
             raise ValueError("prior_source is 'text' and aggregation is 'mend', which solves no least squares that a "
                              "prior could enter; give 'least_squares' or 'recursive', or prior=0")

@@ -99,7 +99,7 @@ class Hypernetwork(nn.Module):
         self.normalisers = self.first_normalisers()
         if config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
-        self.key_memory = KeyMemory(shapes, self.log_damping, config.prior)
+        self.key_memory = KeyMemory(shapes, self.log_damping, config.prior, config.memory_weight)
         self._turns: dict[str, Tensor] = {}  # (G + γ·mean(diag G)·I)⁻¹ by module, (d_out, d_out)
 
     @staticmethod

@@ -11,30 +11,54 @@ from agents.rledit.normaliser import check_shape
 
 
 class KeyMemory:
-    """The system S = λI + c·C + Σ_{j≤t} u_jᵀ u_j of each module, with the prior C and the stream's keys u_j.
+    """The system S = λI + c·C + w Σ_{j<t} u_jᵀ u_j + Σ_{j=t} u_jᵀ u_j of each module, with the prior C, the keys u_j of
+    the stream's batches j, and those of the current batch t at all its presentations.
 
     Args:
         shapes: module → (d_in, d_out).
         log_damping: log λ by module, (modules,): the network's parameter; the memory has its device and dtype.
         prior: c, the number of keys that C counts as.
+        weight: w, the number of keys that a key of an earlier batch counts as. With more than 1, say each step's batch
+            by :meth:`begin_batch`.
 
     Attributes:
         second_moments: C by module, (d_in, d_in); empty until it is gathered or given.
         inverses: S⁻¹ by module after the stream's latest batch, (d_in, d_in); empty at the stream's start, and if
             batches are not kept.
+        recent: the current batch's keys in S by module, a tensor (N, d_in) for each presentation; empty if w = 1.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], log_damping: Tensor, prior: float) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], log_damping: Tensor, prior: float, weight: float = 1.0
+    ) -> None:
         self.widths = {m: d_in for m, (d_in, _) in shapes.items()}
-        self.log_damping, self.prior = log_damping, prior
+        self.log_damping, self.prior, self.weight = log_damping, prior, weight
         self.second_moments: dict[str, Tensor] = {}
         self.inverses: dict[str, Tensor] = {}
+        self.recent: dict[str, list[Tensor]] = {}
+        self._batch: int | None = None  # index of the batch that the recent keys are of
         self._gathered = 0  # number of keys in the second moments
         self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
 
     def reset(self) -> None:
         """Forget the stream's keys."""
-        self.inverses = {}
+        self.inverses, self.recent, self._batch = {}, {}, None
+
+    def begin_batch(self, index: int) -> None:
+        """Say which batch of the stream the next keys are of. The keys of the batch before then count w times."""
+        if self._batch not in (None, index):
+            for module, presentations in self.recent.items():
+                self._add(module, torch.cat(presentations), self.weight - 1)
+            self.recent = {}
+        self._batch = index
+
+    def _add(self, module: str, u: Tensor, weight: float) -> None:
+        """Add ``weight`` · uᵀ u to S, by Woodbury's identity."""
+        u, inverse = u.double(), self.inverses[module]
+        projected = u @ inverse.double()  # (N, d_in)
+        gram = weight * projected @ u.T + torch.eye(len(u), dtype=u.dtype, device=u.device)  # (N, N)
+        solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))
+        self.inverses[module] = inverse - (weight * projected.T @ solved).to(inverse.dtype)
 
     def solved_keys(self, module: str, u: Tensor, keep: bool) -> Tensor:
         """ũ = u S⁻¹ (N, d_in) with these keys u (N, d_in) in S, by Woodbury's identity.
@@ -52,6 +76,8 @@ class KeyMemory:
         solved = torch.cholesky_solve(projected, torch.linalg.cholesky(gram))  # equals u S⁻¹ of the updated S
         if keep:
             self.inverses[module] = inverse - projected.T @ solved
+            if self.weight != 1:
+                self.recent.setdefault(module, []).append(u)
         return solved
 
     def _start(self, module: str) -> Tensor:
@@ -125,8 +151,12 @@ class KeyMemory:
             self.second_moments |= dict.fromkeys(modules, c + c.triu(1).T)
 
     def state(self) -> dict[str, Tensor]:
-        """S⁻¹ after the stream's keys, as named tensors."""
-        return {f"memory.{m}": inverse for m, inverse in self.inverses.items()}
+        """S⁻¹ after the stream's keys, and the current batch's keys if they will count for more, as named tensors."""
+        state = {f"memory.{m}": inverse for m, inverse in self.inverses.items()}
+        if self._batch is not None:
+            state["memory_batch"] = torch.tensor(self._batch)
+            state |= {f"recent_keys.{m}": torch.cat(presentations) for m, presentations in self.recent.items()}
+        return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load the tensors of :meth:`state`; tensors of other names are ignored.
@@ -137,4 +167,8 @@ class KeyMemory:
         inverses = {m: state[f"memory.{m}"] for m in self.widths if f"memory.{m}" in state}
         for module, inverse in inverses.items():
             check_shape(f"memory.{module}", inverse, (self.widths[module], self.widths[module]))
-        self.inverses = {m: inverse.to(self.log_damping.device) for m, inverse in inverses.items()}
+        device = self.log_damping.device
+        self.inverses = {m: inverse.to(device) for m, inverse in inverses.items()}
+        self._batch = int(state["memory_batch"]) if "memory_batch" in state else None
+        recent = {m: state[f"recent_keys.{m}"] for m in self.widths if f"recent_keys.{m}" in state}
+        self.recent = {m: [keys.to(device)] for m, keys in recent.items()}
