@@ -81,14 +81,14 @@ class PresentedFacts:
             )
         return facts
 
-    def batch(self) -> int:
-        """The index in the episode of the batch that is presented.
+    def for_the_first_time(self) -> bool:
+        """Whether this is the first presentation of the facts' batch.
 
         Raises:
             ValueError: the environment is not known.
         """
         inner = self._presenting_env()
-        return inner.position // inner.steps_per_batch
+        return inner.position % inner.steps_per_batch == 0
 
     def _presenting_env(self) -> EditingEnv:
         """The environment that presents facts.

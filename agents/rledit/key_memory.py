@@ -18,8 +18,8 @@ class KeyMemory:
         shapes: module → (d_in, d_out).
         log_damping: log λ by module, (modules,): the network's parameter; the memory has its device and dtype.
         prior: c, the number of keys that C counts as.
-        weight: w, the number of keys that a key of an earlier batch counts as. With more than 1, say each step's batch
-            by :meth:`begin_batch`.
+        weight: w, the number of keys that a key of an earlier batch counts as. With more than 1, say the end of
+            each batch by :meth:`end_batch`.
 
     Attributes:
         second_moments: C by module, (d_in, d_in); empty until it is gathered or given.
@@ -36,21 +36,18 @@ class KeyMemory:
         self.second_moments: dict[str, Tensor] = {}
         self.inverses: dict[str, Tensor] = {}
         self.recent: dict[str, list[Tensor]] = {}
-        self._batch: int | None = None  # index of the batch that the recent keys are of
         self._gathered = 0  # number of keys in the second moments
         self._starts: dict[str, Tensor] = {}  # S_0⁻¹ by module, computed when first needed
 
     def reset(self) -> None:
         """Forget the stream's keys."""
-        self.inverses, self.recent, self._batch = {}, {}, None
+        self.inverses, self.recent = {}, {}
 
-    def begin_batch(self, index: int) -> None:
-        """Say which batch of the stream the next keys are of. The keys of the batch before then count w times."""
-        if self._batch not in (None, index):
-            for module, presentations in self.recent.items():
-                self._add(module, torch.cat(presentations), self.weight - 1)
-            self.recent = {}
-        self._batch = index
+    def end_batch(self) -> None:
+        """The next keys are of another batch: those of the current one count w times from now on."""
+        for module, presentations in self.recent.items():
+            self._add(module, torch.cat(presentations), self.weight - 1)
+        self.recent = {}
 
     def _add(self, module: str, u: Tensor, weight: float) -> None:
         """Add ``weight`` · uᵀ u to S, by Woodbury's identity."""
@@ -153,10 +150,7 @@ class KeyMemory:
     def state(self) -> dict[str, Tensor]:
         """S⁻¹ after the stream's keys, and the current batch's keys if they will count for more, as named tensors."""
         state = {f"memory.{m}": inverse for m, inverse in self.inverses.items()}
-        if self._batch is not None:
-            state["memory_batch"] = torch.tensor(self._batch)
-            state |= {f"recent_keys.{m}": torch.cat(presentations) for m, presentations in self.recent.items()}
-        return state
+        return state | {f"recent_keys.{m}": torch.cat(presentations) for m, presentations in self.recent.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load the tensors of :meth:`state`; tensors of other names are ignored.
@@ -169,6 +163,5 @@ class KeyMemory:
             check_shape(f"memory.{module}", inverse, (self.widths[module], self.widths[module]))
         device = self.log_damping.device
         self.inverses = {m: inverse.to(device) for m, inverse in inverses.items()}
-        self._batch = int(state["memory_batch"]) if "memory_batch" in state else None
         recent = {m: state[f"recent_keys.{m}"] for m in self.widths if f"recent_keys.{m}" in state}
         self.recent = {m: [keys.to(device)] for m, keys in recent.items()}

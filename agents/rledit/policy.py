@@ -110,8 +110,8 @@ class HypernetworkPolicy(Agent):
     def observe(self, observation: Any, adapt: bool) -> StepRecord:
         """Show the network an observation; ``adapt``: whether it is a training batch (see `Hypernetwork.observe`)."""
         keys, gradients = used_rows(observation, self.network.device)
-        if self.config.network.memory_weight != 1:
-            self.network.key_memory.begin_batch(self.presented.batch())
+        if self.config.network.memory_weight != 1 and self.presented.for_the_first_time():
+            self.network.key_memory.end_batch()
         return self.network.observe(keys, self.of_loss(gradients), adapt)
 
     def of_loss(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
