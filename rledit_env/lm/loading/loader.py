@@ -58,8 +58,8 @@ def load_model(
             own without ``trust_remote_code``; or the folder cannot be loaded, or the tokenizer gives no offsets.
     """
     name = os.fspath(name)
-    model: Any
-    tokenizer: Any
+    model: Any  # mypy does not know the arguments of its `to`
+    tokenizer: PreTrainedTokenizerBase
     if name in tiny.TINY_NAMES:
         model, tokenizer = tiny.tiny_model(name, dtype), tiny.tiny_tokenizer(name)
     else:
@@ -78,7 +78,7 @@ def load_model(
 
 def _from_folder(
     name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool, spread: Spread
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer in a folder."""
     code = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
