@@ -8,7 +8,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import (
     check_contexts,
@@ -23,10 +23,12 @@ from rledit_env.cli.command import (
 )
 from rledit_env.cli.editor_options import DEFAULT_MODEL, MAX_PRESENTATIONS, PRESENT_UNTIL, named_editor
 from rledit_env.cli.editor_strength import recorded_settings, step_size_of, times_presented, with_strength
+from rledit_env.type_aliases import JsonObject, Options, Settings
 
 if TYPE_CHECKING:
     from agents import Agent
     from agents.running.editors import Editor
+    from rledit_env.env import LifelongEditEnv
     from rledit_env.knowledge import EditRecord, KnowledgeDataset
     from rledit_env.knowledge.facts import Facts
     from rledit_env.lm.editable import EditableLM
@@ -53,9 +55,9 @@ class Editing:
     lm: EditableLM
     agent: Agent
     facts: Facts
-    settings: dict[str, Any]
-    identity: dict[str, Any]
-    report: dict[str, Any]
+    settings: Options
+    identity: JsonObject
+    report: JsonObject
     notes: tuple[str, ...] = ()
     mend: str = "Train the agent on longer streams"
 
@@ -84,7 +86,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     bundled_start = options.warm_up and start_warm(agent, lm, settings["token"])
     _say_what_is_edited(lm, facts.dataset)
     print(f"agent  {folder}", flush=True)
-    identity: dict[str, Any] = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
+    identity: JsonObject = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
     notes: tuple[str, ...] = ()
     if bundled_start:
         identity["warm_up"] = True
@@ -161,7 +163,7 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
-def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: bool) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, own: Settings, facts: Facts, repeated: bool) -> Options:
     """How the facts are presented: by the options, else by the ledger of the resumed run, else by the agent's or
     editor's own settings.
 
@@ -201,7 +203,7 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
     return settings
 
 
-def _environment(lm: EditableLM, facts: KnowledgeDataset, token: str) -> Any:
+def _environment(lm: EditableLM, facts: KnowledgeDataset, token: str) -> LifelongEditEnv:
     from rledit_env.env import LifelongEditEnv
 
     return LifelongEditEnv(
@@ -222,7 +224,7 @@ def _with_options(editor: Editor, options: argparse.Namespace) -> Editor:
     from agents.running.editors import merged
 
     config = editor.configuration()
-    overrides: dict[str, Any] = {}
+    overrides: Options = {}
     if config is not None and "warm_up" in {f.name for f in fields(config)}:
         overrides["warm_up"] = options.warm_up  # lets single facts take
     if options.statistics_tokens is not None:
