@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -222,6 +222,16 @@ def _call(callbacks: Sequence[Callable[[int], object]], edited: int) -> float:
 def _last_facts(log: EditLog) -> str:
     last = log.batches()[-1]
     return f"facts {last.start + 1} to {last.stop}"
+
+
+class StreamSettings(TypedDict, total=False):
+    """How facts are presented: arguments of :func:`edit_facts`, for a run's report and ledger, too."""
+
+    token: str
+    steps_per_batch: int
+    present_until: float
+    contexts: int
+    batch_size: int
 
 
 def edit_facts(  # noqa: PLR0913  the environment's parameters by their own names

@@ -27,6 +27,7 @@ from rledit_env.type_aliases import JsonObject, Options, Settings
 
 if TYPE_CHECKING:
     from agents import Agent
+    from agents.running.editing import StreamSettings
     from agents.running.editors import Editor
     from rledit_env.env import LifelongEditEnv
     from rledit_env.knowledge import EditRecord, KnowledgeDataset
@@ -44,8 +45,7 @@ class Editing:
         lm: the model.
         agent: the agent, ready to edit.
         facts: the facts to edit, with --chat in the model's chat template.
-        settings: arguments of `agents.edit_facts`: batch_size, token, steps_per_batch, and optionally present_until and
-            contexts.
+        settings: arguments of `agents.edit_facts`; present_until and contexts only where they are used.
         identity: further settings that a run recorded in a ledger must share to be resumed.
         report: the editor's entries in edit_report.json.
         notes: notes for the user.
@@ -55,7 +55,7 @@ class Editing:
     lm: EditableLM
     agent: Agent
     facts: Facts
-    settings: Options
+    settings: StreamSettings
     identity: JsonObject
     report: JsonObject
     notes: tuple[str, ...] = ()
@@ -163,7 +163,7 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
-def _settings(options: argparse.Namespace, own: Settings, facts: Facts, repeated: bool) -> Options:
+def _settings(options: argparse.Namespace, own: Settings, facts: Facts, repeated: bool) -> StreamSettings:
     """How the facts are presented: by the options, else by the ledger of the resumed run, else by the agent's or
     editor's own settings.
 
@@ -191,13 +191,13 @@ def _settings(options: argparse.Namespace, own: Settings, facts: Facts, repeated
         if recorded is None:
             count = option_or(options.steps_per_batch, MAX_PRESENTATIONS)
         count = option_or(options.max_presentations, count)
-    settings = {
-        "token": options.token or own.get("token", "answer"),
-        "steps_per_batch": count,
-        **({"present_until": until} if until else {}),
-        **({"contexts": contexts} if contexts else {}),
-        "batch_size": min(option_or(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
-    }
+    settings: StreamSettings = {"token": options.token or own.get("token", "answer"), "steps_per_batch": count}
+    if until:
+        settings["present_until"] = until
+    if contexts:
+        settings["contexts"] = contexts
+    size = option_or(options.batch_size, own.get("batch_size", BATCH_SIZE))
+    settings["batch_size"] = min(size, len(facts.dataset))
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
     check_contexts(contexts, settings["token"])
     return settings

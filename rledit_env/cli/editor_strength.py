@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import progress_bar, warn
-from rledit_env.type_aliases import JsonObject, Settings
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
+    from agents.running.editing import StreamSettings
     from agents.running.editors import Editor
     from agents.running.strength import StrengthSearch, Trial
     from rledit_env.knowledge import KnowledgeDataset
@@ -24,7 +25,7 @@ def step_size_of(editor: Editor) -> dict[str, float]:
 
 
 def with_strength(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: Settings
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
 ) -> tuple[Editor, StrengthSearch | None]:
     """The editor with its step size and presentations, and the search if there was one. They are given, read from the
     ledger of the resumed run, or searched for on a few of the facts."""
@@ -74,7 +75,7 @@ def recorded_settings(options: argparse.Namespace) -> JsonObject | None:
 
 
 def _probed(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: Settings
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
 ) -> StrengthSearch:
     """Search for the strength on a few of the facts, and print the trials and the choice."""
     from agents.running.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from rledit_env.cli.command import progress_bar, warn
 from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents import EditLog
+    from agents.running.editing import StreamSettings
     from rledit_env.evaluation.chat_scores import ChatScores
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.evaluation.retention import Retention
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
 LISTED = 20  # the largest number of lines in a printed list
 SHOWN = 20  # facts with their answers before and after in the result
+
+
+class Presentations(TypedDict):
+    """How often facts were presented; see :func:`presentations`."""
+
+    until: float | None
+    at_most: int
+    facts_by_count: dict[str, int]
+    never: list[int]
+    lost: list[int]
+
+
+class BatchWithoutEffect(TypedDict):
+    """A batch whose update was zero, or of which no fact took; its facts are counted from 1."""
+
+    batch: int
+    first_fact: int
+    last_fact: int
+    update_norm: float
 
 
 def score_facts(
@@ -116,9 +136,9 @@ def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence
     ]
 
 
-def without_effect(log: EditLog, metrics: Metrics) -> list[JsonObject]:
+def without_effect(log: EditLog, metrics: Metrics) -> list[BatchWithoutEffect]:
     """Batches (counted from 1) whose update was zero, or of which no fact took."""
-    batches = []
+    batches: list[BatchWithoutEffect] = []
     for number, (facts, norm) in enumerate(zip(log.batches(), log.update_norms, strict=True), start=1):
         if not any(log.presentations[i] for i in facts):  # the model knew all facts already
             continue
@@ -129,7 +149,7 @@ def without_effect(log: EditLog, metrics: Metrics) -> list[JsonObject]:
     return batches
 
 
-def warn_without_effect(batches: Sequence[JsonObject], log: EditLog) -> None:
+def warn_without_effect(batches: Sequence[BatchWithoutEffect], log: EditLog) -> None:
     for batch in batches[:LISTED]:
         what = "its update was zero" if batch["update_norm"] == 0 else "none of its facts took"
         warn(f"warning: batch {batch['batch']} of {len(log.batch_sizes)} (facts {batch['first_fact']} to "
@@ -138,7 +158,7 @@ def warn_without_effect(batches: Sequence[JsonObject], log: EditLog) -> None:
         warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
 
 
-def presentations(log: EditLog, settings: JsonObject) -> JsonObject:
+def presentations(log: EditLog, settings: StreamSettings) -> Presentations:
     """How often facts were presented, for the report.
 
     Returns:
@@ -157,7 +177,7 @@ def presentations(log: EditLog, settings: JsonObject) -> JsonObject:
     }  # fmt: skip
 
 
-def say_presentations(found: JsonObject, records: Sequence[EditRecord], say: Callable[..., object]) -> None:
+def say_presentations(found: Presentations, records: Sequence[EditRecord], say: Callable[..., object]) -> None:
     """Print how often facts were presented, and which are below the probability at the end; nothing if all were
     presented a fixed number of times. ``found``: the result of :func:`presentations`."""
     if found["until"] is None:
@@ -167,8 +187,8 @@ def say_presentations(found: JsonObject, records: Sequence[EditRecord], say: Cal
     counts = "; ".join(f"{times.get(n, f'{n} times')}: {facts}" for n, facts in found["facts_by_count"].items())
     say(f"facts were presented until {reached}, at most {found['at_most']} times; facts by presentations: {counts}")
     more = "; give a larger --max-presentations or --step-size" if found["at_most"] > 1 else ""
-    for name, what in (("never", f"never got there{more}"), ("lost", "had got there, and lost it to later facts")):
-        places = found[name]
+    lost = "had got there, and lost it to later facts"
+    for places, what in ((found["never"], f"never got there{more}"), (found["lost"], lost)):
         if places:
             say(f"{len(places)} of {len(records)} facts {what}:")
             for i in places[:LISTED]:
