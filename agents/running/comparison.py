@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 from tqdm.auto import tqdm
@@ -28,6 +27,7 @@ from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.loading.loader import ModelSource
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.reward import RewardConfig
 from rledit_env.type_aliases import JsonObject, Settings
@@ -40,11 +40,15 @@ class Views:
 
     Args:
         model: registry name, hub id or folder.
-        dtype, device, source: as for :meth:`EditableLM.load` (``source``: revision, trust_remote_code).
+        dtype, device, revision, trust_remote_code: as for :meth:`EditableLM.load`.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", device: str = "auto", **source: Any) -> None:
-        self.model, self.dtype, self.device, self.source = model, dtype, device, source
+    def __init__(
+        self, model: str, dtype: str = "auto", device: str = "auto", revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.dtype, self.device = model, dtype, device
+        self.source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._view: EditableLM | None = None
         self._patterns: tuple[str, ...] | None = None
 
@@ -63,7 +67,7 @@ class Views:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # frees its copies of the weights before the new view makes its own
             modules = patterns or default_edit_modules(self.model, model)
-            revision = self.source.get("revision")
+            revision = self.source["revision"]
             self._view = EditableLM(model, tokenizer, modules, self.model, revision=revision, optimize=True)
         self._patterns = patterns
         return self._view

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import gymnasium as gym
 
-from rledit_env.type_aliases import JsonObject, Options
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rledit_env.cli.config_flags import CommandParser
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
+    from rledit_env.lm.loading.loader import ModelSource
 
 T = TypeVar("T")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -163,7 +164,7 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
                         help="run the code that comes with the model, if it needs it; such code can do anything")
 
 
-def model_source(options: argparse.Namespace, trained: JsonObject | None = None) -> Options:
+def model_source(options: argparse.Namespace, trained: JsonObject | None = None) -> ModelSource:
     """The values of :func:`source_arguments` as arguments of `EditableLM.load`. Without ``--model`` and ``--revision``,
     the revision is that of the ``trained`` settings."""
     revision = options.revision

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import PicklingError
-from typing import Any, NoReturn
+from typing import NoReturn
 from weakref import ref
 
 import torch
@@ -21,7 +21,7 @@ from rledit_env.lm.freezing import Freeze
 from rledit_env.lm.gradients import Gradients
 from rledit_env.lm.gradients import Trace as Trace
 from rledit_env.lm.kernels.switch import FastModules
-from rledit_env.lm.loading.loader import load_model, stored_dtype
+from rledit_env.lm.loading.loader import ModelSource, load_model, stored_dtype
 from rledit_env.lm.loading.placement import Spread, resolve_device, resolve_dtype
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.modules import chosen_modules, linear_module, linear_modules
@@ -138,7 +138,7 @@ class EditableLM:
             ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
         dtype = stored_dtype(name, **source) if dtype == "stored" else resolve_dtype(dtype, device)
         spread = Spread(device_map, offload_folder, max_memory)
         model, tokenizer = load_model(name, dtype, device, spread=spread, **source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,13 @@ _NEEDS_CODE = (
     "model '{}' needs code that comes with it, which can do anything on this machine; if you trust its authors, pass "
     "trust_remote_code=True (--trust-remote-code on the command line)"
 )
+
+
+class ModelSource(TypedDict):
+    """Where a model named by hub id is loaded from: arguments of :func:`load_model`."""
+
+    revision: str | None
+    trust_remote_code: bool
 
 
 def load_model(
