@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agents.key_statistics import GENERATED
-from rledit_env.type_aliases import Options
+from rledit_env.type_aliases import Options, Settings
 
 # The environment settings that suit the agent best, in training and in use.
-RECOMMENDED: Mapping[str, object] = {"token": "subject", "steps_per_batch": 5}
+RECOMMENDED: Settings = {"token": "subject", "steps_per_batch": 5}
 FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
 Aggregation = Literal["mend", "least_squares", "recursive"]
 Normaliser = Literal["stream", "lifetime", "continued"]

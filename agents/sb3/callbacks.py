@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -53,7 +53,7 @@ class TrainingCallback(BaseCallback):
         self._numbers: dict[str, list[float]] = {}
         self._return = 0.0  # the environment's return of the episode so far
         self._writer: SummaryWriter | None = None
-        self._bar: tqdm[NoReturn] = None
+        self._bar: tqdm | None = None
 
     def begin(self, reset_num_timesteps: bool) -> None:
         """Start a run at a new episode. The best policy of the agent's previous run is kept for comparison."""
@@ -84,7 +84,9 @@ class TrainingCallback(BaseCallback):
             self._write_checkpoint()
 
     def _on_step(self) -> bool:
-        self._bar.update(1)
+        bar = self._bar
+        assert bar is not None
+        bar.update(1)
         info = self.locals["infos"][0]
         self._return += info.get("reward", float(self.locals["rewards"][0]) / self.agent.config.reward_scale)
         for name, value in info.items():
@@ -100,7 +102,7 @@ class TrainingCallback(BaseCallback):
             if values := list(finite):
                 multiplier.update(values[-1])
         self._numbers, self._return = {}, 0.0
-        self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
+        bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
         self._log("train", numbers)
         if self.run.streams % self.eval_every == 0:
             self.evaluate()

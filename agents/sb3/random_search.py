@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class RandomSearchAgent(Agent):
                 each *= 2
         return self
 
-    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: tqdm[NoReturn]) -> float:
+    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: tqdm) -> float:
         """The mean return of a constant action over the episodes of these seeds."""
         self.action = action
         inner = editing_env(self.scaled)

@@ -52,9 +52,9 @@ class StreamsVecEnv(VecEnv):
         self._actions: np.ndarray | None = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
-    def reset(self) -> np.ndarray | dict[str, np.ndarray]:
+    def reset(self) -> np.ndarray:
         """Reset all environments with the seeds given to `seed`; returns their first observations."""
-        observations: np.ndarray | dict[str, np.ndarray]
+        observations: np.ndarray
         observations, infos = self.env.reset(seed=self._seeds)  # type: ignore[arg-type]
         self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()

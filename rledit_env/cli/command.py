@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import gymnasium as gym
 
@@ -221,7 +221,7 @@ def dtype_name(lm: EditableLM) -> str:
     return str(lm.dtype).removeprefix("torch.")
 
 
-def progress_bar(total: int | None, what: str, unit: str = "fact") -> tqdm[NoReturn]:
+def progress_bar(total: int | None, what: str, unit: str = "fact") -> tqdm:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit)

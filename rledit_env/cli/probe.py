@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from rledit_env.cli.command import (
     OK,
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _bar() -> tqdm[NoReturn]:
+def _bar() -> tqdm:
     from tqdm import tqdm
 
     return tqdm(desc="probing", unit="candidate")
