@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
+from rledit_env.interface import Environment
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import Info, Settings
+
+Callback = Callable[[dict[str, float]], bool | None]  # gets the numbers of an update, round or episode; False stops
 
 
 class NotApplicable(ValueError):
     """An editor cannot edit these facts, such as facts that name no subject, or this model; the message says why."""
+
+
+class Resettable(Protocol):
+    """Anything with ``reset()``, such as an :class:`Agent`."""
+
+    def reset(self) -> None: ...
 
 
 class Agent(ABC):
@@ -32,13 +42,13 @@ class Agent(ABC):
     """
 
     name: ClassVar[str]
-    env: gym.Env[Any, Any] | None = None
+    env: Environment | None = None
     timesteps: int = 0
 
     def reset(self) -> None:  # noqa: B027 - an agent without memory has nothing to forget
         """Forget the stream so far."""
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         """Edit and learn in this environment from now on. The agent is changed in place.
 
         For an agent in each of two environments, set the environment of a copy (``copy.copy(agent)``); both share the
@@ -72,13 +82,14 @@ class Agent(ABC):
             raise ValueError(f"{type(self).__name__} remembers nothing, but was given {sorted(memory)[:3]}")
 
     @abstractmethod
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """The action for an observation, and None (in Stable-Baselines3, the recurrent state)."""
 
     @abstractmethod
     def learn(
-        self, total_timesteps: int, callback: Any = None, progress_bar: bool = True, reset_num_timesteps: bool = True
-    ) -> Agent:
+        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = True,
+        reset_num_timesteps: bool = True,
+    ) -> Agent:  # fmt: skip
         """Train for this many further environment steps; returns the agent.
 
         The arguments mean the same in every agent. An agent that learns from whole episodes rounds the steps up to
@@ -97,17 +108,17 @@ class Agent(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> Agent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> Agent:
         """Load a saved agent, ready to predict (and, with an environment, to learn)."""
 
 
-def act(agent: Agent, observation: Any) -> Any:
+def act(agent: Agent, observation: Observation) -> Action:
     """The agent's action. For an observation without rows in use, the action without any update: all facts of its batch
     have taken already (see ``present_until`` of `LifelongEditEnv`)."""
     return agent.predict(observation)[0] if observation["mask"].any() else {"updates": {}}
 
 
-def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[str, Any]]:
+def run_stream(env: Environment, agent: Agent, **reset: Any) -> tuple[float, Info]:
     """Run an agent for one episode; returns the return and the last step's info.
 
     The agent is reset, unless the weights are kept (see :func:`begin_stream`).
@@ -122,7 +133,7 @@ def run_stream(env: gym.Env, agent: Agent, **reset: Any) -> tuple[float, dict[st
     return total, info
 
 
-def begin_stream(agent: Any, reset: Mapping[str, Any]) -> None:
+def begin_stream(agent: Resettable, reset: Settings) -> None:
     """Reset an agent before a stream, unless the stream continues with the weights, and so with the agent's memory, of
     the previous one.
 
@@ -136,7 +147,7 @@ def begin_stream(agent: Any, reset: Mapping[str, Any]) -> None:
         agent.reset()
 
 
-def require_modules(env: gym.Env, shapes: Mapping[str, tuple[int, int]], owner: str, mend: str) -> None:
+def require_modules(env: Environment, shapes: Mapping[str, tuple[int, int]], owner: str, mend: str) -> None:
     """Check that an environment edits the modules that an agent was made for.
 
     Args:
@@ -156,7 +167,7 @@ def require_modules(env: gym.Env, shapes: Mapping[str, tuple[int, int]], owner: 
         )
 
 
-def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
+def module_shapes(env: Environment) -> dict[str, tuple[int, int]]:
     """Module → (d_in, d_out) of the edited modules, from the action space.
 
     Raises:
@@ -167,7 +178,7 @@ def module_shapes(env: gym.Env) -> dict[str, tuple[int, int]]:
     return {m: (keys.shape[1], space["values"][m].shape[1]) for m, keys in space["keys"].items()}
 
 
-def used_rows(observation: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def used_rows(observation: Observation, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Keys (N, d_in) and value gradients (N, d_out) by module, of an observation's rows in use, in either array
     backend."""
     used = int(observation["mask"].sum())
@@ -178,7 +189,7 @@ def used_rows(observation: Any, device: torch.device) -> tuple[dict[str, Tensor]
     return keys, gradients
 
 
-def factor_action(observation: Any, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Any]:
+def factor_action(observation: Observation, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Action:
     """The action with these factors, in the observation's array backend (padded with zero rows for NumPy)."""
     if not isinstance(observation["mask"], np.ndarray):
         return {"keys": dict(keys), "values": dict(values)}

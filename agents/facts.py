@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import gymnasium as gym
 
 from rledit_env.encoding import EncodedRecord
-from rledit_env.interface import EditingEnv, editing_env
+from rledit_env.interface import EditingEnv, Environment, editing_env
 
 MEND = "name the environment that it edits in with set_env(env)"
 
@@ -47,11 +47,11 @@ class PresentedFacts:
         env: that environment; None if it is not known yet.
     """
 
-    def __init__(self, env: gym.Env | None) -> None:
+    def __init__(self, env: Environment | None) -> None:
         self.env = env
 
     @contextmanager
-    def by(self, env: gym.Env) -> Iterator[None]:
+    def by(self, env: Environment) -> Iterator[None]:
         """Ask this environment within the context."""
         former_env, self.env = self.env, env
         try:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import MARKER, mark, read_marker
+from rledit_env.type_aliases import JsonObject
 
 MAX_DESCRIPTION_BYTES = 2**24
 MAX_COUNT = 2**62
@@ -90,14 +90,14 @@ def _contains_agent(folder: Path) -> bool:
     return False
 
 
-def known_best(description: Mapping[str, Any]) -> float:
+def known_best(description: JsonObject) -> float:
     """The best held-out score in an interrupted training's description; −inf if there is none, or if it is of another
     version of the metrics, with which later scores are not comparable."""
     score = description["best_score"]
     return -math.inf if score is None or description.get("metrics_version", 1) != METRICS_VERSION else float(score)
 
 
-def read_description(folder: str | Path) -> dict[str, Any]:
+def read_description(folder: str | Path) -> JsonObject:
     """The content of an agent's ``agent.json``.
 
     Raises:
@@ -168,7 +168,7 @@ def built_from(folder: str | Path) -> Iterator[None]:
                          "save it again") from error
 
 
-def check_counters(description: Mapping[str, Any], *names: str) -> None:
+def check_counters(description: JsonObject, *names: str) -> None:
     """Raise ValueError unless these entries are whole numbers from 0 on."""
     for name in names:
         value = description[name]

@@ -14,10 +14,9 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -187,7 +186,7 @@ def second_moments(
     sums = {m: torch.zeros(lm.module_shapes[m][0], lm.module_shapes[m][0], device=lm.device, dtype=lm.edit_dtype)
             for m in modules}  # fmt: skip
 
-    def add_keys(name: str) -> Any:
+    def add_keys(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             keys = args[0].flatten(0, -2).to(lm.edit_dtype)
             sums[name].addmm_(keys.T, keys)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
-def summary_writer(folder: Path | None, done: int = 0) -> Any:
+def summary_writer(folder: Path | None, done: int = 0) -> SummaryWriter | None:
     """TensorBoard's writer, or None without a folder. Entries that an interrupted run logged after its checkpoint at
     step ``done`` are dropped."""
     if folder is None:
@@ -17,7 +20,7 @@ def summary_writer(folder: Path | None, done: int = 0) -> Any:
     return SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
 
-def log(writer: Any, group: str, numbers: Mapping[str, float], step: int) -> None:
+def log(writer: SummaryWriter | None, group: str, numbers: Mapping[str, float], step: int) -> None:
     """Write ``numbers`` as ``group/name``; do nothing without a writer."""
     if writer is not None:
         for name, value in numbers.items():

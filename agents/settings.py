@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any
 
-import gymnasium as gym
-
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.reward import RewardConfig
+from rledit_env.type_aliases import JsonObject
 
 
-def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
+def environment_settings(env: Environment | None) -> JsonObject | None:
     """The settings of the environment that a policy depends on."""
     if env is None:
         return None
@@ -38,7 +36,7 @@ def environment_settings(env: gym.Env | None) -> dict[str, Any] | None:
     }
 
 
-def _reward_settings(config: Any) -> dict[str, Any] | None:
+def _reward_settings(config: RewardConfig | None) -> JsonObject | None:
     """The reward's numbers, and its components by weight and class."""
     if config is None:
         return None
@@ -51,7 +49,7 @@ def _reward_settings(config: Any) -> dict[str, Any] | None:
     return {**numbers, "components": components, "penalty": getattr(config.penalty, "__name__", "custom")}
 
 
-def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+def setting_differences(theirs: JsonObject, mine: JsonObject) -> list[str]:
     """The settings (not counters) in which a saved run's description ``theirs`` differs from this agent's ``mine``, in
     words."""
     mine = json.loads(json.dumps(mine))  # with the types that a file has
@@ -71,7 +69,7 @@ def setting_differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> l
     return different
 
 
-def _flatten(name: str, value: Any) -> dict[str, Any]:
+def _flatten(name: str, value: object) -> dict[str, object]:
     if not isinstance(value, Mapping):
         return {name: value}
     return {key: leaf for inner, v in value.items() for key, leaf in _flatten(f"{name}.{inner}", v).items()}

@@ -12,11 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rledit_env.answers import ENDS
 from rledit_env.encoding import EncodedRecord
@@ -147,7 +148,7 @@ class Ending:
 
 
 @lru_cache(maxsize=8)
-def ending_tokens(tokenizer: Any) -> Tensor:
+def ending_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The ids (E,) of all tokens that end an answer."""
     pattern = re.compile(rf"[^\S\n]*(?:\n|[{re.escape(ENDS)}])")
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])

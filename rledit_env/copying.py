@@ -7,10 +7,13 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pickle import PicklingError
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+
+Self = TypeVar("Self", bound="Copied")
 
 SHARED = ("model", "tokenizer", "data")  # arguments that may take gigabytes and are never written to
 
@@ -19,7 +22,7 @@ class SharedArguments(dict[str, Any]):
     """The arguments of an environment. A deep copy, such as Gymnasium makes for the ``spec`` of every wrapper, shares
     the model, the tokenizer and the data."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedArguments:
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedArguments:
         return SharedArguments({k: v if k in SHARED else copy.deepcopy(v, memo) for k, v in self.items()})
 
 
@@ -30,11 +33,11 @@ class Copied:
         arguments: the environment's arguments, by name.
     """
 
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     _spec: EnvSpec | None = None
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> EnvSpec | None:
         """The specification that Gymnasium made the environment from."""
         return self._spec
 
@@ -44,25 +47,25 @@ class Copied:
             spec = dataclasses.replace(spec, kwargs=SharedArguments(spec.kwargs))
         self._spec = spec
 
-    def __copy__(self) -> Any:
+    def __copy__(self: Self) -> Self:
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: Self, memo: dict[int, object]) -> Self:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         self._share(memo)
         other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()})
         return other
 
-    def _share(self, memo: dict[int, Any]) -> None:
+    def _share(self, memo: dict[int, object]) -> None:
         """Put into a deep copy's memo the objects that the copy shares."""
         for space in self.__dict__.values():
             if isinstance(space, spaces.Space):
                 memo |= {id(bound): bound for bound in _bounds(space)}
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         model = self.arguments.get("model", "")
         if not isinstance(model, str | os.PathLike):
             raise PicklingError(
@@ -72,18 +75,18 @@ class Copied:
             )
         return _made_again, (type(self), dict(self.arguments), self.spec), self.pickled_state()
 
-    def pickled_state(self) -> dict[str, Any]:
+    def pickled_state(self) -> dict[str, object]:
         """The state in a pickle in addition to the arguments, for ``__setstate__``."""
         raise NotImplementedError
 
 
-def _made_again(kind: type, arguments: Mapping[str, Any], spec: EnvSpec | None) -> Any:
+def _made_again(kind: type[Self], arguments: Mapping[str, object], spec: EnvSpec | None) -> Self:
     env = kind(**arguments)
     env.spec = spec
     return env
 
 
-def _bounds(space: spaces.Space[Any]) -> Iterator[Any]:
+def _bounds(space: spaces.Space[object]) -> Iterator[np.ndarray]:
     """The arrays of a space's bounds, which are as large as an observation or action, and never written to."""
     if isinstance(space, spaces.Dict):
         for part in space.values():

@@ -10,12 +10,12 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+def method_of(part: str, method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[object, P], T]:
     """A method that calls the part's method of the same name, for the class that has the part as an attribute."""
     name = getattr(method, "__name__", "")
 
     @wraps(method)
-    def call(whole: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(whole: object, /, *args: P.args, **kwargs: P.kwargs) -> T:
         result: T = getattr(getattr(whole, part), name)(*args, **kwargs)
         return result
 
@@ -40,10 +40,10 @@ class AttributeOf(Generic[T]):
     def __get__(self, whole: None, owner: type) -> AttributeOf[T]: ...
 
     @overload
-    def __get__(self, whole: Any, owner: type) -> T: ...
+    def __get__(self, whole: object, owner: type) -> T: ...
 
-    def __get__(self, whole: Any, owner: type) -> AttributeOf[T] | T:
+    def __get__(self, whole: object, owner: type) -> AttributeOf[T] | T:
         return self if whole is None else getattr(getattr(whole, self._part), self._name)
 
-    def __set__(self, whole: Any, value: T) -> None:
+    def __set__(self, whole: object, value: T) -> None:
         setattr(getattr(whole, self._part), self._name, value)

@@ -22,12 +22,14 @@ from rledit_env.episode import DivergenceError as DivergenceError
 from rledit_env.episode import EditEpisode
 from rledit_env.evaluation.metrics import Metrics, evaluate
 from rledit_env.knowledge import KnowledgeDataset, KnowledgeStream, load_knowledge
+from rledit_env.knowledge.source import Data
 from rledit_env.lm.editable import EditableLM, Trace
-from rledit_env.lm.given import check_given, editable_lm
+from rledit_env.lm.given import Model, check_given, editable_lm
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import RewardConfig, resolve_reward
 from rledit_env.scoring import NO_SCORES, Scores, score
 from rledit_env.settings import RENDER_MODES, EpisodeSettings
+from rledit_env.type_aliases import Info, Options
 from rledit_env.updates import Update
 
 
@@ -193,9 +195,9 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     def __init__(  # noqa: PLR0913  they are the settings of `gym.make`
         self,
         kind: str,
-        model: Any = "smollm2-135m",
+        model: Model = "smollm2-135m",
         edit_modules: Sequence[str] | str | None = None,
-        data: Any = "bundled",
+        data: KnowledgeDataset | Data = "bundled",
         split: str = "train",
         num_batches: int = 20,
         batch_size: int = 20,
@@ -228,8 +230,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             data if isinstance(data, KnowledgeDataset) else load_knowledge(kind, data, split=split, on_error=on_error)
         )
         stream = KnowledgeStream(self.dataset, num_batches, batch_size)
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        lm = editable_lm(model, tokenizer, edit_modules, dtype, device, **source)
+        lm = editable_lm(model, tokenizer, edit_modules, dtype, device, revision, trust_remote_code)
         encoded = EncodedDataset(lm, self.dataset)
         encoded.check_lengths(LONGEST if contexts else 0)
         needed_rows = (1 + contexts) * largest_batch(encoded.traced_positions(token), batch_size)
@@ -257,7 +258,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         other.episode = copy.copy(self.episode)
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LifelongEditEnv:
+    def __deepcopy__(self, memo: dict[int, object]) -> LifelongEditEnv:
         other: LifelongEditEnv = super().__deepcopy__(memo)
         other.encoded.lm = other.lm
         other.recorder = None
@@ -265,13 +266,13 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
             other.lm.holder = ref(other)
         return other
 
-    def _share(self, memo: dict[int, Any]) -> None:
+    def _share(self, memo: dict[int, object]) -> None:
         super()._share(memo)
         memo |= {id(self.dataset): self.dataset, id(self.recorder): self.recorder}
         memo[id(self.encoded)] = copy.copy(self.encoded)  # shares the passages
 
-    def pickled_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"random": (self._np_random, self._np_random_seed)}
+    def pickled_state(self) -> dict[str, object]:
+        state: dict[str, object] = {"random": (self._np_random, self._np_random_seed)}
         if self.multiplier is not None:
             state["multiplier"] = self.multiplier.value
         is_running = self._owns_weights() and (self.history or not self.episode.over)
@@ -299,7 +300,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
 
     # -- the Markov decision process -----------------------------------------------------------------------------
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Options | None = None) -> tuple[spaces.Observation, Info]:
         """Restore the LLM and draw the facts of a new episode; see "Starting State".
 
         Raises:
@@ -308,7 +309,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         info = self.begin(seed, options)
         return self.episode.presented(self.episode.observe(self.episode.trace())), info
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: spaces.Action) -> tuple[spaces.Observation, float, bool, bool, Info]:
         """Apply the action to the LLM, compute the reward and present the next batch.
 
         Raises:
@@ -329,7 +330,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
                 self.render()
             return episode.presented(observation), reward, episode.over, False, info
 
-    def begin(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def begin(self, seed: int | None = None, options: Mapping[str, object] | None = None) -> Info:
         """Begin an episode as `reset` does, up to the first observation; returns the info."""
         checked = self.episode.checked_options(options)
         super().reset(seed=seed)
@@ -337,7 +338,7 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
         self.lm.holder = ref(self)
         return info
 
-    def accept(self, action: Any) -> Update:
+    def accept(self, action: object) -> Update:
         """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         if self.episode.over:
             raise gym.error.ResetNeeded("the episode is over (or not begun): call reset() before step()")

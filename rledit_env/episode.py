@@ -27,6 +27,7 @@ from rledit_env.preservation import Multiplier
 from rledit_env.reward import backtracked
 from rledit_env.scoring import ScoredBatch, Scores, step_reward, with_texts
 from rledit_env.settings import EpisodeSettings
+from rledit_env.type_aliases import Info, Options
 from rledit_env.updates import NOTHING, Update
 
 # Attributes of an episode in a pickle; the LLM's weights, the order of the facts and the random state are in it, too.
@@ -117,7 +118,7 @@ class EditEpisode:
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
-    def checked_options(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    def checked_options(self, options: Mapping[str, object] | None) -> Options:
         """The options of `reset`, as :meth:`begin` takes them; raises, with nothing changed, for what it rejects."""
         options = dict(options or {})
         unknown = set(options) - {"indices", "keep_weights", "start"}
@@ -134,7 +135,7 @@ class EditEpisode:
 
     def begin(
         self, random: np.random.Generator, start: int = 0, indices: np.ndarray | None = None, keep_weights: bool = False
-    ) -> dict[str, Any]:
+    ) -> Info:
         """Begin a new episode, up to the first observation; returns the info of `reset`."""
         self.random = random
         self.stream.reset(random, indices)
@@ -147,7 +148,7 @@ class EditEpisode:
         self.history, self.scene = [], None
         return {"indices": self.stream.indices.copy(), "source": self.stream.dataset.source}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """The state for a pickle, which :meth:`load_state` takes."""
         return {
             "episode": {name: getattr(self, name) for name in KEPT},
@@ -216,7 +217,7 @@ class EditEpisode:
         """Keys and value gradients of the current batch at the present weights."""
         return self.lm.trace(self.edits(), self.settings.token, self.settings.present_until, self.open_edits)
 
-    def observe(self, trace: Trace | None) -> dict[str, Any]:
+    def observe(self, trace: Trace | None) -> spaces.TensorObservation:
         """The observation at the current position as tensors, given its batch's trace (None after the last)."""
         progress = self.position / self.steps
         self.open_edits = None
@@ -230,7 +231,7 @@ class EditEpisode:
         self.rows = len(observation["mask"])
         return observation
 
-    def presented(self, observation: dict[str, Any]) -> Any:
+    def presented(self, observation: spaces.TensorObservation) -> spaces.Observation:
         """The observation in the array backend asked for."""
         if self.settings.array_backend == "torch":
             return observation
@@ -266,7 +267,7 @@ class EditEpisode:
         """Drop what would undo the step, so that what follows, such as training, can use the memory."""
         self._undo = self.weights_before = self.checked = None
 
-    def accept(self, action: Any) -> Update:
+    def accept(self, action: object) -> Update:
         """The update that the action means; raises, with nothing changed, for what `step` rejects."""
         self.refused = False
         try:
@@ -324,7 +325,7 @@ class EditEpisode:
         """A batch as the reward scores it, without texts."""
         return ScoredBatch(self.records(batch), self.choices[self.places(batch)].tolist(), weight)
 
-    def reward(self, made: Update, scores: Scores) -> tuple[float, dict[str, Any]]:
+    def reward(self, made: Update, scores: Scores) -> tuple[float, Info]:
         """The reward at the updated weights and the step's info; moves on to the next step's position."""
         reward, info = step_reward(
             scores, made, self.drift(), self.settings.reward_config, self.multiplier, self.settings.reward_gradient
@@ -352,9 +353,7 @@ class EditEpisode:
         checked, self.checked = self.checked, None
         return checked
 
-    def conclude(
-        self, reward: float, info: dict[str, Any], trace: Trace | None
-    ) -> tuple[dict[str, Any], float, dict[str, Any]]:
+    def conclude(self, reward: float, info: Info, trace: Trace | None) -> tuple[spaces.TensorObservation, float, Info]:
         """The next observation as tensors, the reward and the info, given the next batch's trace (None at the end)."""
         observation = self.observe(trace)
         if not info["diverged"] and not spaces.is_finite(observation):
@@ -373,7 +372,7 @@ class EditEpisode:
             self.scene = render.Scene(batch, records, self.answers_before, after, info, reward)
         return observation, reward, info
 
-    def _undo_broken_update(self, info: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    def _undo_broken_update(self, info: Info) -> tuple[float, Info]:
         """Undo an update that broke the LLM; returns the reward and info of its step.
 
         Raises:

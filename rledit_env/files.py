@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +120,7 @@ def is_own_page(path: str | Path) -> bool:
     return False
 
 
-def _json_at(path: Path) -> dict[str, Any]:
+def _json_at(path: Path) -> JsonObject:
     """The dictionary in a JSON file; an empty one where there is none."""
     with suppress(OSError, ValueError, RecursionError):
         if path.is_file():  # reading a pipe would wait

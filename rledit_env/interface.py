@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -15,10 +15,13 @@ from rledit_env.ledger import Recorder
 from rledit_env.lm.editable import EditableLM
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import RewardConfig
+from rledit_env.spaces import Action, Observation
 from rledit_env.updates import Update
 
 if TYPE_CHECKING:
     from rledit_env.env import LifelongEditEnv
+
+Environment = gym.Env[Observation, Action]  # of this package, inside wrappers that leave both as they are
 
 
 @runtime_checkable
@@ -61,7 +64,7 @@ class EditingEnv(Protocol):
     def evaluate(self, generate: bool = True, metrics: str = "paper") -> Metrics:
         """The metrics on all facts edited so far."""
 
-    def accept(self, action: Any) -> Update:
+    def accept(self, action: object) -> Update:
         """The update that an action means; raises, with nothing changed, for what `step` rejects."""
 
     # -- the episode ---------------------------------------------------------------------------------------------
@@ -125,13 +128,13 @@ class EditingEnv(Protocol):
         """The multiplier of the reward's constraint; None where it has none."""
 
 
-def editing_env(env: gym.Env[Any, Any]) -> EditingEnv:
+def editing_env(env: gym.Env) -> EditingEnv:
     """The environment inside wrappers.
 
     Raises:
         TypeError: the environment is not one of this package.
     """
-    inner: Any = env.unwrapped
+    inner = env.unwrapped
     # Only one name is checked: checking all would create the random generator of an environment before its reset.
     if not hasattr(inner, "lm"):
         raise TypeError(f"{inner} is no environment of this package; give one such as RLEdit-CounterFact-v0")

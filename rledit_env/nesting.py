@@ -14,7 +14,7 @@ Part = Literal["observation", "action"]
 BOTH: tuple[Part, ...] = ("observation", "action")
 
 
-def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> EditingEnv:
+def environment_inside(env: gym.Env, reader: str, reads: Sequence[Part] = BOTH, agent: bool = False) -> EditingEnv:
     """The `LifelongEditEnv` inside wrappers that do not change its observations and actions.
 
     Args:
@@ -27,14 +27,15 @@ def environment_inside(env: Any, reader: str, reads: Sequence[Part] = BOTH, agen
         ValueError: ``env`` is something else, or a wrapper has replaced a part; the message says what to do.
     """
     check_single(env, reader)
-    inner: Any = env.unwrapped
-    if not hasattr(inner, "lm"):
-        raise ValueError(f"{inner} is no environment of this package; give {reader} one such as RLEdit-CounterFact-v0")
+    if not hasattr(env.unwrapped, "lm"):
+        raise ValueError(
+            f"{env.unwrapped} is no environment of this package; give {reader} one such as RLEdit-CounterFact-v0"
+        )
     check_raw(env, reader, reads, agent=agent)
     return editing_env(env)
 
 
-def check_single(env: Any, reader: str) -> None:
+def check_single(env: object, reader: str) -> None:
     """Raise ValueError for anything but a single environment."""
     kind = type(env).__name__
     if isinstance(env, VectorEnv):
@@ -64,7 +65,7 @@ def check_raw(env: Any, reader: str, reads: Sequence[Part], prefix: str = "", ag
         raise ValueError(f"{reader} reads the raw {part}s, which {type(layer).__name__} has replaced; {advice}")
 
 
-def _advice(layer: Any, reader: str, agent: bool) -> str:
+def _advice(layer: object, reader: str, agent: bool) -> str:
     name, is_ours = type(layer).__name__, type(layer).__module__.startswith("rledit_env.")
     if agent:
         return f"give it the environment without {name}"
@@ -76,5 +77,5 @@ def _advice(layer: Any, reader: str, agent: bool) -> str:
     return swapped if is_ours else f"{swapped}, or leave {name} out"
 
 
-def _same(space: Any, other: Any) -> bool:
+def _same(space: object, other: object) -> bool:
     return space is other or bool(space == other)

@@ -7,13 +7,17 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
 
 from rledit_env.answers import took
 from rledit_env.knowledge import EditRecord
+from rledit_env.type_aliases import Info
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PROMPT_WIDTH, ANSWER_WIDTH = 52, 20
 TOOK, KNOWN, MISSED = "✓", "=", "✗"
@@ -43,7 +47,7 @@ class Scene:
     records: Sequence[EditRecord]
     before: Sequence[str]
     after: Sequence[str]
-    info: Mapping[str, Any]
+    info: Info
     reward: float
 
 
@@ -185,7 +189,7 @@ def curves(history: Sequence[Mapping[str, float]], episode_steps: int) -> np.nda
     return picture
 
 
-def _draw_panel(axes: Any, name: str, values: Sequence[float], episode_steps: int, lowest: bool) -> None:
+def _draw_panel(axes: Axes, name: str, values: Sequence[float], episode_steps: int, lowest: bool) -> None:
     """Plot one number over the steps, with its latest value beside the title."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

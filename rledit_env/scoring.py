@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from rledit_env.lm.forward import Passage
 from rledit_env.lm.precision import at_least_float32
 from rledit_env.preservation import Multiplier
 from rledit_env.reward import Component, Locality, RewardConfig, TextComponent
+from rledit_env.type_aliases import Info
 from rledit_env.updates import Parts, Update
 
 
@@ -265,7 +265,7 @@ def _add_losses(
 def step_reward(
     scores: Scores, made: Update, drift: float, config: RewardConfig | None, multiplier: Multiplier | None,
     gradient: bool,
-) -> tuple[float, dict[str, Any]]:  # fmt: skip
+) -> tuple[float, Info]:  # fmt: skip
     """r_t (Eq. 10) and its parts, as `LifelongEditEnv.step` puts them into ``info``.
 
     Args:
@@ -284,7 +284,7 @@ def step_reward(
         reward += multiplier.value * multiplier.constraint.bound * config.batch_stride
     largest = [torch.linalg.vector_norm(g, math.inf) for g in (scores.reward_gradient or {}).values()]
     diverged = not (math.isfinite(reward) and all(map(math.isfinite, largest)))
-    info: dict[str, Any] = {
+    info: Info = {
         **(scores.basic[0] if scores.basic else {}),
         "backtracking": float(sum(scores.weighted[1:])) / config.batch_stride,
         "regularisation": penalty,

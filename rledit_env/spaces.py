@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,6 +15,31 @@ from rledit_env.lm.weights import NotFiniteError
 from rledit_env.updates import Dense, RankOne, Replacement, Update
 
 Shapes = Mapping[str, tuple[int, int]]  # module → (d_in, d_out)
+Array = np.ndarray | Tensor
+
+
+class TensorObservation(TypedDict):
+    """An observation as tensors on the LLM's device, with as many rows as the batch has positions."""
+
+    keys: Mapping[str, Tensor]
+    value_gradients: Mapping[str, Tensor]
+    mask: Tensor
+    edit_loss: Tensor
+    progress: Tensor
+
+
+class ArrayObservation(TypedDict):
+    """An observation as float32 arrays, padded with zero rows."""
+
+    keys: Mapping[str, np.ndarray]
+    value_gradients: Mapping[str, np.ndarray]
+    mask: np.ndarray
+    edit_loss: np.ndarray
+    progress: np.ndarray
+
+
+Observation = TensorObservation | ArrayObservation
+Action = Mapping[str, Mapping[str, Array]]  # part → module → array, as in `action_space` or `Update.parts`
 
 
 def _unbounded(*shape: int) -> spaces.Box:
@@ -44,7 +69,7 @@ def action_space(shapes: Shapes, rows: int) -> spaces.Dict:
     )
 
 
-def torch_observation(trace: Trace, progress: float) -> dict[str, Any]:
+def torch_observation(trace: Trace, progress: float) -> TensorObservation:
     """The observation as tensors on the LLM's device, with as many rows as the batch has positions."""
     rows = len(trace.owner)
     device = trace.owner.device
@@ -57,7 +82,7 @@ def torch_observation(trace: Trace, progress: float) -> dict[str, Any]:
     }
 
 
-def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> dict[str, Any]:
+def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> TensorObservation:
     """The observation after the last batch, as tensors: no rows, no loss."""
     return {
         "keys": {m: torch.zeros(0, d_in, device=device) for m, (d_in, _) in shapes.items()},
@@ -68,13 +93,13 @@ def empty_observation(shapes: Shapes, progress: float, device: torch.device) -> 
     }
 
 
-def is_finite(observation: Mapping[str, Any]) -> bool:
+def is_finite(observation: Observation) -> bool:
     """Whether the loss, the keys and the value gradients of an observation, in either backend, are all finite."""
     parts = [observation["edit_loss"], *observation["keys"].values(), *observation["value_gradients"].values()]
     return all(bool(torch.isfinite(torch.as_tensor(part)).all()) for part in parts)
 
 
-def numpy_observation(observation: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def numpy_observation(observation: TensorObservation, rows: int) -> ArrayObservation:
     """The observation as float32 arrays, padded with zero rows to ``rows``."""
 
     def padded(value: Tensor) -> np.ndarray:
@@ -96,22 +121,21 @@ def arrays(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {k: arrays(t) if isinstance(t, Mapping) else t.cpu().numpy() for k, t in tensors.items()}
 
 
-def weight_update(action: Any, lm: EditableLM, padded_rows: int, used_rows: int) -> Update:
+def weight_update(action: object, lm: EditableLM, padded_rows: int, used_rows: int) -> Update:
     """The update that an action means, with tensors on the LLM's device in the edited weights' precision.
 
     Raises:
         ValueError: as :func:`unpack_action` and `EditableLM.matrices`.
     """
-    parts = set(action) if isinstance(action, Mapping) else None
-    if parts == {"updates"}:
+    if isinstance(action, Mapping) and set(action) == {"updates"}:
         return Dense(lm.matrices(action["updates"], "action['updates']"))
-    if parts == {"accumulated"}:
+    if isinstance(action, Mapping) and set(action) == {"accumulated"}:
         return Replacement(lm.matrices(action["accumulated"], "action['accumulated']"))
     return RankOne(*unpack_action(action, lm.module_shapes, padded_rows, used_rows, lm.device, lm.edit_dtype))
 
 
 def unpack_action(
-    action: Any,
+    action: object,
     shapes: Shapes,
     padded_rows: int,
     used_rows: int,
@@ -134,8 +158,9 @@ def unpack_action(
             "'accumulated' alone"
         )
     for part, side in (("keys", 0), ("values", 1)):
-        if not isinstance(action[part], Mapping) or set(action[part]) != set(shapes):
-            names = set(action[part]) if isinstance(action[part], Mapping) else set()
+        given = action[part]
+        if not isinstance(given, Mapping) or set(given) != set(shapes):
+            names = set(given) if isinstance(given, Mapping) else set()
             raise ValueError(
                 f"action[{part!r}] must have exactly the edited modules; missing: {sorted(set(shapes) - names)}, "
                 f"unknown: {sorted(map(str, names - set(shapes)))}"
@@ -144,7 +169,7 @@ def unpack_action(
         for module, shape in shapes.items():
             width = shape[side]
             try:
-                value = torch.as_tensor(action[part][module], dtype=dtype, device=device)
+                value = torch.as_tensor(given[module], dtype=dtype, device=device)
                 if value.layout is not torch.strided:
                     raise TypeError("it is sparse")
             except (TypeError, ValueError, RuntimeError) as error:

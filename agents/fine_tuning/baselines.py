@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import gymnasium as gym
 from torch import Tensor
 
-from agents.base import Agent
+from agents.base import Agent, Callback
 from agents.files import agent_folder, read_description
 from agents.settings import environment_settings
 from rledit_env.files import write_text
+from rledit_env.interface import Environment
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import JsonObject
 
 
 class NoEditAgent(Agent):
@@ -27,18 +29,18 @@ class NoEditAgent(Agent):
 
     name: ClassVar[str] = "none"
 
-    def __init__(self, env: gym.Env | None = None, config: None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment | None = None, config: None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config, seed
 
     def memory(self) -> dict[str, Tensor]:
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """The action without any update."""
         return {"updates": {}}, None
 
     def learn(
-        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> NoEditAgent:  # fmt: skip
         """Do nothing; there is nothing to train."""
@@ -49,7 +51,7 @@ class NoEditAgent(Agent):
         _write(path, self, {})
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> NoEditAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> NoEditAgent:
         """Load a saved agent."""
         return cls(env)
 
@@ -80,7 +82,7 @@ class FineTuningAgent(Agent):
 
     name: ClassVar[str] = "fine-tuning"
 
-    def __init__(self, env: gym.Env | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment | None = None, config: FineTuningConfig | None = None, seed: int = 0) -> None:
         if env is not None:
             environment_inside(env, "FineTuningAgent", agent=True)
         self.env, self.config, self.seed = env, config or FineTuningConfig(), seed
@@ -88,13 +90,13 @@ class FineTuningAgent(Agent):
     def memory(self) -> dict[str, Tensor]:
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors ũ = u and ṽ = −η δ, in the observation's array backend."""
         values = {m: -self.config.step_size * g for m, g in observation["value_gradients"].items()}
         return {"keys": observation["keys"], "values": values}, None
 
     def learn(
-        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> FineTuningAgent:  # fmt: skip
         """Do nothing; there is nothing to train."""
@@ -105,7 +107,7 @@ class FineTuningAgent(Agent):
         _write(path, self, asdict(self.config))
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> FineTuningAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> FineTuningAgent:
         """Load a saved agent.
 
         Raises:
@@ -115,7 +117,7 @@ class FineTuningAgent(Agent):
         return cls(env, FineTuningConfig(**settings["config"]), settings["seed"])
 
 
-def _write(path: str | Path, agent: Agent, config: dict[str, Any]) -> None:
+def _write(path: str | Path, agent: Agent, config: JsonObject) -> None:
     description = {
         "agent": agent.name, "format": 1, "seed": 0, "config": config, "environment": environment_settings(agent.env),
     }  # fmt: skip

@@ -6,23 +6,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
-from agents.base import Agent
+from agents.base import Agent, Callback
 from agents.facts import facts_themselves
 from agents.files import agent_folder
 from agents.settings import environment_settings
 from rledit_env.files import write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.lm.names import expand_globs
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
 
 FORMAT = 2  # of agent.json
 OBJECTIVES = ("prompt_last", "target_new", "pooled")
@@ -111,7 +111,7 @@ class FTLAgent(Agent):
     name: ClassVar[str] = "ft-l"
     config_class: ClassVar[type[FTLConfig]] = FTLConfig
 
-    def __init__(self, env: gym.Env | None, config: FTLConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment | None, config: FTLConfig | None = None, seed: int = 0) -> None:
         if env is not None:
             environment_inside(env, type(self).__name__, agent=True)
         self.env, self.config, self.seed = env, config or self.config_class(), seed
@@ -119,7 +119,7 @@ class FTLAgent(Agent):
     def memory(self) -> dict[str, Tensor]:
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """{"updates": module → ΔW (d_out, d_in)} for the environment's current batch.
 
         Raises:
@@ -138,7 +138,7 @@ class FTLAgent(Agent):
         return names[-1:] if self.config.module is None else expand_globs([self.config.module], names)
 
     def learn(
-        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self: Self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
         """Do nothing; there is nothing to train."""
@@ -154,7 +154,7 @@ class FTLAgent(Agent):
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, env: gym.Env | None = None) -> Self:
+    def load(cls: type[Self], path: str | Path, env: Environment | None = None) -> Self:
         """Load the agent from a folder that :meth:`save` wrote; an agent in the first format keeps its pooled loss.
 
         Raises:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
@@ -17,7 +16,8 @@ from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig, DAFNetwork
 from agents.rledit.agent import RLEditAgent
 from agents.rledit.config import HypernetworkConfig, RLEditConfig
 from agents.rledit.hypernetwork import Hypernetwork, StepRecord
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
+from rledit_env.spaces import Action, Observation
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class DAFNetAgent(RLEditAgent):
     network_type: ClassVar[type[Hypernetwork]] = DAFNetwork
     network: DAFNetwork
 
-    def observe(self, observation: Any, adapt: bool) -> StepRecord:
+    def observe(self, observation: Observation, adapt: bool) -> StepRecord:
         keys, gradients = used_rows(observation, self.network.device)
         facts = self.presented.facts(len(next(iter(keys.values()))))
         return self.network.observe_facts(keys, self.of_loss(gradients), [fact.rows for fact in facts], adapt)
 
     def action(
-        self, observation: Any, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+        self, observation: Observation, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> Action:
         if record.retained is None:
             return super().action(observation, record, keys, values)
         assert self.presented.env is not None  # `observe` has asked it for the facts
@@ -104,7 +104,7 @@ class DAFNetAgent(RLEditAgent):
         return {"updates": updates}
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> RLEditAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> RLEditAgent:
         """As :meth:`RLEditAgent.load`.
 
         Raises:

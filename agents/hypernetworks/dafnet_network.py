@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.rledit.config import HypernetworkConfig
+from agents.rledit.config import Aggregation, HypernetworkConfig, Loss, Normaliser, NormaliserScope, StepSizeParameter
 from agents.rledit.hypernetwork import Hypernetwork, StepRecord
 
 
@@ -34,15 +34,15 @@ class DAFNetNetworkConfig(HypernetworkConfig):
 
     rank: int = 1024
     blocks: int = 2
-    aggregation: Any = "mend"
+    aggregation: Aggregation = "mend"
     step_size: float = 1e-4
-    normaliser: Any = "lifetime"
+    normaliser: Normaliser = "lifetime"
     warm_up: bool = False
     prior: float = 0.0
-    normaliser_scope: Any = "shape in turn"
+    normaliser_scope: NormaliserScope = "shape in turn"
     drop_zero_rows: bool = True
-    loss: Any = "sum"
-    step_size_parameter: Any = "direct"
+    loss: Loss = "sum"
+    step_size_parameter: StepSizeParameter = "direct"
     feed_forward: int = 1536
     attention: int = 1024
     heads: int = 2
@@ -243,7 +243,7 @@ class DAFNetwork(Hypernetwork):
             earlier: for each layer, the representations of the stream's earlier facts.
         """
         fact_weights, past_shares = [], []
-        layers: Any = self.networks[group]
+        layers = cast(Sequence[FusionLayer], self.networks[group])
         for layer, layer_facts, layer_earlier in zip(layers, facts, earlier, strict=True):
             s = layer.own_attention(layer_facts, layer_earlier)  # s_f, (M, n)
             products = (1 - s).flip(1).cumprod(1).flip(1)  # Π_{j≥f} (1 − s_j)
@@ -259,7 +259,7 @@ class DAFNetwork(Hypernetwork):
     def _fuse(self, group: str, record: FusionRecord) -> tuple[Tensor, list[Tensor]]:
         """The transformed rows of a group's modules, and for each layer the facts' representations."""
         z, facts = record.inputs[group], []
-        layers: Any = self.networks[group]
+        layers = cast(Sequence[FusionLayer], self.networks[group])
         for layer, earlier in zip(layers, record.earlier[group], strict=True):
             z, representations = layer(z, record.lengths, earlier, record.used.get(group))
             facts.append(representations)
@@ -304,7 +304,7 @@ class DAFNetwork(Hypernetwork):
         facts = {f"facts.{g}.{i}": t for g, layers in self.earlier.items() for i, t in enumerate(layers)}
         return super().memory_state() | facts
 
-    def load_memory_state(self, state: Mapping[str, Any]) -> None:
+    def load_memory_state(self, state: Mapping[str, Tensor]) -> None:
         """Load the tensors of :meth:`memory_state`."""
         super().load_memory_state(state)
         self.earlier = {

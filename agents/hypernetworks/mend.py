@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
 from agents.rledit.config import HypernetworkConfig, RLEditConfig
+from rledit_env.type_aliases import Options, Settings
 
 
 def mend_network(rank: int = 1920, step_size: float = 1e-4, **settings: Any) -> HypernetworkConfig:
     """MEND's network as in its published code; the sizes are for models of several billion parameters."""
-    defaults: dict[str, Any] = {
+    defaults: Options = {
         "blocks": 2, "aggregation": "mend", "block": "mend", "normaliser": "lifetime", "warm_up": False,
         "normaliser_scope": "shape in turn", "normaliser_epsilon": 1e-7, "drop_zero_rows": True, "loss": "fact",
         "initial_weights": "unit", "step_size_parameter": "direct",
@@ -74,4 +74,4 @@ class MENDAgent(BatchwiseAgent):
 
     name: ClassVar[str] = "mend"
     config_type: ClassVar[type[RLEditConfig]] = MENDConfig
-    first_format: ClassVar[Mapping[str, Any]] = {"warm_up": False, "loss": "rows"}
+    first_format: ClassVar[Settings] = {"warm_up": False, "loss": "rows"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from agents.rledit.trainer import training_env, update_policy
 from agents.rledit.trajectory import trajectory
 from rledit_env.interface import EditingEnv, editing_env
 from rledit_env.reward import Generalization, Locality, RewardConfig
+from rledit_env.spaces import Action, Observation
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BatchwiseAgent(RLEditAgent):
         """None if the policy changes within a stream: an interrupted run is then repeated."""
         return None if self.config.retrain_every > 0 else super().memory()
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for an observation in either array backend, after a retraining if one is due.
 
         Raises:
@@ -91,7 +92,8 @@ class BatchwiseAgent(RLEditAgent):
         """
         if self._retrains and self.config.retrain_every > 0:
             holder = editing_env(training_env(self.retraining_env)).lm.holder
-            editing: EditingEnv | None = None if holder is None else holder()  # the environment that edits the LLM
+            # The environment that edits the LLM.
+            editing = None if holder is None else cast(EditingEnv | None, holder())
             due = 0 if editing is None else editing.position // editing.steps_per_batch // self.config.retrain_every
             if due > self._retrainings:
                 self.retrain()

@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import gymnasium as gym
 import torch
 from safetensors.torch import load_file
 
-from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
+from agents.base import Agent, Callback, factor_action, module_shapes, require_modules, used_rows
 from agents.files import agent_folder, under
 from agents.key_statistics import GENERATED
 from agents.rledit.config import FLOAT32_EPSILON, HypernetworkConfig
@@ -22,10 +21,12 @@ from agents.rledit.normaliser import moments_state
 from agents.rledit.text_prior import start_from_text, turn_by_text
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import Settings
 
 # Settings of agents in the first format, whose files lack them.
-FIRST_FORMAT: dict[str, Any] = {
+FIRST_FORMAT: Settings = {
     "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ class UltraEditAgent(Agent):
 
     def __init__(
         self,
-        env: gym.Env | None,
+        env: Environment | None,
         config: UltraEditConfig | None = None,
         seed: int = 0,
         shapes: Mapping[str, tuple[int, int]] | None = None,
@@ -115,7 +116,7 @@ class UltraEditAgent(Agent):
             self.network.to(editing_env(env).lm.device)
         self.network.reset()
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
         if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
@@ -131,7 +132,7 @@ class UltraEditAgent(Agent):
         self.network.load_memory_state(memory)
 
     @torch.no_grad()
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for an observation in either array backend."""
         if self.network.wants_prior or self.network.wants_curvature:
             self.learn(0, progress_bar=False)
@@ -139,7 +140,7 @@ class UltraEditAgent(Agent):
         return factor_action(observation, *self.network.factors(record)), None
 
     def learn(
-        self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> UltraEditAgent:  # fmt: skip
         """Gather the moments of training facts (with ``warm_up``) and of text (with ``text_prior`` and
@@ -184,7 +185,7 @@ class UltraEditAgent(Agent):
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> UltraEditAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> UltraEditAgent:
         """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:

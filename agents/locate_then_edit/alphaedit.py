@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
+from agents.base import Callback
 from agents.locate_then_edit.least_squares import least_squares_keys
 from agents.locate_then_edit.locate import LocateConfig
 from agents.locate_then_edit.memit import MEMITAgent
 from agents.locate_then_edit.value_optimisation import ValueConfig
+from rledit_env.interface import Environment
 
 Self = TypeVar("Self", bound="AlphaEditAgent")
 
@@ -54,13 +55,14 @@ class AlphaEditAgent(MEMITAgent):
 
     name = "alphaedit"
     config_class = AlphaEditConfig
+    config: AlphaEditConfig
 
-    def __init__(self, env: gym.Env[Any, Any], config: AlphaEditConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: AlphaEditConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._bases: dict[str, Tensor] = {}
 
     def learn(
-        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self: Self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
         """Compute contexts, key statistics, NAS's norm and the null spaces."""

@@ -8,14 +8,13 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-import gymnasium as gym
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents.base import Agent, NotApplicable
+from agents.base import Agent, Callback, NotApplicable
 from agents.facts import facts_themselves
 from agents.files import agent_folder
 from agents.key_statistics import GENERATED, KeyStatistics, key_statistics
@@ -25,8 +24,11 @@ from agents.locate_then_edit.modules import default_output_projections, output_p
 from agents.locate_then_edit.value_optimisation import Request, ValueConfig, Values, encode_request, optimise_values
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
+from rledit_env.interface import Environment
 from rledit_env.lm.editable import EditableLM
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import JsonObject
 
 MEMORY = "memory.safetensors"
 FORMAT = 2  # of agent.json
@@ -108,10 +110,11 @@ class LocateAgent(Agent):
 
     name: ClassVar[str]
     config_class: ClassVar[type[LocateConfig]]
+    config: LocateConfig
 
-    def __init__(self, env: gym.Env[Any, Any], config: Any = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: LocateConfig | None = None, seed: int = 0) -> None:
         inner = environment_inside(env, type(self).__name__, agent=True)
-        self.config: Any = self.config_class() if config is None else config
+        self.config = self.config_class() if config is None else config
         self.env, self.inner, self.seed = env, inner, seed
         self.lm: EditableLM = inner.lm
         self.modules = output_projections(self.lm)
@@ -131,7 +134,7 @@ class LocateAgent(Agent):
         """The modules to edit in an LLM without published ones; see :func:`default_output_projections`."""
         return default_output_projections(lm)
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         """Edit in this environment from now on. Contexts and statistics are kept, unless its LLM is another one.
 
         Raises:
@@ -158,7 +161,7 @@ class LocateAgent(Agent):
     # -- computed once ---------------------------------------------------------------------------------------------
 
     def learn(
-        self: Self, total_timesteps: int = 0, callback: Any = None, progress_bar: bool = True,
+        self: Self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
     ) -> Self:  # fmt: skip
         """Compute contexts, key statistics and NAS's norm; nothing is trained, and no environment step is taken."""
@@ -188,7 +191,7 @@ class LocateAgent(Agent):
 
     # -- acting ----------------------------------------------------------------------------------------------------
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """The update for the batch that the environment presents.
 
         Raises:
@@ -210,7 +213,7 @@ class LocateAgent(Agent):
     def solve(self, requests: Sequence[Request], values: Values) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Update factors ũ (N, d_in) and ṽ (N, d_out) by module, ΔW = ṽᵀũ."""
 
-    def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
+    def action(self, observation: Observation, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Action:
         """The update as factors if they have as many rows as the observation, else as dense updates."""
         rows = len(next(iter(keys.values())))
         if self.inner.array_backend == "torch" and len(observation["mask"]) == rows:
@@ -236,7 +239,7 @@ class LocateAgent(Agent):
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls: type[Self], path: str | Path, env: gym.Env[Any, Any] | None = None) -> Self:
+    def load(cls: type[Self], path: str | Path, env: Environment | None = None) -> Self:
         """Load the agent from a folder that :meth:`save` wrote; agents in the first format keep that version's
         settings.
 
@@ -250,7 +253,7 @@ class LocateAgent(Agent):
         if env is None:
             raise ValueError(f"the agent in {folder} needs the LLM that it edits; give the environment: env=…")
         description = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        settings: Mapping[str, Any] = description["config"]
+        settings: JsonObject = description["config"]
         if description["format"] == 1:
             settings = cls.of_first_format(settings)
         elif description["format"] != FORMAT:
@@ -269,7 +272,7 @@ class LocateAgent(Agent):
         return agent
 
     @classmethod
-    def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def of_first_format(cls, settings: JsonObject) -> JsonObject:
         """Convert a configuration of the first format. There, all editors had one length of contexts, an Adam step
         after each loss, and the KL of the token after the essence prompt."""
         converted = dict(settings)

@@ -71,6 +71,7 @@ class MEMITAgent(LocateAgent):
     def update_keys(self, module: str, keys: Tensor) -> Tensor:
         """ũ (N, d_in) for keys (N, d_in), both float64; the keys are added to the memory."""
         config = self.config
+        assert isinstance(config, MEMITConfig)
         system = config.covariance_weight * self.second_moment(module)
         if config.recursion:
             system += config.anchor * torch.eye(len(system), dtype=system.dtype, device=system.device)

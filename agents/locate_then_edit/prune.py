@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
 from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
+from rledit_env.interface import Environment
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import JsonObject
 from rledit_env.updates import Replacement
 
 SUMS = ("raw", "restrained")
@@ -68,8 +70,9 @@ class PRUNEAgent(MEMITAgent):
 
     name = "prune"
     config_class = PRUNEConfig
+    config: PRUNEConfig
 
-    def __init__(self, env: gym.Env[Any, Any], config: PRUNEConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: PRUNEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         self._largest: dict[str, float] = {}  # module → σ_max
         # By module: the excess after and before the last update; checksums of the weights after ("left") and before
@@ -106,7 +109,7 @@ class PRUNEAgent(MEMITAgent):
                 return self._parts[excess]
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         excess = self.excess()
         parts = {"found": self._checksums(), "excess_before": excess}
         with self.lm.preserved() if excess else nullcontext():
@@ -116,7 +119,7 @@ class PRUNEAgent(MEMITAgent):
         self._parts |= parts
         return action, state
 
-    def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
+    def action(self, observation: Observation, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Action:
         """{"accumulated": the restrained copy of the raw sum with MEMIT's update}; :meth:`predict` calls it while the
         LLM's weights are W₀ plus the raw sum."""
         accumulated, excess, checksums = {}, {}, {}
@@ -135,7 +138,7 @@ class PRUNEAgent(MEMITAgent):
         return {"accumulated": accumulated}
 
     @classmethod
-    def of_first_format(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def of_first_format(cls, settings: JsonObject) -> JsonObject:
         return {**super().of_first_format(settings), "adds_to": "restrained"}
 
     def _checksums(self) -> dict[str, Tensor]:

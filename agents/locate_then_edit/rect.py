@@ -4,13 +4,13 @@ EMNLP 2024), on MEMIT."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.memit import MEMITAgent, MEMITConfig
+from rledit_env.spaces import Action, Observation
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class RECTAgent(MEMITAgent):
 
     name = "rect"
     config_class = RECTConfig
+    config: RECTConfig
 
-    def action(self, observation: Any, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Any:
+    def action(self, observation: Observation, keys: dict[str, Tensor], values: dict[str, Tensor]) -> Action:
         return {
             "updates": {
                 module: largest_changes(update, self.lm.weight(module), self.config.kept)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
 from agents.locate_then_edit.keys import subject_keys
 from agents.locate_then_edit.locate import LocateAgent, LocateConfig
 from agents.locate_then_edit.value_optimisation import Request, Values
+from rledit_env.interface import Environment
 from rledit_env.lm.editable import EditableLM
 
 
@@ -61,8 +61,9 @@ class ROMEAgent(LocateAgent):
 
     name = "rome"
     config_class = ROMEConfig
+    config: ROMEConfig
 
-    def __init__(self, env: gym.Env[Any, Any], config: ROMEConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: ROMEConfig | None = None, seed: int = 0) -> None:
         super().__init__(env, config, seed)
         if len(self.modules) > 1:
             raise ValueError(

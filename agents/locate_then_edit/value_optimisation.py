@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def optimise_values(
     module: str,
     requests: Sequence[Request],
     config: ValueConfig,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Values:
     """v* of F facts at one module, with the LLM's current weights; facts do not depend on each other.
 
@@ -275,7 +275,7 @@ class _Pass:
         """
         outputs: list[Tensor] = []
 
-        def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
             subjects = at_least_float32(at_places(output, self.forward.subjects))  # (B, d_out)
             outputs.append(subjects[self.plain])
             shifted = (subjects + delta[self.owner]).to(output.dtype)
@@ -297,7 +297,7 @@ class _Pass:
         """
         layer_states: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             states = output[0] if isinstance(output, tuple) else output
             layer_states.append(at_least_float32(at_places(states, self.forward.subjects)[self.plain]))
 

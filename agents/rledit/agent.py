@@ -7,17 +7,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import gymnasium as gym
-
-from agents.base import require_modules, run_stream
+from agents.base import Callback, require_modules, run_stream
 from agents.files import built_from, check_counters, check_size, read_description, read_tensors
 from agents.rledit.distributed import Processes
 from agents.rledit.moments import MissingMomentsWarning
 from agents.rledit.policy import HypernetworkPolicy
-from agents.rledit.trainer import Callback, Trainer, TrainingRun
+from agents.rledit.trainer import Trainer, TrainingRun
 from agents.rledit.warm_up import warm_up
 from agents.selection import divergence, within_bound
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 
 
 class RLEditAgent(HypernetworkPolicy):
@@ -41,7 +39,7 @@ class RLEditAgent(HypernetworkPolicy):
         progress_bar: bool = True,
         reset_num_timesteps: bool = True,
         log_dir: str | Path | None = None,
-        eval_env: gym.Env | None = None,
+        eval_env: Environment | None = None,
         eval_every: int = 5,
         patience: int = 4,
         eval_seed: int = 12345,
@@ -97,7 +95,7 @@ class RLEditAgent(HypernetworkPolicy):
         self.network.scale_step_sizes(factor)
 
     def calibrate(
-        self, env: gym.Env, factors: Sequence[float] = (1.0, 0.85, 0.7, 0.6, 0.5, 0.35), seed: int = 12345,
+        self, env: Environment, factors: Sequence[float] = (1.0, 0.85, 0.7, 0.6, 0.5, 0.35), seed: int = 12345,
         kl_bound: float | None = None,
     ) -> dict[float, float]:  # fmt: skip
         """Scale the step sizes by the factor that scores best on held-out facts.
@@ -145,7 +143,7 @@ class RLEditAgent(HypernetworkPolicy):
             self.reset()
         return scores
 
-    def gather_moments(self, env: gym.Env, progress_bar: bool = True) -> None:
+    def gather_moments(self, env: Environment, progress_bar: bool = True) -> None:
         """Gather the moments that streams start from (see `HypernetworkConfig.warm_up`), as :meth:`learn` does before
         its first update: from the first batches of ``prior_batches`` episodes, under the pre-trained weights. The agent
         is reset.
@@ -157,7 +155,7 @@ class RLEditAgent(HypernetworkPolicy):
         warm_up(self, env, prior=False, moments=True, progress_bar=progress_bar)
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env | None = None) -> RLEditAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> RLEditAgent:
         """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:

@@ -81,7 +81,7 @@ class ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         rows, run_down, run_up, scale, narrow, inner, passes = ctx.saved_tensors
         for_scale = torch.stack([(c * i).sum(0) for c, i in zip(cotangent, inner, strict=True)])
         for_inner = (cotangent * scale[:, None]).mul_(passes).flatten(0, 1)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,9 +27,10 @@ from agents.settings import setting_differences
 from rledit_env.files import write_tensors
 from rledit_env.interface import editing_env
 from rledit_env.preservation import Multiplier
+from rledit_env.type_aliases import JsonObject, Options
 
 POLICY = ("network.", "prior.", "moments.", "lifetime.", "stream.")  # prefixes of the names of a policy's tensors
-TrainingState = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and counters
+TrainingState = tuple[dict[str, Tensor], JsonObject]  # tensors by name, and counters
 
 
 def training_state(agent: HypernetworkPolicy) -> TrainingState:
@@ -51,7 +51,7 @@ def training_state(agent: HypernetworkPolicy) -> TrainingState:
     return tensors, counters
 
 
-def load_training_state(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+def load_training_state(agent: HypernetworkPolicy, tensors: Mapping[str, Tensor], counters: JsonObject) -> None:
     """Load the state that :func:`training_state` returned.
 
     Raises:
@@ -100,7 +100,7 @@ def resume(agent: HypernetworkPolicy, path: Path) -> None:
     tqdm.write(f"going on from {path.parent} (update {agent.updates}, step {agent.timesteps})")
 
 
-def _with_missing_settings(counters: dict[str, Any], agent: HypernetworkPolicy) -> dict[str, Any]:
+def _with_missing_settings(counters: JsonObject, agent: HypernetworkPolicy) -> JsonObject:
     """Add the settings that did not exist yet in the version that wrote the counters."""
     network = counters["config"]["network"]
     if "warm_up" not in network:
@@ -110,12 +110,12 @@ def _with_missing_settings(counters: dict[str, Any], agent: HypernetworkPolicy) 
     return counters
 
 
-def _defaults(config: type) -> dict[str, Any]:
+def _defaults(config: type) -> Options:
     """A configuration's default values by name, without those that a factory makes."""
     return {f.name: f.default for f in fields(config) if f.default is not MISSING}
 
 
-def _check_run(agent: HypernetworkPolicy, counters: Mapping[str, Any], folder: Path) -> None:
+def _check_run(agent: HypernetworkPolicy, counters: JsonObject, folder: Path) -> None:
     """Raise ValueError unless the agent can resume the run in a folder."""
     mend = f"give the same settings, {START_ANEW}"
     run = folder.parent

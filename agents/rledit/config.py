@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agents.key_statistics import GENERATED
+from rledit_env.type_aliases import Options, Settings
 
 # The environment settings that suit the agent best, in training and in use.
-RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
+RECOMMENDED: Settings = {"token": "subject", "steps_per_batch": 5}
 FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
 Aggregation = Literal["mend", "least_squares", "recursive"]
+Normaliser = Literal["stream", "lifetime", "continued"]
+NormaliserScope = Literal["module", "shape", "shape in turn"]
+Loss = Literal["batch", "fact", "sum", "rows"]
+StepSizeParameter = Literal["log", "direct"]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
 CHOICES: Mapping[str, tuple[str, ...]] = {  # the values that settings of `HypernetworkConfig` accept
     "aggregation": AGGREGATIONS,
@@ -111,17 +116,17 @@ class HypernetworkConfig:
     output_curvature: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
-    normaliser: Literal["stream", "lifetime", "continued"] = "stream"
+    normaliser: Normaliser = "stream"
     warm_up: bool = True
     warm_up_rows: float = 40.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    normaliser_scope: Literal["module", "shape", "shape in turn"] = "module"
+    normaliser_scope: NormaliserScope = "module"
     normaliser_variance: Literal["exact", "published"] = "exact"
     normaliser_epsilon: float = 1e-8
     drop_zero_rows: bool = False
-    loss: Literal["batch", "fact", "sum", "rows"] = "batch"
+    loss: Loss = "batch"
     initial_weights: Literal["scaled", "unit"] = "scaled"
-    step_size_parameter: Literal["log", "direct"] = "log"
+    step_size_parameter: StepSizeParameter = "log"
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -243,7 +248,7 @@ def rledit_paper_network(rank: int = 1024, step_size: float = 1e-6, **settings: 
     """RLEdit's network as published, for models of several billion parameters: 4 blocks, A ~ N(0, 1), η_l learned
     directly, least squares, and one normaliser for all modules of a shape, which continues from training while editing.
     """
-    defaults: dict[str, Any] = {
+    defaults: Options = {
         "blocks": 4, "aggregation": "least_squares", "damping": 1.0, "prior": 0.0, "normaliser": "continued",
         "warm_up": False, "normaliser_scope": "shape", "normaliser_variance": "published",
         "normaliser_epsilon": FLOAT32_EPSILON, "initial_weights": "unit", "step_size_parameter": "direct",
@@ -273,7 +278,7 @@ def rledit_paper(network: HypernetworkConfig | None = None, **settings: Any) -> 
     `agents.malmen_rledit` learns more: the same network and rates with 2 blocks and MALMEN's rank, trained by the
     gradient of the whole return for as many updates as needed. We recommend `RLEditConfig()`.
     """
-    defaults: dict[str, Any] = {
+    defaults: Options = {
         "credit": "step", "learning_rate": 1e-5, "step_size_learning_rate": 1e-5, "max_gradient_norm": 1.0,
         "clipping": "running sum", "drift_limit": None,
     }  # fmt: skip

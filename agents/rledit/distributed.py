@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from rledit_env.evaluation.metrics import Metrics, averaged, score_records
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,20 @@ class Processes:
         pieces = flat.split([t.numel() for t in tensors])
         return [p.view_as(t) for p, t in zip(pieces, tensors, strict=True)]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gathered(self, value: T) -> list[T]:
         """Every process's value, in the order of the ranks; for numbers and small objects."""
         if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[T] = [value] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Any) -> Any:
+    def from_first(self, value: T) -> T:
         """The first process's value, in every process."""
-        return self.gathered(value if self.first else None)[0]
+        values: list[T | None] = self.gathered(value if self.first else None)
+        return cast(T, values[0])
 
-    def share(self, items: Sequence[Any]) -> list[Any]:
+    def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of the items: every ``count``-th, beginning with the item at its rank."""
         return list(items[self.rank :: self.count])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -386,7 +386,7 @@ class Hypernetwork(nn.Module):
         state = {f"normaliser.{k}": v for k, v in moments_state(self.normalisers).items()}
         return state | self.key_memory.state()
 
-    def load_memory_state(self, state: Mapping[str, Any]) -> None:
+    def load_memory_state(self, state: Mapping[str, Tensor]) -> None:
         """Load the tensors of :meth:`memory_state`.
 
         Raises:

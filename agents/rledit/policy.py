@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -24,7 +23,9 @@ from agents.rledit.text_prior import turn_by_text
 from agents.settings import environment_settings
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_tensors, write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import JsonObject, Settings
 
 
 class HypernetworkPolicy(Agent):
@@ -46,11 +47,11 @@ class HypernetworkPolicy(Agent):
     config_type: ClassVar[type[RLEditConfig]] = RLEditConfig
     network_type: ClassVar[type[Hypernetwork]] = Hypernetwork
     # Settings that the first file format lacks and whose defaults differ from that version's behaviour.
-    first_format: ClassVar[Mapping[str, Any]] = {"warm_up": False}
+    first_format: ClassVar[Settings] = {"warm_up": False}
 
     def __init__(
         self,
-        env: gym.Env | None = None,
+        env: Environment | None = None,
         config: RLEditConfig | None = None,
         shapes: Mapping[str, tuple[int, int]] | None = None,
         seed: int = 0,
@@ -83,7 +84,7 @@ class HypernetworkPolicy(Agent):
 
     # -- acting --------------------------------------------------------------------------------------------------
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
         if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
@@ -100,14 +101,14 @@ class HypernetworkPolicy(Agent):
         self.network.load_memory_state(memory)
 
     @torch.no_grad()
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
         if self.network.wants_curvature:
             self.take_curvature(progress_bar=False)
         record = self.observe(observation, adapt=False)
         return self.action(observation, record, *self.network.factors(record)), None
 
-    def observe(self, observation: Any, adapt: bool) -> StepRecord:
+    def observe(self, observation: Observation, adapt: bool) -> StepRecord:
         """Show the network an observation; ``adapt``: whether it is a training batch (see `Hypernetwork.observe`)."""
         keys, gradients = used_rows(observation, self.network.device)
         if self.config.network.memory_weight != 1 and self.presented.for_the_first_time():
@@ -130,8 +131,8 @@ class HypernetworkPolicy(Agent):
         return {m: column.to(g.dtype) * g for m, g in gradients.items()}
 
     def action(
-        self, observation: Any, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+        self, observation: Observation, record: StepRecord, keys: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> Action:
         """The environment's action for the step's factors, in the array backend of the observation."""
         return factor_action(observation, keys, values)
 
@@ -166,7 +167,7 @@ class HypernetworkPolicy(Agent):
         write_tensors(folder / "agent.safetensors", tensors)
         write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """The content of ``agent.json``: the configuration, the counters and the training environment's settings."""
         return {
             "agent": self.name,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agents.base import run_stream
+from agents.base import Callback, run_stream
 from agents.files import TRAINING_STATE, run_folder
 from agents.logs import log, summary_writer
 from agents.rledit.checkpoint import (
@@ -32,9 +31,11 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.trajectory import AT_END, forget_states, trajectory
 from agents.rledit.warm_up import warm_up
 from agents.selection import divergence, within_bound
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 
-Callback = Callable[[dict[str, float]], bool | None]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TrainingRun:
     progress_bar: bool
     reset_num_timesteps: bool
     log_dir: str | Path | None
-    eval_env: gym.Env | None
+    eval_env: Environment | None
     eval_every: int
     patience: int
     eval_seed: int
@@ -157,7 +158,7 @@ class Trainer:
         exists_for_first = processes.from_first(exists)
         if exists_for_first:
             state = processes.from_first(training_state(agent) if processes.first else None)
-            if not processes.first:
+            if state is not None and not processes.first:
                 load_training_state(agent, *state)
         return exists, not exists_for_first or (agent.progress.finished and updates_before == agent.updates)
 
@@ -238,7 +239,7 @@ class Trainer:
             agent.load_policy_state(progress.with_mean(tensors))
 
 
-def training_env(env: gym.Env | None) -> gym.Env:
+def training_env(env: Environment | None) -> Environment:
     """The environment, checked for what training needs.
 
     Raises:
@@ -284,7 +285,9 @@ def improve_policy(agent: HypernetworkPolicy, policy_gradient: Sequence[Tensor])
     return norm
 
 
-def evaluate_policy(agent: HypernetworkPolicy, eval_env: gym.Env, seed: int, writer: Any, processes: Processes) -> bool:
+def evaluate_policy(
+    agent: HypernetworkPolicy, eval_env: Environment, seed: int, writer: SummaryWriter | None, processes: Processes
+) -> bool:
     """Score the policy on held-out facts, and keep it if it is the best so far; returns whether it is.
 
     Every process edits the whole episode, whose steps depend on each other, and scores its share of the facts.

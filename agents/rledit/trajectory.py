@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,14 +14,14 @@ from torch import Tensor
 from agents.rledit.credit import CreditAccumulator
 from agents.rledit.hypernetwork import StepRecord
 from agents.rledit.policy import HypernetworkPolicy
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 
 Learn = Callable[[list[Tensor]], object]
 AT_END = "constrained_at_end"  # name of a trajectory's number: the last value of the component under a bound
 
 
 def trajectory(
-    agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None = None, **reset: Any
+    agent: HypernetworkPolicy, env: Environment, seed: int, learn: Learn | None = None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
     """Run one episode and differentiate its return.
 
@@ -42,7 +41,7 @@ def trajectory(
 
 
 def _differentiated(
-    agent: HypernetworkPolicy, env: gym.Env, seed: int, learn: Learn | None, **reset: Any
+    agent: HypernetworkPolicy, env: Environment, seed: int, learn: Learn | None, **reset: Any
 ) -> tuple[list[Tensor], dict[str, float]]:
     network, config = agent.network, agent.config
     inner = editing_env(env)
@@ -87,7 +86,7 @@ def _differentiated(
     return policy_gradient(agent, records, credit) if records else no_gradient(agent), numbers
 
 
-def _numbers(env: gym.Env, infos: Sequence[dict[str, float]], total: float) -> dict[str, float]:
+def _numbers(env: Environment, infos: Sequence[dict[str, float]], total: float) -> dict[str, float]:
     """A trajectory's numbers, from those of its steps and its return."""
     numbers = {k: float(np.mean([i[k] for i in infos if k in i])) for k in infos[-1]}
     numbers |= {"return": total, "steps": float(len(infos)), "drift": infos[-1]["drift"]}
@@ -125,7 +124,7 @@ def no_gradient(agent: HypernetworkPolicy) -> list[Tensor]:
     return [torch.zeros_like(p) for p in agent.network.learned_parameters()]
 
 
-def forget_states(env: gym.Env) -> None:
+def forget_states(env: Environment) -> None:
     """Drop the LLM's cached states.
 
     The last bits of a passage's states depend on the passages computed with it. A run resumed from a checkpoint starts

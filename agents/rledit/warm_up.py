@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
 from tqdm.auto import trange
 
 from agents.base import used_rows
@@ -10,10 +9,10 @@ from agents.rledit.moments import Moments, take
 from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.text_prior import start_from_text
 from agents.rledit.trajectory import forget_states
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 
 
-def warm_up(agent: HypernetworkPolicy, env: gym.Env, prior: bool, moments: bool, progress_bar: bool) -> None:
+def warm_up(agent: HypernetworkPolicy, env: Environment, prior: bool, moments: bool, progress_bar: bool) -> None:
     """Give the network its prior, and the moments of training facts.
 
     A prior from text is computed or read from the cache. A prior from facts and the moments are gathered from the first

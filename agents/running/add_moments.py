@@ -17,9 +17,11 @@ from agents.rledit.moments import MissingMomentsWarning
 from agents.rledit.normaliser import moments_state
 from agents.running.saved import agent_settings, find_agent, load_agent
 from rledit_env.files import write_tensors, write_text
+from rledit_env.knowledge import KnowledgeDataset
+from rledit_env.knowledge.source import Data
 
 
-def add_to_agent(folder: str | Path, data: Any = "bundled", model: str | None = None) -> None:
+def add_to_agent(folder: str | Path, data: KnowledgeDataset | Data = "bundled", model: str | None = None) -> None:
     """Add moments of training facts to a saved agent, which its streams then start from; nothing else in its files
     changes.
 

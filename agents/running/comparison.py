@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 from tqdm.auto import tqdm
@@ -24,11 +23,14 @@ from agents.running.saved import agent_settings, find_agent, load_agent
 from rledit_env.evaluation.general.scored_text import drifts, scored_texts
 from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics, evaluate
 from rledit_env.files import write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+from rledit_env.lm.loading.loader import ModelSource
 from rledit_env.lm.loading.registry import default_edit_modules
+from rledit_env.reward import RewardConfig
+from rledit_env.type_aliases import JsonObject, Settings
 
 SHOWN_SCORES = ("efficacy", "generalization", "specificity", "mean")  # printed when a cell is finished
 
@@ -38,11 +40,15 @@ class Views:
 
     Args:
         model: registry name, hub id or folder.
-        dtype, device, source: as for :meth:`EditableLM.load` (``source``: revision, trust_remote_code).
+        dtype, device, revision, trust_remote_code: as for :meth:`EditableLM.load`.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", device: str = "auto", **source: Any) -> None:
-        self.model, self.dtype, self.device, self.source = model, dtype, device, source
+    def __init__(
+        self, model: str, dtype: str = "auto", device: str = "auto", revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.dtype, self.device = model, dtype, device
+        self.source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._view: EditableLM | None = None
         self._patterns: tuple[str, ...] | None = None
 
@@ -61,7 +67,7 @@ class Views:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # frees its copies of the weights before the new view makes its own
             modules = patterns or default_edit_modules(self.model, model)
-            revision = self.source.get("revision")
+            revision = self.source["revision"]
             self._view = EditableLM(model, tokenizer, modules, self.model, revision=revision, optimize=True)
         self._patterns = patterns
         return self._view
@@ -136,7 +142,7 @@ class Comparison:
     def cell_path(self, editor: Editor, seed: int) -> Path:
         return self.out / "cells" / editor.label / f"seed-{seed}.json"
 
-    def cell(self, editor: Editor, seed: int) -> dict[str, Any] | None:
+    def cell(self, editor: Editor, seed: int) -> JsonObject | None:
         """A finished cell; None if it is not finished.
 
         Raises:
@@ -146,7 +152,7 @@ class Comparison:
         path = self.cell_path(editor, seed)
         if not path.exists():
             return None
-        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        cell: JsonObject = json.loads(path.read_text(encoding="utf-8"))
         if "not_applicable" not in cell:
             _check_scores(path, cell, self.setting.metrics)
         present, saved = editor.description(), _with_class_names(cell["editor"])
@@ -173,12 +179,12 @@ class Comparison:
         finally:
             self.views.restore()
 
-    def _print_scores(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
+    def _print_scores(self, editor: Editor, seed: int, result: JsonObject) -> None:
         if self.progress_bar:
             scores = ", ".join(f"{name} {result[name]:.1f}" for name in SHOWN_SCORES if result[name] is not None)
             tqdm.write(f"{editor.title}, stream {seed}: {scores}", file=sys.stderr)
 
-    def _write(self, editor: Editor, seed: int, result: dict[str, Any]) -> None:
+    def _write(self, editor: Editor, seed: int, result: JsonObject) -> None:
         cell = {"seed": seed, **result, "editor": editor.description()}
         write_text(self.cell_path(editor, seed), json.dumps(cell, indent=1) + "\n")
 
@@ -214,15 +220,15 @@ class Comparison:
         return scaled(agent, editor), env, seconds
 
     def _env(
-        self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: dict[str, Any],
-        reward: Any = "none", reward_gradient: bool = False,
-    ) -> gym.Env:  # fmt: skip
+        self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: Settings,
+        reward: RewardConfig | str = "none", reward_gradient: bool = False,
+    ) -> Environment:  # fmt: skip
         return gym.make(
             self.setting.env_id, model=lm, data=data, num_batches=num_batches, batch_size=batch_size, reward=reward,
             reward_gradient=reward_gradient, array_backend="torch", disable_env_checker=True, **settings,
         )
 
-    def _train(self, editor: Editor, lm: EditableLM, settings: dict[str, Any]) -> tuple[gym.Env, Path, float]:
+    def _train(self, editor: Editor, lm: EditableLM, settings: Settings) -> tuple[Environment, Path, float]:
         """Train an editor, or resume its training, unless it is finished.
 
         Returns:
@@ -259,7 +265,7 @@ class Comparison:
 
     # -- editing -------------------------------------------------------------------------------------------------
 
-    def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
+    def _measure(self, editor: Editor, agent: Agent, env: Environment, seed: int) -> JsonObject:
         """Edit one stream and score all its facts at the end, including those that came after the LLM broke."""
         inner = editing_env(env)
         inner.lm.prefix_cache.clear()
@@ -311,7 +317,7 @@ def scaled(agent: Agent, editor: Editor) -> Agent:
     return agent
 
 
-def _with_class_names(description: dict[str, Any]) -> dict[str, Any]:
+def _with_class_names(description: JsonObject) -> JsonObject:
     """An editor's description with its classes' names alone; earlier versions wrote "module:name"."""
     classes = {}
     for key in ("agent", "config"):
@@ -321,7 +327,7 @@ def _with_class_names(description: dict[str, Any]) -> dict[str, Any]:
     return {**description, **classes, "trainer": _with_class_names(trainer) if trainer else None}
 
 
-def _check_scores(path: Path, cell: dict[str, Any], metrics: str) -> None:
+def _check_scores(path: Path, cell: JsonObject, metrics: str) -> None:
     """Check that a cell's scores are comparable with those of this version and these ``metrics``.
 
     Raises:
@@ -348,7 +354,7 @@ class _Clock:
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._started
 
-    def __call__(self, numbers: Any) -> None:
+    def __call__(self, numbers: object) -> None:
         write_text(self.path, json.dumps(self.seconds) + "\n")
 
 

@@ -7,16 +7,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import gymnasium as gym
 
 from agents.base import Agent
 from agents.running.comparison import Comparison, Setting
 from agents.running.editors import Editor, with_strength
 from agents.selection import divergence
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeStream, held_out
+from rledit_env.type_aliases import JsonObject
 
 BOUNDS = (0.05, 0.1, 0.3, 1.0)  # nats a token
 SEED = 1  # of the stream of training facts
@@ -34,7 +32,7 @@ class Point:
     """
 
     editor: Editor
-    cell: Mapping[str, Any]
+    cell: JsonObject
 
     @property
     def score(self) -> float | None:
@@ -134,7 +132,7 @@ class Curve(Comparison):
     def cell_path(self, editor: Editor, seed: int) -> Path:
         return self.out / "cells" / f"{editor.label}.json"
 
-    def cell(self, editor: Editor, seed: int) -> dict[str, Any] | None:
+    def cell(self, editor: Editor, seed: int) -> JsonObject | None:
         """As `Comparison.cell`, with a ValueError for a cell of another stream of facts, too."""
         cell = super().cell(editor, seed)
         if cell is not None and cell.get("stream", self._stream()) != self._stream():
@@ -144,20 +142,20 @@ class Curve(Comparison):
                              "another folder")
         return cell
 
-    def _measure(self, editor: Editor, agent: Agent, env: gym.Env, seed: int) -> dict[str, Any]:
+    def _measure(self, editor: Editor, agent: Agent, env: Environment, seed: int) -> JsonObject:
         measured = super()._measure(editor, agent, env, seed)
         kl = _finite(divergence(editing_env(env).lm))
         return {**measured, SELECTION_KL: kl, "stream": self._stream()}
 
-    def _stream(self) -> dict[str, Any]:
+    def _stream(self) -> JsonObject:
         setting = self.setting
         return {"source": setting.test.source, "batches": setting.num_batches, "batch_size": setting.batch_size,
                 "seed": SEED}
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _describe(stream: Mapping[str, Any]) -> str:
+def _describe(stream: JsonObject) -> str:
     return f"{stream['batches']}×{stream['batch_size']} of {stream['source']}, seed {stream['seed']}"

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-import gymnasium as gym
 import numpy as np
 import torch
 
@@ -19,11 +18,13 @@ from agents.running.recording import LedgerRecorder, Position, Taken
 from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
 from rledit_env.evaluation.guard import DriftGuard
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import Info
 
 
 @dataclass
@@ -69,11 +70,11 @@ class EditLog:
 
 
 def edit_stream(
-    env: gym.Env,
+    env: Environment,
     agent: Agent,
     log: EditLog | None = None,
-    progress: Callable[[int], Any] | None = None,
-    callbacks: Sequence[Callable[[int], Any]] = (),
+    progress: Callable[[int], object] | None = None,
+    callbacks: Sequence[Callable[[int], object]] = (),
     ledger: EditLedger | None = None,
     guard: DriftGuard | None = None,
     **reset: Any,
@@ -138,8 +139,9 @@ class _StreamEditor:
     """
 
     def __init__(
-        self, env: gym.Env, agent: Agent, log: EditLog, progress: Callable[[int], Any] | None, ledger: EditLedger | None
-    ) -> None:
+        self, env: Environment, agent: Agent, log: EditLog, progress: Callable[[int], object] | None,
+        ledger: EditLedger | None,
+    ) -> None:  # fmt: skip
         self.env, self.agent, self.log, self.progress = env, agent, log, progress
         self.inner = editing_env(env)
         self.first = len(log.batch_sizes)  # the number in the log of the stream's first batch
@@ -156,7 +158,7 @@ class _StreamEditor:
         self._report_progress(self.step // self.inner.steps_per_batch)
         return position
 
-    def take_step(self, observation: Any, in_flight: Position | None) -> tuple[Any, dict[str, Any], bool, bool]:
+    def take_step(self, observation: Observation, in_flight: Position | None) -> tuple[Observation, Info, bool, bool]:
         """Present a batch once.
 
         Args:
@@ -168,7 +170,8 @@ class _StreamEditor:
         """
         inner, recorder = self.inner, self.recorder
         if in_flight is not None and in_flight.update is not None:
-            action, norm = in_flight.update.parts(), in_flight.norm
+            action: Action = in_flight.update.parts()
+            norm = in_flight.norm
         else:
             action = act(self.agent, observation)
             norm = inner.accept(action).norm(inner.lm)
@@ -208,7 +211,7 @@ class _StreamEditor:
             self.progress(self.inner.stream.batch_size)  # type: ignore[misc]
 
 
-def _call(callbacks: Sequence[Callable[[int], Any]], edited: int) -> float:
+def _call(callbacks: Sequence[Callable[[int], object]], edited: int) -> float:
     """Call all callbacks; returns the seconds they took."""
     started = time.perf_counter()
     for callback in callbacks:
@@ -221,6 +224,16 @@ def _last_facts(log: EditLog) -> str:
     return f"facts {last.start + 1} to {last.stop}"
 
 
+class StreamSettings(TypedDict, total=False):
+    """How facts are presented: arguments of :func:`edit_facts`, for a run's report and ledger, too."""
+
+    token: str
+    steps_per_batch: int
+    present_until: float
+    contexts: int
+    batch_size: int
+
+
 def edit_facts(  # noqa: PLR0913  the environment's parameters by their own names
     lm: EditableLM,
     agent: Agent,
@@ -228,7 +241,7 @@ def edit_facts(  # noqa: PLR0913  the environment's parameters by their own name
     batch_size: int = 20,
     token: str = "answer",
     steps_per_batch: int = 1,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
     ledger: EditLedger | None = None,
     guard: DriftGuard | None = None,
     on_divergence: Literal["end", "skip", "raise"] = "end",

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.modules import linear_modules
 from rledit_env.lm.names import expand_globs, module_kind, module_layer
 from rledit_env.lm.self_check import own_pass
+from rledit_env.type_aliases import JsonObject
 
 SCORES = ("efficacy", "generalization", "specificity", "mean")
 MOST = 2  # number of a record's paraphrases, and of its unrelated facts, that are scored
@@ -140,7 +140,7 @@ class Probe:
             "model": name, "dtype": str(model.dtype), "data": facts.source, "metrics_version": METRICS_VERSION,
             **asdict(config),
         }  # fmt: skip
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings: JsonObject = json.loads(json.dumps(settings))
         self.cells: dict[str, dict[str, float]] = self._read_cells()
 
     def _read_cells(self) -> dict[str, dict[str, float]]:
@@ -155,7 +155,7 @@ class Probe:
         cells: dict[str, dict[str, float]] = stored["cells"]
         return cells
 
-    def run(self, progress: Callable[[int, int], Any] | None = None) -> ProbeResult:
+    def run(self, progress: Callable[[int, int], object] | None = None) -> ProbeResult:
         """Compute the missing scores.
 
         Args:
@@ -300,7 +300,7 @@ class ProbeResult:
         candidates: glob → candidate.
     """
 
-    settings: dict[str, Any]
+    settings: JsonObject
     cells: dict[str, dict[str, float]]
     candidates: dict[str, Candidate]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import gymnasium as gym
 
 from agents.base import Agent, module_shapes
 from agents.files import built_from, read_description
 from agents.running.editors import EDITORS
 from agents.sb3 import RandomSearchAgent, StandardAgent
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.lm.names import UnknownModules
+from rledit_env.type_aliases import JsonObject
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 DEFAULT = "default"  # the name of the agents that ship with the package, at most one for each kind of facts
@@ -54,7 +52,7 @@ def find_agent(name: str | Path, kind: str | None = None) -> Path:
     )
 
 
-def agent_settings(folder: str | Path) -> dict[str, Any]:
+def agent_settings(folder: str | Path) -> JsonObject:
     """The content of a saved agent's ``agent.json``: its class, its configuration, and ``environment``, the settings
     of the environment that it was trained in.
 
@@ -79,7 +77,7 @@ def modules_of(folder: str | Path, model: str) -> Iterator[None]:
         raise ValueError(_other_model(folder, model)) from error
 
 
-def _check_modules(folder: str | Path, env: gym.Env) -> None:
+def _check_modules(folder: str | Path, env: Environment) -> None:
     """Raise ValueError if a saved agent has shapes of modules, and they differ from the environment's."""
     shapes = {m: tuple(shape) for m, shape in (agent_settings(folder).get("shapes") or {}).items()}
     if shapes and shapes != module_shapes(env):
@@ -104,7 +102,7 @@ def _other_model(folder: str | Path, model: str, model_shapes: Mapping[str, tupl
     )
 
 
-def load_agent(folder: str | Path, env: gym.Env | None = None) -> Agent:
+def load_agent(folder: str | Path, env: Environment | None = None) -> Agent:
     """Load a saved agent of any class.
 
     Raises:

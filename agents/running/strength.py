@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from agents.running.editing import edit_facts
 from agents.running.editors import Editor, configured_step_size, with_step_size
@@ -20,6 +19,7 @@ from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 from rledit_env.self_text import REWARD_OPENINGS, self_drift, self_text
+from rledit_env.type_aliases import JsonObject
 
 KL_BOUND = 0.1  # nats a token on the LLM's own text
 FACTS = 6
@@ -84,12 +84,12 @@ class StrengthSearch:
         return (f"{chosen.taken} of {self.facts} facts take, and {chosen.top1:.0f} % of the targets' tokens: the most "
                 f"within {self.bound:g} nats a token")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return {**asdict(self), "trials": [asdict(t) for t in self.trials], "reason": self.reason}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> StrengthSearch:
+    def from_dict(cls, stored: JsonObject) -> StrengthSearch:
         """The search that :meth:`as_dict` described."""
         fields = {name: value for name, value in stored.items() if name != "reason"}
         trials = tuple(Trial(**t) for t in fields.pop("trials"))
@@ -128,7 +128,7 @@ class StrengthProbe:
     bound: float = KL_BOUND
     guarded: bool = False
     seconds: float = SECONDS
-    progress: Callable[[Trial], Any] | None = None
+    progress: Callable[[Trial], object] | None = None
     present_until: float | None = None
     contexts: int = 0
 

@@ -8,12 +8,13 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import gymnasium as gym
 import torch
+from stable_baselines3.common.vec_env import VecEnv
 
-from agents.base import Agent
+from agents.base import Agent, Callback
 from agents.files import (
     TRAINING_STATE,
     agent_folder,
@@ -23,16 +24,18 @@ from agents.files import (
     read_tensors,
     run_folder,
 )
-from agents.sb3.callbacks import Callback, TrainingCallback
+from agents.sb3.callbacks import TrainingCallback
 from agents.sb3.checkpoint import resume_run
 from agents.sb3.config import ALGORITHMS, HYPERPARAMETERS, StandardConfig, standard_config
 from agents.sb3.features import Standardised
 from agents.settings import environment_settings
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_tensors, write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.nesting import environment_inside
 from rledit_env.preservation import Multiplier
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import JsonObject
 from rledit_env.wrappers import GradientFeatures, RelativeReward, ScaledUpdate
 
 
@@ -48,9 +51,9 @@ class StandardAgent(Agent):
 
     name: ClassVar[str] = "standard"
 
-    def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: StandardConfig | None = None, seed: int = 0) -> None:
         self.env, self.config, self.seed = env, config or StandardConfig(), seed
-        self._training: Any = None  # the vector environment that the model learns in
+        self._training: VecEnv | None = None  # the vector environment that the model learns in
         self._look_at(env)
         settings = {**HYPERPARAMETERS[self.config.algorithm], **self.config.hyperparameters}
         policy = {"features_extractor_class": Standardised, **settings.pop("policy_kwargs", {})}
@@ -65,7 +68,7 @@ class StandardAgent(Agent):
         self.unfinished_in: Path | None = None  # the log_dir of a run that was interrupted in this process
         self.fitted = False  # whether the features' scale has been fitted; it is then kept
 
-    def _look_at(self, env: gym.Env[Any, Any]) -> None:
+    def _look_at(self, env: Environment) -> None:
         environment_inside(env, "StandardAgent", agent=True)
         c = self.config
         self.env = env
@@ -74,12 +77,12 @@ class StandardAgent(Agent):
         self.relative = RelativeReward(self.view, c.baseline_streams) if c.baseline_streams else None
         self._training = None
 
-    def _training_view(self) -> Any:
+    def _training_view(self) -> gym.Env:
         """The environment that the algorithm learns in: the view with relative and scaled rewards."""
         training = self.relative or self.view
         return gym.wrappers.TransformReward(training, partial(_scaled, self.config.reward_scale))
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         """Edit and learn in this environment from now on; the zero action is measured there before learning.
 
         Raises:
@@ -93,7 +96,7 @@ class StandardAgent(Agent):
                              f"{len(other.scaled.shapes)}; make an agent for it: StandardAgent(env)")
         self.__dict__ |= vars(other)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StandardAgent:
+    def __deepcopy__(self, memo: dict[int, object]) -> StandardAgent:
         # The last forward pass's distribution has tensors that cannot be copied; the next pass makes a new one.
         last = getattr(getattr(self.model.policy, "action_dist", None), "distribution", None)
         if last is not None:
@@ -106,7 +109,7 @@ class StandardAgent(Agent):
     def memory(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for a raw observation in either array backend."""
         action, _ = self.model.predict(self.view.observation(observation), deterministic=deterministic)
         return self.scaled.factors(observation, action), None
@@ -118,7 +121,7 @@ class StandardAgent(Agent):
         progress_bar: bool = True,
         reset_num_timesteps: bool = True,
         log_dir: str | Path | None = None,
-        eval_env: gym.Env[Any, Any] | None = None,
+        eval_env: Environment | None = None,
         eval_every: int = 10,
         eval_seed: int = 12345,
         resume: bool = True,
@@ -228,7 +231,7 @@ class StandardAgent(Agent):
         write_tensors(folder / "agent.safetensors", {k: v.clone() for k, v in self.model.policy.state_dict().items()})
         write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """The content of agent.json."""
         return {
             "agent": self.name,
@@ -243,7 +246,7 @@ class StandardAgent(Agent):
         }
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> StandardAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> StandardAgent:
         """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
@@ -272,5 +275,5 @@ class StandardAgent(Agent):
         return agent
 
 
-def _scaled(scale: float, reward: Any) -> float:
+def _scaled(scale: float, reward: SupportsFloat) -> float:
     return scale * float(reward)

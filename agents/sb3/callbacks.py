@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm.auto import tqdm
 
-from agents.base import run_stream
+from agents.base import Callback, run_stream
 from agents.logs import log, summary_writer
 from agents.sb3.checkpoint import Run, write_checkpoint
 from agents.selection import divergence, within_bound
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from agents.sb3.agent import StandardAgent
 
-Callback = Callable[[dict[str, float]], bool | None]
 
 
 class TrainingCallback(BaseCallback):
@@ -40,7 +40,7 @@ class TrainingCallback(BaseCallback):
         callback: Callback | None,
         progress_bar: bool,
         folder: Path | None,
-        eval_env: gym.Env[Any, Any] | None,
+        eval_env: Environment | None,
         eval_every: int,
         eval_seed: int,
     ) -> None:
@@ -52,8 +52,8 @@ class TrainingCallback(BaseCallback):
         self._saved_streams = -1  # number of episodes at the last checkpoint; -1 before the first one
         self._numbers: dict[str, list[float]] = {}
         self._return = 0.0  # the environment's return of the episode so far
-        self._writer: Any = None
-        self._bar: Any = None
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm | None = None
 
     def begin(self, reset_num_timesteps: bool) -> None:
         """Start a run at a new episode. The best policy of the agent's previous run is kept for comparison."""
@@ -84,7 +84,9 @@ class TrainingCallback(BaseCallback):
             self._write_checkpoint()
 
     def _on_step(self) -> bool:
-        self._bar.update(1)
+        bar = self._bar
+        assert bar is not None
+        bar.update(1)
         info = self.locals["infos"][0]
         self._return += info.get("reward", float(self.locals["rewards"][0]) / self.agent.config.reward_scale)
         for name, value in info.items():
@@ -100,7 +102,7 @@ class TrainingCallback(BaseCallback):
             if values := list(finite):
                 multiplier.update(values[-1])
         self._numbers, self._return = {}, 0.0
-        self._bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
+        bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("return", "drift")})
         self._log("train", numbers)
         if self.run.streams % self.eval_every == 0:
             self.evaluate()

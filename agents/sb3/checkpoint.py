@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from agents.files import (
 from agents.sb3.standard_state import load_training_state, training_state
 from agents.settings import setting_differences
 from rledit_env.files import write_tensors
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents.sb3.agent import StandardAgent
@@ -91,7 +92,7 @@ def resume_run(folder: Path, agent: StandardAgent) -> Run:
 
 
 def _differences(
-    folder: Path, agent: StandardAgent, description: Mapping[str, Any], numbers: Mapping[str, Any]
+    folder: Path, agent: StandardAgent, description: JsonObject, numbers: JsonObject
 ) -> list[str]:
     """The differences, in words, between a checkpoint's run and a run that the agent could resume."""
     different = setting_differences(description, agent.description())
@@ -103,9 +104,9 @@ def _differences(
     return different
 
 
-def _load(agent: StandardAgent, run: Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def _load(agent: StandardAgent, run: Run, tensors: Mapping[str, Tensor], numbers: JsonObject) -> None:
     """Load the model, the multiplier and the zero action's rewards; if that fails, restore the agent."""
-    model: Any = agent.model
+    model = agent.model
     model.env.reset()  # the first reset seeds the environment, which must come before loading
     multiplier = numbers["multiplier"] if agent.multiplier is not None else 0.0
     before = training_state(model), agent.relative.state() if agent.relative is not None else {}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from rledit_env.type_aliases import Settings
 from rledit_env.wrappers import Rule, Share
 
 ALGORITHMS: Mapping[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}
-SMALL_NETWORK: Mapping[str, Any] = {"net_arch": [32]}
+SMALL_NETWORK: Settings = {"net_arch": [32]}
 # For trainings of some hundred steps, each a fraction of a second: small networks, and many updates on small rollouts.
-HYPERPARAMETERS: Mapping[str, Mapping[str, Any]] = {
+HYPERPARAMETERS: Mapping[str, Settings] = {
     "ppo": {
         "n_steps": 80, "batch_size": 40, "n_epochs": 10, "learning_rate": 3e-3, "gamma": 1.0, "gae_lambda": 0.95,
         "policy_kwargs": {**SMALL_NETWORK, "log_std_init": -1.0},
@@ -57,7 +58,7 @@ class StandardConfig:
     baseline_streams: int = 32
     reward_scale: float = 1.0
     kl_bound: float | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -66,7 +67,7 @@ class StandardConfig:
             raise ValueError(f"kl_bound is {self.kl_bound}; give a positive number of nats, or None for no bound")
 
 
-def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardConfig:
+def standard_config(saved: Settings, most: int = MAX_SIZE) -> StandardConfig:
     """The configuration in an agent's file.
 
     Raises:
@@ -74,7 +75,7 @@ def standard_config(saved: Mapping[str, Any], most: int = MAX_SIZE) -> StandardC
             ``policy_kwargs``, than ``most``), or is not allowed in a file, such as a path to write to.
     """
 
-    def check(name: str, value: Any, largest: int) -> None:
+    def check(name: str, value: object, largest: int) -> None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 check(f"{name}.{key}", inner, largest)

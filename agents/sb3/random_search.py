@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import gymnasium as gym
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from agents.base import Agent, run_stream
+from agents.base import Agent, Callback, run_stream
 from agents.files import agent_folder, built_from, check_counters, read_description
 from agents.sb3.config import StandardConfig, standard_config
 from agents.settings import environment_settings
 from rledit_env.files import write_text
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
 from rledit_env.wrappers import ScaledUpdate
-
-Callback = Callable[[dict[str, float]], bool | None]
 
 
 class RandomSearchAgent(Agent):
@@ -37,7 +34,7 @@ class RandomSearchAgent(Agent):
 
     name: ClassVar[str] = "random search"
 
-    def __init__(self, env: gym.Env[Any, Any], config: StandardConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, env: Environment, config: StandardConfig | None = None, seed: int = 0) -> None:
         environment_inside(env, "RandomSearchAgent", agent=True)
         self.env, self.config, self.seed = env, config or StandardConfig(), seed
         c = self.config
@@ -46,7 +43,7 @@ class RandomSearchAgent(Agent):
         self.timesteps = 0
         self.searches = 0  # number of calls of learn; each tries other actions
 
-    def set_env(self, env: gym.Env[Any, Any]) -> None:
+    def set_env(self, env: Environment) -> None:
         other = RandomSearchAgent(env, self.config, self.seed)
         if len(other.scaled.shapes) != len(self.scaled.shapes):
             raise ValueError(f"the action is for {len(self.scaled.shapes)} modules, the environment edits "
@@ -56,7 +53,7 @@ class RandomSearchAgent(Agent):
     def memory(self) -> dict[str, torch.Tensor]:
         return {}
 
-    def predict(self, observation: Any, deterministic: bool = True) -> tuple[Any, None]:
+    def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for a raw observation in either array backend."""
         return self.scaled.factors(observation, self.action), None
 
@@ -116,7 +113,7 @@ class RandomSearchAgent(Agent):
                 each *= 2
         return self
 
-    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: Any) -> float:
+    def _mean_return(self, action: np.ndarray, seeds: list[int], bar: tqdm) -> float:
         """The mean return of a constant action over the episodes of these seeds."""
         self.action = action
         inner = editing_env(self.scaled)
@@ -143,7 +140,7 @@ class RandomSearchAgent(Agent):
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, env: gym.Env[Any, Any] | None = None) -> RandomSearchAgent:
+    def load(cls, path: str | Path, env: Environment | None = None) -> RandomSearchAgent:
         """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:

@@ -13,11 +13,12 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from torch import Tensor
 
 from agents.files import moments_of
+from rledit_env.type_aliases import JsonObject
 
 BUFFER = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], JsonObject]:
     """Copies of everything that the rest of the training depends on: networks, optimisers, replay buffer and the states
     of the random generators."""
     tensors: dict[str, Tensor] = {}
@@ -28,7 +29,7 @@ def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, A
         tensors |= {f"{name}/{key}": torch.as_tensor(value).clone() for key, value in flat.items()}
     if isinstance(coefficient := getattr(model, "log_ent_coef", None), Tensor):  # SAC's
         tensors["log_ent_coef"] = coefficient.detach().clone()
-    numbers: dict[str, Any] = {"timesteps": model.num_timesteps, "updates": getattr(model, "_n_updates", 0)}
+    numbers: JsonObject = {"timesteps": model.num_timesteps, "updates": getattr(model, "_n_updates", 0)}
     if isinstance(buffer := getattr(model, "replay_buffer", None), ReplayBuffer):
         tensors |= {f"buffer/{name}": torch.tensor(getattr(buffer, name)[: buffer.size()]) for name in BUFFER}
         numbers |= {"position": buffer.pos, "full": buffer.full}
@@ -38,13 +39,13 @@ def training_state(model: BaseAlgorithm) -> tuple[dict[str, Tensor], dict[str, A
     return tensors, {**numbers, "numpy": [kind, place, has_gauss, gauss]}
 
 
-def load_training_state(model: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def load_training_state(model: Any, tensors: Mapping[str, Tensor], numbers: JsonObject) -> None:
     """Load what :func:`training_state` returned into a new model with the same settings.
 
     Raises:
         ValueError: an optimiser's moments do not fit its parameters; the model is unchanged.
     """
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, object] = {}
     for name, current in model.get_parameters().items():
         saved = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
         if "param_groups" in current:

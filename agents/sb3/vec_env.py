@@ -11,6 +11,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from rledit_env.type_aliases import Info
+
 
 class StreamsVecEnv(VecEnv):
     """A Gymnasium vector environment with flat spaces, as a vector environment of Stable-Baselines3.
@@ -40,18 +42,19 @@ class StreamsVecEnv(VecEnv):
             environments itself.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, env: VectorEnv) -> None:
         _check_vector(env)
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.DISABLED:
             raise ValueError(f"the environment's autoreset_mode is {mode}; make it with autoreset_mode='Disabled'")
         _check_flat(env)
         self.env = env
-        self._actions: Any = None
+        self._actions: np.ndarray | None = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
-    def reset(self) -> Any:
+    def reset(self) -> np.ndarray:
         """Reset all environments with the seeds given to `seed`; returns their first observations."""
+        observations: np.ndarray
         observations, infos = self.env.reset(seed=self._seeds)  # type: ignore[arg-type]
         self.reset_infos = [_info_of(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
@@ -61,7 +64,7 @@ class StreamsVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
 
-    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Info]]:
         """Observations, rewards, dones and one info for each environment."""
         observations, rewards, terminations, truncations, vector_infos = self.env.step(self._actions)
         infos = [_info_of(vector_infos, i) for i in range(self.num_envs)]
@@ -81,14 +84,14 @@ class StreamsVecEnv(VecEnv):
 
     # -- access to single environments -----------------------------------------------------------------------------
 
-    def _envs_at(self, indices: None | int | Iterable[int]) -> list[Any]:
+    def _envs_at(self, indices: None | int | Iterable[int]) -> list[gym.Env]:
         inner: Any = self.env.unwrapped
         return [inner.envs[i] for i in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: None | int | Iterable[int] = None) -> list[Any]:
         return [getattr(env, attr_name) for env in self._envs_at(indices)]
 
-    def set_attr(self, attr_name: str, value: Any, indices: None | int | Iterable[int] = None) -> None:
+    def set_attr(self, attr_name: str, value: object, indices: None | int | Iterable[int] = None) -> None:
         for env in self._envs_at(indices):
             setattr(env, attr_name, value)
 
@@ -101,11 +104,11 @@ class StreamsVecEnv(VecEnv):
         return [False for _ in self._envs_at(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        frames: Any = self.env.render()
+        frames = self.env.render()
         return [frame if isinstance(frame, np.ndarray) else None for frame in frames or [None] * self.num_envs]
 
 
-def _check_vector(env: Any) -> None:
+def _check_vector(env: object) -> None:
     kind = type(env).__name__
     if isinstance(env, gym.Env):
         raise ValueError(
@@ -116,7 +119,7 @@ def _check_vector(env: Any) -> None:
         raise ValueError(f"StreamsVecEnv takes a vector environment, but was given a {kind}; make one with make_vec")
 
 
-def _check_flat(env: VectorEnv[Any, Any, Any]) -> None:
+def _check_flat(env: VectorEnv) -> None:
     kind = type(env).__name__
     observations, actions = env.single_observation_space, env.single_action_space
     nested = isinstance(observations, spaces.Dict) and any(isinstance(s, spaces.Dict) for s in observations.values())
@@ -128,9 +131,9 @@ def _check_flat(env: VectorEnv[Any, Any, Any]) -> None:
         )
 
 
-def _info_of(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _info_of(infos: Mapping[Any, Any], i: int) -> Info:
     """Environment i's info from the vector environment's, with Python numbers instead of NumPy's."""
-    info: dict[str, Any] = {}
+    info: Info = {}
     for key, value in infos.items():
         if key.startswith("_") or not infos[f"_{key}"][i]:
             continue

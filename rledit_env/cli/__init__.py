@@ -13,7 +13,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import gymnasium as gym
 
@@ -131,7 +130,7 @@ def _is_usage_error(error: BaseException) -> bool:
 def _short_warnings() -> Iterator[None]:
     """Print warnings as one line, without their place in the code."""
 
-    def short(message: Warning | str, *_: Any, **__: Any) -> str:
+    def short(message: Warning | str, *_: object, **__: object) -> str:
         return f"warning: {message}\n"
 
     full = warnings.formatwarning

@@ -6,9 +6,10 @@ import argparse
 import json
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import say_loading, warn
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents.running.comparison import Comparison
@@ -32,7 +33,7 @@ def begin(options: argparse.Namespace, comparison: Comparison) -> None:
     write_text(options.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
-def attempt(options: argparse.Namespace, title: str, work: Callable[[], Any]) -> bool:
+def attempt(options: argparse.Namespace, title: str, work: Callable[[], object]) -> bool:
     """Call ``work``, and print the error if it fails; returns whether it succeeded."""
     try:
         work()
@@ -58,7 +59,7 @@ def check_folder(options: argparse.Namespace, source: str) -> None:
                              "another --out, or the same settings")
 
 
-def _settings(options: argparse.Namespace, source: str) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, source: str) -> JsonObject:
     """The settings that all cells of the folder share."""
     names = (
         "env", "model", "revision", "data", "train_data", "batches", "batch_size", "edit_modules", "dtype", "generate",

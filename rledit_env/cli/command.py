@@ -8,15 +8,21 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import gymnasium as gym
 
+from rledit_env.type_aliases import JsonObject
+
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from rledit_env.cli.config_flags import CommandParser
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
+    from rledit_env.lm.loading.loader import ModelSource
 
+T = TypeVar("T")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -96,7 +102,7 @@ def metrics_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         help="'paper' (Appendix A.3), or 'rledit-code' for what the paper's released code computes")
 
 
-def option_or(option: Any, otherwise: Any) -> Any:
+def option_or(option: T | None, otherwise: T) -> T:
     """An option's value, or ``otherwise`` if it was not given."""
     return otherwise if option is None else option
 
@@ -126,7 +132,7 @@ def check_text(options: argparse.Namespace) -> None:
         read_text(options.text)
 
 
-def check_text_is_no_prior(options: argparse.Namespace, config: Any) -> None:
+def check_text_is_no_prior(options: argparse.Namespace, config: object) -> None:
     """Check that --text is not the text of an editor's prior, which protects just that text.
 
     Raises:
@@ -158,7 +164,7 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
                         help="run the code that comes with the model, if it needs it; such code can do anything")
 
 
-def model_source(options: argparse.Namespace, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def model_source(options: argparse.Namespace, trained: JsonObject | None = None) -> ModelSource:
     """The values of :func:`source_arguments` as arguments of `EditableLM.load`. Without ``--model`` and ``--revision``,
     the revision is that of the ``trained`` settings."""
     revision = options.revision
@@ -181,7 +187,7 @@ def kind_of(env_id: str) -> str:
     return str(spec.kwargs["kind"])
 
 
-def model_name(options: argparse.Namespace, trained: Mapping[str, Any], folder: Path) -> str:
+def model_name(options: argparse.Namespace, trained: Mapping[str, object], folder: Path) -> str:
     """The model of --model, or else the one that the agent in ``folder`` was trained with."""
     name = options.model or trained.get("model")
     if not name:
@@ -215,7 +221,7 @@ def dtype_name(lm: EditableLM) -> str:
     return str(lm.dtype).removeprefix("torch.")
 
 
-def progress_bar(total: int | None, what: str, unit: str = "fact") -> Any:
+def progress_bar(total: int | None, what: str, unit: str = "fact") -> tqdm:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit=unit)

@@ -6,7 +6,7 @@ import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli import curve
 from rledit_env.cli.attempts import COMPARISON, SETTINGS, attempt, begin, check_folder
@@ -31,6 +31,7 @@ from rledit_env.outputs import Input, growing
 if TYPE_CHECKING:
     from agents.running.comparison import Comparison
     from agents.running.editors import Editor
+    from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.reporting.tables import Row
 
 TABLES = ("table.txt", "table.md", "table.tex", "table.csv")
@@ -105,7 +106,7 @@ def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Compariso
     KnowledgeStream(test, options.batches, options.batch_size)  # raises ValueError if there are too few facts
 
     @functools.cache
-    def training() -> Any:
+    def training() -> KnowledgeDataset:
         facts = load_knowledge(kind, options.train_data or options.data, "train", options.on_error)
         check_disjoint(facts, test)
         return facts
@@ -152,7 +153,7 @@ def _compare(
     return OK
 
 
-def _rows(comparison: Any, editors: list[Editor], seeds: range) -> list[Row]:
+def _rows(comparison: Comparison, editors: list[Editor], seeds: range) -> list[Row]:
     """The rows of the editors that have all their cells."""
     from rledit_env.reporting.tables import Row
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
+from rledit_env.type_aliases import Options
+
 
 @dataclass(frozen=True)
 class ConfigFlags:
@@ -27,12 +29,12 @@ class ConfigFlags:
 
     config: type
     leave_out: Sequence[str] = ()
-    types: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, object] = field(default_factory=dict)
     about: str | None = None
-    default: Callable[[argparse.Namespace], Any] | None = None
+    default: Callable[[argparse.Namespace], object] | None = None
 
     @property
-    def hints(self) -> dict[str, Any]:
+    def hints(self) -> dict[str, object]:
         """The types of the fields that are flags, by name."""
         hints = get_type_hints(self.config) | dict(self.types)
         return {f.name: hints[f.name] for f in fields(self.config) if f.name not in self.leave_out}
@@ -43,7 +45,7 @@ class ConfigFlags:
         options = [(name.replace("_", "-"), hint) for name, hint in self.hints.items()]
         return [f"--{option}" for option, _ in options] + [f"--no-{option}" for option, hint in options if hint is bool]
 
-    def unchecked(self, options: argparse.Namespace) -> Any:
+    def unchecked(self, options: argparse.Namespace) -> type:
         """A dataclass of the flags' fields with their defaults. It accepts any value of the right type; the command
         reports values that the configuration refuses."""
         default = self.default(options) if self.default is not None else self.config()
@@ -117,7 +119,7 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"ambiguous option: {flag} could match {', '.join(matches)}")
         return matches[0]
 
-    def _by_tyro(self, options: argparse.Namespace, arguments: Sequence[str], add_help: bool) -> Any:
+    def _by_tyro(self, options: argparse.Namespace, arguments: Sequence[str], add_help: bool) -> object:
         """Parse the generated flags with tyro; returns an object with one dataclass a title."""
         import tyro
 
@@ -144,6 +146,6 @@ def _plain(docstring: str) -> str:
     return each.sub(lambda m: "\n".join(f"    {name}: {m[2]}" for name in m[1].split(", ")), text)
 
 
-def values_of(options: argparse.Namespace, config: type) -> dict[str, Any]:
+def values_of(options: argparse.Namespace, config: type) -> Options:
     """The values of the options that are fields of a configuration, by name."""
     return {f.name: getattr(options, f.name) for f in fields(config) if f.name in options}

@@ -8,7 +8,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.attempts import attempt, begin
 from rledit_env.cli.command import FAILED, OK, warn
@@ -324,7 +324,7 @@ def _texts(run: Run) -> dict[str, str]:
         markdown += [f"### {heading}", tables.as_markdown(section.rows)]
         latex.append(tables.as_latex(section.rows, f"{heading}: {lead}".replace("±", "and").replace("≤", "at most")))
     flat = [(section, row) for section in sections for row in section.rows]
-    leading: dict[str, Sequence[Any]] = {
+    leading: dict[str, Sequence[object]] = {
         "kl_bound": [section.bound for section, _ in flat], "batches": [section.batches for section, _ in flat],
         "strength": [_strength(run, row.name, section.bound) for section, row in flat],
     }  # fmt: skip
@@ -375,7 +375,7 @@ def _point_csv(run: Run) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["editor", "title", "strength", *SCORES, "broke"])
     for editor, point in _points(run):
-        cell: Mapping[str, Any] = point.cell
+        cell: Mapping[str, object] = point.cell
         numbers = ["" if cell.get(key) is None else cell[key] for key in SCORES]
         factor = "" if editor.strength is None else point.editor.factor
         writer.writerow([editor.name, editor.title, factor, *numbers, int(point.broke)])

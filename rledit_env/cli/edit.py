@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import (
     FAILED,
@@ -46,13 +46,16 @@ from rledit_env.cli.results import (
     without_effect,
 )
 from rledit_env.outputs import Output, PathError, whole
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents import EditLog
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.knowledge import KnowledgeDataset
+    from rledit_env.knowledge.facts import Facts
     from rledit_env.ledger import EditLedger
     from rledit_env.lm.editable import EditableLM
+    from rledit_env.lm.forward import Passage
 
 FORMS = ("model", "delta", "lora")
 REPORT = "edit_report.json"
@@ -170,9 +173,9 @@ def _edit(editing: Editing, options: argparse.Namespace) -> EditLog:
 
 
 def _report(
-    editing: Editing, log: EditLog, metrics: Metrics, answers: Sequence[str], texts: Mapping[str, Any],
+    editing: Editing, log: EditLog, metrics: Metrics, answers: Sequence[str], texts: Mapping[str, Sequence[Passage]],
     notes: Sequence[str], options: argparse.Namespace,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """The content of edit_report.json, except for "saved"."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.general import drifts
@@ -214,7 +217,7 @@ def _report(
     }  # fmt: skip
 
 
-def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) -> None:
+def _write(lm: EditableLM, report: JsonObject, options: argparse.Namespace) -> None:
     """Write the forms of --save, and the report with the folder of each; if that fails, write the change elsewhere.
 
     Raises:
@@ -235,7 +238,7 @@ def _write(lm: EditableLM, report: dict[str, Any], options: argparse.Namespace) 
             from error
 
 
-def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
+def _keep_change(lm: EditableLM, report: JsonObject) -> Path | None:
     """Write the change and the report into the system's folder for temporary files; None if that fails too."""
     from rledit_env.files import whole_folder
     from rledit_env.lm.delta import save_delta
@@ -250,18 +253,18 @@ def _keep_change(lm: EditableLM, report: dict[str, Any]) -> Path | None:
     return folder
 
 
-def _write_report(folder: Path, report: dict[str, Any]) -> None:
+def _write_report(folder: Path, report: JsonObject) -> None:
     from rledit_env.files import write_text
 
     write_text(folder / REPORT, json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n")
 
 
-def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, dict[str, Any]]:
+def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, JsonObject]:
     """Write these forms; returns form → its folder within ``folder``, and its description."""
     from rledit_env.lm.delta import relative_error, save_delta, save_lora
 
     ordered = [form for form in FORMS if form in forms]
-    saved: dict[str, dict[str, Any]] = {}
+    saved: dict[str, JsonObject] = {}
     for form in ordered:
         place = "." if len(ordered) == 1 else form
         if form == "model":
@@ -309,7 +312,7 @@ def _ledger(options: argparse.Namespace, editing: Editing, facts: KnowledgeDatas
     return ledger
 
 
-def _notes(facts: Any, token: str) -> list[str]:
+def _notes(facts: Facts, token: str) -> list[str]:
     """Notes for the user on how the facts were read."""
     dataset, notes = facts.dataset, []
     if facts.ignored:

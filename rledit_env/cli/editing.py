@@ -8,7 +8,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import (
     check_contexts,
@@ -23,10 +23,13 @@ from rledit_env.cli.command import (
 )
 from rledit_env.cli.editor_options import DEFAULT_MODEL, MAX_PRESENTATIONS, PRESENT_UNTIL, named_editor
 from rledit_env.cli.editor_strength import recorded_settings, step_size_of, times_presented, with_strength
+from rledit_env.type_aliases import JsonObject, Options, Settings
 
 if TYPE_CHECKING:
     from agents import Agent
+    from agents.running.editing import StreamSettings
     from agents.running.editors import Editor
+    from rledit_env.env import LifelongEditEnv
     from rledit_env.knowledge import EditRecord, KnowledgeDataset
     from rledit_env.knowledge.facts import Facts
     from rledit_env.lm.editable import EditableLM
@@ -42,8 +45,7 @@ class Editing:
         lm: the model.
         agent: the agent, ready to edit.
         facts: the facts to edit, with --chat in the model's chat template.
-        settings: arguments of `agents.edit_facts`: batch_size, token, steps_per_batch, and optionally present_until and
-            contexts.
+        settings: arguments of `agents.edit_facts`; present_until and contexts only where they are used.
         identity: further settings that a run recorded in a ledger must share to be resumed.
         report: the editor's entries in edit_report.json.
         notes: notes for the user.
@@ -53,9 +55,9 @@ class Editing:
     lm: EditableLM
     agent: Agent
     facts: Facts
-    settings: dict[str, Any]
-    identity: dict[str, Any]
-    report: dict[str, Any]
+    settings: StreamSettings
+    identity: JsonObject
+    report: JsonObject
     notes: tuple[str, ...] = ()
     mend: str = "Train the agent on longer streams"
 
@@ -84,7 +86,7 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     bundled_start = options.warm_up and start_warm(agent, lm, settings["token"])
     _say_what_is_edited(lm, facts.dataset)
     print(f"agent  {folder}", flush=True)
-    identity: dict[str, Any] = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
+    identity: JsonObject = {"agent": {path.name: sha256_of(path) for path in sorted(folder.glob("agent.*"))}}
     notes: tuple[str, ...] = ()
     if bundled_start:
         identity["warm_up"] = True
@@ -161,7 +163,7 @@ def _as_asked(facts: Facts, lm: EditableLM, options: argparse.Namespace) -> Fact
     return replace(facts, dataset=replace(facts.dataset, records=tuple(records), skipped=skipped))
 
 
-def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: bool) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, own: Settings, facts: Facts, repeated: bool) -> StreamSettings:
     """How the facts are presented: by the options, else by the ledger of the resumed run, else by the agent's or
     editor's own settings.
 
@@ -189,19 +191,19 @@ def _settings(options: argparse.Namespace, own: Any, facts: Facts, repeated: boo
         if recorded is None:
             count = option_or(options.steps_per_batch, MAX_PRESENTATIONS)
         count = option_or(options.max_presentations, count)
-    settings = {
-        "token": options.token or own.get("token", "answer"),
-        "steps_per_batch": count,
-        **({"present_until": until} if until else {}),
-        **({"contexts": contexts} if contexts else {}),
-        "batch_size": min(option_or(options.batch_size, own.get("batch_size", BATCH_SIZE)), len(facts.dataset)),
-    }
+    settings: StreamSettings = {"token": options.token or own.get("token", "answer"), "steps_per_batch": count}
+    if until:
+        settings["present_until"] = until
+    if contexts:
+        settings["contexts"] = contexts
+    size = option_or(options.batch_size, own.get("batch_size", BATCH_SIZE))
+    settings["batch_size"] = min(size, len(facts.dataset))
     check_positive(argparse.Namespace(**settings), "batch_size", "steps_per_batch")
     check_contexts(contexts, settings["token"])
     return settings
 
 
-def _environment(lm: EditableLM, facts: KnowledgeDataset, token: str) -> Any:
+def _environment(lm: EditableLM, facts: KnowledgeDataset, token: str) -> LifelongEditEnv:
     from rledit_env.env import LifelongEditEnv
 
     return LifelongEditEnv(
@@ -222,7 +224,7 @@ def _with_options(editor: Editor, options: argparse.Namespace) -> Editor:
     from agents.running.editors import merged
 
     config = editor.configuration()
-    overrides: dict[str, Any] = {}
+    overrides: Options = {}
     if config is not None and "warm_up" in {f.name for f in fields(config)}:
         overrides["warm_up"] = options.warm_up  # lets single facts take
     if options.statistics_tokens is not None:

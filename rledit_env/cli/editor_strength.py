@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import progress_bar, warn
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
+    from agents.running.editing import StreamSettings
     from agents.running.editors import Editor
     from agents.running.strength import StrengthSearch, Trial
     from rledit_env.knowledge import KnowledgeDataset
@@ -23,7 +25,7 @@ def step_size_of(editor: Editor) -> dict[str, float]:
 
 
 def with_strength(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: dict[str, Any]
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
 ) -> tuple[Editor, StrengthSearch | None]:
     """The editor with its step size and presentations, and the search if there was one. They are given, read from the
     ledger of the resumed run, or searched for on a few of the facts."""
@@ -43,7 +45,7 @@ def with_strength(
     return with_step_size(editor, search.chosen.step_size, search.chosen.steps_per_batch), search
 
 
-def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | None:
+def _recorded(editor: Editor, options: argparse.Namespace) -> JsonObject | None:
     """The settings in the ledger of the resumed run; None if there is no ledger yet.
 
     Raises:
@@ -62,18 +64,18 @@ def _recorded(editor: Editor, options: argparse.Namespace) -> dict[str, Any] | N
     return recorded
 
 
-def recorded_settings(options: argparse.Namespace) -> dict[str, Any] | None:
+def recorded_settings(options: argparse.Namespace) -> JsonObject | None:
     """The settings in the ledger of the resumed run; None if there is no ledger yet."""
     from rledit_env.ledger import HEADER, EditLedger
 
     if not options.resume or options.ledger is None or not (options.ledger / HEADER).exists():
         return None
-    settings: dict[str, Any] = EditLedger(options.ledger).header["settings"]
+    settings: JsonObject = EditLedger(options.ledger).header["settings"]
     return settings
 
 
 def _probed(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: dict[str, Any]
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
 ) -> StrengthSearch:
     """Search for the strength on a few of the facts, and print the trials and the choice."""
     from agents.running.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts

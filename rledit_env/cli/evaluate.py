@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 
@@ -55,12 +55,14 @@ from rledit_env.cli.results import (
     without_effect,
 )
 from rledit_env.outputs import PathError, result
+from rledit_env.type_aliases import JsonObject, Settings
 
 if TYPE_CHECKING:
     from agents import EditLog
     from rledit_env.evaluation.general import GeneralEvery
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
+    from rledit_env.interface import EditingEnv, Environment
     from rledit_env.knowledge import EditRecord
     from rledit_env.lm.chat import ChatTemplate
 
@@ -102,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from agents import edit_stream, find_agent, load_agent
+    from rledit_env.interface import editing_env
 
     sources = _check(options)
     folder = find_agent(options.agent, kind_of(options.env) if options.env else None)
@@ -109,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     check_contexts(settings["contexts"], settings["token"])
     say_loading(settings["model"])
     env = _environment(options, env_id, settings, folder)
-    inner: Any = env.unwrapped
+    inner = editing_env(env)
     template = _chat_template(inner) if options.chat else None
     agent = load_agent(folder, env)
     check_text_is_no_prior(options, getattr(agent, "config", None))
@@ -155,7 +158,7 @@ def _check(options: argparse.Namespace) -> list[str]:
     return sources
 
 
-def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
+def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, Settings]:
     """The environment's id and settings: those of the options, or else those that the agent in ``folder`` was trained
     with.
 
@@ -185,14 +188,14 @@ def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str,
     }
 
 
-def _until(options: argparse.Namespace, trained: Mapping[str, Any]) -> float | None:
+def _until(options: argparse.Namespace, trained: JsonObject) -> float | None:
     """The probability at which a fact is no longer presented; None for a fixed number of presentations."""
     if options.present_until is not None:
         return options.present_until or None
     return trained.get("present_until") if options.steps_per_batch is None else None
 
 
-def _environment(options: argparse.Namespace, env_id: str, settings: Mapping[str, Any], folder: Path) -> Any:
+def _environment(options: argparse.Namespace, env_id: str, settings: Settings, folder: Path) -> Environment:
     """The environment in which the agent in ``folder`` edits."""
     from agents.running.saved import modules_of
 
@@ -203,7 +206,7 @@ def _environment(options: argparse.Namespace, env_id: str, settings: Mapping[str
         )
 
 
-def _chat_template(env: Any) -> ChatTemplate:
+def _chat_template(env: EditingEnv) -> ChatTemplate:
     """The model's chat template.
 
     Raises:
@@ -227,28 +230,29 @@ class Probes:
     general: GeneralEvery | None
 
     @property
-    def callbacks(self) -> list[Any]:
+    def callbacks(self) -> list[Callable[[int], object]]:
         """The probes as callbacks of `agents.edit_stream`."""
         return [probe for probe in (self.drift, self.retention, self.general) if probe is not None]
 
 
-def _probes(options: argparse.Namespace, env: Any, sources: Sequence[str]) -> Probes:
+def _probes(options: argparse.Namespace, env: Environment, sources: Sequence[str]) -> Probes:
     """The probes of the options; general ability is measured on these ``sources``."""
     from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
     from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
+    from rledit_env.interface import editing_env
 
     retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
     general = None
     if sources:
-        ability = GeneralAbility(env.unwrapped.lm, sources, options.general_shots, options.general_limit, options.seed,
-                                 options.text)  # fmt: skip
+        ability = GeneralAbility(editing_env(env).lm, sources, options.general_shots, options.general_limit,
+                                 options.seed, options.text)  # fmt: skip
         general = GeneralEvery(env, ability, options.general_every)
     return Probes(DriftProbe(env), retention, general)
 
 
-def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., Any]) -> dict[str, Any]:
+def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., object]) -> JsonObject:
     """Print the probes' measurements; returns the result's entries for them."""
-    content: dict[str, Any] = {}
+    content: JsonObject = {}
     retention, general = probes.retention, probes.general
     if retention is not None and retention.measured:
         content["retention"] = retention.result.as_dict()
@@ -277,13 +281,13 @@ class Edited:
     options: argparse.Namespace
     folder: Path
     env_id: str
-    settings: Mapping[str, Any]
-    env: Any
+    settings: Settings
+    env: EditingEnv
     log: EditLog
     records: Sequence[EditRecord]
 
 
-def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[str, Any]:
+def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> JsonObject:
     """The content of the result's file, without the entries of the probes and the chat."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.metrics import METRICS_VERSION
@@ -317,7 +321,7 @@ def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> dict[s
     }  # fmt: skip
 
 
-def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., Any]) -> dict[str, Any]:
+def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., object]) -> JsonObject:
     """Ask the facts in a chat, and print how often the target was answered; returns the result's entry for it."""
     from rledit_env.evaluation.chat_scores import CHAT_MEANING, chat_scores
 

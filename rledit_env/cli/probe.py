@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rledit_env.cli.command import (
     OK,
@@ -22,6 +22,9 @@ from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.outputs import growing
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import PreTrainedModel
+
     from agents.running.probe import ProbeResult
 
 LISTED = 10  # candidates that are printed
@@ -84,13 +87,13 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _bar() -> Any:
+def _bar() -> tqdm:
     from tqdm import tqdm
 
     return tqdm(desc="probing", unit="candidate")
 
 
-def _default_modules(name: str, model: Any) -> tuple[str, ...] | None:
+def _default_modules(name: str, model: PreTrainedModel) -> tuple[str, ...] | None:
     """The modules that are edited by default; None if they are not known for the model."""
     from rledit_env.lm.loading.registry import ModelError, default_edit_modules
 
@@ -105,7 +108,7 @@ def _print_candidates(result: ProbeResult) -> None:
     from agents.running.probe import NO_EDIT, SCORES
     from rledit_env.reporting import text_table
 
-    rows: list[list[Any]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
+    rows: list[list[object]] = [[NO_EDIT, None, *(result.unedited[score] for score in SCORES)]]
     rows += [[glob, f"{size:g}", *(cell[score] for score in SCORES)] for glob, size, cell in result.ranked()[:LISTED]]
     print(text_table(["modules", "step size", *SCORES], rows, widest=72))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from rledit_env.cli.command import progress_bar, warn
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents import EditLog
+    from agents.running.editing import StreamSettings
     from rledit_env.evaluation.chat_scores import ChatScores
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.evaluation.retention import Retention
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
 
 LISTED = 20  # the largest number of lines in a printed list
 SHOWN = 20  # facts with their answers before and after in the result
+
+
+class Presentations(TypedDict):
+    """How often facts were presented; see :func:`presentations`."""
+
+    until: float | None
+    at_most: int
+    facts_by_count: dict[str, int]
+    never: list[int]
+    lost: list[int]
+
+
+class BatchWithoutEffect(TypedDict):
+    """A batch whose update was zero, or of which no fact took; its facts are counted from 1."""
+
+    batch: int
+    first_fact: int
+    last_fact: int
+    update_norm: float
 
 
 def score_facts(
@@ -39,7 +60,7 @@ def score_facts(
 
 def before_and_after(
     lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str]
-) -> tuple[Metrics, list[dict[str, Any]]]:
+) -> tuple[Metrics, list[JsonObject]]:
     """The metrics of the unedited LLM (teacher-forced, scored in the same way as the edited LLM's), and some facts,
     spread evenly over the stream, with the answers before and after, and whether they took."""
     from rledit_env.evaluation.metrics import evaluate, free_answers
@@ -56,7 +77,7 @@ def before_and_after(
     ]
 
 
-def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
+def print_retention(retention: Retention, say: Callable[..., object]) -> None:
     """Print the first batch's scores after later batches, and the forgetting over all batches."""
     from rledit_env.reporting import text_table
 
@@ -73,7 +94,7 @@ def print_retention(retention: Retention, say: Callable[..., Any]) -> None:
     say(f"{'forgetting':<20}{retention.forgetting:10.2f}")
 
 
-def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., Any]) -> None:
+def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: Callable[..., object]) -> None:
     """Print the scores of general ability, one column for each measurement."""
     from rledit_env.reporting import general_table, text_table
 
@@ -81,7 +102,7 @@ def print_general(scores: Mapping[int, Mapping[str, Mapping[str, float]]], say: 
     say(text_table(*general_table(scores)))
 
 
-def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., Any]) -> None:
+def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Callable[..., object]) -> None:
     """Print the divergences from the unedited model, one row for each text; see
     `rledit_env.evaluation.general.drifts`."""
     from rledit_env.reporting import divergence_table, text_table
@@ -91,7 +112,7 @@ def print_divergences(divergences: Mapping[str, Mapping[str, float]], say: Calla
         say(text_table(*divergence_table(divergences)))
 
 
-def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[dict[str, Any]]:
+def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[JsonObject]:
     """Some facts, spread evenly over the stream, with the answers in a chat, and whether these contain the target."""
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
@@ -101,7 +122,7 @@ def chat_answers(records: Sequence[EditRecord], scores: ChatScores) -> list[dict
     ]
 
 
-def print_chat(scores: ChatScores, say: Callable[..., Any]) -> None:
+def print_chat(scores: ChatScores, say: Callable[..., object]) -> None:
     """Print how often the model's answers in a chat contain the target."""
     for name, score in scores.as_dict().items():
         say(f"{name.replace('_', ' '):<20}{score:10.2f}")
@@ -115,9 +136,9 @@ def not_taken(records: Sequence[EditRecord], metrics: Metrics, answers: Sequence
     ]
 
 
-def without_effect(log: EditLog, metrics: Metrics) -> list[dict[str, Any]]:
+def without_effect(log: EditLog, metrics: Metrics) -> list[BatchWithoutEffect]:
     """Batches (counted from 1) whose update was zero, or of which no fact took."""
-    batches = []
+    batches: list[BatchWithoutEffect] = []
     for number, (facts, norm) in enumerate(zip(log.batches(), log.update_norms, strict=True), start=1):
         if not any(log.presentations[i] for i in facts):  # the model knew all facts already
             continue
@@ -128,7 +149,7 @@ def without_effect(log: EditLog, metrics: Metrics) -> list[dict[str, Any]]:
     return batches
 
 
-def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> None:
+def warn_without_effect(batches: Sequence[BatchWithoutEffect], log: EditLog) -> None:
     for batch in batches[:LISTED]:
         what = "its update was zero" if batch["update_norm"] == 0 else "none of its facts took"
         warn(f"warning: batch {batch['batch']} of {len(log.batch_sizes)} (facts {batch['first_fact']} to "
@@ -137,7 +158,7 @@ def warn_without_effect(batches: Sequence[Mapping[str, Any]], log: EditLog) -> N
         warn(f"warning: … and {len(batches) - LISTED} more batches had no effect")
 
 
-def presentations(log: EditLog, settings: Mapping[str, Any]) -> dict[str, Any]:
+def presentations(log: EditLog, settings: StreamSettings) -> Presentations:
     """How often facts were presented, for the report.
 
     Returns:
@@ -156,7 +177,7 @@ def presentations(log: EditLog, settings: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], say: Callable[..., Any]) -> None:
+def say_presentations(found: Presentations, records: Sequence[EditRecord], say: Callable[..., object]) -> None:
     """Print how often facts were presented, and which are below the probability at the end; nothing if all were
     presented a fixed number of times. ``found``: the result of :func:`presentations`."""
     if found["until"] is None:
@@ -166,8 +187,8 @@ def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], s
     counts = "; ".join(f"{times.get(n, f'{n} times')}: {facts}" for n, facts in found["facts_by_count"].items())
     say(f"facts were presented until {reached}, at most {found['at_most']} times; facts by presentations: {counts}")
     more = "; give a larger --max-presentations or --step-size" if found["at_most"] > 1 else ""
-    for name, what in (("never", f"never got there{more}"), ("lost", "had got there, and lost it to later facts")):
-        places = found[name]
+    lost = "had got there, and lost it to later facts"
+    for places, what in ((found["never"], f"never got there{more}"), (found["lost"], lost)):
         if places:
             say(f"{len(places)} of {len(records)} facts {what}:")
             for i in places[:LISTED]:
@@ -177,7 +198,7 @@ def say_presentations(found: Mapping[str, Any], records: Sequence[EditRecord], s
 
 
 def name_untaken(
-    untaken: Sequence[Mapping[str, str]], total: int, exact: float | None, say: Callable[..., Any], rest: str | None
+    untaken: Sequence[Mapping[str, str]], total: int, exact: float | None, say: Callable[..., object], rest: str | None
 ) -> None:
     """Print how many facts took and how many match exactly, what both mean, and which facts did not take.
 
@@ -201,7 +222,7 @@ def name_untaken(
         say(f"  … and {len(untaken) - LISTED} more" + (f", all in {rest}" if rest else ""))
 
 
-def print_metrics(scores: Mapping[str, float | None], log: EditLog, say: Callable[..., Any]) -> None:
+def print_metrics(scores: Mapping[str, float | None], log: EditLog, say: Callable[..., object]) -> None:
     for name, score in scores.items():
         say(f"{name.replace('_', ' '):<20}{'not scored' if score is None else f'{score:10.2f}'}")
     say(f"{'drift':<20}{log.drift:10.4f}")
@@ -212,7 +233,7 @@ def rounded(scores: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: None if score is None else round(score, 4) for name, score in scores.items()}
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """The value with None in place of infinite numbers and NaN, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +30,11 @@ from rledit_env.cli.config_flags import CommandParser, values_of
 from rledit_env.cli.paths import check_paths, going_on, written_path
 from rledit_env.cli.training_reward import keeping_terms, reward_arguments, reward_of
 from rledit_env.outputs import growing
+from rledit_env.type_aliases import JsonObject, Settings
 
 if TYPE_CHECKING:
     from agents import RLEditAgent, RLEditConfig
+    from rledit_env.interface import Environment
     from rledit_env.knowledge import KnowledgeDataset
     from rledit_env.lm.editable import EditableLM
     from rledit_env.reward import RewardConfig
@@ -171,16 +172,16 @@ class Streams:
     selection_batches: int
     reward: RewardConfig
 
-    def to_learn_from(self, presentation: Mapping[str, Any]) -> Any:
+    def to_learn_from(self, presentation: Settings) -> Environment:
         """The training environment."""
         return self._make(self.training, self.options.num_batches, presentation, reward=self.reward,
                           reward_gradient=True)  # fmt: skip
 
-    def to_select_on(self, num_batches: int) -> Any:
+    def to_select_on(self, num_batches: int) -> Environment:
         """An environment of the selection's facts, presented as when the trained agent edits."""
         return self._make(self.selection, num_batches, _presentation(self.options, editing=True), reward="none")
 
-    def _make(self, data: KnowledgeDataset, num_batches: int, presentation: Mapping[str, Any], **more: Any) -> Any:
+    def _make(self, data: KnowledgeDataset, num_batches: int, presentation: Settings, **more: Any) -> Environment:
         options = self.options
         return gym.make(
             options.env, model=self.lm, data=data, num_batches=num_batches, batch_size=options.batch_size,
@@ -188,7 +189,7 @@ class Streams:
         )  # fmt: skip
 
 
-def _presentation(options: argparse.Namespace, editing: bool = False) -> dict[str, Any]:
+def _presentation(options: argparse.Namespace, editing: bool = False) -> Settings:
     """How a batch is presented in training, or when the trained agent edits."""
     steps, until, contexts = options.steps_per_batch, options.present_until, options.contexts
     if editing:
@@ -260,7 +261,7 @@ def _config(options: argparse.Namespace, start: Path | None) -> RLEditConfig:
     return RLEditConfig(network=network, **values_of(options, RLEditConfig))
 
 
-def _agent(env: Any, config: RLEditConfig, options: argparse.Namespace, start: Path | None) -> RLEditAgent:
+def _agent(env: Environment, config: RLEditConfig, options: argparse.Namespace, start: Path | None) -> RLEditAgent:
     """The agent before its first update: untrained, or with the policy of the agent in ``start``."""
     from agents import RLEditAgent
 
@@ -297,7 +298,7 @@ def _say_inputs(streams: Streams, agent: RLEditAgent, start: Path | None) -> Non
     print(f"run       {options.out} (tensorboard --logdir {shlex.quote(str(options.out))})", flush=True)
 
 
-def _calibrate(agent: RLEditAgent, env: Any, options: argparse.Namespace) -> None:
+def _calibrate(agent: RLEditAgent, env: Environment, options: argparse.Namespace) -> None:
     """Scale the step sizes to suit the environment's stream best, and print the factors' scores."""
     scores = agent.calibrate(env, kl_bound=options.calibrate_kl_bound)
     tried = ", ".join(f"× {factor:g}: {score:.1f}" for factor, score in scores.items())
@@ -332,7 +333,7 @@ def interrupted(options: argparse.Namespace) -> str:
     )
 
 
-def _flat(config: Any) -> dict[str, Any]:
+def _flat(config: RLEditConfig) -> JsonObject:
     values = asdict(config)
     return {**values.pop("network"), **values}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from rledit_env.answers import contains
 from rledit_env.knowledge import EditRecord
@@ -43,7 +42,7 @@ def chat_scores(
     lm: EditableLM,
     records: Sequence[EditRecord],
     template: ChatTemplate | None = None,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> ChatScores:
     """Ask for the facts in a chat at the current weights, each edit prompt and each paraphrase in its own chat.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import gymnasium as gym
 import numpy as np
 
 from rledit_env.evaluation.metrics import check_metrics, exact_matches, record_efficacy
 from rledit_env.knowledge import EditRecord
+from rledit_env.lm.editable import EditableLM
+from rledit_env.type_aliases import JsonObject
+
+if TYPE_CHECKING:
+    from rledit_env.interface import EditingEnv
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Retention:
         best = np.nanmax(self.efficacy[:-1, measured_before], axis=0)
         return float((best - self.efficacy[-1, measured_before]).mean())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The retention as JSON types, for :meth:`from_dict`."""
         return {
             "edited": list(self.edited),
@@ -54,7 +59,7 @@ class Retention:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Retention:
+    def from_dict(cls, values: JsonObject) -> Retention:
         """The retention that :meth:`as_dict` described."""
         return cls(
             tuple(values["edited"]),
@@ -83,7 +88,7 @@ class RetentionProbe:
         check_metrics(metrics)
         if every < 1:
             raise ValueError(f"every is {every}; give 1 or more")
-        self.env: Any = env.unwrapped
+        self.env = cast("EditingEnv", env.unwrapped)
         self.every, self.generate, self.metrics = every, generate, metrics
         self._edited: list[int] = []
         self._rows: list[np.ndarray] = []
@@ -128,7 +133,7 @@ class DriftProbe:
     """
 
     def __init__(self, env: gym.Env) -> None:
-        self.env: Any = env.unwrapped
+        self.env = cast("EditingEnv", env.unwrapped)
         self.by_module: dict[str, list[float]] = {}
 
     def __call__(self, edited: int) -> None:
@@ -142,7 +147,7 @@ class DriftProbe:
 
 
 def batch_efficacy(
-    lm: Any, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
+    lm: EditableLM, batches: Sequence[Sequence[EditRecord]], kind: str, metrics: str = "paper"
 ) -> np.ndarray:
     """`Metrics.efficacy` of each batch of records at the current weights, in percent, (batches,), computed in shared
     forward passes."""

@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rledit_env.knowledge import names
 from rledit_env.knowledge.record import KnowledgeError, shown
@@ -130,7 +129,7 @@ def _decoded(content: bytes, path: Path) -> str:
         raise KnowledgeError(message, reason="bad UTF-8") from error
 
 
-def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int]] | None:
+def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, object], int]] | None:
     """The rows of a table (CSV, TSV, semicolons) and the lines on which they begin; None if the file is not a table.
 
     Raises:
@@ -155,20 +154,20 @@ def table_rows(content: bytes, path: Path) -> Iterator[tuple[dict[str, Any], int
     return _cells(text, best, 1 + whole[: len(whole) - len(text)].count("\n"))
 
 
-def _cells(text: str, delimiter: str, first_line: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _cells(text: str, delimiter: str, first_line: int) -> Iterator[tuple[dict[str, object], int]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     heading = [cell.strip() for cell in next(reader)]
     line = reader.line_num + first_line
     for cells in reader:
         if any(cell.strip() for cell in cells):
-            row: dict[str, Any] = {name: _cell(cell) for name, cell in zip(heading, cells, strict=False) if name}
+            row: dict[str, object] = {name: _cell(cell) for name, cell in zip(heading, cells, strict=False) if name}
             if any(cell.strip() for cell in cells[len(heading) :]):
                 row[MORE_CELLS] = len(cells)
             yield row, line
         line = reader.line_num + first_line
 
 
-def _cell(cell: str) -> Any:
+def _cell(cell: str) -> object:
     """A cell's value: the list or object written in it, else its text; None if it is empty."""
     if not cell.strip():
         return None
@@ -183,7 +182,7 @@ def _cell(cell: str) -> Any:
     return cell
 
 
-def yaml_values(content: bytes, path: Path) -> list[Any] | None:
+def yaml_values(content: bytes, path: Path) -> list[object] | None:
     """The entries of a YAML list, a single object or several documents; None if the file is not such YAML."""
     text = _decoded(content, path)
     if not _YAML.match(text):
@@ -198,11 +197,11 @@ def yaml_values(content: bytes, path: Path) -> list[Any] | None:
     return entries if any(isinstance(entry, dict) for entry in entries) else None
 
 
-def parquet_values(path: Path) -> list[dict[str, Any]]:
+def parquet_values(path: Path) -> list[dict[str, object]]:
     """The rows of a Parquet file."""
     parquet = importlib.import_module("pyarrow.parquet")  # the datasets library needs it, too
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        rows: list[dict[str, object]] = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow raises errors of its own and of other modules
         raise KnowledgeError(f"{path}: cannot be read as Parquet ({error}); check the file") from error
     return rows

@@ -95,7 +95,7 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
 def _row(row: Row | KnowledgeError) -> Row:
     if isinstance(row, KnowledgeError):
         raise row
-    return replace(row, values=with_numbers_as_text(row.values))
+    return replace(row, values={name: with_numbers_as_text(value) for name, value in row.values.items()})
 
 
 def _as_dataset(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty: Counter[str]) -> Facts:

@@ -24,17 +24,17 @@ class Row:
     Every accessor raises `KnowledgeError` naming place, field and value. Texts are returned unchanged and never empty.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     where: str
     path: str = ""
 
-    def error(self, field: str, problem: str, value: Any = None, mend: str = SKIP) -> KnowledgeError:
+    def error(self, field: str, problem: str, value: object = None, mend: str = SKIP) -> KnowledgeError:
         """The error to raise for `field`."""
         value_text = "" if value is None else f" ({shown(value)})"
         message = f"{self.where}, field '{self.path}{field}': {problem}{value_text}; {mend}"
         return KnowledgeError(message, reason=f"field '{self.path}{field}' {problem}")
 
-    def get(self, field: str) -> Any:
+    def get(self, field: str) -> object:
         """The raw value."""
         value = self.values.get(field)
         if value is None:
@@ -83,14 +83,14 @@ class Row:
                 raise self.error(field, "holds something that is not an object", entry)
         return tuple(Row(entry, self.where, f"{self.path}{field}[{i}].") for i, entry in enumerate(entries))
 
-    def _filled(self, field: str, value: Any) -> Sequence[Any]:
+    def _filled(self, field: str, value: object) -> Sequence[Any]:
         if not isinstance(value, (list, tuple)):
             raise self.error(field, f"has the wrong type {type(value).__name__}", value)
         if not value:
             raise self.error(field, "is empty", value)
         return value
 
-    def _checked(self, field: str, value: Any) -> str:
+    def _checked(self, field: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.error(field, f"has the wrong type {type(value).__name__}", value, f"give a string, or {SKIP}")
         if not value.strip():
@@ -102,7 +102,7 @@ class Row:
         return value
 
 
-def row_of(value: Any, where: str) -> Row | KnowledgeError:
+def row_of(value: object, where: str) -> Row | KnowledgeError:
     """An object as a row; for anything else an error, which the caller raises or counts."""
     if isinstance(value, Mapping):
         return Row(value, where)

@@ -17,7 +17,7 @@ class HubData:
     """A data set's place on the hub; `arguments` are for `load_dataset`."""
 
     path: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
 
 
 # Short names, and ids that need an argument: a configuration, or one file of several in a repository.
@@ -33,7 +33,7 @@ USUAL = {
 }
 
 
-def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[str, object]]]:
     """A description of the place, and the rows of a hub data set's split; downloaded once into the library's cache.
 
     Raises:
@@ -54,7 +54,7 @@ def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[st
     return _choose(loaded, split, place)
 
 
-def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapping[str, object]]]:
     """A description of the place, and the rows of a folder that `save_to_disk` wrote or `load_dataset` can read.
 
     `hint` is the file name that would be read without the library, for the error message.
@@ -76,7 +76,7 @@ def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapp
     return _choose(loaded, split, f"data set folder {folder.name}")
 
 
-def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, Any]]]:
+def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, object]]]:
     if not isinstance(loaded, Mapping):  # a single split that was saved by itself
         return place, loaded
     split_names = ("train",) if split == "train" else EVAL_SPLITS

@@ -10,6 +10,7 @@ from rledit_env.knowledge import names
 from rledit_env.knowledge.fields import SKIP, SKIP_ROWS, Row, fill_in, row_of
 from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
 from rledit_env.knowledge.zsre import with_question_mark
+from rledit_env.type_aliases import JsonObject
 
 MEND = "give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER"
 CHATS = "write a chat's question as prompt and its answer as target, to be put into the model's chat template"
@@ -68,7 +69,7 @@ def read_fact(row: Row) -> LenientFact:
     return LenientFact(record, bool(paraphrases), bool(unrelated), fields.ignored())
 
 
-def is_fact(values: Mapping[str, Any]) -> bool:
+def is_fact(values: Mapping[str, object]) -> bool:
     """Whether an object has fields for a prompt and a target, or is a fact of a published schema."""
     known = {names.plain(name) for name, value in values.items() if value is not None}
     plain = known.intersection(names.PROMPT) and known.intersection(names.TARGET)
@@ -142,7 +143,7 @@ class _Fields:
                 raise self.row.error(answered[0], "is missing", mend=f"{prompts!r} needs it; {SKIP}")
 
 
-def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
+def _facts_in(value: object, row: Row, path: str) -> Iterator[tuple[str, str]]:
     """The facts in a list of objects, in one object, in an object of parallel lists, or in named groups of these."""
     if isinstance(value, (list, tuple)):
         for i, entry in enumerate(value):
@@ -165,7 +166,7 @@ def _facts_in(value: Any, row: Row, path: str) -> Iterator[tuple[str, str]]:
         raise row.error(path, "is not an object with a prompt and an answer", value)
 
 
-def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> Iterator[tuple[str, str]]:
+def _paired(row: Row, asked: str, prompts: object, answered: str, answers: object) -> Iterator[tuple[str, str]]:
     """One prompt with its answer (the first of several), or a list of prompts with a list of answers. Entries without
     an answer are left out."""
     if not isinstance(prompts, (list, tuple)):
@@ -180,7 +181,7 @@ def _paired(row: Row, asked: str, prompts: Any, answered: str, answers: Any) -> 
             yield _checked(row, asked, _first(prompt)), _checked(row, answered, _first(answer))
 
 
-def _first(value: Any) -> Any:
+def _first(value: object) -> object:
     """The text in a value: the value itself, the first text of a list, or an object's text; None if there is none."""
     while isinstance(value, (list, tuple, Mapping)):
         if isinstance(value, Mapping):
@@ -190,7 +191,7 @@ def _first(value: Any) -> Any:
     return value
 
 
-def _checked(row: Row, field: str, value: Any) -> str:
+def _checked(row: Row, field: str, value: object) -> str:
     if isinstance(value, bool):
         mend = f"write it as it is to be answered, in quotes, or {SKIP_ROWS}"
         raise row.error(field, f"is {str(value).lower()}, which is no text", mend=mend)
@@ -220,8 +221,9 @@ def facts_of(row: Row) -> Iterator[Row]:
     asked = next((spelled[name] for name in names.PROMPT if name in spelled), "")
     answered = next((spelled[name] for name in names.TARGET if name in spelled and spelled[name] != asked), "")
     columns = {name: _column(value) for name, value in row.values.items()}
-    if isinstance(columns.get(asked), list) and isinstance(columns.get(answered), list):
-        count = len(columns[asked])
+    prompts = columns.get(asked)
+    if isinstance(prompts, list) and isinstance(columns.get(answered), list):
+        count = len(prompts)
         for i in range(count):
             cells = {name: _cell(value, i, count, row, name) for name, value in columns.items()}
             yield Row(cells, f"{row.where}, entry {i}")
@@ -229,7 +231,7 @@ def facts_of(row: Row) -> Iterator[Row]:
         yield row
 
 
-def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
+def _of_rewrites(rest: Mapping[str, Any]) -> JsonObject:
     """A row's fields beside its requested rewrites; MQuAKE's multi-hop questions become implied facts."""
     others = dict(rest)
     if "questions" in others and "new_answer" in others:
@@ -240,14 +242,14 @@ def _of_rewrites(rest: Mapping[str, Any]) -> dict[str, Any]:
     return others
 
 
-def _column(value: Any) -> Any:
+def _column(value: object) -> object:
     """A column as a list; pandas writes a column as an object with one key for each row."""
     if isinstance(value, Mapping) and value and all(str(key).isdigit() for key in value):
         return list(value.values())
     return value
 
 
-def _cell(value: Any, index: int, count: int, row: Row, path: str) -> Any:
+def _cell(value: object, index: int, count: int, row: Row, path: str) -> object:
     if isinstance(value, Mapping):
         return {name: _cell(inner, index, count, row, f"{path}.{name}") for name, inner in value.items()}
     if not isinstance(value, list):
@@ -267,8 +269,9 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
     if others or isinstance(row, KnowledgeError) or is_fact(row.values):
         return rows
     values, where = row.values, row.where
-    if values and all(isinstance(value, Mapping) for value in values.values()) and any(map(is_fact, values.values())):
-        return [Row(value, f"{where}, entry {name!r}") for name, value in values.items()]
+    objects = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    if len(objects) == len(values) and any(map(is_fact, objects.values())):
+        return [Row(value, f"{where}, entry {name!r}") for name, value in objects.items()]
     lists = {name: entries for name, value in values.items() if (entries := _objects_in(value))}
     if not lists:
         return rows
@@ -279,7 +282,7 @@ def unwrapped(rows: Sequence[Row | KnowledgeError]) -> Sequence[Row | KnowledgeE
     return [row_of(entry, f"{where}, entry {i} of {name!r}") for i, entry in enumerate(entries)]
 
 
-def _objects_in(value: Any) -> list[Any]:
+def _objects_in(value: object) -> list[object]:
     """The entries of a list that begins with an object, or the values of an object of facts; else an empty list."""
     if isinstance(value, Mapping):
         entries = list(value.values())
@@ -287,7 +290,7 @@ def _objects_in(value: Any) -> list[Any]:
     return value if isinstance(value, list) and value and isinstance(value[0], Mapping) else []
 
 
-def with_numbers_as_text(value: Any) -> Any:
+def with_numbers_as_text(value: object) -> object:
     """The value with its numbers as text (an answer may be 1987); truth values are not changed."""
     if isinstance(value, Mapping):
         return {name: with_numbers_as_text(inner) for name, inner in value.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rledit_env.knowledge.text import find_subject
 
@@ -22,7 +21,7 @@ class KnowledgeError(ValueError):
         self.reason = reason
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def shown(value: object, limit: int = 80) -> str:
     """`repr(value)`, cut to `limit` characters, for error messages."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -119,7 +118,7 @@ class LeftOut:
     reason: str
 
 
-def _require(condition: Any, origin: str, field: str, value: Any) -> None:
+def _require(condition: object, origin: str, field: str, value: object) -> None:
     if not condition:
         mend = "a tuple with at least one entry" if field in ("paraphrases", "unrelated") else "a non-empty string"
         raise KnowledgeError(

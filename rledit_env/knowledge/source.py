@@ -25,7 +25,7 @@ PUBLISHED = {"zsre": "ZsRE", "counterfact": "CounterFact", "fever": "FEVER"}
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 SPLITS = {"train": "train", "eval": "eval", "test": "eval", "validation": "eval", "dev": "eval"}
 
-Data = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+Data = str | os.PathLike[str] | Mapping[str, object] | Iterable[Mapping[str, object]]
 Rows = Iterator[Row | KnowledgeError]
 
 
@@ -136,7 +136,7 @@ def _spans_lines(content: bytes) -> bool:
         return False
 
 
-def _table_row(values: dict[str, Any], where: str) -> Row | KnowledgeError:
+def _table_row(values: dict[str, object], where: str) -> Row | KnowledgeError:
     count = values.pop(MORE_CELLS, None)
     if count is None:
         return Row(values, where)

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -180,7 +180,7 @@ class KnowledgeStream:
         start = t * self.batch_size
         return tuple(self.dataset.records[i] for i in self.indices[start : start + self.batch_size])
 
-    def checked(self, indices: Any) -> np.ndarray:
+    def checked(self, indices: object) -> np.ndarray:
         """The indices as an array for :meth:`reset`, (num_batches * batch_size,) int64; raises the same errors."""
         total = self.num_batches * self.batch_size
         try:

@@ -20,13 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rledit_env.files import sha256_of
+from rledit_env.type_aliases import JsonObject
 from rledit_env.updates import Update, from_tensors
 
 LEDGER = "edit ledger"  # the kind of the folder in its marker
@@ -72,7 +73,7 @@ class Entry:
     facts: tuple[int, ...]
     norm: float
     weights_after: str
-    random: Mapping[str, Any] | None
+    random: Mapping[str, object] | None
     previous: str
     update: Update = field(repr=False)
     torch_random: Tensor | None = field(repr=False)
@@ -131,7 +132,7 @@ class RunState:
 
     presentation: int = 0
     presented: Sequence[int] | None = None
-    random: Mapping[str, Any] | None = None
+    random: Mapping[str, object] | None = None
     memory: Mapping[str, Tensor] | None = None
 
 
@@ -144,7 +145,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> JsonObject:
     """The checked content of a ledger's ``ledger.json``.
 
     Raises:

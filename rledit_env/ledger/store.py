@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import filelock
 import torch
@@ -58,7 +57,7 @@ class EditLedger:
         self._checked: dict[int, Entry] = {}  # index → an entry whose file has been checked, without its tensors
 
     @classmethod
-    def create(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, Any] | None = None) -> EditLedger:
+    def create(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, object] | None = None) -> EditLedger:
         """Create a ledger in a new or empty folder, locked for writing.
 
         Args:
@@ -96,7 +95,7 @@ class EditLedger:
         return ledger
 
     @classmethod
-    def resume(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, Any] | None = None) -> EditLedger:
+    def resume(cls, folder: str | Path, lm: EditableLM, settings: Mapping[str, object] | None = None) -> EditLedger:
         """Open a ledger to continue it, locked for writing; one that does not exist is created.
 
         A damaged entry, and all entries after it, are moved to the subfolder ``damaged``.

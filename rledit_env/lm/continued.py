@@ -6,7 +6,7 @@ layers. So an optimisation of that change runs only the layers above, on that to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class _FixedPast(DynamicCache):
                 setattr(cached, name, (states * is_token).transpose(1, 2).contiguous())
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         if not self.fixed:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -193,13 +193,13 @@ def subject_states(
     order: list[int] = []
     last_tokens: list[Tensor] = []
 
-    def keep_inputs(name: str) -> Any:
+    def keep_inputs(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             keys[name].append(at_least_float32(at_places(args[0], last_tokens[-1])))
 
         return hook
 
-    def keep_outputs(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep_outputs(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         states = output[0] if isinstance(output, tuple) else output
         hidden.append(at_least_float32(at_places(states, last_tokens[-1])))
 
@@ -218,7 +218,7 @@ def subject_states(
 def with_updates(lm: EditableLM, updates: dict[str, Tensor]) -> Iterator[None]:
     """Context in which the model runs as if ΔW (d_out, d_in) were added to the named modules; no weight is written."""
 
-    def hook(update: Tensor) -> Any:
+    def hook(update: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return (at_least_float32(output) + args[0].to(update.dtype) @ update.T).to(output.dtype)
 

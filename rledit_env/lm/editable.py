@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import PicklingError
-from typing import Any
+from typing import NoReturn
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +21,10 @@ from rledit_env.lm.freezing import Freeze
 from rledit_env.lm.gradients import Gradients
 from rledit_env.lm.gradients import Trace as Trace
 from rledit_env.lm.kernels.switch import FastModules
-from rledit_env.lm.loading.loader import load_model, stored_dtype
+from rledit_env.lm.loading.loader import ModelSource, load_model, stored_dtype
 from rledit_env.lm.loading.placement import Spread, resolve_device, resolve_dtype
 from rledit_env.lm.loading.registry import default_edit_modules
-from rledit_env.lm.modules import chosen_modules, linear_modules
+from rledit_env.lm.modules import chosen_modules, linear_module, linear_modules
 from rledit_env.lm.passes import AnswerStates as AnswerStates
 from rledit_env.lm.passes import Passes, PrefixCache
 from rledit_env.lm.routing import InModules
@@ -108,9 +109,9 @@ class EditableLM:
         edit_modules: Sequence[str] | str | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "auto",
-        device_map: str | Mapping[str, Any] | None = None,
+        device_map: str | Mapping[str, int | str | torch.device] | None = None,
         offload_folder: str | Path | None = None,
-        max_memory: Mapping[Any, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         optimize: bool | None = None,
@@ -137,7 +138,7 @@ class EditableLM:
             ValueError: a pattern in ``edit_modules`` matches nothing, or an edited module is offloaded.
         """
         device = resolve_device(device)
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
         dtype = stored_dtype(name, **source) if dtype == "stored" else resolve_dtype(dtype, device)
         spread = Spread(device_map, offload_folder, max_memory)
         model, tokenizer = load_model(name, dtype, device, spread=spread, **source)
@@ -195,17 +196,17 @@ class EditableLM:
         other.__dict__.update(self.__dict__)
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EditableLM:
+    def __deepcopy__(self, memo: dict[int, object]) -> EditableLM:
         """A copy with its own edited weights, equal to these, over the same frozen weights."""
         memo |= frozen_weights(self.model, self.module_shapes) | {id(self.tokenizer): self.tokenizer}
         model = copy.deepcopy(self.model, memo)
-        memo[id(self.weights)] = self.weights.copied({name: model.get_submodule(name) for name in self.module_shapes})
+        memo[id(self.weights)] = self.weights.copied({name: linear_module(model, name) for name in self.module_shapes})
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__dict__.update({name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()})
         return other
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise PicklingError(
             f"an {type(self).__name__} is not pickled, since its model may take gigabytes; write it by "
             "save_pretrained(folder) and load it by the folder's name, or copy it in this process: copy.deepcopy(lm)"
@@ -213,7 +214,7 @@ class EditableLM:
 
     # -- attributes and methods of its parts -----------------------------------------------------------------------
 
-    holder = AttributeOf[Any]("weights")
+    holder = AttributeOf[ref[object] | None]("weights")
     module_shapes = AttributeOf[dict[str, tuple[int, int]]]("weights")
     edit_dtype = AttributeOf[torch.dtype]("weights")
     weight = method_of("weights", EditedWeights.weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,11 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.sharing import sharing_copy
+from rledit_env.lm.tokens import embedded_tokens
+
+Model = str | os.PathLike[str] | PreTrainedModel | EditableLM
 
 
 def editable_lm(
-    model: Any,
-    tokenizer: Any = None,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     edit_modules: Sequence[str] | str | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "auto",
@@ -40,18 +42,20 @@ def editable_lm(
     if isinstance(model, EditableLM):
         return model
     if isinstance(model, str | os.PathLike):
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        return EditableLM.load(os.fspath(model), edit_modules, dtype=dtype, device=device, **source)
+        return EditableLM.load(
+            os.fspath(model), edit_modules, dtype, device, revision=revision, trust_remote_code=trust_remote_code
+        )
     name = getattr(model, "name_or_path", "") or type(model).__name__
     patterns = default_edit_modules(name, model) if edit_modules is None else edit_modules
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    assert tokenizer is not None
     lm = EditableLM(sharing_copy(model), tokenizer, patterns, name, optimize=True)  # nobody else uses the copy
     lm.weights.leave_originals()
     return lm
 
 
 def check_given(
-    model: Any, tokenizer: Any, edit_modules: Any, dtype: torch.dtype | str, device: torch.device | str
+    model: object, tokenizer: object, edit_modules: object, dtype: torch.dtype | str, device: torch.device | str
 ) -> None:
     """Raise ValueError as :func:`editable_lm` does, before anything is loaded."""
     if isinstance(model, str | os.PathLike):
@@ -71,15 +75,14 @@ def check_given(
                     f"{name} is {_shown(part)}; give None, since model is an EditableLM already, which has its own"
                 )
         return
-    _check_causal(model)
-    _check_tokenizer(tokenizer, model)
+    _check_tokenizer(tokenizer, _causal(model))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value) if isinstance(value, str | list | tuple) else f"a {type(value).__name__}"
 
 
-def _check_causal(model: Any) -> None:
+def _causal(model: object) -> PreTrainedModel:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         advice = "give a name, a folder, a causal LM of transformers with its tokenizer, or an EditableLM"
@@ -90,16 +93,17 @@ def _check_causal(model: Any) -> None:
         raise ValueError(f"model is a {kind}; {advice}")
     if model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         raise ValueError(f"model is a {kind}, which is no causal language model; load it by AutoModelForCausalLM")
+    return model
 
 
-def _check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
+def _check_tokenizer(tokenizer: object, model: PreTrainedModel) -> None:
     kind = type(model).__name__
     load = "AutoTokenizer.from_pretrained(…)"
     if tokenizer is None:
         raise ValueError(f"model is a {kind}, but there is no tokenizer; give its own: tokenizer={load}")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"tokenizer is {_shown(tokenizer)}; give a tokenizer of transformers: tokenizer={load}")
-    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = embedded_tokens(model)
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"tokenizer has {tokenizer.vocab_size:,} tokens, the {kind} embeddings for {rows:,}; give the model's own"

@@ -89,7 +89,7 @@ def own_head_inputs(model: PreTrainedModel, head: nn.Module, input_ids: Tensor) 
     """
     states: list[Tensor] = []
 
-    def record_states(hidden: Tensor, *_args: Any, **_kwargs: Any) -> None:
+    def record_states(hidden: Tensor, *_args: object, **_kwargs: object) -> None:
         states.append(hidden)
         raise Reached
 
@@ -110,7 +110,7 @@ def read_after_head(model: PreTrainedModel, head: Any, input_ids: Tensor) -> Aft
     numbers = torch.linspace(-100, 100, size, dtype=torch.float64)
     numbers[0], numbers[-1] = 1e-4, 1e8  # the slope at zero, and the limit
 
-    def known_output(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def known_output(hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor:
         return numbers.to(hidden.device).repeat(*hidden.shape[:-1], 1)
 
     with replaced_forward(head, known_output):

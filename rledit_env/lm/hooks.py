@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
-Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
+Hooks = Iterable[tuple[nn.Module, Callable[..., object]]]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ class Reached(Exception):
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Context in which calling ``module`` calls the given function instead of the module's ``forward``."""
     earlier = module.__dict__.get("forward")
     module.forward = forward

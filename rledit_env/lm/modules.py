@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rledit_env.lm.names import expand_globs
 
+LinearModule = nn.Linear | Conv1D
+
 # Names of the projections that widen a feed-forward block's states → a glob for them. A model's first match is used.
 _FEED_FORWARD: dict[tuple[str, ...], str] = {
     ("gate_proj", "up_proj"): "{gate,up}_proj",
@@ -41,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return next((pair for pair in lists if len(pair[1]) == count), max(lists, key=lambda pair: len(pair[1])))
 
 
-def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+def linear_modules(model: PreTrainedModel) -> dict[str, LinearModule]:
     """The linear modules inside a model's decoder layers by name, in the model's order.
 
     Raises:
@@ -55,17 +57,22 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
             "or bfloat16, or dequantise it first (model.dequantize())"
         )
     inside = {id(module) for module in layers.modules()}
-    linear: dict[str, nn.Module] = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inside
-    }
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, LinearModule) and id(m) in inside}
     if not linear:
         raise ValueError(f"{kind} has no linear modules inside its decoder layers, so there is nothing to edit")
     return linear
 
 
+def linear_module(model: PreTrainedModel, name: str) -> LinearModule:
+    """A linear module of a model, by name."""
+    module = model.get_submodule(name)
+    assert isinstance(module, LinearModule), f"{name} is no linear module"
+    return module
+
+
 def chosen_modules(
-    model: PreTrainedModel, linear: Mapping[str, nn.Module], unfit: Mapping[str, str], patterns: Sequence[str]
-) -> dict[str, nn.Module]:
+    model: PreTrainedModel, linear: Mapping[str, LinearModule], unfit: Mapping[str, str], patterns: Sequence[str]
+) -> dict[str, LinearModule]:
     """The modules to edit, by name or glob.
 
     Args:
@@ -166,9 +173,9 @@ def _groups(shapes: Mapping[str, tuple[int, int]], model: PreTrainedModel) -> It
     yield {(k,): k for k, (_, d_out) in shapes.items() if d_out == width and not _READING.search(k)}
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def _shape(module: LinearModule) -> tuple[int, int]:
     """(d_in, d_out) of a linear module."""
-    rows, columns = module.get_parameter("weight").shape
+    rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 

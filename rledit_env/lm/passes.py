@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,18 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._entries: OrderedDict[Any, Tensor] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Any) -> Tensor | None:
+    def get(self, key: Hashable) -> Tensor | None:
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: Any, value: Tensor) -> None:
+    def put(self, key: Hashable, value: Tensor) -> None:
         if key in self._entries:
             self.bytes -= self._entries.pop(key).nbytes
         self._entries[key] = value
@@ -41,7 +40,7 @@ class PrefixCache:
         while self.bytes > self.max_bytes and len(self._entries) > 1:
             self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> PrefixCache:
         """A cache with the same tensors, which are never written."""
         other = memo[id(self)] = PrefixCache(self.max_bytes)
         other.bytes, other._entries = self.bytes, self._entries.copy()

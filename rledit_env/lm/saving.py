@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rledit_env.type_aliases import JsonObject
 
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -52,7 +53,7 @@ def _folder(name: str | None) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
-def _settings(generation: Any) -> dict[str, Any]:
+def _settings(generation: GenerationConfig) -> dict[str, object]:
     """Generation settings with a value other than None and False."""
     return {name: value for name, value in generation.to_dict().items() if value is not None and value is not False}
 
@@ -65,14 +66,14 @@ def _is_unchanged(tokenizer: PreTrainedTokenizerBase, source: Path) -> bool:
         return False
 
 
-def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes | JsonObject | None]:
     """The contents of the files that a tokenizer writes, by file name."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        contents: dict[str, Any] = {}
+        contents: dict[str, bytes | JsonObject | None] = {}
         for path in Path(folder).iterdir():
             contents[path.name] = path.read_bytes() if path.is_file() else None
             if path.suffix == ".json":
-                content = json.loads(contents[path.name])
+                content = json.loads(path.read_bytes())
                 contents[path.name] = {k: v for k, v in content.items() if k not in _INCIDENTAL}
     return contents

@@ -23,9 +23,10 @@ from rledit_env.lm.kernels.layout import Layout
 from rledit_env.lm.kernels.products import FASTER
 from rledit_env.lm.kernels.switch import FastModules
 from rledit_env.lm.module_calls import execution_device
-from rledit_env.lm.modules import decoder_layers
+from rledit_env.lm.modules import LinearModule, decoder_layers
 from rledit_env.lm.precision import at_least_float32, same_numbers
 from rledit_env.lm.suffix import SuffixForward
+from rledit_env.lm.tokens import embedded_tokens
 from rledit_env.lm.whole import WholeForward
 
 _TEXT = "The capital of France is Paris, and that of Peru is Lima."
@@ -60,7 +61,7 @@ class OwnPass:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, nn.Module]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, LinearModule]
     ) -> None:
         head = output_head(model)
         self.kind, self.unfit = type(model).__name__, dict[str, str]()
@@ -85,7 +86,7 @@ class OwnPass:
         self._chosen_ways: dict[bool, tuple[bool, bool]] = {}  # ``optimize`` → the way chosen for it
 
     def forward(
-        self, model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str, optimize: bool
+        self, model: PreTrainedModel, modules: Mapping[str, LinearModule], name: str, optimize: bool
     ) -> tuple[SuffixForward | WholeForward, FastModules | None]:
         """The fastest way to run the model that gives its own logits, and the faster modules now in it, if any.
 
@@ -140,7 +141,7 @@ class OwnPass:
         self._chosen_ways[optimize], self._logits = way, None
 
     @torch.no_grad()
-    def _agrees(self, forward: Forward, modules: Mapping[str, nn.Module]) -> bool:
+    def _agrees(self, forward: Forward, modules: Mapping[str, LinearModule]) -> bool:
         """Whether one pass of the text and its beginning, padded to the same length, gives the model's own logits for
         both, and the inputs of the edited modules are the batch's tokens row by row."""
         assert self._logits is not None
@@ -160,16 +161,16 @@ class OwnPass:
         )
 
     @contextmanager
-    def _watch_calls(self, linear: Mapping[str, nn.Module]) -> Iterator[None]:
+    def _watch_calls(self, linear: Mapping[str, LinearModule]) -> Iterator[None]:
         """Context that fills :attr:`unfit` and :attr:`overwritten` by how a forward of the text calls these modules."""
         calls: Counter[str] = Counter()
         outputs: dict[str, tuple[Tensor, int]] = {}  # name → output, and its version when it was returned
 
-        def watch(name: str, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        def watch(name: str, module: LinearModule, args: tuple[object, ...], output: object) -> None:
             calls[name] += 1
             if (reason := _why_unfit(module, args, output)) is not None:
                 self.unfit[name] = reason
-            else:
+            elif isinstance(output, Tensor):
                 outputs[name] = output, output._version
 
         with module_hooks([(module, partial(watch, name)) for name, module in linear.items()]):
@@ -186,7 +187,7 @@ _own_passes: WeakKeyDictionary[PreTrainedModel, OwnPass] = WeakKeyDictionary()
 
 
 def own_pass(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, nn.Module]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, linear: Mapping[str, LinearModule]
 ) -> OwnPass:
     """The model's :class:`OwnPass`, which is made once per model."""
     known_pass = _own_passes.get(model)
@@ -203,8 +204,7 @@ def output_head(model: PreTrainedModel) -> Any:
     """
     head: Any = model.get_output_embeddings()
     if head is None:
-        vocabulary: Any = model.get_input_embeddings()
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and len(m.weight) == len(vocabulary.weight)]
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and len(m.weight) == embedded_tokens(model)]
         if not heads:
             raise ValueError(f"{type(model).__name__} has no output head; give a causal language model")
         head = heads[-1]
@@ -217,7 +217,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tensor:
     return torch.tensor([[i % vocabulary for i in ids[:_TOKENS]]])
 
 
-def _why_unfit(module: Any, args: tuple[Any, ...], output: Any) -> str | None:
+def _why_unfit(module: LinearModule, args: tuple[object, ...], output: object) -> str | None:
     """Why a linear module cannot be edited, judging by this call of it for the text; None where it can."""
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return "it takes more than its input, or gives more than its output"

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def frozen_weights(model: nn.Module, edited: Iterable[str] = ()) -> dict[int, Any]:
+def frozen_weights(model: nn.Module, edited: Iterable[str] = ()) -> dict[int, object]:
     """A memo for ``copy.deepcopy`` of a model; the copy then shares all weights but those of the edited modules.
 
     The copy has its own parameters over the same memory, which may require gradients independently of the model's.
     """
     edited_ids = {id(model.get_submodule(name).weight) for name in edited}
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         if id(parameter) not in edited_ids:
             is_plain = type(parameter) is nn.Parameter

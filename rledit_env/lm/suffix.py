@@ -12,10 +12,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rledit_env.lm.head import OutputHead
@@ -35,10 +35,10 @@ class Stub:
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
+        self.args: tuple[object, ...] = ()
+        self.kwargs: dict[str, object] = {}
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
         return hidden_states
 
@@ -97,7 +97,7 @@ class SuffixForward:
         names = inspect.signature(self.base.forward).parameters
         return "cache" if "cache" in names else "past_key_values"
 
-    def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: Any) -> list[Stub]:
+    def _run_stubbed(self, input_ids: Tensor, first_stub: int, **options: object) -> list[Stub]:
         """Run the model's forward, with ``options``, and layers ``first_stub`` and above replaced by stubs.
 
         Returns the stubs.
@@ -160,7 +160,7 @@ class SuffixForward:
             return self._run_last_layer(hidden, arguments[-1], places)
 
     @staticmethod
-    def _run_layers(layers: Iterable[Any], arguments: Iterable[Stub], hidden: Tensor) -> Tensor:
+    def _run_layers(layers: Iterable[nn.Module], arguments: Iterable[Stub], hidden: Tensor) -> Tensor:
         for layer, stub in zip(layers, arguments, strict=False):
             output = layer(hidden, *stub.args, **stub.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
@@ -172,11 +172,11 @@ class SuffixForward:
         The layer runs twice: first for all tokens up to its attention, the only part that combines tokens, then for the
         chosen tokens, as one sequence, with the attention's output given.
         """
-        layer: Any = self.layers[-1]
-        attention: Any = getattr(layer, self._attention)
+        layer = self.layers[-1]
+        attention = layer.get_submodule(self._attention)
         called: list[Any] = []
 
-        def stop(*args: Any, **kwargs: Any) -> Any:
+        def stop(*args: object, **kwargs: object) -> NoReturn:
             called.extend((args, kwargs))
             raise Reached
 
@@ -288,7 +288,7 @@ class SuffixForward:
             return self._own_forward().extended(input_ids, length, draw)
         cache, ids, text = DynamicCache(), input_ids, [input_ids]
         for _ in range(length):
-            options: dict[str, Any] = {"use_cache": True, self.cache_argument: cache}
+            options: dict[str, object] = {"use_cache": True, self.cache_argument: cache}
             hidden = self.base(input_ids=ids, **options).last_hidden_state[:, -1]
             ids = draw(self.logits(hidden.contiguous()))
             text.append(ids)

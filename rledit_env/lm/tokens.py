@@ -6,9 +6,9 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rledit_env.knowledge.text import find_subject, separator
 from rledit_env.lm.forward import Passage
@@ -135,8 +135,7 @@ class PassageEncoder:
             )
         self.tokenizer, self.text, self._name = tokenizer, TextEncoder(tokenizer), name
         self.context_length = _context_length(model.config.get_text_config(), tokenizer)
-        embeddings: Any = model.get_input_embeddings()
-        self._embedded = len(embeddings.weight)
+        self._embedded = embedded_tokens(model)
 
     @property
     def pad_token_id(self) -> int:
@@ -189,7 +188,14 @@ class PassageEncoder:
         return passages
 
 
-def _context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """The number of token ids that a model has embeddings for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     named = (getattr(config, name, None) for name in CONTEXT_SETTINGS)
     bounds = [bound for bound in named if isinstance(bound, int) and bound > 0]
     if not bounds and tokenizer.model_max_length < NO_BOUND:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 from rledit_env.delegation import AttributeOf
 from rledit_env.lm.decoding import Decoder
@@ -46,7 +45,7 @@ class WeightSetLM(EditableLM):
         self.gradients = Gradients(self.passes, self.weights, shared.gradients.overwritten)
         self.decoder = Decoder(self.passes, self.tokens)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightSetLM:
+    def __deepcopy__(self, memo: dict[int, object]) -> WeightSetLM:
         """An LM with a copy of the edited weights, over the same frozen model and tokenizer."""
         other = memo[id(self)] = WeightSetLM(self)
         other.prefix_cache = copy.deepcopy(self.prefix_cache, memo)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rledit_env.lm.modules import LinearModule
 from rledit_env.lm.precision import at_least_float32
 
 
@@ -60,7 +60,7 @@ class EditedWeights:
         holder: reference to the environment whose episode the weights belong to; None before any episode.
     """
 
-    def __init__(self, modules: Mapping[str, Any]) -> None:
+    def __init__(self, modules: Mapping[str, LinearModule]) -> None:
         for name, module in modules.items():
             if module.weight.is_meta:
                 raise ValueError(
@@ -70,11 +70,11 @@ class EditedWeights:
         run = {name: oriented(module, module.weight.data) for name, module in modules.items()}
         self._set_tensors(dict(modules), run, Originals.of({name: weight.clone() for name, weight in run.items()}))
 
-    def _set_tensors(self, modules: dict[str, Any], run: dict[str, Tensor], originals: Originals) -> None:
+    def _set_tensors(self, modules: dict[str, LinearModule], run: dict[str, Tensor], originals: Originals) -> None:
         self.modules, self.run, self.originals = modules, run, originals
         self._master = {name: at_least_float32(weight) for name, weight in run.items()}
         self.module_shapes = {name: (weight.shape[1], weight.shape[0]) for name, weight in run.items()}
-        self.holder: ref[Any] | None = None
+        self.holder: ref[object] | None = None
 
     def beside(self) -> EditedWeights:
         """Another set for the same modules, in separate tensors; it begins with the pre-trained weights."""
@@ -82,7 +82,7 @@ class EditedWeights:
         other._set_tensors(self.modules, {n: w.clone() for n, w in self.originals.run.items()}, self.originals)
         return other
 
-    def copied(self, modules: Mapping[str, Any]) -> EditedWeights:
+    def copied(self, modules: Mapping[str, LinearModule]) -> EditedWeights:
         """The same weights in copies of the modules; the pre-trained weights are shared."""
         other = type(self).__new__(type(self))
         other._set_tensors(dict(modules), {n: oriented(m, m.weight.data) for n, m in modules.items()}, self.originals)
@@ -133,7 +133,7 @@ class EditedWeights:
         like = next(iter(self._master.values()))
         return self._add((n, values[n].to(like).t() @ keys[n].to(like)) for n in self.modules)
 
-    def add(self, updates: Mapping[str, Any]) -> Callable[[], None]:
+    def add(self, updates: Mapping[str, Tensor]) -> Callable[[], None]:
         """Add dense updates ΔW (d_out, d_in) to the modules named; the others stay as they are.
 
         Returns:
@@ -158,7 +158,7 @@ class EditedWeights:
         return partial(self._put_back, before)
 
     @torch.no_grad()
-    def replace(self, accumulated: Mapping[str, Any]) -> None:
+    def replace(self, accumulated: Mapping[str, Tensor]) -> None:
         """Set W = W₀ + A for the modules named, from accumulated changes A (d_out, d_in); the others stay as they are.
 
         Raises:
@@ -168,7 +168,7 @@ class EditedWeights:
             self._master[name].copy_(self.originals.exact[name]).add_(change.to(self._master[name]))
             self._refresh(name)
 
-    def matrices(self, given: Any, place: str) -> dict[str, Tensor]:
+    def matrices(self, given: object, place: str) -> dict[str, Tensor]:
         """Dense matrices for edited modules, as tensors (d_out, d_in) on the LLM's device in the edited weights'
         precision.
 
@@ -264,6 +264,6 @@ class EditedWeights:
         return {n: float((w - originals.exact[n]).norm()) / originals.norms[n] for n, w in self._master.items()}
 
 
-def oriented(module: Any, weight: Tensor) -> Tensor:
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
     """Turn a module's weight into (d_out, d_in), or a matrix of that shape into the module's form; a view."""
     return weight.t() if isinstance(module, Conv1D) else weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from rledit_env.lm.head import OutputHead, own_head_inputs
 from rledit_env.lm.kernels.layout import Layout, padded_on_left
 from rledit_env.lm.module_calls import Reached, replaced_forward
 from rledit_env.lm.precision import same_numbers
+
+if TYPE_CHECKING:
+    from transformers.generation import GenerateDecoderOnlyOutput
 
 
 class WholeForward:
@@ -60,7 +63,7 @@ class WholeForward:
     def run_below(self, input_ids: Tensor, layer: int) -> None:
         """Run only the layers below ``layer`` on token ids (B, L), for hooks on their modules."""
 
-        def stop(*_args: Any, **_kwargs: Any) -> None:
+        def stop(*_args: object, **_kwargs: object) -> None:
             raise Reached
 
         with ExitStack() as stack, torch.no_grad():
@@ -99,10 +102,11 @@ class WholeForward:
         """Logits of the next three tokens of the first row, (3, |V|)."""
         ids, mask = (part.to(self.device) for part in padded_on_left(rows, 0))
         output = self._generate(ids, 3, attention_mask=mask, output_logits=True)
+        assert output.logits is not None
         return torch.stack([logits[0] for logits in output.logits])
 
     @torch.no_grad()
-    def _generate(self, input_ids: Tensor, length: int, **options: Any) -> Any:
+    def _generate(self, input_ids: Tensor, length: int, **options: object) -> GenerateDecoderOnlyOutput:
         """The output of the model's own generation of exactly ``length`` tokens."""
         settings = GenerationConfig(
             max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1, pad_token_id=0,
@@ -110,7 +114,10 @@ class WholeForward:
         )  # fmt: skip
         options = {"attention_mask": torch.ones_like(input_ids), **options}
         model: Any = self.model
-        return model.generate(input_ids=input_ids, generation_config=settings, **options)
+        output: GenerateDecoderOnlyOutput = model.generate(
+            input_ids=input_ids, generation_config=settings, **options
+        )
+        return output
 
 
 class _Drawing(LogitsProcessor):

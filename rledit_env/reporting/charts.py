@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def learning_curves(curves: Mapping[str, Curve], form: Form = "png") -> bytes | 
     return drawn(figure, form)
 
 
-def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> bytes:
+def score_bars(results: Mapping[str, Mapping[str, float | None]], form: Form = "png") -> bytes:
     """A picture of scores in percent, as grouped bars with their values.
 
     Args:
@@ -78,9 +78,9 @@ def score_bars(results: Mapping[str, Mapping[str, Any]], form: Form = "png") -> 
     width = 0.8 / len(results)
     for i, (editor, scores) in enumerate(results.items()):
         places = [
-            (group + (i - (len(results) - 1) / 2) * width, float(scores[name]))
+            (group + (i - (len(results) - 1) / 2) * width, float(score))
             for group, name in enumerate(SCORES)
-            if scores.get(name) is not None
+            if (score := scores.get(name)) is not None
         ]
         if not places:
             continue

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from rledit_env.type_aliases import Options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +75,7 @@ def heat_map(
     return image
 
 
-def _name_ticks(set_ticks: Callable[..., Any], names: Sequence[str], most: int = 20) -> None:
+def _name_ticks(set_ticks: Callable[..., object], names: Sequence[str], most: int = 20) -> None:
     """Set ticks with these names, or with every second, third … of them if there are too many."""
     step = -(-len(names) // most)
     set_ticks(range(0, len(names), step), list(names[::step]))
@@ -97,7 +99,7 @@ def colour_bar(figure: Figure, image: AxesImage, name: str) -> None:
 
 def legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
     """Add a legend above the axes, or inside them where there is room."""
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {"loc": "best"}
+    place: Options = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)} if above else {"loc": "best"}
     axes.legend(frameon=False, fontsize=8.5, ncols=columns, labelcolor=INK, **place)
 
 

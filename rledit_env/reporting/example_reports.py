@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rledit_env.answers import MEANING
 from rledit_env.evaluation.retention import Retention
@@ -44,11 +43,11 @@ class Measured:
 
 def editing_report(
     lead: str,
-    scores: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, float | None]],
     answers: Table,
     curves: Mapping[str, Curve],
     drifts: Mapping[str, Curve],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     source: str,
     measured: Measured | None = None,
 ) -> Report:
@@ -103,7 +102,7 @@ def returns_report(
     steps: Mapping[str, int],
     curves: Mapping[str, Curve],
     levels: Mapping[str, float],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     source: str,
 ) -> Report:
     """The page of algorithms that learned to edit, compared by their returns on the same held-out streams.
@@ -133,7 +132,7 @@ def returns_report(
     return page
 
 
-def _add_origin(page: Report, source: str, settings: Mapping[str, Any]) -> None:
+def _add_origin(page: Report, source: str, settings: Mapping[str, object]) -> None:
     page.heading("Data, settings and versions")
     page.paragraph(f"Data: {source}.")
     page.table(["Setting", "Value"], [[name, str(value)] for name, value in settings.items()])

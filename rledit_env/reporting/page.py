@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -21,7 +21,7 @@ class Cell(NamedTuple):
     css: str
 
 
-def _escaped(value: Any) -> str:
+def _escaped(value: object) -> str:
     """A value as HTML; only what the template marks as safe is not escaped."""
     return str(value) if hasattr(value, "__html__") else html.escape(str(value))
 
@@ -41,7 +41,7 @@ class Report:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
-        self._parts: list[dict[str, Any]] = []  # for page.html.jinja, which distinguishes them by "kind"
+        self._parts: list[dict[str, object]] = []  # for page.html.jinja, which distinguishes them by "kind"
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -51,7 +51,7 @@ class Report:
         """Add a paragraph."""
         self._parts.append({"kind": "paragraph", "text": text})
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]], strong: Sequence[int] = ()) -> None:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], strong: Sequence[int] = ()) -> None:
         """Add a table. Numbers are aligned to the right, True and False become ✓ and ✗.
 
         Args:
@@ -94,7 +94,7 @@ class Report:
         return path
 
 
-def _cell(value: Any, numeric: bool) -> Cell:
+def _cell(value: object, numeric: bool) -> Cell:
     if isinstance(value, bool):
         return Cell("✓", "yes") if value else Cell("✗", "no")
     return Cell(shown_cell(value), "number" if numeric else "")

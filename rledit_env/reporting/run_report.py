@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rledit_env.answers import MEANING, answer_of
 from rledit_env.evaluation.retention import Retention
@@ -15,6 +14,7 @@ from rledit_env.reporting.cells import Table
 from rledit_env.reporting.drawing import Form
 from rledit_env.reporting.logs import read_curves
 from rledit_env.reporting.page import Report
+from rledit_env.type_aliases import JsonObject
 
 Picture = Callable[[Form], bytes | None]
 NO_EDIT = "no edit"
@@ -108,7 +108,7 @@ class RunReport:
         self.pictures[name] = draw
         page.picture(draw("png") or b"", caption)
 
-    def _facts(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+    def _facts(self, page: Report, result: JsonObject, of: str) -> None:
         if not result.get("answers"):
             return
         page.heading(f"Facts of the stream{of}")
@@ -116,7 +116,7 @@ class RunReport:
                        f"freely: {MEANING}.")
         page.table(*answer_rows(result["answers"]))
 
-    def _chat(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+    def _chat(self, page: Report, result: JsonObject, of: str) -> None:
         chat = result.get("chat")
         if not chat:
             return
@@ -127,7 +127,7 @@ class RunReport:
                 for fact in chat["answers"]]  # fmt: skip
         page.table(["Prompt", "New fact", "Answer in a chat", "Took"], rows)
 
-    def _retention(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+    def _retention(self, page: Report, result: JsonObject, of: str, tag: str) -> None:
         if not result.get("retention"):
             return
         retention = Retention.from_dict(result["retention"])
@@ -141,7 +141,7 @@ class RunReport:
         self._picture(page, f"memory{tag}", lambda form: charts.memory_curve(retention, form),
                       charts.MEMORY_CAPTION)
 
-    def _weights(self, page: Report, result: Mapping[str, Any], of: str, tag: str) -> None:
+    def _weights(self, page: Report, result: JsonObject, of: str, tag: str) -> None:
         drift, norms = result.get("module_drift"), result.get("update_norms")
         if not drift or not norms or not all(drift.values()):
             return
@@ -151,7 +151,7 @@ class RunReport:
         self._picture(page, f"norms{tag}", lambda form: charts.norm_curve(norms, form),
                       "The size of each batch's update.")
 
-    def _general(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+    def _general(self, page: Report, result: JsonObject, of: str) -> None:
         general = result.get("general")
         if not general or not general["scores"]:
             return
@@ -165,7 +165,7 @@ class RunReport:
             f"undoes a preference for one answer. Columns are batches edited. Sources: {sources}."
         )
 
-    def _divergences(self, page: Report, result: Mapping[str, Any], of: str) -> None:
+    def _divergences(self, page: Report, result: JsonObject, of: str) -> None:
         if not result.get("divergences"):
             return
         page.heading(f"The rest of the model{of}")
@@ -189,13 +189,13 @@ class RunReport:
         page.table(["Package", "Version"], list(versions.items()))
 
 
-def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def score_rows(results: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
     """Rows of the main table: for each result, the unedited model on its facts, then the result.
 
     Results on the same facts share the unedited model's row.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    unedited: list[Any] = []  # scores that have a row already
+    rows: dict[str, JsonObject] = {}
+    unedited: list[object] = []  # scores that have a row already
     for name, result in results.items():
         before = result.get("before")
         if before and before not in unedited:
@@ -205,7 +205,7 @@ def score_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     return rows
 
 
-def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
+def answer_rows(answers: Sequence[JsonObject]) -> Table:
     """Header and rows of facts with the model's answers before (if the result has them) and after editing.
 
     Results of earlier versions lack "took"; their rows show whether the answer is exactly the target.
@@ -215,7 +215,7 @@ def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
     with_counts = all("presentations" in fact for fact in answers)
     header = ["Prompt", "New fact", *(["Answer before"] if with_before else []), "Answer after",
               "Took" if with_took else "Exactly", *(["Presentations"] if with_counts else [])]
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for fact in answers:
         after = fact["after"] if "after" in fact else fact["answer"]
         before = [fact["before"] or "(nothing)"] if with_before else []
@@ -225,9 +225,9 @@ def answer_rows(answers: Sequence[Mapping[str, Any]]) -> Table:
     return header, rows
 
 
-def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_results(folder: Path) -> dict[str, JsonObject]:
     """The results in a folder by file name, oldest first."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, JsonObject] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -240,7 +240,7 @@ def _read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
+def _lead(results: Mapping[str, JsonObject]) -> str:
     result = next(iter(results.values()))
     settings = result["settings"]
     facts = len(result["taken"])
@@ -250,12 +250,12 @@ def _lead(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{sentence}; every score is taken after the last of them. Data: {result['data_source']}."
 
 
-def _scored_as(result: Mapping[str, Any]) -> tuple[int, str]:
+def _scored_as(result: JsonObject) -> tuple[int, str]:
     """How a result was scored: the version of the metrics, and the name in `METRICS`."""
     return result.get("metrics_version", 1), result["settings"].get("metrics", "paper")
 
 
-def _check_comparable(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_comparable(folder: Path, results: Mapping[str, JsonObject]) -> None:
     """Check that all results were scored in the same way, so that one table can show them.
 
     Raises:
@@ -292,5 +292,5 @@ def _legend(kind: str, version: int, metrics: str) -> str:
     return f"In percent. {text} {exact} {means}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

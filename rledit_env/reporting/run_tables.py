@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,14 +24,16 @@ GENERAL = {  # scores of a task that tables show: key → name
 }  # fmt: skip
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Header and rows of editors' scores.
 
     Args:
         scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
     """
     columns = SCORES | ({PORTABILITY: "Portability"} if any(PORTABILITY in s for s in scores.values()) else {})
-    rows = [[name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()]
+    rows: list[list[object]] = [
+        [name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()
+    ]
     return ["", *columns.values(), "Seconds a fact"], rows
 
 
@@ -61,7 +62,7 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
     steps = sorted(scores)
     if len(steps) > most:
         steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for task, first in scores[steps[0]].items():
         if "original_perplexity" in first:
             names = {key: f"{NAMES.get(task, task)}, {GENERAL[key]}" for key in ("perplexity", "kl")}
@@ -97,7 +98,7 @@ def return_table(returns: Mapping[str, Sequence[float]], steps: Mapping[str, int
     """
     header = ["", "Environment steps", "Mean return", "Above the first", "95 % from", "to"]
     first = next(iter(returns.values()))
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for name, values in returns.items():
         above = np.subtract(values, first)
         low, high = bootstrap_interval(above)

@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Literal
 
 from rledit_env.reporting.cells import text_table
+from rledit_env.type_aliases import JsonObject
 
 NOT_APPLICABLE = "not applicable"
 
@@ -66,7 +67,7 @@ class Row:
 
     name: str
     title: str
-    cells: Sequence[Mapping[str, Any]]
+    cells: Sequence[JsonObject]
     compared: bool = True
     instead: str = ""
 
@@ -91,7 +92,7 @@ class Row:
         return finite if finite and len(finite) == len(numbers) else []
 
 
-def _number(cell: Mapping[str, Any], key: str) -> float | None:
+def _number(cell: JsonObject, key: str) -> float | None:
     if key != "seconds_per_fact_in_all":
         return cell.get(key)
     seconds, once = cell.get("seconds_per_fact"), cell.get("one_off_seconds")
@@ -158,7 +159,7 @@ def as_latex(rows: Sequence[Row], caption: str) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
-def as_csv(rows: Sequence[Row], leading: Mapping[str, Sequence[Any]] | None = None) -> str:
+def as_csv(rows: Sequence[Row], leading: Mapping[str, Sequence[object]] | None = None) -> str:
     """A CSV table: one line for each row, with means and standard deviations; missing numbers are empty.
 
     Args:

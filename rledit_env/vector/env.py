@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -18,10 +18,12 @@ from rledit_env.env import LifelongEditEnv
 from rledit_env.lm.editable import Trace
 from rledit_env.lm.weight_sets import WeightSetLM, together
 from rledit_env.scoring import NO_SCORES, Scores, score_environments
+from rledit_env.spaces import Action, Array, Observation, TensorObservation
+from rledit_env.type_aliases import Info, Options
 from rledit_env.updates import Update
 
 
-class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
+class LifelongEditVectorEnv(Copied, VectorEnv[Observation, Action, np.ndarray]):
     """`num_envs` environments (`rledit_env.env.LifelongEditEnv`) that share one frozen LLM and its forward passes.
 
     Each environment owns its edited weights, facts and random state. The frozen weights, the tokenised facts and the
@@ -95,10 +97,10 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if reward_config is not None and reward_config.looks_back:
             raise ValueError("a vectorised environment keeps no weights of before a step, which locality_reference="
                              "'previous' compares with; give 'original', or use a single environment")
-        self._observations: list[dict[str, Any]] = [{}] * num_envs  # the latest ones, as tensors without padding
+        self._observations: list[TensorObservation | None] = [None] * num_envs  # the latest, without padding
         self._ended = np.zeros(num_envs, dtype=np.bool_)
 
-    def pickled_state(self) -> dict[str, Any]:
+    def pickled_state(self) -> dict[str, object]:
         latest = self._observations, self._ended
         return {"latest": latest, "environments": [env.pickled_state() for env in self.envs]}
 
@@ -110,12 +112,12 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
     # Made only when used: the spaces have bounds for every number of every environment.
 
     @cached_property
-    def observation_space(self) -> gym.Space[Any]:  # type: ignore[override]
+    def observation_space(self) -> gym.Space[Observation]:  # type: ignore[override]
         """The space of the observations of all environments, padded."""
         return batch_space(self.single_observation_space, self.num_envs)
 
     @cached_property
-    def action_space(self) -> gym.Space[Any]:  # type: ignore[override]
+    def action_space(self) -> gym.Space[Action]:  # type: ignore[override]
         """The space of the actions of all environments, padded."""
         return batch_space(self.single_action_space, self.num_envs)
 
@@ -125,8 +127,8 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> tuple[Any, dict[str, Any]]:
+        options: Mapping[str, object] | None = None,
+    ) -> tuple[Observation, Info]:
         """Begin new episodes in all environments, or in those that ``options["reset_mask"]`` selects.
 
         Args:
@@ -137,28 +139,28 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         Raises:
             ValueError: an option is invalid, or the number of seeds is not `num_envs`.
         """
-        options = dict(options or {})
-        to_reset = self._reset_mask(options.pop("reset_mask", None))
+        shared: Options = dict(options or {})
+        to_reset = self._reset_mask(shared.pop("reset_mask", None))
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         else:
             seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments; give one for each")
-        indices: Any = options.get("indices")
+        indices: Any = shared.get("indices")
         has_rows = indices is not None and np.ndim(indices) == 2
         if has_rows and len(indices) != self.num_envs:
             raise ValueError(f"indices have {len(indices)} rows for {self.num_envs} environments; give one for each")
-        infos: dict[str, Any] = {}
+        infos: Info = {}
         for i in to_reset:
-            env_options = {**options, "indices": indices[i]} if has_rows else options
+            env_options = {**shared, "indices": indices[i]} if has_rows else shared
             infos = self._add_info(infos, self.envs[i].begin(seeds[i], env_options), i)
             self._ended[i] = False
         for i, trace in self._traces(to_reset).items():
             self._observations[i] = self.envs[i].episode.observe(trace)
         return self._batch_observations(), infos
 
-    def _reset_mask(self, mask: Any) -> list[int]:
+    def _reset_mask(self, mask: object) -> list[int]:
         if mask is None:
             return list(range(self.num_envs))
         if not (isinstance(mask, np.ndarray) and mask.shape == (self.num_envs,) and mask.dtype == np.bool_):
@@ -170,7 +172,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
             raise ValueError(f"options['reset_mask'] leaves out environment {unbegun[0]}, never begun; reset all first")
         return [int(i) for i in np.flatnonzero(mask)]
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Action) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, Info]:
         """A step of every environment: see `LifelongEditEnv.step` and ``autoreset_mode``.
 
         Returns:
@@ -189,7 +191,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         outcomes = self._apply_all(accepted)
         episodes = [env.episode for env in self.envs]
 
-        infos: dict[str, Any] = {}
+        infos: Info = {}
         begun = {i: self.envs[i].begin() for i in restarting}  # infos of new episodes
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.bool_)
 
@@ -230,14 +232,14 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         self._ended = ended
         return self._batch_observations(), rewards, ended.copy(), np.zeros_like(ended), infos
 
-    def _accept(self, i: int, actions: Any) -> Update:
+    def _accept(self, i: int, actions: object) -> Update:
         """Environment i's update; raises, with nothing changed, for what its `step` would reject."""
         try:
             return self.envs[i].accept(self._part_of(i, actions))
         except ValueError as error:
             raise ValueError(f"environment {i}: {error}") from error
 
-    def _apply_all(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, dict[str, Any]]]:
+    def _apply_all(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, Info]]:
         """Apply the updates of the environments that step; their rewards and infos."""
         episodes = {i: self.envs[i].episode for i in accepted}
         applied = {i: episodes[i].apply(update) for i, update in accepted.items()}
@@ -246,13 +248,13 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         scores = self._score(list(accepted))
         return {i: episode.reward(applied[i], scores[i]) for i, episode in episodes.items()}
 
-    def _part_of(self, i: int, actions: Any) -> Any:
+    def _part_of(self, i: int, actions: object) -> object:
         """Environment i's part of the actions; anything but a dictionary by module is passed on, and rejected later."""
         if not isinstance(actions, Mapping):
             return actions
         padded_rows = max((len(o["mask"]) for o in self._observations if o), default=0)
 
-        def row(part: str, module: str, value: Any) -> Any:
+        def row(part: str, module: str, value: object) -> Array:
             try:
                 array = value if isinstance(value, Tensor) else np.asarray(value)
             except ValueError as error:
@@ -298,7 +300,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         assert isinstance(lm, WeightSetLM)
         return lm
 
-    def _pad_info(self, info: dict[str, Any]) -> dict[str, Any]:
+    def _pad_info(self, info: Info) -> Info:
         """The info with NumPy arrays of the same shapes in all environments, as gathering them requires."""
         if self.array_backend == "torch" or "keys" not in info.get("action_gradient", {}):
             return info
@@ -309,13 +311,13 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         by_part = info["action_gradient"].items()
         return {**info, "action_gradient": {part: {m: pad(g) for m, g in by.items()} for part, by in by_part}}
 
-    def _batch_observations(self) -> Any:
+    def _batch_observations(self) -> Observation:
         """The latest observations of all environments as one, in the array backend asked for."""
-        latest = self._observations
+        latest = [observation for observation in self._observations if observation is not None]
         is_torch = self.array_backend == "torch"
         rows = max(len(o["mask"]) for o in latest) if is_torch else self.max_tokens
 
-        def stack(parts: Sequence[Tensor], padded: bool = True) -> Any:
+        def stack(parts: Sequence[Tensor], padded: bool = True) -> Array:
             shape = (self.num_envs, rows if padded else len(parts[0]), *parts[0].shape[1:])
             device = parts[0].device if is_torch else "cpu"
             batch = torch.zeros(shape, dtype=parts[0].dtype if is_torch else torch.float32, device=device)
@@ -324,13 +326,14 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
             return batch if is_torch else batch.numpy()
 
         modules = self.envs[0].lm.module_shapes
-        factors = ("keys", "value_gradients")
-        return {
-            **{part: {m: stack([o[part][m] for o in latest]) for m in modules} for part in factors},
+        batch = {
+            "keys": {m: stack([o["keys"][m] for o in latest]) for m in modules},
+            "value_gradients": {m: stack([o["value_gradients"][m] for o in latest]) for m in modules},
             "mask": stack([o["mask"] for o in latest]),
             "edit_loss": stack([o["edit_loss"] for o in latest], padded=False),
             "progress": stack([o["progress"] for o in latest], padded=False),
         }
+        return cast(Observation, batch)  # all of its arrays are in the same backend
 
     # -- inspecting ------------------------------------------------------------------------------------------------
 
@@ -339,7 +342,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         frames = tuple(env.render() for env in self.envs)
         return None if self.render_mode in (None, "human") else frames
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def call(self, name: str, *args: object, **kwargs: object) -> tuple[Any, ...]:
         """A method's results, or an attribute, of every environment."""
         attributes = [getattr(env, name) for env in self.envs]
         return tuple(value(*args, **kwargs) if callable(value) else value for value in attributes)
@@ -358,7 +361,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         """The environments' seeds."""
         return tuple(env.np_random_seed for env in self.envs)
 
-    def close_extras(self, **kwargs: Any) -> None:
+    def close_extras(self, **kwargs: object) -> None:
         """Restore every environment's weights and clear the caches."""
         for env in self.envs:
             env.close()

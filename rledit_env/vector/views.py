@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,11 +12,13 @@ from gymnasium.vector.utils import batch_space
 
 from rledit_env.env import LifelongEditEnv
 from rledit_env.nesting import BOTH, Part, check_raw
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import Info, Options
 from rledit_env.vector.env import LifelongEditVectorEnv
 from rledit_env.wrappers import GradientFeatures, ScaledUpdate
 
 
-def _environments(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
+def _environments(env: object, reader: str, reads: Sequence[Part] = BOTH) -> list[LifelongEditEnv]:
     """The environments of a vector environment inside wrappers that do not change its observations and actions.
 
     Raises:
@@ -29,7 +31,7 @@ def _environments(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[L
     if not isinstance(env, VectorEnv):
         advice = "give what gymnasium.make_vec returns"
         raise ValueError(f"{reader} takes a vector environment, but was given a {kind}; {advice}")
-    inner: Any = env.unwrapped
+    inner = env.unwrapped
     if not isinstance(inner, LifelongEditVectorEnv):
         raise ValueError(
             f"{type(inner).__name__} is no vectorised environment of this package; make it with gymnasium.make_vec, "
@@ -38,28 +40,30 @@ def _environments(env: Any, reader: str, reads: Sequence[Part] = BOTH) -> list[L
     check_raw(env, reader, reads, prefix="single_")
     return inner.envs
 
+View = TypeVar("View")
+
 
 class _VectorView:
     """Mixin for a view: a copy is a new view around the copied environment."""
 
-    env: Any
-    arguments: dict[str, Any]
+    env: VectorEnv
+    arguments: Options
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         latest = {name: part for name, part in vars(self).items() if name == "_observations"}
         return _viewed, (type(self), self.env, self.arguments), latest
 
 
-def _viewed(view: Any, env: Any, arguments: dict[str, Any]) -> Any:
+def _viewed(view: Callable[..., View], env: VectorEnv, arguments: Options) -> View:
     return view(env, **arguments)
 
 
-def _of_environment(batch: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _of_environment(batch: Mapping[str, Any], i: int) -> Any:
     """Environment i's part of a dictionary of arrays, or of dictionaries of arrays, of all environments."""
     return {k: _of_environment(v, i) if isinstance(v, Mapping) else v[i] for k, v in batch.items()}
 
 
-class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any, np.ndarray]):
+class VectorGradientFeatures(_VectorView, VectorObservationWrapper[np.ndarray, Action, Observation, np.ndarray]):
     """`rledit_env.wrappers.GradientFeatures` of every environment: Box(−1, 1, (num_envs, F)).
 
     Args:
@@ -71,7 +75,7 @@ class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any
         ValueError: the environment resets in the same step, is not of this package, or has no raw observations.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
+    def __init__(self, env: VectorEnv, **arguments: Any) -> None:
         envs = _environments(env, "VectorGradientFeatures", ("observation",))
         super().__init__(env)
         self.arguments = arguments
@@ -79,12 +83,12 @@ class VectorGradientFeatures(_VectorView, VectorObservationWrapper[Any, Any, Any
         self.single_observation_space = self.views[0].observation_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
-    def observations(self, observations: Any) -> np.ndarray:
+    def observations(self, observations: Observation) -> np.ndarray:
         """The features (num_envs, F) of the raw observations."""
         return np.stack([view.observation(_of_environment(observations, i)) for i, view in enumerate(self.views)])
 
 
-class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarray]):
+class VectorScaledUpdate(_VectorView, VectorWrapper[Observation, np.ndarray, Observation, Action, np.ndarray]):
     """`rledit_env.wrappers.ScaledUpdate` of every environment: Box(−1, 1, (num_envs, A)).
 
     Args:
@@ -95,20 +99,20 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
         ValueError: as in `ScaledUpdate`.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], **arguments: Any) -> None:
+    def __init__(self, env: VectorEnv, **arguments: Any) -> None:
         envs = _environments(env, "VectorScaledUpdate")
         super().__init__(env)
         self.arguments = arguments
         self.scaled = ScaledUpdate(envs[0], **arguments)
         self.single_action_space = self.scaled.action_space
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._observations: Any = None
+        self._observations: Observation | None = None
 
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Options | None = None) -> tuple[Observation, Info]:
         self._observations, infos = self.env.reset(seed=seed, options=options)
         return self._observations, infos
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, Info]:
         """A step of every environment with the factors that its action stands for.
 
         Raises:
@@ -120,14 +124,14 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
         self._observations, *outcome = self.env.step(self.factors(self._observations, actions))
         return self._observations, *outcome
 
-    def factors(self, observations: Any, actions: Any) -> dict[str, dict[str, Any]]:
+    def factors(self, observations: Observation, actions: np.ndarray) -> Action:
         """The raw environments' actions: update factors by module, padded as the observations are."""
         actions = np.asarray(actions, dtype=np.float32)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"the actions have shape {actions.shape}; they must be {self.action_space.shape}")
-        batch: dict[str, dict[str, Any]] = {"keys": {}, "values": {}}
-        for part, like in (("keys", "keys"), ("values", "value_gradients")):
-            batch[part] = {m: 0 * v for m, v in observations[like].items()}
+        batch: dict[str, dict[str, Any]] = {}
+        for part, like in (("keys", observations["keys"]), ("values", observations["value_gradients"])):
+            batch[part] = {m: 0 * v for m, v in like.items()}
         for i, action in enumerate(actions):
             try:
                 factors = self.scaled.factors(_of_environment(observations, i), action)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -11,9 +11,11 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, ArrayObservation
+from rledit_env.type_aliases import Info, Options
 
 
-class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+class FlattenFactors(gym.Wrapper[np.ndarray, np.ndarray, ArrayObservation, Action], RecordConstructorArgs):
     """The whole observation and action as one Box each, for policies over raw gradients of small models.
 
     The observation is keys and value gradients of every module (padded to N rows), the mask, the edit loss and the
@@ -35,7 +37,9 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         ValueError: an argument is invalid, or the environment has no raw observations and actions.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], limit: int = 10_000_000, step_size: float | None = 0.01) -> None:
+    env: gym.Env  # which Gymnasium takes to have the wrapper's observations and actions
+
+    def __init__(self, env: gym.Env, limit: int = 10_000_000, step_size: float | None = 0.01) -> None:
         inner = environment_inside(env, "FlattenFactors")
         RecordConstructorArgs.__init__(self, limit=limit, step_size=step_size)
         gym.Wrapper.__init__(self, env)
@@ -51,25 +55,28 @@ class FlattenFactors(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
                     "smaller batches, use GradientFeatures(ScaledUpdate(env)), or give a higher limit"
                 )
         self.step_size = step_size
-        actions: Any = spaces.flatten_space(env.action_space)
-        self.observation_space: Any = spaces.flatten_space(env.observation_space)
+        observations, actions = spaces.flatten_space(env.observation_space), spaces.flatten_space(env.action_space)
+        assert isinstance(observations, spaces.Box) and isinstance(actions, spaces.Box)
+        self.observation_space = observations
         self.action_space = actions if step_size is None else spaces.Box(-1.0, 1.0, actions.shape, np.float32)
         self._sizes: dict[str, dict[str, np.ndarray]] | None = None  # of the rows of update factors, (N, 1) by module
 
-    def _flatten(self, observation: Any) -> Any:
+    def _flatten(self, observation: ArrayObservation) -> np.ndarray:
         if self.step_size is not None:
-            parts = {"keys": ("keys", 1.0), "values": ("value_gradients", self.step_size)}
+            parts = {"keys": (observation["keys"], 1.0), "values": (observation["value_gradients"], self.step_size)}
             self._sizes = {
-                part: {m: scale * np.sqrt(np.square(x).mean(1, keepdims=True)) for m, x in observation[source].items()}
-                for part, (source, scale) in parts.items()
+                part: {m: scale * np.sqrt(np.square(x).mean(1, keepdims=True)) for m, x in by_module.items()}
+                for part, (by_module, scale) in parts.items()
             }
-        return spaces.flatten(self.env.observation_space, observation)
+        flat = spaces.flatten(self.env.observation_space, observation)
+        assert isinstance(flat, np.ndarray)
+        return flat
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Options | None = None) -> tuple[np.ndarray, Info]:
         observation, info = self.env.reset(seed=seed, options=options)
         return self._flatten(observation), info
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, Info]:
         """A step with the factors that the flat action stands for; it is clipped to ±1.
 
         Raises:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.core import ObsType
 from gymnasium.utils import RecordConstructorArgs
 
 from rledit_env.nesting import check_single
+from rledit_env.type_aliases import Info, JsonObject, Options
 
 
-class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+class RelativeReward(gym.Wrapper[ObsType, np.ndarray, ObsType, np.ndarray], RecordConstructorArgs):
     """The reward minus the zero action's reward at the same step of the same episode; for training.
 
     Returns of short episodes differ mostly because their facts differ, which tells an algorithm nothing about its
@@ -34,7 +33,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             positive.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], streams: int = 32) -> None:
+    def __init__(self, env: gym.Env[ObsType, np.ndarray], streams: int = 32) -> None:
         check_single(env, "RelativeReward")
         if not isinstance(env.action_space, spaces.Box):
             kind = type(env.action_space).__name__
@@ -71,7 +70,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             self._begin(seed)
         return np.concatenate([self._measure(seed) for seed in self._seeds])
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """The set of episodes, the queue of those still to come, and the measurements, for JSON; the episode that has
         begun is in the queue."""
         current = [] if self._current is None else [self._current]
@@ -80,7 +79,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             "baselines": [[seed, rewards] for seed, rewards in self._baselines.items()], "steps": self.baseline_steps,
         }  # fmt: skip
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: JsonObject) -> None:
         """Restore what :meth:`state` returned; the next `reset` continues from there."""
         self._rng.bit_generator.state = state["rng"]
         self._seeds, self._queue, self._current = list(state["seeds"]), list(state["queue"]), None
@@ -98,7 +97,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self.baseline_steps += len(rewards)
         return np.stack(observations)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Options | None = None) -> tuple[ObsType, Info]:
         """Begin the next episode of the set.
 
         Args:
@@ -120,7 +119,7 @@ class RelativeReward(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self._baseline, self._step = self._baselines[episode_seed], 0
         return self.env.reset(seed=episode_seed)
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[ObsType, float, bool, bool, Info]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         # Where the zero action broke the model, its episode ended early, and later steps have no baseline.
         baseline = self._baseline[self._step] if self._step < len(self._baseline) else 0.0

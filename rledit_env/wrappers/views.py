@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from gymnasium.core import ActType
 from gymnasium.utils import RecordConstructorArgs
 from torch import Tensor
 
+from rledit_env.interface import editing_env
+from rledit_env.lm.editable import EditableLM
 from rledit_env.nesting import environment_inside
+from rledit_env.spaces import Action, Observation
+from rledit_env.type_aliases import Info, Options
 
 Rule = Literal["gradient", "least_squares"]
 Share = Literal["module", "kind", "all"]
@@ -56,7 +61,9 @@ def module_features(u: Tensor, delta: Tensor, change: Tensor, original_norm: flo
     return [_decades(u), _decades(delta), _alignment(u, delta, change, drift), math.tanh(float(drift) / original_norm)]
 
 
-def state_features(by_module: Sequence[Sequence[float]], groups: Sequence[int], loss: float, progress: float) -> Any:
+def state_features(
+    by_module: Sequence[Sequence[float]], groups: Sequence[int], loss: float, progress: float
+) -> np.ndarray:
     """The features (4 G + 2,) of a state.
 
     Args:
@@ -93,7 +100,7 @@ def _alignment(u: Tensor, delta: Tensor, change: Tensor, change_norm: Tensor) ->
 # --------------------------------------------------------------------------------------------------------- the views
 
 
-def _rows_in_use(observation: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _rows_in_use(observation: Observation, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Keys and value gradients of the rows in use, as tensors, whatever the array backend."""
     rows = int(observation["mask"].sum())
     keys, gradients = (
@@ -103,7 +110,7 @@ def _rows_in_use(observation: Mapping[str, Any], device: torch.device) -> tuple[
     return keys, gradients
 
 
-class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
+class GradientFeatures(gym.ObservationWrapper[np.ndarray, ActType, Observation], RecordConstructorArgs):
     """Features of the fine-tuning gradient as observations: Box(−1, 1, (4 G + 2,)) for G groups of modules.
 
     | index | feature | scaled by |
@@ -127,7 +134,7 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
         ValueError: the environment has no raw observations; the message names the right order of wrappers.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], share: Share = "module") -> None:
+    def __init__(self, env: gym.Env, share: Share = "module") -> None:
         environment_inside(env, "GradientFeatures", ("observation",))
         RecordConstructorArgs.__init__(self, share=share)
         gym.ObservationWrapper.__init__(self, env)
@@ -136,13 +143,12 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
         self.observation_space = spaces.Box(-1.0, 1.0, (4 * (max(self.groups) + 1) + 2,), np.float32)
 
     @property
-    def lm(self) -> Any:
+    def lm(self) -> EditableLM:
         """The LLM whose weights the features describe."""
-        inner: Any = self.unwrapped
-        return inner.lm
+        return editing_env(self).lm
 
     @torch.no_grad()
-    def observation(self, observation: Any) -> np.ndarray:
+    def observation(self, observation: Observation) -> np.ndarray:
         """The features (4 G + 2,) of a raw observation."""
         keys, gradients = _rows_in_use(observation, self.lm.device)
         by_module = [
@@ -150,11 +156,10 @@ class GradientFeatures(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
             for m, u in keys.items()
         ]
         loss, progress = float(observation["edit_loss"][0]), float(observation["progress"][0])
-        features: np.ndarray = state_features(by_module, self.groups, loss, progress)
-        return features
+        return state_features(by_module, self.groups, loss, progress)
 
 
-class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+class ScaledUpdate(gym.Wrapper[Observation, np.ndarray, Observation, Action], RecordConstructorArgs):
     """Actions scale a base rule's update: Box(−1, 1, (G,)), (2 G,) or more for G groups of modules.
 
     The zero action is the base rule itself. For the modules of group g:
@@ -184,9 +189,11 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             the right order of wrappers.
     """
 
+    env: gym.Env  # which Gymnasium takes to have the wrapper's actions
+
     def __init__(
         self,
-        env: gym.Env[Any, Any],
+        env: gym.Env,
         rule: Rule = "least_squares",
         step_size: float = 1.0,
         damping: float = 1.0,
@@ -218,13 +225,13 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         }  # (d_out, rank)
         width = (max(self.groups) + 1) * (1 + (rule == "least_squares") + rank)
         self.action_space = spaces.Box(-1.0, 1.0, (width,), np.float32)
-        self._observation: Any = None
+        self._observation: Observation | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Options | None = None) -> tuple[Observation, Info]:
         self._observation, info = self.env.reset(seed=seed, options=options)
         return self._observation, info
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Observation, SupportsFloat, bool, bool, Info]:
         """A step with the factors that the action stands for.
 
         Raises:
@@ -237,7 +244,7 @@ class ScaledUpdate(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         return self._observation, reward, terminated, truncated, info
 
     @torch.no_grad()
-    def factors(self, observation: Any, action: Any) -> dict[str, dict[str, Any]]:
+    def factors(self, observation: Observation, action: np.ndarray) -> Action:
         """The raw environment's action: update factors by module."""
         action = np.asarray(action, dtype=np.float32)
         if action.shape != self.action_space.shape:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from agents.running.editors.editor import Editor, Training
 from agents.running.editors.overrides import changed, check_known, merged
 from agents.running.editors.table import EDITORS
+from rledit_env.type_aliases import JsonObject, Settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Settings of the environment that an editor may choose.
@@ -27,7 +27,7 @@ def find_configs(model: str) -> Path | None:
     return None
 
 
-def load_configs(path: str | Path | None, kind: str) -> dict[str, dict[str, Any]]:
+def load_configs(path: str | Path | None, kind: str) -> dict[str, JsonObject]:
     """Hyperparameters by editor for a kind of facts, from a file ``{"models": [...], "editors": {name: entry}}``.
 
     An entry may have "env", "config", "train" and "saved" (see `Editor`), "kinds" with overrides for some kinds of
@@ -51,7 +51,7 @@ def load_configs(path: str | Path | None, kind: str) -> dict[str, dict[str, Any]
     return by_editor
 
 
-def configured(editor: Editor, entries: Mapping[str, Mapping[str, Any]]) -> Editor:
+def configured(editor: Editor, entries: Mapping[str, Settings]) -> Editor:
     """The editor with the settings of its entry from :func:`load_configs`.
 
     Raises:

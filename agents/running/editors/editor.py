@@ -6,12 +6,16 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.base import Agent
 from agents.running.editors.overrides import changed, check_known, merged
 from rledit_env.preservation import Constraint, Continuation, OwnText
 from rledit_env.reward import Component, Efficacy, Generalization, Locality, RewardConfig, TextComponent
+from rledit_env.type_aliases import JsonObject, Options, Settings
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 COMPONENTS: dict[str, type[Component] | type[TextComponent]] = {
     "efficacy": Efficacy, "generalization": Generalization, "locality": Locality, "own_text": OwnText,
@@ -41,7 +45,7 @@ class Training:
     batch_size: int | None = None
     steps_per_batch: int | None = None
     trajectories: int = 20
-    reward: Mapping[str, Any] = field(default_factory=dict)
+    reward: Settings = field(default_factory=dict)
     select_batches: int = 0
     eval_every: int = 10
     patience: int = 4
@@ -71,10 +75,10 @@ class Strength:
         """Whether the factor multiplies the trained step sizes."""
         return not self.multiplied and not self.divided
 
-    def scaled(self, config: Any, factor: float) -> dict[str, Any]:
+    def scaled(self, config: object, factor: float) -> Settings:
         """The numbers of a configuration at this factor, nested as for :func:`changed`."""
         powers = [(name, factor) for name in self.multiplied] + [(name, 1 / factor) for name in self.divided]
-        numbers: dict[str, Any] = {}
+        numbers: Options = {}
         for name, power in powers:
             *parents, last = name.split(".")
             inner, place = config, numbers
@@ -114,9 +118,9 @@ class Editor:
     title: str
     group: str
     agent: type[Agent]
-    config: Callable[[], Any] | None = None
-    env: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Callable[[], DataclassInstance] | None = None
+    env: Settings = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     training: Training | None = None
     trained_as: str | None = None
     trainer: Editor | None = None
@@ -178,7 +182,7 @@ class Editor:
         config: RewardConfig = changed(RewardConfig(), numbers, place)
         return config
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """Everything that its results depend on, as JSON types; classes and functions by their names."""
         left_out = ["title", "group", "trainer", "step_size", "presentations", "strength"]
         if self.factor == 1:  # results of earlier versions have no factor
@@ -186,7 +190,7 @@ class Editor:
         fields = {k: v for k, v in asdict(self).items() if k not in left_out}
         fields |= {"agent": self.agent.__name__, "config": getattr(self.config, "__name__", None)}
         trainer = self.trainer.description() if self.trainer else None
-        description: dict[str, Any] = json.loads(json.dumps({**fields, "trainer": trainer}))
+        description: JsonObject = json.loads(json.dumps({**fields, "trainer": trainer}))
         return description
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+from rledit_env.type_aliases import Options, Settings
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
-def changed(config: Any, values: Mapping[str, Any], place: str) -> Any:
+def changed(config: Config, values: Settings, place: str) -> Config:
     """A copy of a frozen configuration with some values changed, by name; nested dictionaries change nested
     configurations.
 
@@ -15,10 +22,10 @@ def changed(config: Any, values: Mapping[str, Any], place: str) -> Any:
         ValueError: a name is unknown, or a value is refused.
     """
     check_known(values, [f.name for f in fields(config)], place)
-    changes: dict[str, Any] = {}
+    changes: Options = {}
     for name, value in values.items():
         current = getattr(config, name)
-        if is_dataclass(current) and isinstance(value, Mapping):
+        if is_dataclass(current) and not isinstance(current, type) and isinstance(value, Mapping):
             value = changed(current, value, f"{place}.{name}")
         changes[name] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
     try:
@@ -27,7 +34,7 @@ def changed(config: Any, values: Mapping[str, Any], place: str) -> Any:
         raise ValueError(f"{place}: {error}") from error
 
 
-def check_known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any], place: str) -> None:
+def check_known(given: Settings, known: Sequence[str] | Settings, place: str) -> None:
     """Check that all names are known.
 
     Raises:
@@ -38,7 +45,7 @@ def check_known(given: Mapping[str, Any], known: Sequence[str] | Mapping[str, An
         raise ValueError(f"{place}: {unknown[0]!r} is unknown; known are {', '.join(known) or 'none'}")
 
 
-def merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Settings, other: Settings) -> Options:
     """A copy of ``base`` with the values of ``other``; nested dictionaries are merged in the same way."""
     result = dict(base)
     for name, value in other.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from agents.locate_then_edit import AlphaEditAgent, MEMITAgent, PRUNEAgent, RECT
 from agents.locate_then_edit.locate import LocateAgent
 from agents.rledit import RLEditAgent, RLEditConfig, rledit_paper, rledit_untrained
 from agents.running.editors.editor import Editor, Strength, Training
+from rledit_env.type_aliases import Settings
 
 TRAINED = Strength()
 STEP_SIZE = Strength(("step_size",))
@@ -34,12 +35,12 @@ VALUE = Strength(("value.learning_rate", "value.clamp"))
 COVARIANCE = Strength(divided=("covariance_weight",), factors=(0.1, 0.3, 1.0))
 RIDGE = Strength(divided=("ridge",), factors=(0.1, 0.3, 1.0))
 TEXT_PRIOR = 300.0  # c, the number of text keys in the prior
-ANSWER: Mapping[str, Any] = {"token": "answer", "steps_per_batch": 1}
+ANSWER: Settings = {"token": "answer", "steps_per_batch": 1}
 PRESENTATIONS = (8, 16, 3)  # many weak presentations change the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
 
 
-def _trajectory(name: str, title: str, config: Callable[[], Any] = RLEditConfig, **more: Any) -> Editor:
+def _trajectory(name: str, title: str, config: Callable[[], RLEditConfig] = RLEditConfig, **more: Any) -> Editor:
     """An editor whose hypernetwork is trained by the gradient of whole trajectories."""
     return Editor(name, title, "trajectory", RLEditAgent, config, strength=TRAINED, **more)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import gymnasium as gym
 
@@ -12,6 +12,9 @@ from rledit_env.evaluation.general.lm_eval import lm_eval_scores
 from rledit_env.evaluation.general.scored_text import drifts, scored_texts, source_of
 from rledit_env.evaluation.general.tasks import load_tasks, score_task
 from rledit_env.lm.editable import EditableLM
+
+if TYPE_CHECKING:
+    from rledit_env.interface import EditingEnv
 
 LM_EVAL = "lm-eval:"
 Scores = dict[str, dict[str, float]]
@@ -86,7 +89,7 @@ class GeneralEvery:
     def __init__(self, env: gym.Env, ability: GeneralAbility, every: int | None = None) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every is {every}; give 1 or more")
-        self.env: Any = env.unwrapped
+        self.env = cast("EditingEnv", env.unwrapped)
         self.ability, self.every = ability, every
         self.scores: dict[int, Scores] = {}
 

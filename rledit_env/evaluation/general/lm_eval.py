@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rledit_env.lm.editable import EditableLM
+from rledit_env.type_aliases import JsonObject
 
 
 def lm_eval_scores(
@@ -51,7 +51,7 @@ def lm_eval_scores(
         pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size,  # HFLM changes it
         max_length=lm.context_length,
     )  # fmt: skip
-    output: dict[str, Any] = simple_evaluate(
+    output: JsonObject = simple_evaluate(
         model=adapter, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0,
         log_samples=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ log-probability; nothing is generated. The wordings of the questions are this pr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,15 +172,15 @@ def _from_hub(name: str) -> TaskData:
     return TaskData(name, tuple(_examples(name, rows)), f"hub {repository}, {configuration}, {split}")
 
 
-def _examples(name: str, rows: Iterator[tuple[str, Any]] | Sequence[tuple[str, Any]]) -> Iterator[Example]:
+def _examples(name: str, rows: Iterable[tuple[str, str | Row]]) -> Iterator[Example]:
     task = TASKS[name]
     for place, row in rows:
         try:
-            row = json.loads(row) if isinstance(row, str) else row
-            label = task.label(row)
+            example: Row = json.loads(row) if isinstance(row, str) else row
+            label = task.label(example)
             if not 0 <= label < len(task.answers):
                 raise ValueError(f"label {label}; give 0 to {len(task.answers) - 1}")
-            yield Example(task.prompt(row), task.answers, label)
+            yield Example(task.prompt(example), task.answers, label)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{place}: no example of {name} ({what}); mend or remove it") from error

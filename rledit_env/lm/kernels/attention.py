@@ -110,7 +110,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
         return *_gradients(cotangent, query, key, value, weights, ctx.scale), None, None
 
@@ -136,7 +136,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         packing, length, dtype = ctx.packing, cotangent.shape[2], cotangent.dtype
         gradients: list[list[Tensor]] = [[], [], []]
         for i, part in enumerate(packing.apart(cotangent, zero=True)):
@@ -173,7 +173,7 @@ def _packed_kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
     packing = Packing([3, 17, 9])
     numbers = torch.randn(4, 29, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     query, key, value = numbers[None], numbers[None, :2], numbers[None, 2:]
-    implementations: list[Callable[..., Any]] = [_run_packed_kernel, _PackedAttention.apply]
+    implementations: list[Callable[..., Tensor]] = [_run_packed_kernel, _PackedAttention.apply]
     try:
         results = []
         for attention in implementations:

@@ -33,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, reciprocal = ctx.saved_tensors
         rows, scaled = at_least_float32(x), at_least_float32(cotangent * scale)
         along = torch.linalg.vecdot(scaled, rows).unsqueeze(-1).mul_(reciprocal.square()).div_(-x.shape[-1])
@@ -46,7 +46,7 @@ class FastNorm(nn.Module):
     weight: Tensor
     one_more = False  # whether the scale is 1 + weight (Gemma), in float32
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         weight = getattr(self, "weight", None)  # some norms of a class have none
         if args or kwargs or weight is None or weight.requires_grad:
             unchanged: Tensor = super().forward(hidden_states, *args, **kwargs)
@@ -76,14 +76,14 @@ def _epsilon(module: Any) -> float:
 
 
 @torch.no_grad()
-def _faster(module: Any) -> type[nn.Module] | None:
+def _faster(module: nn.Module) -> type[nn.Module] | None:
     """A faster class for a norm with the same results; None where there is none."""
     cls, weight = type(module), getattr(module, "weight", None)
     if not cls.__name__.endswith("RMSNorm") or issubclass(cls, FastNorm):
         return None
     if weight is None or weight.dim() != 1 or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
         return None
-    trial = copy.deepcopy(module)
+    trial: Any = copy.deepcopy(module)
     numbers = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x, trial.weight.data = numbers[:3], numbers[3]
     expected = trial(x)

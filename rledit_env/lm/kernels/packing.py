@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +96,7 @@ class Packing:
         self._ends = torch.tensor(starts, dtype=torch.int32)
         self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
         self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
-        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
 
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:

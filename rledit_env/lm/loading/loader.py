@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,13 @@ _NEEDS_CODE = (
     "model '{}' needs code that comes with it, which can do anything on this machine; if you trust its authors, pass "
     "trust_remote_code=True (--trust-remote-code on the command line)"
 )
+
+
+class ModelSource(TypedDict):
+    """Where a model named by hub id is loaded from: arguments of :func:`load_model`."""
+
+    revision: str | None
+    trust_remote_code: bool
 
 
 def load_model(
@@ -58,8 +65,8 @@ def load_model(
             own without ``trust_remote_code``; or the folder cannot be loaded, or the tokenizer gives no offsets.
     """
     name = os.fspath(name)
-    model: Any
-    tokenizer: Any
+    model: Any  # mypy does not know the arguments of its `to`
+    tokenizer: PreTrainedTokenizerBase
     if name in tiny.TINY_NAMES:
         model, tokenizer = tiny.tiny_model(name, dtype), tiny.tiny_tokenizer(name)
     else:
@@ -78,7 +85,7 @@ def load_model(
 
 def _from_folder(
     name: str, folder: Path, dtype: torch.dtype, trust_remote_code: bool, spread: Spread
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer in a folder."""
     code = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:

@@ -17,9 +17,9 @@ class Spread:
     With None for all, they are not spread.
     """
 
-    device_map: str | Mapping[str, Any] | None = None
+    device_map: str | Mapping[str, int | str | torch.device] | None = None
     offload_folder: str | os.PathLike[str] | None = None
-    max_memory: Mapping[Any, Any] | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
 
     def options(self) -> dict[str, Any]:
         """The arguments that are not None."""
