@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from agents.key_statistics import GENERATED
+from agents.corpus import GENERATED
 
 # The environment settings that suit the agent best, in training and in use.
 RECOMMENDED: Mapping[str, Any] = {"token": "subject", "steps_per_batch": 5}
