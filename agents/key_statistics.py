@@ -24,7 +24,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from agents.corpus import GENERATED, GIVEN, OPENINGS, ROW, TOPICS, generated_corpus, text_corpus, text_key, texts_at_once
+from agents.corpus import (
+    GENERATED,
+    GIVEN,
+    OPENINGS,
+    ROW,
+    TOPICS,
+    generated_corpus,
+    text_corpus,
+    text_key,
+    texts_at_once,
+)
 from agents.shipped_moments import shipped_moments
 from rledit_env.files import write_tensors
 from rledit_env.lm.editable import EditableLM
@@ -118,8 +128,8 @@ def _announce(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, ca
     seconds = _expected(lm, modules, tokens, seed, cache)
     if seconds:
         shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        print(f"once for this model: second moments of {len(modules)} modules' inputs over {tokens:,} tokens of text that "
-              f"the model writes, about {shown}", flush=True)
+        print(f"once for this model: second moments of {len(modules)} modules' inputs over {tokens:,} tokens of text "
+              f"that the model writes, about {shown}", flush=True)
 
 
 def _own_text(seed: int) -> str:

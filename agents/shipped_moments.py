@@ -3,10 +3,10 @@
 `agents.key_statistics.key_statistics` reads them for the modules, the text and the model that they were computed with.
 ``python -m agents.running.ship_moments`` computes and writes them.
 
-A file has the moment C (d, d) of one input; modules with the same input, such as gate and up of an MLP, share it. In the
-file, C = D L Lᵀ D: D is the root of C's diagonal in float32, and L is a lower triangle with rows of norm 1, in half
-precision. However L is rounded, L Lᵀ is positive definite as long as no entry of its diagonal is zero; C itself, rounded
-to half precision, need not be.
+A file has the moment C (d, d) of one input; modules with the same input, such as gate and up of an MLP, share it. It is
+stored as C = D L Lᵀ D: D is the root of C's diagonal in float32, and L is a lower triangle with rows of norm 1, in half
+precision. However L is rounded, L Lᵀ is positive definite as long as no entry of its diagonal is zero; C itself,
+rounded to half precision, need not be.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SAMPLE = 64  # entries of every weight that a model is recognised by
 def shipped_moments(
     lm: EditableLM, modules: Sequence[str], text: str, folder: Path = FOLDER
 ) -> dict[str, dict[str, Tensor]]:
-    """The moments that ship for some modules: module → ``second_moment`` (d_in, d_in), float32, and ``seconds``, the time
-    that computing it took. Modules without shipped moments are left out.
+    """The moments that ship for some modules: module → ``second_moment`` (d_in, d_in), float32, and ``seconds``, the
+    time that computing it took. Modules without shipped moments are left out.
 
     Args:
         lm: the LLM, at its pre-trained weights.
@@ -79,8 +79,8 @@ def ship(
             name = f"{module}.safetensors"
             packed = pack(moment)
             if not is_positive_definite(unpacked(packed)):
-                raise ValueError(f"the second moment of {module} is not positive definite in half precision; compute it "
-                                 "from more tokens")
+                raise ValueError(f"the second moment of {module} is not positive definite in half precision; compute "
+                                 "it from more tokens")
             write_tensors(folder / name, packed)
             files[name] = moment
         modules[module] = {"file": name, "seconds": round(seconds / len(statistics), 3)}

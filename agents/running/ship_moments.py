@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m agents.running.ship_moments MODEL``."""
     parser = argparse.ArgumentParser(
         prog="python -m agents.running.ship_moments",
-        description="Compute the second moments of modules' inputs on text that the model writes, and write them in half "
-        "precision into the package, where editors find them.",
+        description="Compute the second moments of modules' inputs on text that the model writes, and write them in "
+        "half precision into the package, where editors find them.",
     )  # fmt: skip
     parser.add_argument("model", help="registry name, hub id or folder")
     parser.add_argument("--modules", nargs="+", required=True, metavar="GLOB", help="the modules")
