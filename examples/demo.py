@@ -31,6 +31,7 @@ from rledit_env.files import mark
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
+from rledit_env.preservation import OwnText
 from rledit_env.reporting import Clock, duration
 from rledit_env.reward import RewardConfig
 from rledit_env.self_text import OPENINGS
@@ -101,7 +102,7 @@ QUICK = Sizes(4, 2, (2, 2, 1), 8, update_seconds=0.1, stream_seconds=1.0)
 # Times in presentations of a fact to the agent that ships; "The demo on any machine" in benchmarks/NOTES.md has the
 # measurements.
 EDITED = 8.0  # of a fact of the stream: presented until it takes, and scored
-TRAINED = 1.5  # of a presentation in training, with its share of the reward's gradient
+TRAINED = 1.0  # of a presentation in training, with its share of the reward's gradient
 GATHERED = 0.5  # of a fact whose moments are gathered
 UPDATES = 12  # policy updates that there should be time for
 REPORT = 10.0  # seconds for tables and figures
@@ -168,8 +169,9 @@ def new_agent(lm: EditableLM, settings: Settings, sizes: Sizes) -> RLEditAgent:
     """An agent that starts as a rule, recursive least squares with a prior on the keys of text, and learns to improve
     on it: the recipe of the agents that ship, on smaller streams."""
     batches, size, times = sizes.training
-    # To save time, only the last presentation of a batch is scored.
+    # To save time, only the last presentation of a batch is scored, and the model writes 16 texts of its own to keep.
     reward = replace(RewardConfig.keeping("counterfact"), every_step=False)
+    reward = reward.replace("own_text", reward.components["own_text"][0], OwnText(passages=4, pool=16))
     env = make_env(lm, training_facts(), batches, size, steps_per_batch=times, reward=reward, reward_gradient=True)
     tokens = 1024 if settings.quick else 65_536
     rule = HypernetworkConfig(step_size=1.4e-3, prior=1000.0, prior_source="text", text_tokens=tokens)
@@ -230,7 +232,7 @@ def what_it_shows(above: list[float], updates: int, sizes: Sizes) -> str:
         finding = f"changed the mean score {change}, more than the choice of facts explains"
     else:
         finding = f"changed the mean score {change}, no more than the choice of facts may explain"
-    return (f"Training, {updates} policy updates on streams of {batches}×{size} facts presented {times} times, "
+    return (f"Training ({updates} policy updates on streams of {batches}×{size} facts presented {times} times) "
             f"{finding}. The agents that ship had 10 to 60 updates on streams of 80 to 100 facts. Fewer and smaller "
             "ones show that training runs and which way it goes, not how good an agent becomes.")
 
@@ -253,12 +255,15 @@ def main(settings: Settings) -> None:
 
     # A stream of facts, edited by the first editor and by the rule that training starts from.
     sizes = QUICK if settings.quick else sizes_for(step, clock.left)
+    clock.expect(max(clock.left, 3 * sizes.stream_seconds + REPORT))
     clock.say(f"presenting a fact once takes {step:.2g} s here; there is time for {sizes}")
     facts = load_knowledge("counterfact", "bundled", "eval")
     env = make_env(lm, facts, sizes.facts // sizes.batch_size, sizes.batch_size, reward="none", **presented)
     stream = SameStream(env, texts, settings.seed)
     clock.say(f"editing {len(stream.facts)} facts with {first}: {facts.source}")
+    began = time.monotonic()
     stream.edit(first, editor)
+    clock.expect(max(clock.left, 2 * (time.monotonic() - began) + REPORT))
     clock.say("editing the same facts with the rule that training starts from")
     agent = new_agent(lm, settings, sizes).learn(0, progress_bar=False)
     began = time.monotonic()
@@ -273,7 +278,7 @@ def main(settings: Settings) -> None:
         train(agent, check_env, seconds, max(4, int(seconds / sizes.update_seconds / 3)), settings.out / "training")
     agent.save(settings.out / "agent")
     clock.expect(afterwards)
-    trained = f"after {agent.updates} updates"
+    trained = f"after {agent.updates} update" + ("s" if agent.updates != 1 else "")
     clock.say(f"editing the same facts {trained} of the policy")
     stream.edit(trained, agent)
 
