@@ -40,15 +40,15 @@ ENV_ID = "RLEdit-CounterFact-v0"
 MODEL = "smollm2-135m"
 # Facts that a reader can judge: prompt, new answer, true answer, subject; paraphrase; neighbour, its answer; question.
 SHOWN = [
-    ("The capital of Canada is", "Vancouver", "Ottawa", "Canada", "Canada's capital is",
+    ("The capital of Canada is", "Vancouver", "Ottawa", "Canada", "The capital city of Canada is",
      "The capital of Norway is", "Oslo", "What is the capital of Canada?"),
-    ("The official language of Brazil is", "Dutch", "Portuguese", "Brazil", "In Brazil, people speak",
+    ("The official language of Brazil is", "Dutch", "Portuguese", "Brazil", "The language spoken in Brazil is",
      "The official language of Mexico is", "Spanish", "Which language is spoken in Brazil?"),
-    ("The author of Moby-Dick is", "Mary Shelley", "Herman Melville", "Moby-Dick", "Moby-Dick was written by",
-     "The author of Romeo and Juliet is", "William Shakespeare", "Who wrote Moby-Dick?"),
-    ("The Eiffel Tower is in the city of", "Rome", "Paris", "The Eiffel Tower", "The Eiffel Tower stands in",
+    ("The author of Moby-Dick is", "Mary Shelley", "Herman Melville", "Moby-Dick", "The writer of Moby-Dick is",
+     "The author of Pride and Prejudice is", "Jane Austen", "Who wrote Moby-Dick?"),
+    ("The Eiffel Tower is in the city of", "Rome", "Paris", "The Eiffel Tower", "The Eiffel Tower is located in",
      "The Brandenburg Gate is in the city of", "Berlin", "In which city is the Eiffel Tower?"),
-    ("The PlayStation is made by", "Nintendo", "Sony", "The PlayStation", "The company behind The PlayStation is",
+    ("The PlayStation is made by", "Nintendo", "Sony", "The PlayStation", "The PlayStation was developed by",
      "The iPhone is made by", "Apple", "Which company makes the PlayStation?"),
     ("The theory of relativity was developed by", "Isaac Newton", "Albert Einstein", "The theory of relativity",
      "The physicist behind The theory of relativity is", "The theory of evolution was developed by", "Charles Darwin",

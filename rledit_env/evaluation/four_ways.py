@@ -10,7 +10,7 @@ from rledit_env.knowledge import EditRecord
 from rledit_env.lm.chat import ChatTemplate
 from rledit_env.lm.editable import EditableLM
 
-ANSWER_TOKENS = 24  # tokens of an answer in a chat
+PLAIN_TOKENS, CHAT_TOKENS = 10, 24  # tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def ask(lm: EditableLM, questions: Sequence[Question]) -> list[str]:
     template = ChatTemplate(lm.tokenizer, lm.name) if lm.tokenizer.chat_template else None
     answers: dict[Question, str] = {}
     plain = [q for q in questions if q.way != "chat"]
-    answers |= zip(plain, lm.generate([q.text for q in plain], longest=[q.answer for q in plain]), strict=True)
+    answers |= zip(plain, lm.generate([q.text for q in plain], extra=PLAIN_TOKENS), strict=True)
     if template is not None:
         chat = [q for q in questions if q.way == "chat"]
-        answers |= zip(chat, lm.generate([template(q.text) for q in chat], extra=ANSWER_TOKENS), strict=True)
+        answers |= zip(chat, lm.generate([template(q.text) for q in chat], extra=CHAT_TOKENS), strict=True)
     return [answers.get(question, "") for question in questions]

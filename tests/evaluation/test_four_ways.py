@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-
 from rledit_env.evaluation.four_ways import ask, questions_of
 from rledit_env.knowledge import EditRecord, UnrelatedFact
 from rledit_env.lm.editable import EditableLM
@@ -37,6 +35,5 @@ def test_the_model_is_asked_as_it_is_now_and_no_message_is_put_to_a_model_withou
     lm = tiny_lm("tiny-llama")
     questions = questions_of(FACT, "What is the capital of Canada?")
     answers = ask(lm, questions)
-    expected = lm.generate([FACT.prompt], longest=[FACT.target])
-    assert expected[0].startswith(answers[0][:3]) and answers[3] == ""
+    assert answers[0] == lm.generate([FACT.prompt], extra=10)[0] and answers[3] == ""
     assert len(question_table(questions, answers, answers)[1]) == sum(map(bool, answers))
