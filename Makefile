@@ -1,4 +1,4 @@
-# make demo    install, fetch the default model, train the agent, edit, write a report with pictures
+# make demo    install, fetch the default model, edit it, train an agent, write a report with pictures
 # make test    install and run the tests, on every core
 # make help    what else there is
 
@@ -19,7 +19,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       train the agent on the default model, edit, write runs/demo/report.html (DEMO_FLAGS=--help)"
+	@echo "make demo       edit the default model, train an agent, write runs/demo/report.html (DEMO_FLAGS=--help)"
 	@echo "make test       run the tests (TEST_FLAGS='-k stream')"
 	@echo "make test-real  run the tests that need the default model"
 	@echo "make test-slow  run the tests that take minutes each on an old processor"

@@ -4,17 +4,17 @@ C = E[k kᵀ] over the tokens of a corpus, with k a module's input (Meng et al.,
 code reads Wikipedia. The default here is text that the LLM itself writes, sampled from many short beginnings with a
 seed, so that nothing has to be downloaded; a text file works as well. `KeyStatistics.source` names the text.
 
-The text and the moments are cached in the package's cache folder, under a hash of everything they depend on.
+The text and the moments are cached in the package's cache folder, under a hash of everything they depend on. Those of
+the default model's usual modules ship with the package (`agents.shipped_moments`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from agents.corpus import (
+    GENERATED,
+    GIVEN,
+    OPENINGS,
+    ROW,
+    TOPICS,
+    generated_corpus,
+    text_corpus,
+    text_key,
+    texts_at_once,
+)
+from agents.shipped_moments import shipped_moments
 from rledit_env.files import write_tensors
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -30,26 +42,8 @@ from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.loading.registry import cache_dir
 from rledit_env.lm.names import module_layer
 
-GENERATED = "generated"
-ROW = 64  # tokens of one text of the corpus
-GIVEN = 4  # tokens of a text's beginning; the same for all texts, so that none needs padding
 _TRACED = 32  # texts in one backward pass
 _SAMPLE = 4  # tokens of a text from which the time is estimated
-_OPENINGS = (
-    "The history of", "A short introduction to", "In recent years,", "Most people think that", "She was born in",
-    "The city of", "According to the report,", "He is best known for", "The company was founded by",
-    "Scientists have discovered that", "Question: What is", "The first step in", "During the war,",
-    "Located in the north of", "My favourite thing about", "The main difference between", "For example,",
-    "In the novel,", "The government of", "Many languages of",
-)  # fmt: skip
-_TOPICS = (
-    "music", "France", "physics", "football", "the law", "food", "art", "animals", "a river", "India", "trade",
-    "medicine", "the Roman Empire", "film", "space", "a king", "software", "religion", "a school", "the ocean",
-    "poetry", "railways", "Africa", "mathematics", "farming", "a painter", "politics", "the weather", "chess",
-    "a novelist", "Japan", "energy", "birds", "an island", "the economy", "psychology", "a battle", "language",
-    "television", "gardens",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class KeyStatistics:
@@ -76,8 +70,9 @@ def key_statistics(
     seed: int = 0,
     cache: Path | None = None,
     progress: bool = True,
+    shipped: bool = True,
 ) -> KeyStatistics:
-    """C of some modules under the pre-trained weights, from the cache if it is there.
+    """C of some modules under the pre-trained weights: as it ships with the package, from the cache, or computed.
 
     Args:
         lm: the LLM, edited or not; it is not changed.
@@ -86,27 +81,58 @@ def key_statistics(
         tokens: the largest number of tokens; a multiple of 64 is used. C has full rank only with more tokens than d_in.
         seed: of the generated text.
         cache: a folder to use instead of the package's cache.
-        progress: show a progress bar while computing.
+        progress: show a progress bar while computing, and say beforehand how long it will take.
+        shipped: take the moments that ship with the package, which were rounded to half precision.
 
     Raises:
         FileNotFoundError: the text file does not exist.
         ValueError: the text has fewer than 64 tokens.
     """
     cache = cache_dir() if cache is None else cache
+    generated = str(corpus) == GENERATED
     with lm.original_weights():
-        model = fingerprint(lm)
-        ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
-        paths = {m: _moment_path(cache, model, key, m) for m in modules}
-        cached = {m: cached_tensors(path) for m, path in paths.items()}
-        missing = [m for m, tensors in cached.items() if "second_moment" not in tensors]
-        if missing:
-            started = time.perf_counter()
-            for m, c in second_moments(lm, missing, ids, progress).items():
-                cached[m] = _with_seconds(started, {"second_moment": c}, len(missing))
-                keep_tensors(paths[m], cached[m])
-    moments = {m: tensors["second_moment"].to(lm.device) for m, tensors in cached.items()}
-    seconds += sum(map(_seconds, cached.values()))
-    return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}", seconds)
+        found = shipped_moments(lm, modules, text_key(tokens, seed)) if generated and shipped else {}
+        to_find = [m for m in modules if m not in found]
+        seconds, count = 0.0, max(1, tokens // ROW) * ROW
+        source = _own_text(seed)
+        if to_find:
+            if generated and progress:
+                _announce(lm, to_find, tokens, seed, cache)
+            ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
+            count = ids.numel()
+            found |= _cached_or_computed(lm, to_find, ids, key, cache, progress)
+    moments = {m: found[m]["second_moment"].to(lm.device) for m in modules}
+    seconds += sum(map(_seconds, found.values()))
+    return KeyStatistics(moments, count, f"{count:,} tokens of {source}", seconds)
+
+
+def _cached_or_computed(
+    lm: EditableLM, modules: Sequence[str], ids: Tensor, key: str, cache: Path, progress: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Module → C over a text and the seconds of computing it, from the cache or computed."""
+    model = fingerprint(lm)
+    paths = {m: _moment_path(cache, model, key, m) for m in modules}
+    cached = {m: cached_tensors(path) for m, path in paths.items()}
+    missing = [m for m, tensors in cached.items() if "second_moment" not in tensors]
+    if missing:
+        started = time.perf_counter()
+        for m, c in second_moments(lm, missing, ids, progress).items():
+            cached[m] = _with_seconds(started, {"second_moment": c}, len(missing))
+            keep_tensors(paths[m], cached[m])
+    return cached
+
+
+def _announce(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, cache: Path) -> None:
+    """Say how long computing the moments will take, if that is long."""
+    seconds = _expected(lm, modules, tokens, seed, cache)
+    if seconds:
+        shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        print(f"once for this model: second moments of {len(modules)} modules' inputs over {tokens:,} tokens of text "
+              f"that the model writes, about {shown}", flush=True)
+
+
+def _own_text(seed: int) -> str:
+    return f"text that the LLM wrote itself (seed {seed})"
 
 
 def _text(
@@ -123,39 +149,43 @@ def _text(
         started = time.perf_counter()
         text = _with_seconds(started, {"ids": generated_corpus(lm, tokens, seed, progress)})
         keep_tensors(path, text)
-    return text["ids"], key, f"text that the LLM wrote itself (seed {seed})", _seconds(text)
+    return text["ids"], key, _own_text(seed), _seconds(text)
 
 
 def expected_seconds(
     lm: EditableLM, modules: Sequence[str], tokens: int = 65_536, seed: int = 0, cache: Path | None = None
 ) -> float:
     """The approximate time of :func:`key_statistics` with generated text, estimated from a few tokens; 0 if everything
-    is in the cache."""
+    ships with the package or is in the cache."""
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
-        model = fingerprint(lm)
-        key = _corpus_key(model, tokens, seed)
-        if all(_moment_path(cache, model, key, m).exists() for m in modules):
-            return 0.0
-        texts = max(1, tokens // ROW)
-        at_once = min(texts, _texts_at_once(lm))
+        shipped = shipped_moments(lm, modules, text_key(tokens, seed))
+        return _expected(lm, [m for m in modules if m not in shipped], tokens, seed, cache)
+
+
+def _expected(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, cache: Path) -> float:
+    """:func:`expected_seconds` of modules whose moments do not ship."""
+    model = fingerprint(lm)
+    key = _corpus_key(model, tokens, seed)
+    if all(_moment_path(cache, model, key, m).exists() for m in modules):
+        return 0.0
+    texts = max(1, tokens // ROW)
+    at_once = min(texts, texts_at_once(lm))
+    writing = 0.0
+    sample = torch.zeros(at_once, GIVEN + _SAMPLE, dtype=torch.long)
+    if not _corpus_path(cache, key).exists():
         started = time.perf_counter()
         sample = generated_corpus(lm, at_once * ROW, seed, length=GIVEN + _SAMPLE)
         writing = (time.perf_counter() - started) * (ROW - GIVEN) / _SAMPLE
-        if _corpus_path(cache, key).exists():
-            writing = 0.0
-        started = time.perf_counter()
-        second_moments(lm, modules, sample)
-        reading = (time.perf_counter() - started) * ROW / sample.shape[1]
+    second_moments(lm, modules, sample)  # the first pass is slower than others
+    started = time.perf_counter()
+    second_moments(lm, modules, sample)
+    reading = (time.perf_counter() - started) * ROW / sample.shape[1]
     return (writing + reading) * texts / at_once
 
 
-def _texts_at_once(lm: EditableLM) -> int:
-    return 64 if lm.device.type == "cpu" else 512
-
-
 def _corpus_key(model: str, tokens: int, seed: int) -> str:
-    return digest(model, GENERATED, tokens, seed, _OPENINGS, _TOPICS)
+    return digest(model, GENERATED, tokens, seed, OPENINGS, TOPICS)
 
 
 def _corpus_path(cache: Path, key: str) -> Path:
@@ -245,82 +275,6 @@ def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progres
             g = answers * trace.value_gradients[m]  # (N, d_out)
             sums[m] = sums.get(m, 0.0) + g.T @ g
     return {m: total / rows for m, total in sums.items()}
-
-
-@torch.no_grad()
-def generated_corpus(
-    lm: EditableLM, tokens: int, seed: int = 0, progress: bool = False, length: int = ROW
-) -> Tensor:
-    """Texts that the LLM writes under its current weights, (R, ``length``) int64 on the host.
-
-    Each continues the first tokens of a short beginning. Every token is drawn from the LLM's own distribution without
-    its special tokens. The same seed gives the same texts.
-    """
-    beginnings = [f"{opening} {topic}" for topic, opening in itertools.product(_TOPICS, _OPENINGS)]
-    starts = torch.tensor([row[:GIVEN] for row in map(lm.encode, beginnings) if len(row) >= GIVEN])
-    count = max(1, tokens // ROW)
-    starts = starts.repeat(-(-count // len(starts)), 1)[:count]
-    generator = torch.Generator().manual_seed(seed)
-    starts = starts[torch.randperm(count, generator=generator)]
-    parts = [
-        sample_continuations(lm, part, length - GIVEN, generator)
-        for part in tqdm(starts.split(_texts_at_once(lm)), "writing a corpus", disable=not progress, leave=False)
-    ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def sample_continuations(
-    lm: EditableLM, starts: Tensor, length: int, generator: torch.Generator, top_k: int | None = None
-) -> Tensor:
-    """Texts (R, L + length), on the host, that continue their first tokens (R, L). Each next token is drawn from the
-    LLM's distribution over the ``top_k`` likeliest tokens (None: all), without special tokens."""
-    special = torch.tensor(sorted(lm.tokenizer.all_special_ids), device=lm.device)
-
-    def draw(logits: Tensor) -> Tensor:  # (R, |V|) → (R, 1)
-        logits[:, special] = -torch.inf
-        if top_k is not None:
-            logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
-        # The inverse cumulative distribution needs one random number a text, not one a token of the vocabulary.
-        cumulative = logits.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(logits), 1, generator=generator).to(cumulative) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[1] - 1)
-
-    return lm.forward.extended(starts.to(lm.device), length, draw).cpu()
-
-
-def text_corpus(lm: EditableLM, path: str | Path, tokens: int) -> Tensor:
-    """The first tokens of a text file in rows, (R, 64) int64.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the text has fewer than 64 tokens.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {path}; name one, or 'generated' for text of the LLM's own")
-    ids: list[int] = []
-    with path.open(encoding="utf-8") as file:
-        for line in _pieces(file):
-            ids += lm.tokenizer(line, add_special_tokens=False)["input_ids"]
-            if len(ids) >= tokens:
-                break
-    rows = min(len(ids), max(tokens, ROW)) // ROW
-    if rows == 0:
-        raise ValueError(f"{path} has {len(ids)} tokens; give a text of {ROW} or more, better of {tokens:,}")
-    return torch.tensor(ids[: rows * ROW]).view(rows, ROW)
-
-
-def _pieces(file: Iterator[str]) -> Iterator[str]:
-    """The text in pieces of a few thousand characters."""
-    piece = ""
-    for line in file:
-        piece += line
-        if len(piece) > 4000:
-            yield piece
-            piece = ""
-    if piece:
-        yield piece
 
 
 def fingerprint(lm: EditableLM) -> str:

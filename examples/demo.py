@@ -1,7 +1,10 @@
-"""Teach an agent to edit a language model, then let it edit: what `make demo` runs.
+"""One agent edits a language model, and another one learns to: what `make demo` runs.
 
-Fetches the model once, trains the RLEdit agent for some minutes on the bundled facts (Ctrl-C ends the training early),
-edits a stream of facts that were not used in training, and writes a report with figures.
+The agent that ships edits six facts, which are asked before and after in four ways, and then a stream of facts that no
+agent was trained on. A new agent starts as a rule and is trained on other facts for the time that is left (Ctrl-C means
+"enough"); the same stream shows what it has learned. A report with figures is written.
+
+The first edits show how fast this machine is, and the sizes of all that follows are chosen by that.
 """
 
 from __future__ import annotations
@@ -17,140 +20,282 @@ import tyro
 from tqdm import tqdm
 
 import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this package
-from agents import RLEditAgent, edit_stream
+from agents import RLEditAgent, RLEditConfig, agent_settings, edit_facts, find_agent, load_agent
 from agents.files import remove_run
-from agents.rledit.config import RECOMMENDED
+from agents.rledit.config import HypernetworkConfig
+from agents.running.same_stream import SameStream
 from rledit_env import reporting
-from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
-from rledit_env.evaluation.metrics import continuations, evaluate
-from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
+from rledit_env.evaluation.four_ways import ask, questions_of
+from rledit_env.evaluation.general import drifts, human_text, self_text
 from rledit_env.files import mark
-from rledit_env.knowledge import load_knowledge
+from rledit_env.knowledge import KnowledgeDataset, load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
+from rledit_env.preservation import OwnText
+from rledit_env.reporting import Clock, duration
 from rledit_env.reward import RewardConfig
+from rledit_env.self_text import OPENINGS
 
 ENV_ID = "RLEdit-CounterFact-v0"
-
-
-# Minutes of training, facts in a batch, and batches in the streams for training, checkpoint selection ("check") and the
-# final edits; RECOMMENDED has the presentations of a batch.
-SIZES = {"minutes": 6.0, "batch_size": 20, "train": 4, "check": 8, "edit": 10, **RECOMMENDED}
-QUICK = {**RECOMMENDED, "minutes": 0.02, "batch_size": 4, "steps_per_batch": 1, "train": 2, "check": 2, "edit": 2}
+MODEL = "smollm2-135m"
+# Facts that a reader can judge: prompt, new answer, true answer, subject; paraphrase; neighbour, its answer; question.
+SHOWN = [
+    ("The capital of Canada is", "Vancouver", "Ottawa", "Canada", "The capital city of Canada is",
+     "The capital of Norway is", "Oslo", "What is the capital of Canada?"),
+    ("The official language of Brazil is", "Dutch", "Portuguese", "Brazil", "The language spoken in Brazil is",
+     "The official language of Mexico is", "Spanish", "Which language is spoken in Brazil?"),
+    ("The author of Moby-Dick is", "Mary Shelley", "Herman Melville", "Moby-Dick", "The writer of Moby-Dick is",
+     "The author of Pride and Prejudice is", "Jane Austen", "Who wrote Moby-Dick?"),
+    ("The Eiffel Tower is in the city of", "Rome", "Paris", "The Eiffel Tower", "The Eiffel Tower is located in",
+     "The Brandenburg Gate is in the city of", "Berlin", "In which city is the Eiffel Tower?"),
+    ("The PlayStation is made by", "Nintendo", "Sony", "The PlayStation", "The PlayStation was developed by",
+     "The iPhone is made by", "Apple", "Which company makes the PlayStation?"),
+    ("The theory of relativity was developed by", "Isaac Newton", "Albert Einstein", "The theory of relativity",
+     "The physicist behind The theory of relativity is", "The theory of evolution was developed by", "Charles Darwin",
+     "Who developed the theory of relativity?"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Trains an editor of a language model and shows what it does."""
+    """Shows what an editor of a language model does, and how one is trained."""
 
     minutes: float | None = None
-    """Time for training, 6 if not given; the current stream is finished first."""
+    """Time for the whole demo, 12 if not given. A slow machine edits fewer facts and trains less in it."""
     out: Path = Path("runs/demo")
     """Folder of the trained agent and of the report."""
     quick: bool = False
     """Use a tiny random model and train for seconds: shows that everything runs, but learns nothing."""
     seed: int = 0
     """Seed of the agent and of all streams."""
-    model: str = "smollm2-135m"
-    """Registry name, hub id or folder of the model; its default modules are edited."""
+    model: str = MODEL
+    """Registry name, hub id or folder of the model. An agent ships for smollm2-135m alone; for other models the rule
+    that training starts from edits first."""
 
 
-class Clock(gym.Wrapper[Any, Any, Any, Any]):
-    """Shows the time spent in training as a progress bar, updated at every step."""
+@dataclass(frozen=True)
+class Sizes:
+    """What fits into the time.
 
-    def __init__(self, env: gym.Env[Any, Any], seconds: float) -> None:
-        super().__init__(env)
-        self.seconds, self.start = seconds, time.monotonic()
-        bar_format = "training {percentage:3.0f}%|{bar}| {elapsed} of " + f"{seconds / 60:.3g} min{{postfix}}"
-        self.bar = tqdm(total=seconds, bar_format=bar_format, disable=None)  # shown only in a terminal
+    Attributes:
+        facts, batch_size: of the stream that all editors edit.
+        training: batches, facts in a batch and presentations of a training stream.
+        gathered: facts for the moments that training starts from.
+        update_seconds, stream_seconds: expected time of a policy update, and of editing and scoring the stream once.
+    """
 
-    def step(self, action: Any) -> Any:
-        self.bar.n = min(self.seconds, time.monotonic() - self.start)
-        self.bar.refresh()
-        return super().step(action)
+    facts: int
+    batch_size: int
+    training: tuple[int, int, int]
+    gathered: int
+    update_seconds: float
+    stream_seconds: float
 
-    def learned(self, numbers: dict[str, float]) -> bool:
-        """The agent's callback: shows the loss of an update; returns False once the time is over."""
-        self.bar.set_postfix_str(f"paraphrase loss {numbers.get('generalization', float('nan')):.2f}")
-        return time.monotonic() - self.start < self.seconds
-
-
-def train(lm: EditableLM, sizes: dict[str, Any], out: Path, seed: int) -> RLEditAgent:
-    """Train for the given time and return the best agent; every tenth training fact is held out to choose it."""
-    facts = load_knowledge("counterfact", "bundled", "train")
-    held_out = replace(facts, records=facts.records[::10])
-    training = replace(facts, records=tuple(r for i, r in enumerate(facts.records) if i % 10))
-    # The Efficacy term scores the edit prompt itself. Only the last presentation of a batch is scored, to save time.
-    reward = replace(RewardConfig.with_efficacy(), every_step=False)
-    clock = Clock(make_env(lm, training, sizes, "train", reward=reward, reward_gradient=True), 60 * sizes["minutes"])
-    check_env = make_env(lm, held_out, sizes, "check", reward="none")
-    agent = RLEditAgent(clock, seed=seed)
-    remove_run(out)  # of an earlier demo
-    try:
-        agent.learn(10**9, clock.learned, progress_bar=False, log_dir=out, eval_env=check_env, patience=10**9)
-    except KeyboardInterrupt:
-        tqdm.write("training stopped by hand; editing with the best policy so far")
-        if (out / "best" / "agent.json").exists():
-            agent = RLEditAgent.load(out / "best", clock)
-    finally:
-        clock.bar.close()
-    return agent
+    def __str__(self) -> str:
+        batches, size, times = self.training
+        return (f"a stream of {self.facts} facts, {self.batch_size} at a time, about {duration(self.stream_seconds)} "
+                f"for each of three editors; and training on streams of {batches}×{size} facts, presented {times} "
+                f"times, about {duration(self.update_seconds)} a policy update")
 
 
-def make_env(lm: EditableLM, data: Any, sizes: dict[str, Any], stream: str, **more: Any) -> gym.Env[Any, Any]:
+QUICK = Sizes(4, 2, (2, 2, 1), 8, update_seconds=0.1, stream_seconds=1.0)
+# Times in presentations of a fact to the agent that ships; "The demo on any machine" in benchmarks/NOTES.md has the
+# measurements.
+EDITED = 8.0  # of a fact of the stream: presented until it takes, and scored
+TRAINED = 1.0  # of a presentation in training, with its share of the reward's gradient
+GATHERED = 0.5  # of a fact whose moments are gathered
+UPDATES = 12  # policy updates that there should be time for
+REPORT = 10.0  # seconds for tables and figures
+
+
+def sizes_for(step: float, left: float) -> Sizes:
+    """The sizes that fit.
+
+    Args:
+        step: seconds that one presentation of a fact takes.
+        left: seconds that are left.
+    """
+    facts = next((n for n in (100, 60, 40, 20, 10) if 3 * n * EDITED * step <= 0.5 * left), 5)
+    gathered = next((n for n in (100, 60, 40) if n * GATHERED * step <= 0.1 * left), 20)
+    stream = facts * EDITED * step
+    for_training = left - 3 * stream - gathered * GATHERED * step - REPORT
+    streams = ((4, 20, 5), (3, 20, 3), (2, 10, 3), (2, 5, 3))
+    updates = [batches * size * times * TRAINED * step for batches, size, times in streams]
+    chosen = next((i for i, update in enumerate(updates) if UPDATES * update <= for_training), len(streams) - 1)
+    return Sizes(facts, min(20, max(5, facts // 2)), streams[chosen], gathered, updates[chosen], stream)
+
+
+def make_env(lm: EditableLM, data: Any, batches: int, size: int, token: str = "subject", **more: Any) -> Any:
     return gym.make(
-        f"rledit_env:{ENV_ID}", model=lm, data=data, num_batches=sizes[stream], batch_size=sizes["batch_size"],
-        token=sizes["token"], steps_per_batch=sizes["steps_per_batch"], array_backend="torch",
-        disable_env_checker=True, **more,
+        f"rledit_env:{ENV_ID}", model=lm, data=data, num_batches=batches, batch_size=size, token=token,
+        array_backend="torch", disable_env_checker=True, **more,
     )  # fmt: skip
 
 
+def first_editor(settings: Settings) -> tuple[str, EditableLM, Any, dict[str, Any]]:
+    """An editor that needs no training here: its name, the model, the editor, and how it has facts presented."""
+    if settings.model == MODEL and not settings.quick:
+        folder = find_agent("default", "counterfact")
+        trained = agent_settings(folder)["environment"]
+        presented = {k: trained[k] for k in ("token", "steps_per_batch", "present_until", "contexts") if k in trained}
+        return "the agent that ships", EditableLM.load(MODEL, trained["edit_modules"]), load_agent(folder), presented
+    lm = EditableLM.load("tiny-llama" if settings.quick else settings.model)
+    rule = new_agent(lm, settings, QUICK).learn(0, progress_bar=False)
+    return "the rule at first", lm, rule, {"token": "subject", "steps_per_batch": 8, "present_until": 0.8}
+
+
+def show_facts(lm: EditableLM, name: str, editor: Any, presented: dict[str, Any], texts: Any, clock: Clock
+               ) -> tuple[reporting.Table, float]:  # fmt: skip
+    """Edit the facts of ``SHOWN`` and print what the model says before and after.
+
+    Returns:
+        The table of the answers, and the seconds that one presentation of a fact took.
+    """
+    fields = ("prompt", "target_new", "ground_truth", "subject", "rephrase_prompt", "locality_prompt",
+              "locality_ground_truth")  # fmt: skip
+    facts = load_knowledge("counterfact", [dict(zip(fields, fact, strict=False)) for fact in SHOWN])
+    questions = [q for record, (*_, message) in zip(facts, SHOWN, strict=True) for q in questions_of(record, message)]
+    before = ask(lm, questions)
+    clock.say(f"editing {len(facts)} facts with {name}")
+    log = edit_facts(lm, editor, facts, len(facts), **presented)
+    answers = reporting.question_table(questions, before, ask(lm, questions))
+    kl = {text: drift.kl for text, drift in drifts(lm, texts).items()}
+    print(f"\n{reporting.text_table(*answers, widest=44)}\n\n{log.seconds_per_fact:.1f} s a fact. KL from the unedited "
+          f"model, in nats a token: {kl['self']:.3f} on its own text, {kl['human']:.3f} on human text.\n")
+    return answers, log.seconds / sum(log.presentations)
+
+
+def new_agent(lm: EditableLM, settings: Settings, sizes: Sizes) -> RLEditAgent:
+    """An agent that starts as a rule, recursive least squares with a prior on the keys of text, and learns to improve
+    on it: the recipe of the agents that ship, on smaller streams."""
+    batches, size, times = sizes.training
+    # To save time, only the last presentation of a batch is scored, and the model writes 16 texts of its own to keep.
+    reward = replace(RewardConfig.keeping("counterfact"), every_step=False)
+    reward = reward.replace("own_text", reward.components["own_text"][0], OwnText(passages=4, pool=16))
+    env = make_env(lm, training_facts(), batches, size, steps_per_batch=times, reward=reward, reward_gradient=True)
+    tokens = 1024 if settings.quick else 65_536
+    rule = HypernetworkConfig(step_size=1.4e-3, prior=1000.0, prior_source="text", text_tokens=tokens)
+    config = RLEditConfig(rule, prior_batches=max(1, sizes.gathered // size), policy_average=0.8)
+    return RLEditAgent(env, config, seed=settings.seed)
+
+
+def training_facts(kept_back: bool = False) -> KnowledgeDataset:
+    """The bundled training facts without every tenth, or every tenth alone, which is kept back to choose the policy."""
+    facts = load_knowledge("counterfact", "bundled", "train")
+    return replace(facts, records=tuple(r for i, r in enumerate(facts.records) if (i % 10 == 0) == kept_back))
+
+
+def train(agent: RLEditAgent, check_env: Any, seconds: float, check_every: int, out: Path) -> None:
+    """Train for the given time, and give the agent the best policy: the rule, or one that scored better on the facts of
+    ``check_env``, on which the rule and every few updates are tried."""
+    started = last = time.monotonic()
+    longest = 0.0  # seconds of an update with a check
+    bar = tqdm(total=round(seconds), bar_format="training {percentage:3.0f}%|{bar}|{postfix}", disable=None)
+
+    def updated(numbers: dict[str, float]) -> bool:
+        """The agent's callback after each update; returns False once another one would take too long."""
+        nonlocal last, longest
+        now = time.monotonic()
+        last, longest = now, max(longest, now - last)
+        bar.n = min(bar.total, round(now - started))
+        bar.set_postfix_str(f"update {agent.updates}, return {numbers.get('return', float('nan')):.1f}")
+        return now + longest < started + seconds
+
+    remove_run(out)  # of an earlier demo
+    try:
+        agent.learn(10**9, updated, False, log_dir=out, eval_env=check_env, eval_every=check_every, patience=10**9)
+    except KeyboardInterrupt:
+        tqdm.write("training stopped by hand; editing with the best policy so far")
+        if agent.progress.best is not None:
+            agent.load_policy_state(agent.progress.best)
+    finally:
+        bar.close()
+
+
+def what_it_shows(above: list[float], updates: int, sizes: Sizes) -> str:
+    """What so many policy updates show and what they cannot show.
+
+    Args:
+        above: by how much the mean score of each fact is higher after the training, in points.
+        updates: the number of policy updates.
+        sizes: the sizes of the training streams.
+    """
+    if not updates:
+        return "There was no time to train on this machine; --minutes 30 gives more."
+    batches, size, times = sizes.training
+    low, high = reporting.bootstrap_interval(above)
+    change = (f"by {sum(above) / len(above):+.1f} points (95 % interval over the {len(above)} facts: {low:+.1f} to "
+              f"{high:+.1f})")
+    if not any(above):
+        finding = "changed no score: no policy was better than the rule on the facts that were kept back"
+    elif low > 0 or high < 0:
+        finding = f"changed the mean score {change}, more than the choice of facts explains"
+    else:
+        finding = f"changed the mean score {change}, no more than the choice of facts may explain"
+    return (f"Training ({updates} policy updates on streams of {batches}×{size} facts presented {times} times) "
+            f"{finding}. The agents that ship had 10 to 60 updates on streams of 80 to 100 facts. Fewer and smaller "
+            "ones show that training runs and which way it goes, not how good an agent becomes.")
+
+
 def main(settings: Settings) -> None:
-    given = {} if settings.minutes is None else {"minutes": settings.minutes}
-    sizes: dict[str, Any] = {**(QUICK if settings.quick else SIZES), **given}
+    reporting.flush_lines()
     warnings.filterwarnings("ignore", category=UserWarning, module="gymnasium")
     try_or_exit([growing("--out", settings.out, "demo", ("training/", "agent/"))])
     settings.out.mkdir(parents=True, exist_ok=True)
     mark(settings.out, "demo")  # so that the next demo may overwrite the folder
-    started = time.monotonic()
-    lm = EditableLM.load("tiny-llama" if settings.quick else settings.model)
-    agent = train(lm, sizes, settings.out / "training", settings.seed)
-    agent.save(settings.out / "agent")
-    untrained = RLEditAgent(agent.env, agent.config, seed=settings.seed)
+    clock = Clock(60 * (settings.minutes or (0.25 if settings.quick else 12)))
 
-    held_out = load_knowledge("counterfact", "bundled", "eval")
-    env: Any = make_env(lm, held_out, sizes, "edit", reward="none")
-    env.reset(seed=settings.seed)
-    facts = [fact for t in range(sizes["edit"]) for fact in env.unwrapped.stream.batch(t)]
-    chosen = facts[:: max(1, len(facts) // 5)][:5]  # evenly spaced, whether or not they took
-    print(f"editing {len(facts)} facts that were not used in training: {env.unwrapped.dataset.source}")
-    answers = {"before": continuations(lm, chosen)}
-    scores: dict[str, dict[str, Any]] = {"no edit": evaluate(lm, facts, "counterfact").as_dict()}
-    drifts: dict[str, list[tuple[float, float]]] = {}
-    probes = retention, drift, general = RetentionProbe(env), DriftProbe(env), GeneralEvery(env, GeneralAbility(lm))
-    for name, editor in (("untrained policy", untrained), ("trained agent", agent)):
-        editor.reset()
-        log = edit_stream(env, editor, callbacks=probes if editor is agent else (), seed=settings.seed)
-        scores[name] = {**env.unwrapped.evaluate().as_dict(), "seconds": log.seconds_per_fact}
-        per_step = sizes["batch_size"] / sizes["steps_per_batch"]
-        drifts[name] = [(0.0, 0.0)] + [((i + 1) * per_step, h["drift"]) for i, h in enumerate(env.unwrapped.history)]
-        answers[name] = continuations(lm, chosen)
-    env.close()
-    table = reporting.answer_table(chosen, answers["before"], answers["trained agent"])
-    print(f"\nAfter all {len(facts)} edits, in percent:\n{reporting.text_table(*reporting.score_table(scores))}")
-    print(f"\nFive facts of the stream:\n{reporting.text_table(*table)}")
-    lead = (f"An agent trained for {agent.updates} policy updates edits {len(facts)} new facts into {lm.name}, "
-            f"{sizes['batch_size']} at a time; every score is taken after the last of them.")
+    # Six facts, asked in four ways before and after.
+    clock.say("loading the model")
+    first, lm, editor, presented = first_editor(settings)
+    clock.say("asking the unedited model, which also writes the text on which its divergence is measured")
+    passages = 2 if settings.quick else 12
+    texts = {"self": self_text(lm, OPENINGS[:passages]), "human": human_text(lm, passages=passages)}
+    answers, step = show_facts(lm, first, editor, presented, texts, clock)
+
+    # A stream of facts, edited by the first editor and by the rule that training starts from.
+    sizes = QUICK if settings.quick else sizes_for(step, clock.left)
+    clock.expect(max(clock.left, 3 * sizes.stream_seconds + REPORT))
+    clock.say(f"presenting a fact once takes {step:.2g} s here; there is time for {sizes}")
+    facts = load_knowledge("counterfact", "bundled", "eval")
+    env = make_env(lm, facts, sizes.facts // sizes.batch_size, sizes.batch_size, reward="none", **presented)
+    stream = SameStream(env, texts, settings.seed)
+    clock.say(f"editing {len(stream.facts)} facts with {first}: {facts.source}")
+    began = time.monotonic()
+    stream.edit(first, editor)
+    clock.expect(max(clock.left, 2 * (time.monotonic() - began) + REPORT))
+    clock.say("editing the same facts with the rule that training starts from")
+    agent = new_agent(lm, settings, sizes).learn(0, progress_bar=False)
+    began = time.monotonic()
+    stream.edit("the rule", agent)
+    afterwards = time.monotonic() - began + (0 if settings.quick else REPORT)  # seconds that follow the training
+
+    # Training for the time that is left, and the same facts again.
+    seconds = max(clock.left - afterwards, 1.0 if settings.quick else 0.0)
+    if seconds > sizes.update_seconds:
+        clock.say(f"training for {duration(seconds)}; Ctrl-C means: enough")
+        check_env = make_env(lm, training_facts(kept_back=True), 1, sizes.batch_size, reward="none", **presented)
+        train(agent, check_env, seconds, max(4, int(seconds / sizes.update_seconds / 3)), settings.out / "training")
+    agent.save(settings.out / "agent")
+    clock.expect(afterwards)
+    trained = f"after {agent.updates} update" + ("s" if agent.updates != 1 else "")
+    clock.say(f"editing the same facts {trained} of the policy")
+    stream.edit(trained, agent)
+
+    finding = what_it_shows(stream.above(trained, "the rule"), agent.updates, sizes)
+    print(f"\nAfter all {len(stream.facts)} edits, in percent, and KL in nats a token:\n"
+          f"{reporting.text_table(*reporting.score_table(stream.scores))}\n\n{finding}")
+    lead = (f"{first[0].upper()}{first[1:]} edits {len(SHOWN)} facts and then {len(stream.facts)} others into "
+            f"{lm.name}. Then a new agent is trained.")
     if settings.quick:
         lead += " A quick run on a tiny random model: it shows that everything runs, and nothing else."
-    curves, source = reporting.read_curves(settings.out / "training"), env.unwrapped.dataset.source
-    remembered = retention.result if retention.measured else None
-    measured = reporting.Measured(remembered, drift.by_module, general.scores)
-    made_with = {**asdict(settings), **sizes}
-    page = reporting.editing_report(lead, scores, table, curves, drifts, made_with, source, measured)
-    path = page.write(settings.out / "report.html")
-    print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {path}")
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in total")
+    measured = reporting.Measured(stream.retention, stream.module_drift, stream.general, finding)
+    page = reporting.editing_report(
+        lead, stream.scores, answers, reporting.read_curves(settings.out / "training"), stream.drifts,
+        {**asdict(settings), "seconds_a_presentation": f"{step:.3g}", **asdict(sizes)}, facts.source, measured,
+    )  # fmt: skip
+    print(f"\ntrained agent: {settings.out / 'agent'}\nreport: {page.write(settings.out / 'report.html')}")
+    print(f"{duration(clock.elapsed)} in total")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from agents.base import Agent, Callback, factor_action, module_shapes, require_modules, used_rows
+from agents.corpus import GENERATED
 from agents.files import agent_folder, under
-from agents.key_statistics import GENERATED
 from agents.rledit.config import FLOAT32_EPSILON, HypernetworkConfig
 from agents.rledit.hypernetwork import Hypernetwork
 from agents.rledit.moments import training_moments

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from agents.key_statistics import sample_continuations
+from agents.corpus import sample_continuations
 from agents.locate_then_edit.value_optimisation import Request
 from rledit_env.lm.continued import subject_states
 from rledit_env.lm.editable import EditableLM

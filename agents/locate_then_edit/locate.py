@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.base import Agent, Callback, NotApplicable
+from agents.corpus import GENERATED
 from agents.facts import facts_themselves
 from agents.files import agent_folder
-from agents.key_statistics import GENERATED, KeyStatistics, key_statistics
+from agents.key_statistics import KeyStatistics, key_statistics
 from agents.locate_then_edit.keys import write_contexts
 from agents.locate_then_edit.least_squares import dense
 from agents.locate_then_edit.modules import default_output_projections, output_projections

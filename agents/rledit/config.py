@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from agents.key_statistics import GENERATED
+from agents.corpus import GENERATED
 from rledit_env.type_aliases import Options, Settings
 
 # The environment settings that suit the agent best, in training and in use.

@@ -119,7 +119,7 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
           f"tokens {settings['token']!r}")
     modules = list(lm.module_shapes)
     print(f"       edits {modules[0]}" + (f" to {modules[-1]}" if len(modules) > 1 else ""), flush=True)
-    _get_ready(editor, agent, lm)
+    _get_ready(agent)
     config = json.loads(json.dumps(asdict(editor.configuration()))) if editor.config else {}
     probe = json.loads(json.dumps(search.as_dict())) if search else None
     identity = {"editor": editor.name, **strength, "probe": probe, **{f"editor.{k}": v for k, v in config.items()}}
@@ -254,17 +254,8 @@ def _check_statistics(editor: Editor, lm: EditableLM, options: argparse.Namespac
                          f"better {16 * widest}")
 
 
-def _get_ready(editor: Editor, agent: Agent, lm: EditableLM) -> None:
-    """Compute what the editor needs once per model; a long computation is announced."""
-    config = editor.configuration()
-    if editor.group == "locate" and config.needs_statistics:
-        from agents.key_statistics import expected_seconds
-
-        seconds = expected_seconds(lm, list(lm.module_shapes), config.corpus_tokens)
-        if seconds:
-            print(f"once for this model: second moments of {len(lm.module_shapes)} modules' inputs over "
-                  f"{config.corpus_tokens:,} tokens of text that the model writes, about {_duration(seconds)}",
-                  flush=True)
+def _get_ready(agent: Agent) -> None:
+    """Compute what the editor needs once per model, which announces what takes long."""
     started = time.perf_counter()
     agent.learn(0)
     if time.perf_counter() - started > 1:

@@ -13,15 +13,24 @@ from rledit_env.reporting.charts import (
     score_bars,
     tradeoff_curves,
 )
+from rledit_env.reporting.clock import Clock, duration, flush_lines
 from rledit_env.reporting.drawing import Form, check_pictures
 from rledit_env.reporting.example_reports import Measured, editing_report, returns_report
 from rledit_env.reporting.intervals import bootstrap_interval
 from rledit_env.reporting.logs import read_curves
 from rledit_env.reporting.page import Report
 from rledit_env.reporting.provenance import versions
-from rledit_env.reporting.run_tables import answer_table, divergence_table, general_table, return_table, score_table
+from rledit_env.reporting.run_tables import (
+    answer_table,
+    divergence_table,
+    general_table,
+    question_table,
+    return_table,
+    score_table,
+)
 
 __all__ = [
+    "Clock",
     "Form",
     "Measured",
     "Report",
@@ -31,13 +40,16 @@ __all__ = [
     "check_pictures",
     "divergence_table",
     "drift_curves",
+    "duration",
     "editing_report",
+    "flush_lines",
     "general_table",
     "layer_drift",
     "learning_curves",
     "memory_curve",
     "module_map",
     "norm_curve",
+    "question_table",
     "read_curves",
     "retention_map",
     "return_curves",

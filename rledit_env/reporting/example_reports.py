@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rledit_env.answers import MEANING
 from rledit_env.evaluation.retention import Retention
 from rledit_env.reporting.cells import Table
 from rledit_env.reporting.charts import (
@@ -34,11 +33,13 @@ class Measured:
         retention: retention of the stream's batches.
         module_drift: as in :func:`rledit_env.reporting.charts.layer_drift`.
         general: as in :func:`rledit_env.reporting.run_tables.general_table`.
+        training: what the training shows and cannot show, in sentences.
     """
 
     retention: Retention | None = None
     module_drift: Mapping[str, Sequence[float]] | None = None
     general: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None
+    training: str = ""
 
 
 def editing_report(
@@ -51,33 +52,38 @@ def editing_report(
     source: str,
     measured: Measured | None = None,
 ) -> Report:
-    """The page of an agent that learned to edit and then edited a stream; the last editor's row is in bold.
+    """The page of agents that edited a few facts and then a stream; the first editor's row is in bold.
 
     Args:
         lead: a sentence that describes the run.
-        scores: as in :func:`score_table`.
-        answers: the result of :func:`answer_table`.
+        scores: as in :func:`score_table`; the first row is the unedited LLM's.
+        answers: the result of :func:`question_table`.
         curves: the result of :func:`read_curves`; may be empty.
         drifts: as in :func:`drift_curves`.
         settings: the run's settings.
         source: a description of the facts' source.
-        measured: measurements of the last editor.
+        measured: measurements of the first editor, and the words about the training.
     """
     measured = measured or Measured()
     page = Report("Lifelong editing of a language model", lead)
-    page.table(*score_table(scores), strong=[len(scores) - 1])
+    page.heading("Facts asked in four ways")
+    page.paragraph("The new facts are false on purpose. The prompt, its paraphrase and a question in the chat template "
+                   "must give the new answer; a neighbouring fact must keep its own. The neighbour's row is not right "
+                   "either if the model never knew its answer.")
+    page.table(*answers)
+    page.heading("A stream of facts")
+    page.table(*score_table(scores), strong=[1])
     page.picture(score_bars(scores), "Scores on the edited facts after the whole stream.")
     page.paragraph(
         "Efficacy: edited prompts where the new answer is more probable than the old one. Generalization: the same on "
         "paraphrases. Specificity: neighbouring facts that still prefer their own answer. Exact match: the answer "
-        "written freely begins with the new one and ends there."
+        "written freely begins with the new one and ends there. KL on own text: how far the model's predictions moved "
+        "on text that it wrote before, in nats a token; 0 is the unedited model."
     )
-    page.heading("Facts of the stream")
-    page.paragraph("Spread evenly over the stream, whether they took or not; the new facts are false on purpose. "
-                   f"{MEANING[0].upper()}{MEANING[1:]}.")
-    page.table(*answers)
-    if picture := learning_curves(curves):
+    if measured.training:
         page.heading("Learning")
+        page.paragraph(measured.training)
+    if picture := learning_curves(curves):
         page.picture(picture, "Losses on the training streams, and scores on facts kept back to choose the checkpoint.")
     if measured.retention is not None:
         page.heading("Retention")

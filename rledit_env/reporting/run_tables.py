@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rledit_env.answers import answer_of, took
+from rledit_env.evaluation.four_ways import Question
 from rledit_env.evaluation.general.scored_text import NAMES
 from rledit_env.knowledge import EditRecord
 from rledit_env.reporting.cells import Table
@@ -19,6 +20,7 @@ SCORES = {
     "exact_match": "Exact match",
 }
 PORTABILITY = "portability"  # tables show it where the data has it
+DIVERGENCE = "kl"  # tables show it where it was measured
 GENERAL = {  # scores of a task that tables show: key → name
     "perplexity": "perplexity", "kl": "KL from the unedited model, nats", "f1": "F1", "f1_calibrated": "F1, calibrated",
 }  # fmt: skip
@@ -28,9 +30,12 @@ def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> Table:
     """Header and rows of editors' scores.
 
     Args:
-        scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none).
+        scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none);
+            "portability" and "kl", the divergence from the unedited LLM on its own text in nats a token, where
+            measured.
     """
-    columns = SCORES | ({PORTABILITY: "Portability"} if any(PORTABILITY in s for s in scores.values()) else {})
+    further = {PORTABILITY: "Portability", DIVERGENCE: "KL on own text"}
+    columns = SCORES | {key: title for key, title in further.items() if any(key in s for s in scores.values())}
     rows: list[list[object]] = [
         [name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()
     ]
@@ -49,6 +54,22 @@ def answer_table(facts: Sequence[EditRecord], before: Sequence[str], after: Sequ
     return header, [
         [fact.prompt, fact.target, answer_of(b) or "(nothing)", answer_of(a) or "(nothing)", took(a, fact.target)]
         for fact, b, a in zip(facts, before, after, strict=True)
+    ]
+
+
+def question_table(questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> Table:
+    """Header and rows of the LLM's answers before and after editing to facts asked in four ways, and whether the answer
+    after it is as it should be.
+
+    Args:
+        questions: the questions, by `rledit_env.evaluation.four_ways.questions_of`.
+        before, after: the LLM's answers (`rledit_env.evaluation.four_ways.ask`); questions without an answer are left
+            out.
+    """
+    return ["", "Asked", "Before", "After", "Should be", "Right"], [
+        [q.way, q.text, q.shown(b), q.shown(a), q.answer, q.is_right(a)]
+        for q, b, a in zip(questions, before, after, strict=True)
+        if a or b
     ]
 
 

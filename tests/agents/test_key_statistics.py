@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.key_statistics import (
-    fingerprint,
-    generated_corpus,
-    key_statistics,
-    sample_continuations,
-    second_moments,
-    text_corpus,
-)
+from agents.corpus import generated_corpus, sample_continuations, text_corpus
+from agents.key_statistics import fingerprint, key_statistics, second_moments
 from rledit_env.lm.editable import EditableLM
 
 MODULES = "model.layers.[1-2].mlp.down_proj"
@@ -86,7 +80,7 @@ def test_statistics_come_from_the_cache_the_second_time(
 ) -> None:
     modules = list(lm.module_shapes)
     first = key_statistics(lm, modules, tokens=256, cache=tmp_path, progress=False)
-    monkeypatch.setattr("agents.key_statistics.sample_continuations", None)
+    monkeypatch.setattr("agents.corpus.sample_continuations", None)
     monkeypatch.setattr("agents.key_statistics.second_moments", None)
     second = key_statistics(lm, modules, tokens=256, cache=tmp_path, progress=False)
     assert second.source == first.source and "wrote itself" in first.source and first.tokens == 256

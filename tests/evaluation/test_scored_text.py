@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agents import selection
-from agents.key_statistics import generated_corpus, text_corpus
+from agents.corpus import generated_corpus, text_corpus
 from agents.running import strength
 from rledit_env.evaluation.general import (
     GeneralAbility,

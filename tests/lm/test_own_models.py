@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from agents.key_statistics import sample_continuations
+from agents.corpus import sample_continuations
 from agents.locate_then_edit.value_optimisation import ValueConfig, encode_request, optimise_values
 from rledit_env.knowledge import EditRecord, UnrelatedFact
 from rledit_env.lm.continued import ContinuedForward, continued_forward, subject_states

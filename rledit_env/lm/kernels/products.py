@@ -2,7 +2,8 @@
 
 PyTorch multiplies float32 matrices by Intel's MKL, which uses half of the vector units of other makers' processors.
 oneDNN, which comes with PyTorch and does its bfloat16 products, uses all of them: 490 instead of 215 GFLOP/s on two
-cores of an AMD EPYC, to the same rounding.
+cores of an AMD EPYC, to the same rounding. On Intel's own processors MKL is as fast for a product and faster for its
+gradients, so float32 stays with it there.
 
 oneDNN generates code for every new size, which takes time and up to 1 MB of memory. So matrices, whose number of rows
 changes from one product to the next, are padded with zero rows to a few fixed numbers.
@@ -10,7 +11,9 @@ changes from one product to the next, are padded with zero rows to a few fixed n
 
 from __future__ import annotations
 
+import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +53,20 @@ def compiled(operand: Tensor, multiplications: int) -> bool:
     if operand.device.type != "cpu":
         return False
     if operand.dtype == torch.float32:
-        return multiplications >= WORTHWHILE and _available()
+        return multiplications >= WORTHWHILE and not mkl_suits() and _available()
     return operand.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def mkl_suits() -> bool:
+    """Whether MKL, if PyTorch has it, uses all of this processor: whether the processor is Intel's."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        maker = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        maker = platform.processor()
+    return "GenuineIntel" in maker
 
 
 def even(rows: int) -> int:

@@ -17,8 +17,9 @@ from rledit_env.lm.loading.loader import load_model
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
-    """The tests' matrices are small."""
+    """The tests' matrices are small, and the processor is one on which oneDNN is faster."""
     monkeypatch.setattr(products, "WORTHWHILE", 0)
+    monkeypatch.setattr(products, "mkl_suits", lambda: False)
 
 
 def numbers(*shape, seed=0):
@@ -125,3 +126,17 @@ def test_a_model_in_bfloat16_stays_as_it_is():
     model, _ = load_model("tiny-llama", torch.bfloat16, torch.device("cpu"))
     prefer_fast_products(model)
     assert not any(isinstance(m, FastLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("maker, has_mkl, suits", [
+    ("GenuineIntel", True, True), ("AuthenticAMD", True, False), ("GenuineIntel", False, False),
+])  # fmt: skip
+def test_float32_stays_with_mkl_on_its_makers_processors(monkeypatch, maker, has_mkl, suits):
+    monkeypatch.undo()
+    monkeypatch.setattr(products.Path, "read_text", lambda *a, **k: f"processor: 0\nvendor_id: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    assert products.mkl_suits.__wrapped__() is suits
+    monkeypatch.setattr(products, "mkl_suits", lambda: suits)
+    large = numbers(8, 8)
+    assert products.compiled(large, products.WORTHWHILE) == (products._available() and not suits)
+    assert products.compiled(large.bfloat16(), 1)
