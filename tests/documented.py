@@ -87,6 +87,8 @@ def shortened(code: str) -> str:
 
 def shortened_command(command: str, tiny: Path) -> list[str]:
     """The arguments of an `rledit` command with smaller values; ``tiny`` is a folder with a tiny model."""
+    # The agent that ships is for one model; a tiny one is edited by an editor that needs no training.
+    command = command.replace("--agent default", "--editor fine-tuning --step-size 0.01")
     _, verb, *arguments = shlex.split(command)
     if verb == "fetch":  # the tiny models are not fetched; a folder is the least that is
         arguments = [str(tiny)]

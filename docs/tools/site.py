@@ -4,6 +4,7 @@
 - MIRRORED files of the repository are pages, too, at the same path; examples/*.py are one page.
 - A relative link may lead to any file of the repository, as on a code host. Here it leads to that file's page, or loses
   its link where the site has no such page.
+- `<!-- README: NAME -->` stands for the part of the README between `<!-- NAME -->` and `<!-- end of NAME -->`.
 - A Mermaid block is shown as the picture of docs/diagrams that was drawn of the same source (`make diagrams`).
 - Formulas become MathML, which browsers show without a script.
 """
@@ -37,6 +38,7 @@ MIRRORED = {
 PICTURES = "benchmarks/results/*.png"
 EXAMPLES = "examples.md"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+PARTS = re.compile(r"^<!-- README: (.+) -->$", re.MULTILINE)
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -66,12 +68,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     uri = page.file.src_uri
     if uri.startswith("environments/"):
         markdown = environments.complete(markdown, Path(uri).stem)
+    markdown = PARTS.sub(lambda m: part_of_the_readme(m[1]), markdown)
     markdown = MERMAID.sub(lambda m: picture(m[1], uri), markdown)
     outside = Path(page.file.abs_src_path or DOCS / uri)
     source = outside if not outside.is_relative_to(DOCS) else DOCS / uri
     pieces = CODE.split(markdown)
     pieces[::2] = [LINK.sub(lambda m: turned(m, source, uri, files), piece) for piece in pieces[::2]]
     return "".join(pieces)
+
+
+def part_of_the_readme(name: str) -> str:
+    """What the README has between its comments of this name, with links as from docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end of {name} -->", text, re.DOTALL)
+    if found is None:
+        raise PluginError(f"README.md has no <!-- {name} --> ... <!-- end of {name} -->")
+    return re.sub(r"\]\((?!https?:)(?:docs/)?", "](", found[1])
 
 
 def turned(link: re.Match[str], source: Path, uri: str, files: Files) -> str:
