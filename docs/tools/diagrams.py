@@ -2,8 +2,8 @@
 
     python docs/tools/diagrams.py --mermaid node_modules/@mermaid-js/tiny/dist/mermaid.tiny.js
 
-It needs Chromium and the script of Mermaid, which `make diagrams` fetches with npm. The site shows the pictures, so that
-its readers need neither a script nor a network; where the Markdown is read on a code host, that draws the blocks itself.
+It needs Chromium and the script of Mermaid, which `make diagrams` fetches with npm. The site shows the pictures, so
+that its readers need neither a script nor a network; a code host draws the blocks itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from site_parts import DOCS, MERMAID, digest
 
 PAGE = """<!doctype html><meta charset="utf-8"><body><div id="drawn"></div><script src="{script}"></script><script>
-mermaid.initialize({{startOnLoad: false, theme: "neutral", htmlLabels: false, flowchart: {{htmlLabels: false, padding: 10}},
+mermaid.initialize({{startOnLoad: false, theme: "neutral", htmlLabels: false,
+                    flowchart: {{htmlLabels: false, padding: 10}},
                     sequence: {{actorMargin: 10, width: 120, wrap: true, messageFontSize: 17, actorFontSize: 16}},
                     fontFamily: "Helvetica, Arial, sans-serif"}});
 mermaid.render("diagram", {source}).then(r => {{ document.getElementById("drawn").innerHTML = r.svg; }});

@@ -50,13 +50,14 @@ def frame(env: Any) -> Image.Image:
     return picture.resize(SMALL, Image.Resampling.LANCZOS).quantize(COLOURS, dither=Image.Dither.NONE)
 
 
-def episode(kind: str, batches: int, size: int, seed: int) -> tuple[list[Image.Image], Any]:
+def episode(kind: str, batches: int, size: int, presentations: int, seed: int) -> tuple[list[Image.Image], Any]:
     """The frames of an episode, and its environment."""
     folder = find_agent("default", kind)
     settings = agent_settings(folder)["environment"]
     chosen = {k: settings[k] for k in ("model", "edit_modules", "token", "steps_per_batch", "present_until", "contexts")
               if settings.get(k) is not None}  # fmt: skip
-    reward = replace(RewardConfig.with_efficacy(), backtracking_samples=None, backtracking_depth=2)
+    chosen["steps_per_batch"] = min(chosen["steps_per_batch"], presentations)
+    reward = replace(RewardConfig.with_efficacy(), backtracking_depth=1)
     env: Any = gym.make(
         f"rledit_env:RLEdit-{NAMES[kind]}-v0", split="eval", num_batches=batches, batch_size=size, reward=reward,
         array_backend="torch", render_mode="ansi", disable_env_checker=True, **chosen,
@@ -76,13 +77,14 @@ def episode(kind: str, batches: int, size: int, seed: int) -> tuple[list[Image.I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--batches", type=int, default=5, help="batches of the episode")
+    parser.add_argument("--batches", type=int, default=3, help="batches of the episode")
     parser.add_argument("--size", type=int, default=4, help="facts of a batch")
+    parser.add_argument("--presentations", type=int, default=5, help="most presentations of a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ASSETS)
     options = parser.parse_args()
     for kind in options.kinds:
-        frames, env = episode(kind, options.batches, options.size, options.seed)
+        frames, env = episode(kind, options.batches, options.size, options.presentations, options.seed)
         path = options.out / f"{kind}.gif"
         durations = [MILLISECONDS] * (len(frames) - 1) + [LAST]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)

@@ -51,15 +51,16 @@ class FiveFacts:
         metrics, divergences = self.report["metrics"], self.report["divergences"]
         own = divergences["self"]  # type: ignore[index]
         exact = round(metrics["exact_match"] * len(self.rows) / 100)  # type: ignore[index]
+        kept, reworded = metrics["specificity"], metrics["generalization"]  # type: ignore[index]
         lines += [
             "",
-            f"Exact match (the free answer is the target and ends there): {exact} of {len(self.rows)}. What it cost the "
-            f"model: KL {self.kl:.4f} nats a token from the unedited model on its own text, whose perplexity went from "
-            f"{own['original_perplexity']:.1f} to {own['perplexity']:.1f}. Answers to unrelated questions are the same "
-            f"(Specificity {metrics['specificity']:.0f} %). Asked in other words, the model gives "  # type: ignore[index]
-            f"{metrics['generalization']:.0f} % of the new answers' tokens: "  # type: ignore[index]
-            "[why, and what helps](docs/faq.md#the-edit-works-for-my-prompt-but-not-in-other-words).",
-        ]  # fmt: skip
+            f"Exact match, where the free answer is the target and ends there: {exact} of {len(self.rows)}. Its cost: "
+            f"KL {self.kl:.4f} nats a token from the unedited model on its own text (perplexity "
+            f"{own['original_perplexity']:.1f} before, {own['perplexity']:.1f} after). Unrelated questions that keep "
+            f"their answers: {kept:.0f} %. Tokens of the new answers that are right when asked in other words: "
+            f"{reworded:.0f} %, which is little "
+            "([why, and what helps](docs/faq.md#the-edit-works-for-my-prompt-but-not-in-other-words)).",
+        ]
         return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """MkDocs hooks: pages from files outside docs/, links between them, diagrams and formulas.
 
-- The environments' pages are made from the docstring of `LifelongEditEnv` and docs/environments/*.md (`environments.py`).
+- The environments' pages are docs/environments/*.md with the docstring of `LifelongEditEnv` (`environments.py`).
 - MIRRORED files of the repository are pages, too, at the same path; examples/*.py are one page.
 - A relative link may lead to any file of the repository, as on a code host. Here it leads to that file's page, or loses
   its link where the site has no such page.
@@ -118,6 +118,14 @@ def picture(source: str, uri: str) -> str:
         raise PluginError(f"{uri}: docs/{name} is missing, the picture of a Mermaid block that begins with "
                           f"{source.splitlines()[0]!r}; draw it with: make diagrams")
     return f"![Diagram]({posixpath.relpath(name, posixpath.dirname(uri) or '.')}){{ .diagram }}"
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that would load something from another server."""
+    loaded = re.search(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", output)
+    if loaded is not None:
+        raise PluginError(f"{page.file.src_uri}: the page loads {loaded[0]}; ship it with the site")
+    return output
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
