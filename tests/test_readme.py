@@ -84,6 +84,15 @@ def test_every_other_command_of_the_readme_is_run_by_ci(command: str) -> None:
         assert command in typed, f"CI runs no '{command}'"
 
 
+def test_the_badges_say_what_the_package_says() -> None:
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    for badge, field in (("licence", "license_expression"), ("python", "python_requires")):
+        picture = (ROOT / "docs" / "assets" / f"{badge}.svg").read_text(encoding="utf-8")
+        value = re.search(rf"^{field} = (.+)$", setup, re.MULTILINE)
+        assert f"docs/assets/{badge}.svg" in TEXT and value is not None
+        assert f"<title>{badge}: {value[1]}</title>" in picture.replace("&gt;", ">")
+
+
 def test_links_to_the_repository_lead_somewhere() -> None:
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
     assert links

@@ -19,8 +19,9 @@ GONE = (404, 410)
 
 def documents() -> list[Path]:
     """All Markdown files of the project."""
-    left_out = {".venv", "site", "build", "runs", "node_modules"}
-    return sorted(p for p in ROOT.rglob("*.md") if not left_out & set(p.relative_to(ROOT).parts))
+    left_out = {"site", "build", "runs"}
+    paths = {path: path.relative_to(ROOT).parts for path in ROOT.rglob("*.md")}
+    return sorted(p for p, parts in paths.items() if not any(part in left_out or part[0] == "." for part in parts))
 
 
 def answer(address: str) -> str:
