@@ -21,7 +21,7 @@ from site_parts import DOCS, MERMAID, digest
 PAGE = """<!doctype html><meta charset="utf-8"><body><div id="drawn"></div><script src="{script}"></script><script>
 mermaid.initialize({{startOnLoad: false, theme: "neutral", htmlLabels: false,
                     flowchart: {{htmlLabels: false, padding: 10}},
-                    sequence: {{actorMargin: 10, width: 120, wrap: true, messageFontSize: 17, actorFontSize: 16}},
+                    sequence: {{actorMargin: 30, width: 150, wrap: true, messageFontSize: 17, actorFontSize: 16}},
                     fontFamily: "Helvetica, Arial, sans-serif"}});
 mermaid.render("diagram", {source}).then(r => {{ document.getElementById("drawn").innerHTML = r.svg; }});
 </script>"""
