@@ -23,7 +23,6 @@ from rledit_env.lm.editable import EditableLM
 
 ROOT = Path(__file__).parents[2]
 FACTS = ROOT / "docs" / "assets" / "five_facts.jsonl"
-COMMAND = "rledit edit --facts docs/assets/five_facts.jsonl --agent default --out edited-model"
 PLACE = re.compile(r"(<!-- five facts -->\n).*?(<!-- end of five facts -->)", re.DOTALL)
 
 
