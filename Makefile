@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.rledit-installed
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv install demo test test-real test-slow lint types check wheel notebooks clean
+.PHONY: help venv install demo test test-real test-slow lint types check wheel notebooks docs diagrams links clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,9 @@ help:
 	@echo "make check      lint, types and tests"
 	@echo "make wheel      build the sdist and the wheel, and use the wheel away from the sources"
 	@echo "make notebooks  run the notebooks in examples/ on the default model and keep their outputs (minutes)"
+	@echo "make docs       build the documentation into site/index.html"
+	@echo "make links      ask every web address in the documentation whether it is still there"
+	@echo "make diagrams   draw the documentation's diagrams again (needs npm and Chromium)"
 	@echo "make install    create $(VENV) and install the package (PYTHON=python3.12, TORCH='torch==2.13.0 ...')"
 	@echo "make clean      remove what make and the tools wrote, but not runs/"
 
@@ -73,6 +76,17 @@ wheel: $(STAMP)
 notebooks: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py
 
+# Reads nothing from the network. The variable silences an advertisement of mkdocs-material.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+links: $(STAMP)
+	$(BIN)/python docs/tools/links.py
+
+diagrams: $(STAMP)
+	npm install --no-save --prefix build @mermaid-js/tiny@11
+	$(BIN)/python docs/tools/diagrams.py --mermaid build/node_modules/@mermaid-js/tiny/dist/mermaid.tiny.js
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
