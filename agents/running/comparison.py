@@ -39,10 +39,15 @@ class Views:
     Args:
         model: registry name, hub id or folder.
         dtype, device, source: as for :meth:`EditableLM.load` (``source``: revision, trust_remote_code).
+        load: loads the LLM, with the arguments of :meth:`EditableLM.load`, which is the default.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", device: str = "auto", **source: Any) -> None:
+    def __init__(
+        self, model: str, dtype: str = "auto", device: str = "auto", load: Callable[..., EditableLM] | None = None,
+        **source: Any,
+    ) -> None:  # fmt: skip
         self.model, self.dtype, self.device, self.source = model, dtype, device, source
+        self._load = load or EditableLM.load
         self._view: EditableLM | None = None
         self._patterns: tuple[str, ...] | None = None
 
@@ -56,7 +61,7 @@ class Views:
         patterns = (edit_modules,) if isinstance(edit_modules, str) else tuple(edit_modules or ()) or None
         self.restore()
         if self._view is None:
-            self._view = EditableLM.load(self.model, patterns, self.dtype, self.device, **self.source)
+            self._view = self._load(self.model, patterns, self.dtype, self.device, **self.source)
         elif patterns != self._patterns:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # frees its copies of the weights before the new view makes its own
