@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "ultraedit, ft-m or memit")
     parser.add_argument("--port", type=int, default=PORT, help="port of the page; 0 takes a free one")
     parser.add_argument("--max-tabs", type=int, default=MAX_TABS, metavar="N",
-                        help="the largest number of browser tabs with a model; each needs memory for its edited weights")
+                        help="the largest number of browser tabs with a model; each needs memory for its weights")
     parser.add_argument("--device", default="auto", help="such as 'cpu' or 'cuda:0'; 'auto' takes an accelerator")
     parser.add_argument("--dtype", default="stored",
                         help="precision of the frozen weights: a torch dtype, 'auto', or 'stored', the model's own")

@@ -81,7 +81,7 @@ class EditRun:
         if log.diverged:
             broken = len(log.batch_sizes)
             self._take_back(broken - 1, memory)
-            return (f"The update of batch {broken} broke the model and was taken back, so that its facts are not edited. "
+            return (f"The update of batch {broken} broke the model and was taken back; its facts are not edited. "
                     f"{self._prepared.mend}.")
         edited = len(self.records) - len(known)
         if log.stopped and edited < len(records):

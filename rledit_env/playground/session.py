@@ -86,9 +86,8 @@ class Session:
         with self._alone(), self._turns.turn():
             known = len(self._before)
             if known + len(records) > MOST_FACTS:
-                raise ValueError(f"{known} facts were edited and {len(records)} more are asked for; a tab "
-                                 f"takes {MOST_FACTS}. Load the model again, or edit the file with: rledit edit --facts "
-                                 "FILE --out DIR")
+                raise ValueError(f"a tab takes {MOST_FACTS} facts; {known} were edited, and these are {len(records)}. "
+                                 "Load the model again, or edit the file with: rledit edit --facts FILE --out DIR")
             run = self._run or self._begin(facts, progress)
             run.check(records)
             with run.lm.original_weights():
@@ -138,8 +137,6 @@ class Session:
             return
         records = run.records
         after = answers_to(lm, records, self._parts(progress, "asking the edited model", len(records), False))
-        progress("measuring what else changed")
-        meter = drifts(lm, self._models.texts(lm))
         batches = run.batches()
         self.view = replace(
             self.view,
@@ -147,8 +144,11 @@ class Session:
                 FactView(record, number, batches[number - 1].state == "edited", before, now)
                 for record, number, before, now in zip(records, run.numbers(), self._before, after, strict=True)
             ),
-            batches=tuple(batches), meter=meter, notes=tuple(run.notes),
+            batches=tuple(batches), meter={}, notes=tuple(run.notes),
         )  # fmt: skip
+        progress("measuring what else changed")
+        self._turns.pass_on()
+        self.view = replace(self.view, meter=drifts(lm, self._models.texts(lm)))
 
     def _parts(self, progress: Progress, what: str, of: int, may_stop: bool = True) -> Callable[[int], None]:
         """A function that is called between the parts of a long computation with the number of facts done."""

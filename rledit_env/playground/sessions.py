@@ -46,8 +46,8 @@ class Sessions:
                 raise ValueError("this tab is loading a model already; wait until it is done")
             before = self._by_tab.get(tab)
             if tab not in self._by_tab and len(self._by_tab) >= self._most:
-                raise ValueError(f"{len(self._by_tab)} tabs have a model, and no more are allowed: each needs memory of "
-                                 f"its own. Close one of them, or start again with --max-tabs {self._most + 1}")
+                raise ValueError(f"{len(self._by_tab)} tabs have a model, and no more may have one: each needs memory. "
+                                 f"Close one of them, or start again with --max-tabs {self._most + 1}")
             self._by_tab[tab] = None
         session = None
         try:
