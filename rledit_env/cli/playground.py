@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rledit_env.cli.command import OK, Command, check_positive, say_loading
@@ -97,7 +98,12 @@ class Preparation:
 
         if options.editor is None:
             return trained_agent(options, facts, self.models.load)
-        return training_free(options, facts, self.models.load, tried)
+        editing = training_free(options, facts, self.models.load, tried)
+        probe = editing.report["editor"]["probe"]
+        if probe is None:
+            return editing
+        note = f"the step size {probe['chosen']['step_size']:.3g} was found on {probe['facts']} of the first facts: "
+        return replace(editing, notes=(*editing.notes, note + probe["reason"]))
 
     def _options(self, choice: Choice) -> argparse.Namespace:
         """The options of `rledit edit` for this choice."""

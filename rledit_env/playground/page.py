@@ -42,8 +42,7 @@ def playground(sessions: Sessions, model: str, editor: str) -> gr.Blocks:
                 choice = _choice(model, editor)
                 typed, waiting, facts_buttons = _facts()
             with gr.Column(min_width=320, scale=3):
-                shown = _results()
-        undo = _with_ledger(shown)
+                shown, undo = _results()
         asking, saving = _asking(), _saving()
         _connect(actions, Parts(status, choice, typed, waiting, facts_buttons, shown, undo, asking, saving))
         page.unload(actions.closed)
@@ -87,7 +86,7 @@ def _choice(model: str, editor: str) -> list[Any]:
                     label="Editor", elem_id="editor",
                     info="default is the trained agent for smollm2-135m; or a trained agent's folder"),
         *_more_choices(),
-        gr.Button("Load", elem_id="load"),
+        gr.Button("Load", variant="primary", elem_id="load"),
     ]  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def _more_choices() -> list[Any]:
             gr.Radio(CHATS, value="", label="Facts are edited", elem_id="chat"),
             gr.Number(BATCH_SIZE, precision=0, label="Facts a batch", elem_id="batch-size",
                       info="A batch is stopped at and undone as a whole"),
-            gr.Textbox(label="Step size", info="Of an editor that needs no training; empty: it is searched for, in "
+            gr.Textbox("", label="Step size", info="Of an editor that needs no training; empty: it is searched for, in "
                        "about a minute", elem_id="step-size"),
         ]  # fmt: skip
 
@@ -105,14 +104,14 @@ def _more_choices() -> list[Any]:
 def _facts() -> tuple[list[Any], list[Any], dict[str, gr.Button]]:
     gr.Markdown("## 2. Facts")
     typed = [
-        gr.Textbox(label="Prompt", placeholder="The capital of Iceland is", elem_id="prompt"),
-        gr.Textbox(label="New answer", placeholder="Akureyri", elem_id="target"),
-        gr.Textbox(label="Subject, as written in the prompt (optional, helps)", placeholder="Iceland",
+        gr.Textbox("", label="Prompt", placeholder="The capital of Iceland is", elem_id="prompt"),
+        gr.Textbox("", label="New answer", placeholder="Akureyri", elem_id="target"),
+        gr.Textbox("", label="Subject, as written in the prompt (optional, helps)", placeholder="Iceland",
                    elem_id="subject"),
-        gr.Textbox(label="Paraphrases, one a line (optional)", lines=2, elem_id="paraphrases",
+        gr.Textbox("", label="Paraphrases, one a line (optional)", lines=2, elem_id="paraphrases",
                    placeholder="Iceland's seat of government is"),
-        gr.Textbox(label="Neighbours whose answers should stay, one a line (optional)", lines=2, elem_id="neighbours",
-                   placeholder="The capital of Norway is"),
+        gr.Textbox("", label="Neighbours whose answers should stay, one a line (optional)", lines=2,
+                   elem_id="neighbours", placeholder="The capital of Norway is"),
     ]  # fmt: skip
     with gr.Accordion("Load a file", open=False):
         file = gr.File(label="JSON Lines, JSON, CSV, YAML or Parquet", height=110, elem_id="file")
@@ -126,38 +125,34 @@ def _facts() -> tuple[list[Any], list[Any], dict[str, gr.Button]]:
     return typed, [state, listed, file], {"add": add, "clear": clear, "edit": edit, "stop": stop}
 
 
-def _results() -> list[Any]:
+def _results() -> tuple[list[Any], gr.Button]:
     nothing = View("", "", False)
     gr.Markdown("## 3. What changed")
     facts = gr.HTML(facts_html(nothing), elem_id="facts")
     gr.Markdown("## 4. What it cost the model")
     meter = gr.HTML(meter_html(nothing), elem_id="meter")
     gr.Markdown("## 5. Ledger")
-    return [facts, meter]
-
-
-def _with_ledger(shown: list[Any]) -> gr.Button:
-    shown.append(gr.Radio([], label="Batches; choose one to undo it", elem_id="ledger"))
-    return gr.Button("Undo the chosen batch", elem_id="undo")
+    ledger = gr.Radio([], label="Batches; choose one to undo it", elem_id="ledger")
+    return [facts, meter, ledger], gr.Button("Undo the chosen batch", elem_id="undo")
 
 
 def _asking() -> list[Any]:
     gr.Markdown("## 6. Ask both models")
-    text = gr.Textbox(label="Text", lines=2, placeholder="What is the capital of Iceland?", elem_id="question")
+    text = gr.Textbox("", label="Text", lines=2, placeholder="What is the capital of Iceland?", elem_id="question")
     with gr.Row():
         chat = gr.Checkbox(label="As a chat question", elem_id="question-chat", min_width=160)
         tokens = gr.Slider(1, MOST_TOKENS, value=32, step=1, label="Tokens at most", min_width=160)
     button = gr.Button("Ask", elem_id="ask")
     with gr.Row():
-        before = gr.Textbox(label="Unedited model", lines=4, interactive=False, min_width=280, elem_id="before")
-        after = gr.Textbox(label="Edited model", lines=4, interactive=False, min_width=280, elem_id="after")
+        before = gr.Textbox("", label="Unedited model", lines=4, interactive=False, min_width=280, elem_id="before")
+        after = gr.Textbox("", label="Edited model", lines=4, interactive=False, min_width=280, elem_id="after")
     return [text, chat, tokens, button, before, after]
 
 
 def _saving() -> list[Any]:
     gr.Markdown("## 7. Save")
     form = gr.Radio([(SAVED_AS[form], form) for form in FORMS], value="model", label="What", elem_id="form")
-    folder = gr.Textbox(label="New folder on this computer", placeholder="edited-model", elem_id="folder")
+    folder = gr.Textbox("", label="New folder on this computer", placeholder="edited-model", elem_id="folder")
     return [form, folder, gr.Button("Save", elem_id="save")]
 
 

@@ -13,22 +13,27 @@ from rledit_env.self_text import SelfDrift
 
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; padding: 0 14px !important; }
+#status { position: sticky; top: 0; z-index: 40; background: var(--body-background-fill); overflow: visible; }
+.rl { --quiet: #52606d; } .dark .rl { --quiet: #b5bdc6; }
 .rl, .rl p, .rl td, .rl th { font-size: 15px; line-height: 1.45; }
 .rl { overflow-wrap: anywhere; }
 .rl p { margin: .2rem 0 .6rem; }
 .rl .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .7rem .9rem;
             margin: 0 0 .8rem; }
 .rl .fact { font-weight: 650; margin: 0 0 .15rem; }
-.rl .about { color: var(--body-text-color-subdued); font-size: 13px; margin: 0 0 .4rem; }
-.rl table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 0; }
+.rl .about { color: var(--quiet); font-size: 13px; margin: 0 0 .4rem; }
+.rl table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 0; border: 0 !important; }
+.rl .meter { table-layout: auto; }
+.rl tr { background: none !important; border: 0; }
 .rl th, .rl td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border: 0;
                  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
-.rl th { font-weight: 600; font-size: 13px; color: var(--body-text-color-subdued); }
+.rl th { font-weight: 600; font-size: 13px; color: var(--quiet); }
 .rl tr:last-child td { border-bottom: 0; }
-.rl .asked { display: block; font-size: 13px; color: var(--body-text-color-subdued); }
+.rl .asked { display: block; font-size: 13px; color: var(--quiet); }
 .rl .yes { color: #00795a; font-weight: 650; } .rl .no { color: #b3402a; font-weight: 650; }
 .dark .rl .yes { color: #4fd1a5; } .dark .rl .no { color: #ff9a85; }
-.rl .number { text-align: right; font-variant-numeric: tabular-nums; }
+.rl .number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.rl td.number { white-space: nowrap; }
 .rl .status { border-left: 4px solid var(--border-color-primary); padding: .45rem .8rem; background:
               var(--background-fill-secondary); }
 .rl .status.error { border-color: #b3402a; } .rl .status.done { border-color: #00795a; }
@@ -42,7 +47,7 @@ CSS = """
   .rl .answers tr { display: block; border-bottom: 1px solid var(--border-color-primary); padding: .3rem 0; }
   .rl .answers tr:last-child { border-bottom: 0; }
   .rl .answers td { display: block; border: 0; padding: .1rem 0; }
-  .rl .answers td[data-label]::before { content: attr(data-label) ": "; color: var(--body-text-color-subdued); }
+  .rl .answers td[data-label]::before { content: attr(data-label) ": "; color: var(--quiet); }
 }
 """
 
@@ -76,9 +81,9 @@ def meter_html(view: View) -> str:
     rows = "".join(_meter_rows(view.meter))
     return _block(
         "<p>How far the edited model is from the unedited one on text that has nothing to do with the facts. "
-        "KL is 0 for the same predictions.</p>"
-        '<table class="meter"><thead><tr><th>text</th><th class="number">KL, nats a token</th>'
-        '<th class="number">perplexity before</th><th class="number">and after</th></tr></thead>'
+        "KL is in nats a token, and 0 for the same predictions.</p>"
+        '<table class="meter"><thead><tr><th>text</th><th class="number">KL</th>'
+        '<th class="number">perplexity before</th><th class="number">now</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>"
     )
 
@@ -95,7 +100,7 @@ def _summary(view: View) -> str:
     edited = [fact for fact in view.facts if fact.is_edited]
     took, exact = (sum(getattr(f.after.prompt, name) for f in edited) for name in ("took", "exact"))
     own = view.meter.get("self")
-    cost = "not measured yet" if own is None else f"{own.kl:.2g} nats a token on the model's own text"
+    cost = "not measured yet" if own is None else f"{_kl(own)} nats a token on the model's own text"
     notes = "".join(f'<p class="about">Note: {escape(note)}</p>' for note in view.notes)
     return (f'<p id="summary">{_count(len(edited), "edited fact")}: {took} took, {exact} of them as an exact match. '
             f"Cost: KL {cost}.</p>{notes}")
@@ -145,8 +150,12 @@ def _mark(text: str, good: bool) -> str:
 
 def _meter_rows(meter: Mapping[str, SelfDrift]) -> Iterator[str]:
     for key, drift in meter.items():
-        numbers = (f"{drift.kl:.2g}", f"{drift.original_perplexity:.2f}", f"{drift.perplexity:.2f}")
+        numbers = (_kl(drift), f"{drift.original_perplexity:.4g}", f"{drift.perplexity:.4g}")
         yield f"<tr><td>{escape(NAMES[key])}</td>" + "".join(f'<td class="number">{n}</td>' for n in numbers) + "</tr>"
+
+
+def _kl(drift: SelfDrift) -> str:
+    return f"{round(drift.kl, 4) + 0.0:.4f}"  # rounding may have left -0.0
 
 
 def _count(number: int, what: str) -> str:
