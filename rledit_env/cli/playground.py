@@ -76,6 +76,8 @@ class Preparation:
 
     def check(self, choice: Choice) -> None:
         from agents.running.saved import find_agent
+        from rledit_env.lm.loading.fetching import fetch
+        from rledit_env.lm.loading.tiny import TINY_NAMES
 
         options = self._options(choice)
         check_editor(options)
@@ -83,6 +85,8 @@ class Preparation:
             find_agent(options.agent)
         if choice.batch_size < 1:
             raise ValueError(f"{choice.batch_size} facts a batch were chosen; give 1 or more")
+        if choice.model not in TINY_NAMES:
+            fetch(choice.model)
 
     def load(self, choice: Choice) -> EditableLM:
         say_loading(choice.model)

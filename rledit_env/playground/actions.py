@@ -21,7 +21,7 @@ from rledit_env.playground.tables import batch_label, facts_html, meter_html, st
 from rledit_env.playground.typed import joined, typed_fact
 from rledit_env.playground.view import View
 
-SECONDS = 0.3  # between two looks at a job
+SECONDS = 0.5  # between two looks at a job
 FIELDS = 5  # of a typed fact
 Work = Callable[[Callable[[str], None]], str]
 
@@ -181,13 +181,13 @@ def _seen(view: View | None) -> list[Any]:
 
 def _watched(job: Job, view: Callable[[], View | None] = lambda: None) -> Iterator[list[Any]]:
     """The message of a job and what :func:`_seen` gives, whenever one of them changes, until the job has ended."""
-    doing, seen = "", view()
+    said, seen = "", view()
     while not job.ended(SECONDS):
-        now = view()
-        if job.doing != doing or now is not seen:
+        now, message = view(), f"Working: {job.doing} … {job.seconds} s"
+        if message != said or now is not seen:
             changed = now if now is not seen else None
-            doing, seen = job.doing, now
-            yield [status_html(f"Working: {doing} …", "busy"), *_seen(changed)]
+            said, seen = message, now
+            yield [status_html(message, "busy"), *_seen(changed)]
     yield [status_html(job.result) if job.error is None else _error(job.error), *_seen(view())]
 
 

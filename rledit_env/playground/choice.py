@@ -64,10 +64,11 @@ class Prepare(Protocol):
     """Prepares the editor of a choice, as `rledit edit` does."""
 
     def check(self, choice: Choice) -> None:
-        """Check a choice before anything is loaded.
+        """Check a choice before anything is loaded, and fetch its model if that is not on this computer yet.
 
         Raises:
-            ValueError, OSError: the model or the editor is unknown, or an option does not go with it.
+            ValueError, OSError, ModelError: the model or the editor is unknown, an option does not go with it, or the
+                model cannot be fetched.
         """
 
     def load(self, choice: Choice) -> EditableLM:

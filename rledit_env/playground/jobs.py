@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -19,8 +20,8 @@ class Job:
     """
 
     def __init__(self, work: Callable[[Callable[[str], None]], str]) -> None:
-        self.doing, self.result, self.error = "", "", None  # type: str, str, BaseException | None
-        self._work = work
+        self.doing, self.result, self.error = "waiting for its turn", "", None  # type: str, str, BaseException | None
+        self._work, self._began = work, time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -32,6 +33,11 @@ class Job:
 
     def _say(self, doing: str) -> None:
         self.doing = doing
+
+    @property
+    def seconds(self) -> int:
+        """Whole seconds since it began."""
+        return int(time.monotonic() - self._began)
 
     def ended(self, seconds: float) -> bool:
         """Whether the work is done, after waiting for it for at most so long."""

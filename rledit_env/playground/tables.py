@@ -14,7 +14,8 @@ from rledit_env.self_text import SelfDrift
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; padding: 0 14px !important; }
 #status { position: sticky; top: 0; z-index: 40; background: var(--body-background-fill); overflow: visible; }
-.rl { --quiet: #52606d; } .dark .rl { --quiet: #b5bdc6; }
+:root { --block-info-text-color: #52606d; --quiet: #52606d; }
+.dark { --block-info-text-color: #b5bdc6; --quiet: #b5bdc6; }
 .rl, .rl p, .rl td, .rl th { font-size: 15px; line-height: 1.45; }
 .rl { overflow-wrap: anywhere; }
 .rl p { margin: .2rem 0 .6rem; }
@@ -24,6 +25,7 @@ CSS = """
 .rl .about { color: var(--quiet); font-size: 13px; margin: 0 0 .4rem; }
 .rl table { border-collapse: collapse; width: 100%; table-layout: fixed; margin: 0; border: 0 !important; }
 .rl .meter { table-layout: auto; }
+.rl .meter td, .rl .meter th { overflow-wrap: normal; }
 .rl tr { background: none !important; border: 0; }
 .rl th, .rl td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border: 0;
                  border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }

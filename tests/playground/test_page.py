@@ -66,7 +66,7 @@ class Tab:
         """Load the proposed model, one fact a batch and a step size with which a random model takes facts."""
         self.page.click("text=More settings")
         self.fill("batch-size", "1")
-        self.fill("step-size", "0.2")
+        self.fill("step-size", "0.1")
         self.press("load", "Loaded: tiny-llama")
 
     def type(self, **fact: str) -> None:
@@ -99,7 +99,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_tab(served: tuple[str, Sessions], browser: Any, monkeypatch: Any) -> Iterator[Callable[..., Tab]]:
-    monkeypatch.setattr("rledit_env.cli.editing.MAX_PRESENTATIONS", 4)
+    monkeypatch.setattr("rledit_env.cli.editing.MAX_PRESENTATIONS", 8)
     contexts: list[Any] = []
 
     def opened(width: int = 1280) -> Tab:

@@ -26,7 +26,7 @@ from rledit_env.playground.turns import Turns
 from rledit_env.playground.typed import joined, typed_fact
 
 # A step so large that a random model takes the fact; what else it changes is what the meter is there to show.
-CHOICE = Choice("tiny-llama", "fine-tuning", batch_size=1, step_size=0.2)
+CHOICE = Choice("tiny-llama", "fine-tuning", batch_size=1, step_size=0.1)
 TIN = typed_fact("The chemical symbol of tin is", "Ti", "tin", "Tin is written as", "The chemical symbol of iron is")
 GOLD = typed_fact("The chemical symbol of gold is", "Go", "gold")
 
@@ -42,7 +42,7 @@ def models() -> FrozenModels:
 
 @pytest.fixture(autouse=True)
 def few_presentations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rledit_env.cli.editing.MAX_PRESENTATIONS", 4)
+    monkeypatch.setattr("rledit_env.cli.editing.MAX_PRESENTATIONS", 8)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_an_update_that_breaks_the_model_is_taken_back(sessions: Sessions) -> No
 
 @pytest.mark.parametrize("chat", ["only", "also"])
 def test_a_model_without_a_chat_template_is_not_edited_as_a_chat(sessions: Sessions, chat: str) -> None:
-    session = sessions.open("tab", Choice("tiny-llama", "fine-tuning", chat=chat, step_size=0.2))
+    session = sessions.open("tab", Choice("tiny-llama", "fine-tuning", chat=chat, step_size=0.1))
     with pytest.raises(ValueError, match="has no chat template"):
         session.edit(TIN, silent)
     assert session.view.batches == ()
@@ -176,7 +176,7 @@ def test_facts_edited_both_ways_count_once(sessions: Sessions, models: FrozenMod
     tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }}\nA: {% endfor %}"
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    choice = Choice(str(tmp_path), "fine-tuning", chat="also", batch_size=1, step_size=0.2)
+    choice = Choice(str(tmp_path), "fine-tuning", chat="also", batch_size=1, step_size=0.1)
     session = sessions.open("tab", choice)
     assert session.view.chat
     assert session.edit(joined([TIN, GOLD]), silent) == "Edited: 2 facts."
