@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,7 +81,10 @@ class Preparation:
         from rledit_env.lm.loading.tiny import TINY_NAMES
 
         options = self._options(choice)
-        check_editor(options)
+        try:
+            check_editor(options)
+        except ValueError as error:  # the page has no flags
+            raise ValueError(re.sub(r"--([a-z-]+)", lambda m: "the " + m[1].replace("-", " "), str(error))) from error
         if options.agent is not None:
             find_agent(options.agent)
         if choice.batch_size < 1:

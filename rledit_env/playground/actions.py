@@ -90,7 +90,7 @@ class Actions:
             return session.edit(joined(parts), say)
 
         job = Job(work)
-        for shown in _watched(job, lambda: self._view(tab)):
+        for shown in _watched(job, lambda: self._view(tab), lambda: self._stopping(tab)):
             yield [*shown, *[gr.skip()] * (2 + FIELDS)]
         if job.error is None:
             yield [*[gr.skip()] * 4, [], waiting_html([]), *[""] * FIELDS]
@@ -102,6 +102,12 @@ class Actions:
         except ValueError as error:
             return _error(error)
         return status_html("Stopping after the present batch …", "busy")
+
+    def _stopping(self, tab: str) -> bool:
+        try:
+            return self._sessions.get(tab).is_stopping
+        except ValueError:  # no model is loaded
+            return False
 
     def undo(self, request: gr.Request, number: int | None) -> Iterator[list[Any]]:
         """Undo a batch; yields as :meth:`load`."""
@@ -179,11 +185,14 @@ def _seen(view: View | None) -> list[Any]:
     return [facts_html(view), meter_html(view), gr.Radio(choices=batches, value=None)]
 
 
-def _watched(job: Job, view: Callable[[], View | None] = lambda: None) -> Iterator[list[Any]]:
+def _watched(
+    job: Job, view: Callable[[], View | None] = lambda: None, is_stopping: Callable[[], bool] = lambda: False
+) -> Iterator[list[Any]]:
     """The message of a job and what :func:`_seen` gives, whenever one of them changes, until the job has ended."""
     said, seen = "", view()
     while not job.ended(SECONDS):
-        now, message = view(), f"Working: {job.doing} … {job.seconds} s"
+        stop = "; stopping after the present batch" if is_stopping() else ""
+        now, message = view(), f"Working: {job.doing}{stop} … {job.seconds} s"
         if message != said or now is not seen:
             changed = now if now is not seen else None
             said, seen = message, now

@@ -54,11 +54,6 @@ class Prepared(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
 
-    @property
-    def mend(self) -> str:
-        """The advice if the editor breaks the model."""
-        ...
-
 
 class Prepare(Protocol):
     """Prepares the editor of a choice, as `rledit edit` does."""

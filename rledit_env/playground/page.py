@@ -32,7 +32,7 @@ def playground(sessions: Sessions, model: str, editor: str) -> gr.Blocks:
         model, editor: what the page proposes.
     """
     actions = Actions(sessions)
-    page = gr.Blocks(title=TITLE, analytics_enabled=False)
+    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600))  # seconds, of files loaded
     with page:
         gr.Markdown(f"# {TITLE}\nEdit facts into a language model, and see what changed. Everything stays on this "
                     "computer, and this tab has a model of its own.")

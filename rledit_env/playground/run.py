@@ -81,8 +81,8 @@ class EditRun:
         if log.diverged:
             broken = len(log.batch_sizes)
             self._take_back(broken - 1, memory)
-            return (f"The update of batch {broken} broke the model and was taken back; its facts are not edited. "
-                    f"{self._prepared.mend}.")
+            return (f"The update of batch {broken} broke the model and was taken back; its facts are not edited. Load "
+                    "again with another editor, or with a smaller step size if the editor has one.")
         edited = len(self.records) - len(known)
         if log.stopped and edited < len(records):
             return f"Stopped: {edited} of {len(records)} facts were edited, in whole batches."

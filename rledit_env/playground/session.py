@@ -103,6 +103,11 @@ class Session:
         """End the edit after its present batch."""
         self._stop.set()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether an edit is to end after its present batch."""
+        return self._stop.is_set() and self._lock.locked()
+
     def undo(self, number: int, progress: Progress) -> str:
         """Take a batch out again, counted from 1; returns what was done.
 
@@ -230,11 +235,15 @@ class Session:
             if self._closed.is_set():
                 self._remove()
 
-    def close(self) -> None:
-        """End what runs after its present batch, and free the session's files."""
+    def close(self, seconds: float = 0.0) -> None:
+        """End what runs after its present batch; the session's files are freed when it has ended.
+
+        Args:
+            seconds: how long to wait for that.
+        """
         self._closed.set()
         self._stop.set()
-        if self._lock.acquire(blocking=False):
+        if self._lock.acquire(timeout=seconds):
             try:
                 self._remove()
             finally:

@@ -64,17 +64,17 @@ class Sessions:
                 if ended is not None:
                     ended.close()
 
-    def close(self, tab: str) -> None:
-        """Free the tab's session, if it has one."""
+    def close(self, tab: str, seconds: float = 0.0) -> None:
+        """Free the tab's session, if it has one; arguments as for :meth:`Session.close`."""
         with self._mutex:
             session = self._by_tab.pop(tab, None)
         if session is not None:
-            session.close()
+            session.close(seconds)
 
     def close_all(self) -> None:
-        """Free all sessions."""
+        """Free all sessions, after a few seconds for what they are at work on."""
         for tab in list(self._by_tab):
-            self.close(tab)
+            self.close(tab, seconds=5)
 
     def __len__(self) -> int:
         return len(self._by_tab)

@@ -205,7 +205,7 @@ def test_a_stopped_edit_of_a_file_leaves_the_whole_batches(
     tab.message("Read: 3 facts")
     assert "3 facts waiting" in tab.page.inner_text("#waiting")
     tab.press("edit", "editing: 1 of 3")
-    tab.press("stop", "Stopping after the present batch")  # while the edit runs, the page answers
+    tab.press("stop", "topping after the present batch")  # while the edit runs, the page answers
     pressed.set()
     tab.message("Stopped: 1 of 3 facts were edited")
     assert tab.page.locator("#ledger input").count() == tab.page.locator("#facts .card").count() == 1

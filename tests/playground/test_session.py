@@ -158,7 +158,7 @@ def test_an_update_that_breaks_the_model_is_taken_back(sessions: Sessions) -> No
     session = sessions.open("tab", Choice("tiny-llama", "fine-tuning", batch_size=1, step_size=1e30))
     with pytest.warns(UserWarning, match="broke the LLM"):
         said = session.edit(TIN, silent)
-    assert "broke the model and was taken back" in said and "smaller --step-size" in said
+    assert "broke the model and was taken back" in said and "a smaller step size" in said
     assert [batch.state for batch in session.view.batches] == ["taken back"]
     assert all(torch.equal(weight, session._lm.original_weight(m)) for m, weight in weights(session).items())
 
@@ -247,7 +247,7 @@ def test_saving_destroys_nothing_and_needs_an_edit(session: Session, tmp_path: P
         (Choice("tiny-llama", "no-such-run"), "no-such-run does not exist"),
         (Choice("tiny-llama", "mend"), "has to be trained"),
         (Choice("tiny-llama", "fine-tuning", step_size=-1.0), "give a positive number"),
-        (Choice("tiny-llama", "default", step_size=1.0), "a trained agent has its own"),
+        (Choice("tiny-llama", "default", step_size=1.0), "the step size is for the editor"),
         (Choice("tiny-llama", "fine-tuning", batch_size=0), "give 1 or more"),
     ],
 )
