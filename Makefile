@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.rledit-installed
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv install demo test test-real test-slow lint types check clean
+.PHONY: help venv install demo test test-real test-slow lint types check wheel notebooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make test-real  run the tests that need the default model"
 	@echo "make test-slow  run the tests that take minutes each on an old processor"
 	@echo "make check      lint, types and tests"
+	@echo "make wheel      build the sdist and the wheel, and use the wheel away from the sources"
+	@echo "make notebooks  run the notebooks in examples/ on the default model and keep their outputs (minutes)"
 	@echo "make install    create $(VENV) and install the package (PYTHON=python3.12, TORCH='torch==2.13.0 ...')"
 	@echo "make clean      remove what make and the tools wrote, but not runs/"
 
@@ -64,6 +66,12 @@ types: $(STAMP)
 	$(BIN)/python -m mypy
 
 check: lint types test
+
+wheel: $(STAMP)
+	$(BIN)/python tests/wheel.py
+
+notebooks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

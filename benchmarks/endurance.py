@@ -115,6 +115,48 @@ def flatness(values: np.ndarray, warm_up: float) -> float:
     return max(abs(p - middle) for p in parts) / middle
 
 
+class Course:
+    """Time, memory and scores over the edits of a run.
+
+    Attributes:
+        seconds: of each batch.
+        memory: resident bytes after each batch.
+        metrics: scores of the latest and of the first facts, after every ``measure_every`` edits.
+    """
+
+    def __init__(self, args: Args, lm: EditableLM, facts: KnowledgeDataset) -> None:
+        self.args, self.lm, self.facts = args, lm, facts
+        self.seconds: list[float] = []
+        self.memory: list[int] = []
+        self.metrics: list[dict[str, Any]] = []
+        self.edits = 0
+        self.measure()
+        self.since = time.perf_counter()
+
+    def after_batch(self, size: int) -> None:
+        """Note a batch of ``size`` edits, and evaluate when it is time to."""
+        self.edits += size
+        self.seconds.append(time.perf_counter() - self.since)
+        if self.edits % self.args.measure_every < size:
+            self.measure()
+        self.memory.append(resident_bytes())
+        self.since = time.perf_counter()
+
+    def measure(self) -> None:
+        """Evaluate the latest and the first facts."""
+        count, records = self.args.measured_facts, self.facts.records
+        groups = {"latest": records[max(0, self.edits - count) : self.edits], "first": records[:count]}
+        for which, group in groups.items():
+            if not group:
+                continue
+            scores = evaluate(self.lm, group, self.args.kind, generate=False).as_dict()
+            drift = np.mean([*self.lm.drift().values()])
+            self.metrics.append({"edits": self.edits, "facts": which, **scores, "drift": drift})
+            shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items() if score is not None)
+            print(f"{self.edits:>6} edits, {which:<6} {len(group)}: {shown}", flush=True)
+        gc.collect()
+
+
 def run(args: Args) -> dict[str, Any]:
     """Edit all facts and return the measurements."""
     torch.manual_seed(0)
@@ -135,34 +177,8 @@ def run(args: Args) -> dict[str, Any]:
         shutil.rmtree(args.out / "ledger")
     ledger = EditLedger.create(args.out / "ledger", lm, {}) if args.ledger else None
 
-    seconds: list[float] = []
-    memory: list[int] = []
-    metrics: list[dict[str, Any]] = []
-    state = {"edits": 0, "since": time.perf_counter()}
-
-    def measure(done: int) -> None:
-        groups = {"latest": facts.records[max(0, done - args.measured_facts) : done],
-                  "first": facts.records[: args.measured_facts]}
-        for which, records in groups.items():
-            if not records:
-                continue
-            scores = evaluate(lm, records, args.kind, generate=False).as_dict()
-            metrics.append({"edits": done, "facts": which, **scores, "drift": np.mean([*lm.drift().values()])})
-            print(f"{done:>6} edits, {which:<6} {len(records)}: " + ", ".join(
-                f"{k} {v:.1f}" for k, v in scores.items() if v is not None), flush=True)
-        gc.collect()
-
-    def after_batch(size: int) -> None:
-        state["edits"] += size
-        seconds.append(time.perf_counter() - state["since"])
-        if state["edits"] % args.measure_every < size:
-            measure(int(state["edits"]))
-        memory.append(resident_bytes())
-        state["since"] = time.perf_counter()
-
-    measure(0)
-    state["since"] = time.perf_counter()
-    log: EditLog = edit_stream(env, agent, progress=after_batch, ledger=ledger, seed=0,
+    course = Course(args, lm, facts)
+    log: EditLog = edit_stream(env, agent, progress=course.after_batch, ledger=ledger, seed=0,
                                options={"indices": list(range(batches * args.batch_size))})
     result: dict[str, Any] = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -171,14 +187,14 @@ def run(args: Args) -> dict[str, Any]:
         "updates": batches * args.steps_per_batch,
         "diverged": log.diverged,
         "drift": log.drift,
-        "seconds_per_edit": sum(seconds) / max(log.facts, 1),
-        "memory_deviation": flatness(np.asarray(memory, float), args.warm_up),
-        "memory_growth": memory[-1] / memory[int(args.warm_up * len(memory))] - 1,
-        "step_time_deviation": flatness(np.asarray(seconds), args.warm_up),
+        "seconds_per_edit": sum(course.seconds) / max(log.facts, 1),
+        "memory_deviation": flatness(np.asarray(course.memory, float), args.warm_up),
+        "memory_growth": course.memory[-1] / course.memory[int(args.warm_up * len(course.memory))] - 1,
+        "step_time_deviation": flatness(np.asarray(course.seconds), args.warm_up),
         "metrics_version": METRICS_VERSION,
-        "metrics": metrics,
-        "memory_bytes": memory,
-        "batch_seconds": seconds,
+        "metrics": course.metrics,
+        "memory_bytes": course.memory,
+        "batch_seconds": course.seconds,
     }
     if ledger is not None:
         result["weights_off_sum_in_roundings"] = drift_of_sum(lm, ledger)

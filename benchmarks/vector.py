@@ -1,7 +1,7 @@
 """Compares steps per second and memory of a vector environment with those of separate environments.
 
     python benchmarks/vector.py
-    python benchmarks/vector.py --streams 8 --batch-sizes 2 --reward efficacy
+    python benchmarks/vector.py --num-envs 8 --batch-sizes 2 --reward efficacy
 
 The separate environments, each with its own LLM, are those of a `gymnasium.vector.SyncVectorEnv`, which
 `gym.make_vec(..., vectorization_mode="sync")` makes. Both sides edit the same facts by plain fine-tuning. They run
@@ -39,7 +39,7 @@ class Args:
     """The environment's id."""
     model: str = "smollm2-135m"
     """Registry name, hub id or folder of the model."""
-    streams: tuple[int, ...] = (1, 2, 4, 8, 16)
+    num_envs: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of environments."""
     batch_sizes: tuple[int, ...] = (2, 20)
     """Facts in a batch."""
@@ -116,7 +116,7 @@ def memory(args: Args, num_envs: int, batch_size: int) -> dict[str, float]:
     peaks = {}
     for side in SIDES:
         command = [
-            sys.executable, __file__, "--peak-of", side, "--streams", str(num_envs), "--batch-sizes", str(batch_size),
+            sys.executable, __file__, "--peak-of", side, "--num-envs", str(num_envs), "--batch-sizes", str(batch_size),
             "--env", args.env, "--model", args.model, "--reward", args.reward, "--num-batches", "1", "--threads",
             str(args.threads), "--reward-gradient" if args.reward_gradient else "--no-reward-gradient",
         ]  # fmt: skip
@@ -127,7 +127,7 @@ def memory(args: Args, num_envs: int, batch_size: int) -> dict[str, float]:
 
 def peak(args: Args) -> int:
     """Peak resident memory of this process in bytes, after one episode of one side."""
-    env = make_env(args, args.peak_of, args.streams[0], args.batch_sizes[0])
+    env = make_env(args, args.peak_of, args.num_envs[0], args.batch_sizes[0])
     episode(env, args.num_batches, seed=0)
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -140,8 +140,9 @@ def main(args: Args) -> None:
         return
     rows: list[dict[str, Any]] = []
     for batch_size in args.batch_sizes:
-        for num_envs in args.streams:
-            row: dict[str, Any] = {"batch size": batch_size, "streams": num_envs, **timed(args, num_envs, batch_size)}
+        for num_envs in args.num_envs:
+            row: dict[str, Any] = {"batch size": batch_size, "environments": num_envs}
+            row |= timed(args, num_envs, batch_size)
             if args.memory:
                 row |= memory(args, num_envs, batch_size)
             rows.append(row)

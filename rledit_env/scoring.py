@@ -106,17 +106,17 @@ def score(
         gradient: whether to compute the gradient.
         before: module → W_{t−1}, needed where the configuration :attr:`~RewardConfig.looks_back`.
     """
-    return score_streams(lm, [batches], config, gradient, before)[0]
+    return score_environments(lm, [batches], config, gradient, before)[0]
 
 
-def score_streams(
+def score_environments(
     lm: EditableLM, requests: Sequence[Sequence[ScoredBatch]], config: RewardConfig, gradient: bool,
     before: Mapping[str, Tensor] | None = None,
 ) -> list[Scores]:  # fmt: skip
     """:func:`score` for several environments in one pass.
 
-    Request s is scored at the s-th set of edited weights, where ``lm`` has several (see `rledit_env.lm.streams`); each
-    gradient is that of its request's weighted sum.
+    Request s is scored at the s-th set of edited weights, where ``lm`` has several (see `rledit_env.lm.weight_sets`);
+    each gradient is that of its request's weighted sum.
     """
     if not any(requests):
         return [NO_SCORES] * len(requests)

@@ -6,17 +6,20 @@ import ast
 import configparser
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from importlib.metadata import packages_distributions, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
+import yaml
+from wheel import copy_project, project_files
 
 import rledit_env
 from rledit_env.knowledge.bundled.build import SOURCE_PACKAGES
+from rledit_env.lm.loading.registry import cache_dir
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rledit_env", "agents")
@@ -36,29 +39,11 @@ def requirements(text: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): "".join(rest) for name, *rest in split}
 
 
-def project_files() -> list[Path]:
-    """The files that git tracks or would track, or all files where there is no git."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    try:
-        done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True)
-        paths = [ROOT / name for name in done.stdout.split("\0") if name]
-    except (OSError, subprocess.CalledProcessError):
-        left_out = {".venv", ".git", "__pycache__", "runs", "build", "dist"}
-        paths = [
-            path for path in ROOT.rglob("*")
-            if not any(part in left_out or part.endswith(("_cache", ".egg-info")) for part in path.parts)
-        ]
-    return sorted(path for path in set(paths) if path.is_file())
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel, built from a copy, so that the tree stays as it is."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for path in project_files():
-        target = source / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    copy_project(source)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     environment = {**os.environ, "SETUPTOOLS_USE_DISTUTILS": "local"}  # whatever a library set
     done = subprocess.run(
@@ -86,6 +71,13 @@ def test_wheel_holds_nothing_but_the_packages_and_their_metadata(wheel: zipfile.
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
 
 
+def test_wheel_holds_no_bytecode_no_test_and_no_absolute_path(wheel: zipfile.ZipFile) -> None:
+    paths = [PurePosixPath(name) for name in wheel.namelist()]
+    assert [path for path in paths if path.is_absolute() or ".." in path.parts] == []
+    assert [path for path in paths if path.suffix == ".pyc" or "__pycache__" in path.parts] == []
+    assert [path for path in paths if path.name.startswith(("test_", "conftest")) or "tests" in path.parts] == []
+
+
 def test_wheel_carries_licence_version_readme_and_the_command(wheel: zipfile.ZipFile) -> None:
     info = f"rledit_env-{rledit_env.__version__}.dist-info"
     metadata = wheel.read(f"{info}/METADATA").decode()
@@ -103,6 +95,78 @@ def test_installed_version_is_the_sources_version() -> None:
 def test_changelog_speaks_of_the_version_or_of_what_is_not_released_yet() -> None:
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] in ("Unreleased", rledit_env.__version__)
+
+
+def test_citation_has_the_metadatas_title_version_licence_and_keywords() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    metadata = setup_cfg()["metadata"]
+    assert metadata["version"] == "attr: rledit_env.__version__"
+    assert citation["title"] == metadata["name"]
+    assert citation["version"] == rledit_env.__version__
+    assert citation["license"] == metadata["license_expression"]
+    assert citation["abstract"] == metadata["description"]
+    assert citation["keywords"] == metadata["keywords"].split(", ")
+
+
+def test_citation_has_what_its_format_requires_and_the_papers_authors_as_in_the_readme() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    bibtex = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    authors = " and ".join(f"{person['family-names']}, {person['given-names']}" for person in paper["authors"])
+    assert f"author = {{{authors}}}" in bibtex
+    assert f"title = {{{paper['title']}}}" in bibtex and f"year = {{{paper['year']}}}" in bibtex
+
+
+def workflow() -> dict[Any, Any]:
+    parsed: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    return parsed
+
+
+def test_the_workflow_runs_what_must_pass_on_every_pull_request_and_on_main() -> None:
+    triggers = workflow()[True]  # YAML 1.1 reads the key "on" as true
+    assert triggers["push"] == {"branches": ["main"]} and "pull_request" in triggers
+    job = workflow()["jobs"]["ci"]
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert not job.get("continue-on-error") and "if" not in job
+
+
+def test_the_workflows_oldest_python_is_the_oldest_that_the_package_takes() -> None:
+    versions = workflow()["jobs"]["ci"]["strategy"]["matrix"]["python-version"]
+    assert all(isinstance(version, str) for version in versions)  # 3.10 without quotes is the number 3.1
+    oldest = min(versions, key=lambda version: tuple(map(int, version.split("."))))
+    assert setup_cfg()["options"]["python_requires"] == f">={oldest}"
+
+
+def test_the_workflow_caches_the_default_models_folder_and_pips() -> None:
+    steps = workflow()["jobs"]["ci"]["steps"]
+    (python,) = [step["with"] for step in steps if step.get("uses", "").startswith("actions/setup-python@")]
+    (cache,) = [step["with"] for step in steps if step.get("uses", "").startswith("actions/cache@")]
+    assert python["cache"] == "pip" and (ROOT / python["cache-dependency-path"]).exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RLEDIT_CACHE", raising=False)
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        assert Path(cache["path"]).expanduser() == cache_dir() / "models"
+    (pattern,) = re.findall(r"hashFiles\('(.+)'\)", cache["key"])
+    assert list(ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/releasing.md"])
+def test_what_contributors_read_names_files_and_targets_that_exist(name: str) -> None:
+    path, makefile = ROOT / name, (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    folders = r"\.github|benchmarks|docs|examples|rledit_env|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+|\w+\.(?:cfg|cff|toml|md))`", text)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert [file for file in named if not (ROOT / file).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"(?:^ *|`|&& )make ([a-z-]+)", text, re.MULTILINE)) - targets == set()
+
+
+def test_ci_builds_and_uses_the_wheel() -> None:
+    assert "\npart make wheel\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def foreign_wheel(folder: Path) -> Path:

@@ -121,11 +121,11 @@ def test_a_stream_of_several_writes_as_the_unedited_llm(both_streams):
 
 @pytest.fixture
 def both_streams(tiny_lm):
-    from rledit_env.lm.streams import StreamLM
+    from rledit_env.lm.weight_sets import WeightSetLM
 
     lm = tiny_lm()
     lm.text_cache.clear()
-    return lm, StreamLM(lm)
+    return lm, WeightSetLM(lm)
 
 
 # -- the components

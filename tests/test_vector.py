@@ -1,4 +1,4 @@
-"""Tests of rledit_env.vector: many streams on one frozen LLM are separate environments, and cost less."""
+"""Tests of rledit_env.vector: many environments on one frozen LLM are separate environments, and cost less."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def fine_tuning(observation, step_size=0.1):
     }
 
 
-def of_stream(nested: Any, i: int) -> Any:
+def of_environment(nested: Any, i: int) -> Any:
     """Stream i's part of gathered observations or infos."""
     if isinstance(nested, dict):
         own = {k: v for k, v in nested.items() if not k.startswith("_") and nested.get(f"_{k}", [True] * 9)[i]}
-        return {k: of_stream(v, i) for k, v in own.items()}
+        return {k: of_environment(v, i) for k, v in own.items()}
     return nested[i]
 
 
@@ -95,7 +95,7 @@ def assert_same(a: Any, b: Any, place: str = "") -> None:
         ("tiny-gemma2", {"reward_gradient": True, "num_batches": 3}),
     ],
 )  # fmt: skip
-def test_streams_are_separate_environments_with_the_same_seeds(both, backend, model, settings):
+def test_environments_are_separate_environments_with_the_same_seeds(both, backend, model, settings):
     vector, makers = both(model=model, array_backend=backend, **settings)
     separate = [make() for make in makers]
     observations, infos = vector.reset(seed=7)
@@ -103,8 +103,8 @@ def test_streams_are_separate_environments_with_the_same_seeds(both, backend, mo
     over, changed = False, False
     while not over:
         for i, (observation, info) in enumerate(expected):
-            assert_same(of_stream(observations, i), observation)
-            assert_same(of_stream(infos, i), info)
+            assert_same(of_environment(observations, i), observation)
+            assert_same(of_environment(infos, i), info)
         before = observations["edit_loss"]
         observations, rewards, terminations, truncations, infos = vector.step(fine_tuning(observations))
         steps = [env.step(fine_tuning(observation)) for env, (observation, _) in zip(separate, expected, strict=True)]
@@ -113,11 +113,11 @@ def test_streams_are_separate_environments_with_the_same_seeds(both, backend, mo
         expected = [(step[0], step[4]) for step in steps]
         over = terminations.all()
         changed |= len({float(x[0]) for x in before}) == 3
-    assert changed  # each stream has facts of its own
+    assert changed  # each environment has facts of its own
 
 
 def play(env, mode: AutoresetMode, steps: int) -> list[Any]:
-    """What a vector environment gives while stream 1 breaks at its second step, and all episodes end and begin anew."""
+    """What a vector environment returns while environment 1 breaks at its second step, and all episodes restart."""
     observations, infos = env.reset(seed=3)
     results: list[Any] = [(observations, infos)]
     for step in range(steps):
@@ -162,7 +162,7 @@ def test_every_autoreset_mode_is_that_of_gymnasiums_vector_environments(both, mo
 
 
 def without(infos: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
-    """Infos without what a broken stream 1 makes of some numbers."""
+    """Infos without what a broken environment 1 makes of some numbers."""
     kept = {}
     for key, value in infos.items():
         if isinstance(value, dict):
@@ -174,7 +174,7 @@ def without(infos: dict[str, Any], left_out: set[str]) -> dict[str, Any]:
     return kept
 
 
-def test_a_stream_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_anew(both, monkeypatch):
+def test_an_environment_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_anew(both, monkeypatch):
     vector, _ = both(autoreset_mode=AutoresetMode.SAME_STEP, num_batches=3)
     observations, _ = vector.reset(seed=0)
     observe, calls = vector.envs[1].episode.observe, []
@@ -198,7 +198,7 @@ def test_a_stream_whose_next_batch_shows_that_it_broke_ends_alone_and_begins_ane
     assert not terminations.any()
 
 
-def test_a_broken_stream_spoils_no_other_streams_gradient(both):
+def test_a_broken_environment_spoils_no_other_environments_gradient(both):
     vector, makers = both(array_backend="torch", reward_gradient=True)
     observations, _ = vector.reset(seed=0)
     actions = fine_tuning(observations)
@@ -210,11 +210,11 @@ def test_a_broken_stream_spoils_no_other_streams_gradient(both):
         alone = makers[i]()
         observation, _ = alone.reset(seed=i)
         *_, info = alone.step(fine_tuning(observation))
-        assert_same(of_stream(infos["reward_gradient"], i), info["reward_gradient"])
+        assert_same(of_environment(infos["reward_gradient"], i), info["reward_gradient"])
     assert not any(present[1] for key, present in infos["reward_gradient"].items() if key.startswith("_"))
 
 
-def test_with_autoreset_disabled_an_ended_stream_asks_for_a_reset(both):
+def test_with_autoreset_disabled_an_ended_environment_asks_for_a_reset(both):
     vector, _ = both(autoreset_mode=AutoresetMode.DISABLED, num_batches=1)
     with pytest.raises(gym.error.ResetNeeded):
         vector.step(vector.action_space.sample())
@@ -229,7 +229,7 @@ def test_with_autoreset_disabled_an_ended_stream_asks_for_a_reset(both):
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("form", ["updates", "accumulated"])
-def test_dense_actions_of_streams_are_those_of_separate_environments(both, form, backend):
+def test_dense_actions_of_environments_are_those_of_separate_environments(both, form, backend):
     vector, makers = both(array_backend=backend, reward_gradient=True)
     separate = [make() for make in makers]
     vector.reset(seed=7)
@@ -241,24 +241,24 @@ def test_dense_actions_of_streams_are_those_of_separate_environments(both, form,
         actions = {form: {m: (0.02 * rng.normal(size=(3, *shape[::-1]))).astype(np.float32)
                           for m, shape in vector.envs[0].lm.module_shapes.items()}}
         _, rewards, terminations, _, infos = vector.step(actions)
-        steps = [env.step(of_stream(actions, i)) for i, env in enumerate(separate)]
+        steps = [env.step(of_environment(actions, i)) for i, env in enumerate(separate)]
         np.testing.assert_allclose(rewards, [step[1] for step in steps], rtol=1e-4)
         for i, step in enumerate(steps):
-            assert_same(of_stream(infos["action_gradient"], i), step[4]["action_gradient"])
+            assert_same(of_environment(infos["action_gradient"], i), step[4]["action_gradient"])
     for i, env in enumerate(separate):
         assert_same(vector.envs[i].lm.snapshot(), env.unwrapped.lm.snapshot())
 
 
-def test_a_rejected_dense_action_of_one_stream_changes_no_stream(both):
+def test_a_rejected_dense_action_of_one_environment_changes_no_environment(both):
     vector, _ = both()
     vector.reset(seed=0)
     m, (d_in, d_out) = next(iter(vector.envs[0].lm.module_shapes.items()))
     before = [env.lm.snapshot() for env in vector.envs]
     bad = np.ones((3, d_out, d_in), np.float32)
     bad[1, 2, 3] = np.nan
-    with pytest.raises(ValueError, match=r"stream 1: action\['updates'\].* holds nan at \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"environment 1: action\['updates'\].* holds nan at \(2, 3\)"):
         vector.step({"updates": {m: bad}})
-    with pytest.raises(ValueError, match="its first axis must be the 3 streams"):
+    with pytest.raises(ValueError, match="its first axis must be the 3 environments"):
         vector.step({"updates": {m: bad[0]}})
     for env, weights in zip(vector.envs, before, strict=True):
         assert all(torch.equal(weights[name], env.lm.weight(name)) for name in weights)
@@ -274,18 +274,18 @@ def nan(value):
 
 
 BAD = {
-    "not finite in the last stream": (lambda v: nan(v), "stream 2: .*not finite"),
-    "a stream too few": (lambda v: v[:2], "first axis must be the 3 streams"),
-    "one stream's": (lambda v: v[0], "first axis must be the 3 streams"),
-    "too wide": (lambda v: np.pad(v, ((0, 0), (0, 0), (0, 1))), "stream 0: .*has shape"),
-    "too many rows": (lambda v: np.pad(v, ((0, 0), (0, 1), (0, 0))), "stream 0: .*has shape"),
+    "not finite in the last environment": (lambda v: nan(v), "environment 2: .*not finite"),
+    "an environment too few": (lambda v: v[:2], "first axis must be the 3 environments"),
+    "one environment's": (lambda v: v[0], "first axis must be the 3 environments"),
+    "too wide": (lambda v: np.pad(v, ((0, 0), (0, 0), (0, 1))), "environment 0: .*has shape"),
+    "too many rows": (lambda v: np.pad(v, ((0, 0), (0, 1), (0, 0))), "environment 0: .*has shape"),
     "ragged": (lambda v: [v[0], v[1], v[2][:1]], "no array of numbers|has shape"),
-    "missing": (lambda v: None, "first axis must be the 3 streams"),
+    "missing": (lambda v: None, "first axis must be the 3 environments"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_rejected_action_of_any_stream_leaves_all_streams_as_they_were(both, bad):
+def test_a_rejected_action_of_any_environment_leaves_all_environments_as_they_were(both, bad):
     spoil, message = BAD[bad]
     results = []
     for spoiled in (False, True):
@@ -312,19 +312,19 @@ def test_a_rejected_action_of_any_stream_leaves_all_streams_as_they_were(both, b
 def test_what_is_no_dictionary_of_factors_is_rejected(both, action):
     vector, _ = both()
     vector.reset(seed=0)
-    with pytest.raises(ValueError, match="stream 0: the action"):
+    with pytest.raises(ValueError, match="environment 0: the action"):
         vector.step(action)
 
 
 @pytest.mark.parametrize(
     ("reset", "message"),
     [
-        ({"seed": [1, 2]}, "2 seeds were given for 3 streams"),
+        ({"seed": [1, 2]}, "2 seeds were given for 3 environments"),
         ({"options": {"indizes": [1]}}, "reset option 'indizes' is unknown"),
-        ({"options": {"indices": [[0, 1, 2, 3]] * 2}}, "indices have 2 rows for 3 streams"),
+        ({"options": {"indices": [[0, 1, 2, 3]] * 2}}, "indices have 2 rows for 3 environments"),
         ({"options": {"reset_mask": [True, False, False]}}, "give a bool array of shape"),
-        ({"options": {"reset_mask": np.zeros(3, bool)}}, "names no stream"),
-        ({"options": {"reset_mask": np.array([True, False, True])}}, "leaves out stream 1, never begun"),
+        ({"options": {"reset_mask": np.zeros(3, bool)}}, "names no environment"),
+        ({"options": {"reset_mask": np.array([True, False, True])}}, "leaves out environment 1, never begun"),
     ],
 )
 def test_a_reset_that_makes_no_sense_is_a_clear_error(both, reset, message):
@@ -334,7 +334,7 @@ def test_a_reset_that_makes_no_sense_is_a_clear_error(both, reset, message):
 
 
 @pytest.mark.parametrize("num_envs", [0, -1, 2.0, True])
-def test_the_number_of_streams_is_a_positive_integer(num_envs):
+def test_the_number_of_environments_is_a_positive_integer(num_envs):
     with pytest.raises(ValueError, match="give a positive integer"):
         LifelongEditVectorEnv("zsre", num_envs=num_envs, model="tiny-llama")
 
@@ -364,7 +364,7 @@ def test_the_same_seed_gives_the_same_trajectory_bit_for_bit(both):
     assert rewards[0] == rewards[1] != rewards[2]
 
 
-def test_options_hold_for_every_stream_or_a_row_of_indices_for_each(both):
+def test_options_hold_for_every_environment_or_a_row_of_indices_for_each(both):
     vector, _ = both()
     _, infos = vector.reset(seed=0, options={"indices": [3, 1, 2, 0]})
     assert infos["indices"].tolist() == [[3, 1, 2, 0]] * 3
@@ -379,7 +379,7 @@ def test_options_hold_for_every_stream_or_a_row_of_indices_for_each(both):
         assert any(not torch.equal(w, env.lm.original_weight(m)) for m, w in weight.items())
 
 
-def test_each_stream_is_evaluated_on_its_own_facts_and_rendered(both):
+def test_each_environment_is_evaluated_on_its_own_facts_and_rendered(both):
     vector, makers = both(render_mode="ansi")
     observations, _ = vector.reset(seed=0)
     assert vector.call("edited_records") == ([], [], [])
@@ -395,7 +395,7 @@ def test_each_stream_is_evaluated_on_its_own_facts_and_rendered(both):
     assert both()[0].render() is None
 
 
-def test_closing_restores_every_stream_and_may_be_done_twice(both):
+def test_closing_restores_every_environment_and_may_be_done_twice(both):
     vector, _ = both()
     observations, _ = vector.reset(seed=0)
     vector.step(fine_tuning(observations))
@@ -416,7 +416,7 @@ def tensor_bytes() -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stream_more_takes_the_memory_of_its_edited_weights(facts, dtype):
+def test_an_environment_more_takes_the_memory_of_its_edited_weights(facts, dtype):
     lm = EditableLM.load("tiny-llama", MODULES, dtype=dtype, device="cpu")
     before, kept, grown = tensor_bytes(), [], []
     for num_envs in (1, 4):
@@ -448,7 +448,7 @@ def test_an_lm_that_is_handed_over_keeps_its_own_edits(tiny_lm, facts):
     assert all(torch.equal(w, lm.weight(m)) for m, w in before.items())
 
 
-def test_passes_serve_several_streams_and_are_fewer_than_those_of_streams_alone(both, monkeypatch):
+def test_passes_serve_several_environments_and_are_fewer_than_those_of_environments_alone(both, monkeypatch):
     served: list[set[int]] = []
     routed = BesideModules.routed
     monkeypatch.setattr(BesideModules, "routed", lambda self, s, *rest: served.append(set(s)) or routed(self, s, *rest))
@@ -504,7 +504,7 @@ def test_views_reject_what_they_cannot_look_at(both):
     with pytest.raises(ValueError, match="must be"):
         scaled.step(action[:, :-1])
     action[2, 0] = np.nan
-    with pytest.raises(ValueError, match="stream 2: .*not finite"):
+    with pytest.raises(ValueError, match="environment 2: .*not finite"):
         scaled.step(action)
     assert all(torch.equal(w, vector.envs[0].lm.weight(m)) for m, w in before.items())
 
@@ -531,7 +531,7 @@ def test_a_step_of_the_views_before_the_first_reset_asks_for_one(both):
         views.step(np.zeros(views.action_space.shape, np.float32))
 
 
-def test_attributes_and_methods_of_all_streams_are_had_by_name(both):
+def test_attributes_and_methods_of_all_environments_are_had_by_name(both):
     vector, _ = both(num_envs=2)
     vector.reset(seed=3)
     assert vector.call("steps_per_batch") == vector.get_attr("steps_per_batch") == (1, 1)

@@ -83,21 +83,21 @@ class RandomSearchAgent(Agent):
             ValueError: too few steps for two actions.
         """
         inner = editing_env(self.scaled)
-        streams = -(-total_timesteps // inner.episode_steps)
-        if streams < 2:
-            raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: a stream "
-                             "for each of two actions")
-        while rounds > 1 and streams // rounds < 2**rounds:  # the last round needs two actions to compare, too
+        episodes = -(-total_timesteps // inner.episode_steps)
+        if episodes < 2:
+            raise ValueError(f"total_timesteps is {total_timesteps}; give {2 * inner.episode_steps} or more: an "
+                             "episode for each of two actions")
+        while rounds > 1 and episodes // rounds < 2**rounds:  # the last round needs two actions to compare, too
             rounds -= 1
         # Each call tries other actions.
         rng = np.random.default_rng([self.seed, self.searches] if self.searches else self.seed)
         self.searches += 1
         self.timesteps = 0 if reset_num_timesteps else self.timesteps
         shape = self.action.shape
-        count = streams // rounds
+        count = episodes // rounds
         candidates = [self.action, *rng.uniform(-1, 1, (count - 1, *shape)).astype(np.float32)]
-        each, remaining = 1, streams  # episodes an action, and episodes left
-        with tqdm(total=streams, unit="stream", desc="random search", disable=not progress_bar) as bar:
+        each, remaining = 1, episodes  # episodes an action, and episodes left
+        with tqdm(total=episodes, unit="episode", desc="random search", disable=not progress_bar) as bar:
             for turn in range(rounds):
                 seeds = rng.integers(2**31, size=each).tolist()
                 means = []

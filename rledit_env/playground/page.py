@@ -36,7 +36,7 @@ def playground(sessions: Sessions, model: str, editor: str) -> gr.Blocks:
     with page:
         gr.Markdown(f"# {TITLE}\nEdit facts into a language model, and see what changed. Everything stays on this "
                     "computer, and this tab has a model of its own.")
-        status = gr.HTML(status_html("Choose a model and an editor, and press Load."), elem_id="status")
+        status = gr.HTML(status_html("Choose a model and an editor, and press Load."), elem_id="status", padding=False)
         with gr.Row():
             with gr.Column(min_width=320, scale=2):
                 choice = _choice(model, editor)
@@ -115,7 +115,7 @@ def _facts() -> tuple[list[Any], list[Any], dict[str, gr.Button]]:
     ]  # fmt: skip
     with gr.Accordion("Load a file", open=False):
         file = gr.File(label="JSON Lines, JSON, CSV, YAML or Parquet", height=110, elem_id="file")
-    state, listed = gr.State([]), gr.HTML(waiting_html([]), elem_id="waiting")
+    state, listed = gr.State([]), gr.HTML(waiting_html([]), elem_id="waiting", padding=False)
     with gr.Row():
         add = gr.Button("Add another fact", min_width=130, elem_id="add")
         clear = gr.Button("Clear", min_width=90, elem_id="clear")
@@ -128,9 +128,9 @@ def _facts() -> tuple[list[Any], list[Any], dict[str, gr.Button]]:
 def _results() -> tuple[list[Any], gr.Button]:
     nothing = View("", "", False)
     gr.Markdown("## 3. What changed")
-    facts = gr.HTML(facts_html(nothing), elem_id="facts")
+    facts = gr.HTML(facts_html(nothing), elem_id="facts", padding=False)
     gr.Markdown("## 4. What it cost the model")
-    meter = gr.HTML(meter_html(nothing), elem_id="meter")
+    meter = gr.HTML(meter_html(nothing), elem_id="meter", padding=False)
     gr.Markdown("## 5. Ledger")
     ledger = gr.Radio([], label="Batches; choose one to undo it", elem_id="ledger")
     return [facts, meter, ledger], gr.Button("Undo the chosen batch", elem_id="undo")

@@ -16,8 +16,8 @@ from torch import Tensor
 from rledit_env.copying import Copied, SharedArguments
 from rledit_env.env import LifelongEditEnv
 from rledit_env.lm.editable import Trace
-from rledit_env.lm.streams import StreamLM, together
-from rledit_env.scoring import NO_SCORES, Scores, score_streams
+from rledit_env.lm.weight_sets import WeightSetLM, together
+from rledit_env.scoring import NO_SCORES, Scores, score_environments
 from rledit_env.updates import Update
 
 
@@ -78,14 +78,14 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs is {num_envs!r}; give a positive integer")
         if arguments.get("on_divergence") == "raise":
-            raise ValueError("on_divergence is 'raise', but one stream must not stop the others; give 'end' or 'skip'")
+            raise ValueError("on_divergence is 'raise', but no environment may stop the others; give 'end' or 'skip'")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.arguments = SharedArguments(
             kind=kind, num_envs=num_envs, autoreset_mode=self.autoreset_mode, **arguments
         )
         template = LifelongEditEnv(kind, **arguments)
         self.num_envs = num_envs
-        self.envs = [template.sibling(StreamLM(template.lm)) for _ in range(num_envs)]
+        self.envs = [template.sibling(WeightSetLM(template.lm)) for _ in range(num_envs)]
         self.metadata = {**template.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = template.render_mode
         self.single_observation_space = template.observation_space
@@ -144,11 +144,11 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         else:
             seeds = list(seed)
         if len(seeds) != self.num_envs:
-            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} streams; give one a stream")
+            raise ValueError(f"{len(seeds)} seeds were given for {self.num_envs} environments; give one for each")
         indices: Any = options.get("indices")
         has_rows = indices is not None and np.ndim(indices) == 2
         if has_rows and len(indices) != self.num_envs:
-            raise ValueError(f"indices have {len(indices)} rows for {self.num_envs} streams; give one a stream")
+            raise ValueError(f"indices have {len(indices)} rows for {self.num_envs} environments; give one for each")
         infos: dict[str, Any] = {}
         for i in to_reset:
             env_options = {**options, "indices": indices[i]} if has_rows else options
@@ -164,10 +164,10 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if not (isinstance(mask, np.ndarray) and mask.shape == (self.num_envs,) and mask.dtype == np.bool_):
             raise ValueError(f"options['reset_mask'] is {mask!r}; give a bool array of shape ({self.num_envs},)")
         if not mask.any():
-            raise ValueError("options['reset_mask'] names no stream; set at least one to True")
+            raise ValueError("options['reset_mask'] names no environment; set at least one to True")
         unbegun = [i for i in np.flatnonzero(~mask) if not self._observations[i]]
         if unbegun:
-            raise ValueError(f"options['reset_mask'] leaves out stream {unbegun[0]}, never begun; reset all first")
+            raise ValueError(f"options['reset_mask'] leaves out environment {unbegun[0]}, never begun; reset all first")
         return [int(i) for i in np.flatnonzero(mask)]
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -235,7 +235,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         try:
             return self.envs[i].accept(self._part_of(i, actions))
         except ValueError as error:
-            raise ValueError(f"stream {i}: {error}") from error
+            raise ValueError(f"environment {i}: {error}") from error
 
     def _apply_all(self, accepted: Mapping[int, Update]) -> dict[int, tuple[float, dict[str, Any]]]:
         """Apply the updates of the environments that step; their rewards and infos."""
@@ -260,7 +260,7 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
             if array.ndim < 1 or len(array) != self.num_envs:
                 raise ValueError(
                     f"action[{part!r}][{module!r}] has shape {tuple(array.shape)}; its first axis must be the "
-                    f"{self.num_envs} streams"
+                    f"{self.num_envs} environments"
                 )
             is_padded = part in ("keys", "values") and array.ndim == 3 and array.shape[1] == padded_rows
             return array[i][: self.envs[i].episode.rows] if is_padded else array[i]
@@ -289,13 +289,13 @@ class LifelongEditVectorEnv(Copied, VectorEnv[Any, Any, np.ndarray]):
         if scored and config is not None:
             joint = together([self._lm(i) for i in scored])
             gradient = self.envs[0].reward_gradient
-            all_scores = score_streams(joint, [requests[i] for i in scored], config, gradient)
+            all_scores = score_environments(joint, [requests[i] for i in scored], config, gradient)
             by_index |= dict(zip(scored, all_scores, strict=True))
         return by_index
 
-    def _lm(self, i: int) -> StreamLM:
+    def _lm(self, i: int) -> WeightSetLM:
         lm = self.envs[i].lm
-        assert isinstance(lm, StreamLM)
+        assert isinstance(lm, WeightSetLM)
         return lm
 
     def _pad_info(self, info: dict[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class VectorScaledUpdate(_VectorView, VectorWrapper[Any, Any, Any, Any, np.ndarr
             try:
                 factors = self.scaled.factors(_of_environment(observations, i), action)
             except ValueError as error:
-                raise ValueError(f"stream {i}: {error}") from error
+                raise ValueError(f"environment {i}: {error}") from error
             for part, by_module in factors.items():
                 for m, factor in by_module.items():
                     batch[part][m][i, : len(factor)] = factor

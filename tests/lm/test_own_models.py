@@ -24,8 +24,8 @@ from rledit_env.lm.kernels import switch as kernels
 from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.lm.loading.tiny import tiny_model, tiny_tokenizer
 from rledit_env.lm.losses import kl_divergence, negative_log_likelihood
-from rledit_env.lm.streams import StreamLM, together
 from rledit_env.lm.suffix import SuffixForward
+from rledit_env.lm.weight_sets import WeightSetLM, together
 from rledit_env.lm.whole import WholeForward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its own forward is used")
@@ -164,7 +164,7 @@ def test_an_edit_its_kl_and_its_undoing_are_the_models_own(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["falcon", "rwkv"])
 def test_several_streams_meet_their_own_weights_in_one_pass(kind: str) -> None:
     lm, _ = own_lm(kind)
-    streams = [StreamLM(lm), StreamLM(lm)]
+    streams = [WeightSetLM(lm), WeightSetLM(lm)]
     passages = passages_of(lm)
     trace = lm.trace(passages)
     streams[1].apply(trace.keys, {n: -5.0 * v for n, v in trace.value_gradients.items()})

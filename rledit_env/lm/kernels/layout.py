@@ -54,18 +54,18 @@ class Layout:
         return cls(lengths, (1, -(-tokens // quantum) * quantum), packed=True)
 
     @classmethod
-    def sharing(cls, rows: Sequence[Sequence[int]], streams: Sequence[int], quantum: int = 1) -> Layout:
+    def sharing(cls, rows: Sequence[Sequence[int]], weight_sets: Sequence[int], quantum: int = 1) -> Layout:
         """:meth:`end_to_end`, with each prefix that passages share in the row once.
 
         Args:
             rows: the passages' token ids.
-            streams: for each passage, the weight set that it is multiplied by; only passages of one set share prefixes,
-                and they are next to each other.
+            weight_sets: for each passage, the weight set that it is multiplied by; only passages of one set share
+                prefixes, and they are next to each other.
             quantum: as in :meth:`end_to_end`.
         """
         places: dict[tuple[int, int], int] = {}  # (the index of the token before it, a token) → its index
         paths: list[list[int]] = []
-        for row, weight_set in zip(rows, streams, strict=True):
+        for row, weight_set in zip(rows, weight_sets, strict=True):
             before, path = -2 - weight_set, []  # weight sets count from −1, tokens' indices from 0
             for token in row:
                 before = places.setdefault((before, token), len(places))
@@ -136,19 +136,20 @@ def padded_on_left(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, 
 
 
 def even_chunks(
-    lengths: Sequence[int], max_tokens: int, streams: Sequence[int], quantum: int = 1
+    lengths: Sequence[int], max_tokens: int, weight_sets: Sequence[int], quantum: int = 1
 ) -> Iterator[list[int]]:
     """Indices of ``lengths`` in chunks of at most ``max_tokens`` tokens (or one passage) and about the same size.
 
-    They are sorted by ``streams``, the weight set that a passage is multiplied by, so that a chunk needs few of them,
-    then by length, so that its attention has few lengths. Chunks are filled up to multiples of ``quantum`` tokens.
+    They are sorted by ``weight_sets``, the weight set that a passage is multiplied by, so that a chunk needs few of
+    them, then by length, so that its attention has few lengths. Chunks are filled up to multiples of ``quantum``
+    tokens.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (streams[i], lengths[i]))
+    order = sorted(range(len(lengths)), key=lambda i: (weight_sets[i], lengths[i]))
     yield from _cut(order, lengths, lengths, max_tokens, quantum)
 
 
 def sharing_chunks(
-    rows: Sequence[Sequence[int]], max_tokens: int, streams: Sequence[int], quantum: int = 1
+    rows: Sequence[Sequence[int]], max_tokens: int, weight_sets: Sequence[int], quantum: int = 1
 ) -> Iterator[list[int]]:
     """:func:`even_chunks` of passages given as token ids, sorted so that those with a shared prefix are next to each
     other; a prefix that passages of one weight set share in a chunk counts once.
@@ -156,14 +157,14 @@ def sharing_chunks(
     Where too little is shared (see ``WORTH_SHARING``), these are even chunks by length.
     """
     lengths = [len(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (streams[i], rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: (weight_sets[i], rows[i]))
     own_counts = list(lengths)  # tokens that each does not share with the one before it
     for before, i in pairwise(order):
-        if streams[before] == streams[i]:
+        if weight_sets[before] == weight_sets[i]:
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(rows[before], rows[i], strict=False))
             own_counts[i] -= sum(1 for _ in alike)
     if sum(own_counts) > WORTH_SHARING * sum(lengths):
-        yield from even_chunks(lengths, max_tokens, streams, quantum)
+        yield from even_chunks(lengths, max_tokens, weight_sets, quantum)
     else:
         yield from _cut(order, lengths, own_counts, max_tokens, quantum)
 
@@ -216,20 +217,20 @@ def even_shape(rows: int, length: int, quantum: int) -> tuple[int, int]:
 def cheapest_chunks(
     lengths: Sequence[int],
     max_tokens: int,
-    streams: Sequence[int] | None = None,
+    weight_sets: Sequence[int] | None = None,
     pass_tokens: int = 64,
     quantum: int = 1,
 ) -> Iterator[list[int]]:
     """Indices of ``lengths`` in chunks of at most ``max_tokens`` padded tokens (or one passage), within a chunk
-    sorted by ``streams``, the weight set that a passage is multiplied by.
+    sorted by ``weight_sets``, the weight set that a passage is multiplied by.
 
     Of all ways to cut the passages, sorted by length, into chunks, this is the one whose forward passes cost least. A
     forward pass costs its tokens, padded to :func:`even_shape`, and ``pass_tokens`` more (measured for 135M parameters
     in bfloat16 on a CPU). Passages of one length are sorted by weight set, so that a chunk needs few of them. Chunks of
     more than 32 passages are multiples of 16, which keeps the search short.
     """
-    streams = [0] * len(lengths) if streams is None else streams
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], streams[i]))
+    weight_sets = [0] * len(lengths) if weight_sets is None else weight_sets
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], weight_sets[i]))
     cost, first = [0], [0]  # for the first k passages: the least cost, and where its last chunk begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
@@ -245,6 +246,6 @@ def cheapest_chunks(
     chunks: list[list[int]] = []
     end = len(order)
     while end:
-        chunks.append(sorted(order[first[end] : end], key=streams.__getitem__))
+        chunks.append(sorted(order[first[end] : end], key=weight_sets.__getitem__))
         end = first[end]
     yield from reversed(chunks)

@@ -20,7 +20,7 @@ from rledit_env.lm.routing import BesideModules
 from rledit_env.lm.weights import EditedWeights
 
 
-class StreamLM(EditableLM):
+class WeightSetLM(EditableLM):
     """An `EditableLM` with its own edited weights, over another one's frozen model, tokenizer and caches.
 
     It takes memory only for its edited weights (:attr:`nbytes`): a master copy in float32 and, where the model runs in
@@ -46,24 +46,24 @@ class StreamLM(EditableLM):
         self.gradients = Gradients(self.passes, self.weights, shared.gradients.overwritten)
         self.decoder = Decoder(self.passes, self.tokens)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamLM:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightSetLM:
         """An LM with a copy of the edited weights, over the same frozen model and tokenizer."""
-        other = memo[id(self)] = StreamLM(self)
+        other = memo[id(self)] = WeightSetLM(self)
         other.prefix_cache = copy.deepcopy(self.prefix_cache, memo)
         other.reference_cache = copy.deepcopy(self.reference_cache, memo)
         other.restore(self.snapshot())
         return other
 
 
-def together(streams: Sequence[StreamLM]) -> EditableLM:
+def together(lms: Sequence[WeightSetLM]) -> EditableLM:
     """One LM with the edited weights of all the LMs, whose passes serve them together. Nothing is copied.
 
-    :meth:`EditableLM.trace_batches` and `rledit_env.scoring.score_streams` then use the weights of ``streams[s]`` for
+    :meth:`EditableLM.trace_batches` and `rledit_env.scoring.score_environments` then use the weights of ``lms[s]`` for
     batch or request s.
 
     Raises:
         ValueError: there are no LMs, or they do not share one frozen model.
     """
-    if len({id(stream.model) for stream in streams}) != 1:
-        raise ValueError(f"the {len(streams)} streams share no frozen model; make them from one EditableLM")
-    return StreamLM(streams[0], [stream.weights for stream in streams])
+    if len({id(lm.model) for lm in lms}) != 1:
+        raise ValueError(f"the {len(lms)} LMs share no frozen model; make them from one EditableLM")
+    return WeightSetLM(lms[0], [lm.weights for lm in lms])
