@@ -36,7 +36,6 @@ def playground(sessions: Sessions, model: str, editor: str) -> gr.Blocks:
     with page:
         gr.Markdown(f"# {TITLE}\nEdit facts into a language model, and see what changed. Everything stays on this "
                     "computer, and this tab has a model of its own.")
-        status = gr.HTML(status_html("Choose a model and an editor, and press Load."), elem_id="status", padding=False)
         with gr.Row():
             with gr.Column(min_width=320, scale=2):
                 choice = _choice(model, editor)
@@ -44,6 +43,8 @@ def playground(sessions: Sessions, model: str, editor: str) -> gr.Blocks:
             with gr.Column(min_width=320, scale=3):
                 shown, undo = _results()
         asking, saving = _asking(), _saving()
+        # The last in the document, so that it is in front of the others; it is at the window's lower edge.
+        status = gr.HTML(status_html("Choose a model and an editor, and press Load."), elem_id="status", padding=False)
         _connect(actions, Parts(status, choice, typed, waiting, facts_buttons, shown, undo, asking, saving))
         page.unload(actions.closed)
     return page

@@ -54,7 +54,8 @@ def serve(sessions: Sessions, model: str, editor: str, port: int = 0) -> Iterato
     try:
         page.launch(
             server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
-            ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[], theme=theme, css=CSS,
+            ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[], theme=theme,
+            head=f"<style>{CSS}</style>",  # `css` would only reach what is within the page's blocks
         )  # fmt: skip
         yield Server(f"http://{HOST}:{port}")
     finally:

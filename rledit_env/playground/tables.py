@@ -13,7 +13,9 @@ from rledit_env.self_text import SelfDrift
 
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; padding: 0 14px !important; }
-.gradio-container main { padding-bottom: 90px !important; }  /* room for the message */
+.gradio-container .main { padding: 16px 0 90px !important; }  /* room for the message */
+#status .html-container, #waiting .html-container, #facts .html-container, #meter .html-container {
+  padding: 0 !important; }
 :root { --block-info-text-color: #52606d; --quiet: #52606d; }
 .dark { --block-info-text-color: #b5bdc6; --quiet: #b5bdc6; }
 .rl, .rl p, .rl td, .rl th { font-size: 15px; line-height: 1.45; }
@@ -36,6 +38,7 @@ CSS = """
 .dark .rl .yes { color: #4fd1a5; } .dark .rl .no { color: #ff9a85; }
 .rl .number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 .rl td.number { white-space: nowrap; }
+#status { position: relative; z-index: 1000; overflow: visible; }
 .rl .status { position: fixed; left: 0; right: 0; bottom: 0; z-index: 40; max-height: 40vh; overflow-y: auto;
               border-left: 6px solid var(--border-color-primary); padding: .7rem 1rem; color: var(--body-text-color);
               background: var(--background-fill-secondary); box-shadow: 0 -2px 10px rgba(0, 0, 0, .18); }
@@ -45,8 +48,6 @@ CSS = """
 #ledger label { white-space: normal; overflow-wrap: anywhere; }
 #ledger label span { white-space: normal; }
 @media (max-width: 600px) {
-  .gradio-container { padding: 0 4px !important; }
-  .gradio-container main { padding: 10px 8px 90px !important; }
   .rl .answers thead { display: none; }
   .rl .answers tr { display: block; border-bottom: 1px solid var(--border-color-primary); padding: .3rem 0; }
   .rl .answers tr:last-child { border-bottom: 0; }
