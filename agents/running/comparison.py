@@ -41,14 +41,16 @@ class Views:
     Args:
         model: registry name, hub id or folder.
         dtype, device, revision, trust_remote_code: as for :meth:`EditableLM.load`.
+        load: loads the LLM, with the arguments of :meth:`EditableLM.load`, which is the default.
     """
 
     def __init__(
         self, model: str, dtype: str = "auto", device: str = "auto", revision: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, load: Callable[..., EditableLM] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.dtype, self.device = model, dtype, device
         self.source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._load = load or EditableLM.load
         self._view: EditableLM | None = None
         self._patterns: tuple[str, ...] | None = None
 
@@ -62,7 +64,7 @@ class Views:
         patterns = (edit_modules,) if isinstance(edit_modules, str) else tuple(edit_modules or ()) or None
         self.restore()
         if self._view is None:
-            self._view = EditableLM.load(self.model, patterns, self.dtype, self.device, **self.source)
+            self._view = self._load(self.model, patterns, self.dtype, self.device, **self.source)
         elif patterns != self._patterns:
             model, tokenizer = self._view.model, self._view.tokenizer
             self._view = None  # frees its copies of the weights before the new view makes its own

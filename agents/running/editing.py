@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from agents.base import Agent, act, begin_stream
 from agents.running.recording import LedgerRecorder, Position, Taken
 from rledit_env.encoding import EncodedDataset
 from rledit_env.env import LifelongEditEnv
-from rledit_env.evaluation.guard import DriftGuard
 from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeDataset
 from rledit_env.ledger import EditLedger
@@ -25,6 +24,14 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.losses import negative_log_likelihood
 from rledit_env.spaces import Action, Observation
 from rledit_env.type_aliases import Info
+
+
+class Guard(Protocol):
+    """What may end a run after any batch, such as `rledit_env.evaluation.guard.DriftGuard`."""
+
+    def exceeded(self, batch: int) -> bool:
+        """Whether the run is to end after this batch, counted from 0."""
+        ...
 
 
 @dataclass
@@ -76,7 +83,7 @@ def edit_stream(
     progress: Callable[[int], object] | None = None,
     callbacks: Sequence[Callable[[int], object]] = (),
     ledger: EditLedger | None = None,
-    guard: DriftGuard | None = None,
+    guard: Guard | None = None,
     **reset: Any,
 ) -> EditLog:
     """Edit one stream of an environment made with ``array_backend="torch"``.
@@ -91,7 +98,7 @@ def edit_stream(
             far, such as `rledit_env.evaluation.retention.RetentionProbe`; their time does not count as editing.
         ledger: records every update before it takes effect. If it contains this stream or its beginning, the run
             resumes from there, and ends as it would have ended without the interruption.
-        guard: checked after every batch; ends the run if the LLM has drifted too far.
+        guard: checked after every batch; ends the run, for example if the LLM has drifted too far.
         reset: arguments of the environment's ``reset``.
 
     Raises:
@@ -243,15 +250,17 @@ def edit_facts(  # noqa: PLR0913  the environment's parameters by their own name
     steps_per_batch: int = 1,
     progress: Callable[[int], object] | None = None,
     ledger: EditLedger | None = None,
-    guard: DriftGuard | None = None,
+    guard: Guard | None = None,
     on_divergence: Literal["end", "skip", "raise"] = "end",
     present_until: float | None = None,
     contexts: int = 0,
+    log: EditLog | None = None,
 ) -> EditLog:
     """Edit all facts into the LLM, in order; the last batch may be smaller.
 
     The LLM starts from its pre-trained weights and keeps the edited ones. The agent is reset, and gets its former
-    environment back at the end. No reward is computed.
+    environment back at the end. No reward is computed. With the ``log`` of an earlier call, the LLM and the agent go on
+    from where that call left them.
 
     Args:
         lm: the LLM.
@@ -262,11 +271,15 @@ def edit_facts(  # noqa: PLR0913  the environment's parameters by their own name
         progress: called after every batch with the number of its facts.
         ledger, guard: as for :func:`edit_stream`.
         on_divergence, present_until, contexts: as in :class:`~rledit_env.env.LifelongEditEnv`.
+        log: the log of the first facts of ``facts``, which have been edited already by this agent, and recorded in this
+            ledger. It is continued with the other facts.
     """
-    log, former_env = EditLog(), agent.env
-    full, rest = divmod(len(facts), batch_size)
+    log, former_env = log or EditLog(), agent.env
+    log.diverged = log.stopped = False
+    first = log.facts
+    full, rest = divmod(len(facts) - first, batch_size)
     try:
-        for start, batches, size in ((0, full, batch_size), (full * batch_size, 1, rest)):
+        for start, batches, size in ((first, full, batch_size), (first + full * batch_size, 1, rest)):
             if batches * size == 0 or log.diverged or log.stopped:
                 continue
             env = LifelongEditEnv(

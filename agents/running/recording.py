@@ -128,7 +128,7 @@ class LedgerRecorder:
         edits = [e for e in entries if e.kind == "edit"]
         stream_edits = [e for e in edits if self.first_batch <= e.batch < self.first_batch + env.stream.num_batches]
         if self.agent.memory() is None:
-            if any(e.kind == "undo" for e in entries):
+            if stream_edits and any(e.kind == "undo" for e in entries):
                 raise LedgerError(
                     f"{type(self.agent).__name__} cannot say what it remembers, so that a run would have to be gone "
                     f"through again; but in {ledger.folder} batches were undone. Edit the rest with a new ledger"

@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 
 import gymnasium as gym
 
-from rledit_env.cli import compare, edit, evaluate, fetch, ledger, probe, report, train
+from rledit_env.cli import compare, edit, evaluate, fetch, ledger, playground, probe, report, train
 from rledit_env.cli.command import FAILED, INTERRUPTED, USAGE, warn
 from rledit_env.cli.config_flags import CommandParser
 from rledit_env.outputs import PathError
 
 COMMANDS = (
     fetch.COMMAND, probe.COMMAND, train.COMMAND, evaluate.COMMAND, edit.COMMAND, ledger.COMMAND, compare.COMMAND,
-    report.COMMAND,
+    report.COMMAND, playground.COMMAND,
 )  # fmt: skip
 
 DESCRIPTION = """\
@@ -37,6 +37,7 @@ Lifelong knowledge editing of language models.
   rledit ledger    list, check, undo or replay what an edit recorded
   rledit compare   compare editors on the same streams of facts
   rledit report    show a run as one page, with pictures
+  rledit playground  edit facts on a local page, and see what changed
 """
 EXIT_CODES = """\
 exit codes:

@@ -57,13 +57,14 @@ if TYPE_CHECKING:
     from rledit_env.lm.editable import EditableLM
     from rledit_env.lm.forward import Passage
 
-FORMS = ("model", "delta", "lora")
 REPORT = "edit_report.json"
 DIVERGENCE_PASSAGES = 12  # passages of 64 tokens of each text; fewer than in `compare`, since a user waits for them
 REPORT_FORMAT = "rledit-edit-report-1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from rledit_env.lm.forms import FORMS
+
     parser.add_argument("--facts", type=Path, required=True, metavar="FILE",
                         help="the facts: JSON Lines, JSON, CSV, YAML or Parquet")
     parser.add_argument("--kind", choices=("facts", "zsre", "counterfact", "fever"),
@@ -224,10 +225,11 @@ def _write(lm: EditableLM, report: JsonObject, options: argparse.Namespace) -> N
         OSError: the folder cannot be written; the message names what was kept instead.
     """
     from rledit_env.files import whole_folder
+    from rledit_env.lm.forms import save_forms
 
     try:
         with whole_folder(options.out, options.overwrite, "edited model", options.command_line) as work:
-            report["saved"] = _save(lm, work, options.save, options.lora_rank)
+            report["saved"] = save_forms(lm, work, options.save, options.lora_rank)
             _write_report(work, report)
     except OSError as error:
         folder = _keep_change(lm, report)
@@ -257,32 +259,6 @@ def _write_report(folder: Path, report: JsonObject) -> None:
     from rledit_env.files import write_text
 
     write_text(folder / REPORT, json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n")
-
-
-def _save(lm: EditableLM, folder: Path, forms: Sequence[str], lora_rank: int | None) -> dict[str, JsonObject]:
-    """Write these forms; returns form → its folder within ``folder``, and its description."""
-    from rledit_env.lm.delta import relative_error, save_delta, save_lora
-
-    ordered = [form for form in FORMS if form in forms]
-    saved: dict[str, JsonObject] = {}
-    for form in ordered:
-        place = "." if len(ordered) == 1 else form
-        if form == "model":
-            lm.save_pretrained(folder / place)
-            what = "for AutoModelForCausalLM.from_pretrained"
-        elif form == "delta":
-            save_delta(lm, folder / place)
-            what = f"for rledit_env.lm.delta.load_delta(model, folder), with {lm.name} as the model"
-        else:
-            factors = save_lora(lm, folder / place, lora_rank)
-            error = relative_error(lm, factors)
-            rank = max(factor.rank for factor in factors.values())
-            exact = all(factor.exact for factor in factors.values())
-            how = "exact" if exact else f"truncated, relative error of the change {error:.3g}"
-            what = f"for peft.PeftModel.from_pretrained({lm.name}, folder), rank {rank}, {how}"
-            saved[form] = {"rank": rank, "exact": exact, "relative_error": error}
-        saved[form] = {"folder": place, "what": what, **saved.get(form, {})}
-    return saved
 
 
 def _ledger_output(options: argparse.Namespace) -> list[Output]:

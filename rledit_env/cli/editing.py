@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from agents import Agent
     from agents.running.editing import StreamSettings
     from agents.running.editors import Editor
+    from agents.running.strength import Trial
     from rledit_env.env import LifelongEditEnv
     from rledit_env.knowledge import EditRecord, KnowledgeDataset
     from rledit_env.knowledge.facts import Facts
@@ -62,8 +64,16 @@ class Editing:
     mend: str = "Train the agent on longer streams"
 
 
-def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
-    """The agent of --agent, with its training's model and settings unless the options override them."""
+def trained_agent(
+    options: argparse.Namespace, facts: Facts, load: Callable[..., EditableLM] | None = None
+) -> Editing:
+    """The agent of --agent, with its training's model and settings unless the options override them.
+
+    Args:
+        options: the command's options.
+        facts: the facts.
+        load: loads the model, with the arguments of `EditableLM.load`, which is the default.
+    """
     from agents import agent_settings, find_agent, load_agent
     from agents.rledit.moments import MissingMomentsWarning, start_warm
     from agents.running.saved import modules_of
@@ -77,7 +87,8 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     modules = options.edit_modules or trained.get("edit_modules")
     say_loading(model)
     with nullcontext() if options.edit_modules else modules_of(folder, model):
-        lm = EditableLM.load(model, modules, options.dtype, options.device, **model_source(options, trained))
+        source = model_source(options, trained)
+        lm = (load or EditableLM.load)(model, modules, options.dtype, options.device, **source)
     facts = _as_asked(facts, lm, options)
     with warnings.catch_warnings():
         if options.warm_up:
@@ -94,8 +105,16 @@ def trained_agent(options: argparse.Namespace, facts: Facts) -> Editing:
     return Editing(lm, agent, facts, settings, identity, {"agent": str(folder)}, notes)
 
 
-def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
-    """The editor of --editor, for any model; its strength is given, read from the ledger, or searched for."""
+def training_free(
+    options: argparse.Namespace, facts: Facts, load: Callable[..., EditableLM] | None = None,
+    progress: Callable[[Trial], object] | None = None,
+) -> Editing:  # fmt: skip
+    """The editor of --editor, for any model; its strength is given, read from the ledger, or searched for.
+
+    Args:
+        options, facts, load: as for :func:`trained_agent`.
+        progress: called with every trial of the search.
+    """
     from agents.running.comparison import Views
     from agents.running.editors import configured, find_configs, load_configs
 
@@ -105,11 +124,12 @@ def training_free(options: argparse.Namespace, facts: Facts) -> Editing:
     _check_subjects(editor, facts.dataset)
     settings = _settings(options, editor.env, facts, repeated=max(editor.presentations) > 1)
     say_loading(model)
-    lm = Views(model, options.dtype, options.device, **model_source(options)).of(editor, options.edit_modules)
+    views = Views(model, options.dtype, options.device, **model_source(options), load=load)
+    lm = views.of(editor, options.edit_modules)
     facts = _as_asked(facts, lm, options)
     _check_statistics(editor, lm, options)
     _say_what_is_edited(lm, facts.dataset)
-    editor, search = with_strength(editor, options, lm, facts.dataset, settings)
+    editor, search = with_strength(editor, options, lm, facts.dataset, settings, progress)
     settings["steps_per_batch"] = editor.env["steps_per_batch"]
     agent = editor.agent_class()(_environment(lm, facts.dataset, settings["token"]), editor.configuration())
     strength = step_size_of(editor)

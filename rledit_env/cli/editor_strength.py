@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,11 @@ def step_size_of(editor: Editor) -> dict[str, float]:
 
 
 def with_strength(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
-) -> tuple[Editor, StrengthSearch | None]:
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings,
+    progress: Callable[[Trial], object] | None = None,
+) -> tuple[Editor, StrengthSearch | None]:  # fmt: skip
     """The editor with its step size and presentations, and the search if there was one. They are given, read from the
-    ledger of the resumed run, or searched for on a few of the facts."""
+    ledger of the resumed run, or searched for on a few of the facts (``progress`` is called with every trial)."""
     from agents.running.editors import with_step_size
     from agents.running.strength import StrengthSearch
 
@@ -41,7 +43,7 @@ def with_strength(
         return with_step_size(editor, recorded["step_size"], settings["steps_per_batch"]), search
     if options.step_size is not None:
         return with_step_size(editor, options.step_size, settings["steps_per_batch"]), None
-    search = _probed(editor, options, lm, facts, settings)
+    search = _probed(editor, options, lm, facts, settings, progress)
     return with_step_size(editor, search.chosen.step_size, search.chosen.steps_per_batch), search
 
 
@@ -75,8 +77,9 @@ def recorded_settings(options: argparse.Namespace) -> JsonObject | None:
 
 
 def _probed(
-    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings
-) -> StrengthSearch:
+    editor: Editor, options: argparse.Namespace, lm: EditableLM, facts: KnowledgeDataset, settings: StreamSettings,
+    progress: Callable[[Trial], object] | None,
+) -> StrengthSearch:  # fmt: skip
     """Search for the strength on a few of the facts, and print the trials and the choice."""
     from agents.running.strength import KL_BOUND, SECONDS, StrengthProbe, some_facts
 
@@ -88,6 +91,8 @@ def _probed(
         def advance(trial: Trial) -> None:
             bar.set_postfix(step_size=f"{trial.step_size:.3g}", took=f"{trial.taken} of {len(few)}")
             bar.update()
+            if progress is not None:
+                progress(trial)
 
         probe = StrengthProbe(lm, editor, few, settings["token"], settings["batch_size"], bound,
                               guarded=options.drift_bound is not None, progress=advance,

@@ -99,7 +99,7 @@ def saved_agent(folder: Path, step_size: float) -> Path:
 # -- help and usage ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["fetch", "train", "evaluate", "edit", "report", "probe"])
+@pytest.mark.parametrize("command", ["fetch", "train", "evaluate", "edit", "report", "probe", "playground"])
 def test_help_teaches_with_examples_and_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out

@@ -120,6 +120,21 @@ def test_recording_a_run_does_not_change_it(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(lm.weight(m), w) for m, w in wanted.items())
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_facts_edited_in_two_calls_end_as_in_one(tmp_path: Path, name: str) -> None:
+    lm, facts = load()
+    plain = edit_facts(lm, AGENTS[name](lm), facts, **RUN)
+    wanted = lm.snapshot()
+    agent, ledger = AGENTS[name](lm), EditLedger.create(tmp_path / "l", lm)
+    log = edit_facts(lm, agent, replace(facts, records=facts.records[:4]), ledger=ledger, **RUN)
+    again = edit_facts(lm, agent, facts, ledger=ledger, log=log, **RUN)
+    assert again is log and log.batch_sizes == plain.batch_sizes == [2, 2, 2, 1]
+    assert log.update_norms == plain.update_norms
+    assert all(torch.equal(lm.weight(m), w) for m, w in wanted.items())
+    assert [entry.facts for entry in ledger.entries()][-4:] == [(4, 5), (4, 5), (6,), (6,)]
+    assert ledger.verify(lm) is None
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", range(1, 9))
 @pytest.mark.parametrize("name", AGENTS)
