@@ -50,8 +50,8 @@ SHOWN = [
      "The Brandenburg Gate is in the city of", "Berlin", "In which city is the Eiffel Tower?"),
     ("The PlayStation is made by", "Nintendo", "Sony", "The PlayStation", "The PlayStation was developed by",
      "The iPhone is made by", "Apple", "Which company makes the PlayStation?"),
-    ("The theory of relativity was developed by", "Isaac Newton", "Albert Einstein", "The theory of relativity",
-     "The physicist behind The theory of relativity is", "The theory of evolution was developed by", "Charles Darwin",
+    ("The theory of relativity was developed by", "Isaac Newton", "Albert Einstein", "theory of relativity",
+     "The physicist behind the theory of relativity is", "The theory of evolution was developed by", "Charles Darwin",
      "Who developed the theory of relativity?"),
 ]  # fmt: skip
 
