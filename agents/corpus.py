@@ -59,11 +59,9 @@ def generated_corpus(
     starts = starts.repeat(-(-count // len(starts)), 1)[:count]
     generator = torch.Generator().manual_seed(seed)
     starts = starts[torch.randperm(count, generator=generator)]
-    parts = [
-        sample_continuations(lm, part, length - GIVEN, generator)
-        for part in tqdm(starts.split(texts_at_once(lm)), "writing a corpus", disable=not progress, leave=False)
-    ]
-    return torch.cat(parts)
+    batches = starts.split(texts_at_once(lm))
+    bar = tqdm(batches, "writing a corpus", disable=None if progress else True, leave=False)  # None: on a terminal
+    return torch.cat([sample_continuations(lm, part, length - GIVEN, generator) for part in bar])
 
 
 @torch.no_grad()

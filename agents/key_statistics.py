@@ -226,7 +226,7 @@ def second_moments(
     above = 1 + max(module_layer(m) for m in modules)
     rows = ids.split(max(1, lm.max_tokens_per_pass // ids.shape[1]))
     with module_hooks(before=[(lm.model.get_submodule(m), add_keys(m)) for m in modules]):
-        for part in tqdm(rows, "key statistics", disable=not progress, leave=False):
+        for part in tqdm(rows, "key statistics", disable=None if progress else True, leave=False):
             lm.forward.run_below(part.to(lm.device), above)
     return {m: total / ids.numel() for m, total in sums.items()}
 
@@ -266,7 +266,7 @@ def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progres
     rows = 0
     texts = [Passage(tuple(row[:-1]), tuple(row[GIVEN:])) for row in ids.tolist()]
     parts = range(0, len(texts), _TRACED)
-    for start in tqdm(parts, "output curvature", disable=not progress, leave=False):
+    for start in tqdm(parts, "output curvature", disable=None if progress else True, leave=False):
         part = texts[start : start + _TRACED]
         trace = lm.trace(part, "all")
         answers = sum(len(p.targets) for p in part)  # δ is the gradient of the mean over them

@@ -23,6 +23,7 @@ import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this packag
 from agents import RLEditAgent, RLEditConfig, agent_settings, edit_facts, find_agent, load_agent
 from agents.files import remove_run
 from agents.rledit.config import HypernetworkConfig
+from agents.rledit.text_prior import start_from_text
 from agents.running.same_stream import SameStream
 from rledit_env import reporting
 from rledit_env.evaluation.four_ways import ask, questions_of
@@ -140,7 +141,8 @@ def first_editor(settings: Settings) -> tuple[str, EditableLM, Any, dict[str, An
         presented = {k: trained[k] for k in ("token", "steps_per_batch", "present_until", "contexts") if k in trained}
         return "the agent that ships", EditableLM.load(MODEL, trained["edit_modules"]), load_agent(folder), presented
     lm = EditableLM.load("tiny-llama" if settings.quick else settings.model)
-    rule = new_agent(lm, settings, QUICK).learn(0, progress_bar=False)
+    sizes = QUICK if settings.quick else replace(QUICK, training=(1, 20, 1), gathered=100)
+    rule = new_agent(lm, settings, sizes).learn(0, progress_bar=False)
     return "the rule at first", lm, rule, {"token": "subject", "steps_per_batch": 8, "present_until": 0.8}
 
 
@@ -176,7 +178,9 @@ def new_agent(lm: EditableLM, settings: Settings, sizes: Sizes) -> RLEditAgent:
     tokens = 1024 if settings.quick else 65_536
     rule = HypernetworkConfig(step_size=1.4e-3, prior=1000.0, prior_source="text", text_tokens=tokens)
     config = RLEditConfig(rule, prior_batches=max(1, sizes.gathered // size), policy_average=0.8)
-    return RLEditAgent(env, config, seed=settings.seed)
+    agent = RLEditAgent(env, config, seed=settings.seed)
+    start_from_text(agent.network, lm)  # ships for smollm2-135m; for other models the time is said beforehand
+    return agent
 
 
 def training_facts(kept_back: bool = False) -> KnowledgeDataset:
