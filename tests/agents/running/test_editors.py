@@ -219,16 +219,21 @@ def test_a_saved_agent_keeps_its_own_settings_but_those_that_its_entry_names():
     assert configured(editor, {"rledit": named}).env == {"present_until": 0.9}
 
 
-@pytest.mark.parametrize("kind", ["zsre", "counterfact"])
-def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own_settings(kind):
+@pytest.mark.parametrize(("kind", "first", "last", "weight"), [("zsre", 2, 20, 5.0), ("counterfact", 4, 15, 1.0)])
+def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own_settings(
+    kind, first, last, weight
+):
     entries = load_configs(find_configs("smollm2-135m"), kind)
     shipped, rule = (configured(EDITORS[name], entries) for name in ("rledit", "rledit-untrained"))
-    trained = agent_settings(find_agent("default", kind))["environment"]
+    settings = agent_settings(find_agent("default", kind))
+    trained = settings["environment"]
     assert (shipped.saved, shipped.env) == ("default", {})
     for name in ("token", "present_until", "contexts"):
         assert rule.env.get(name) == (trained.get(name) or None), name
-    assert rule.env["edit_modules"] == "model.layers.[4-15].mlp.{gate,up}_proj"
-    both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(4, 16) for name in ("gate", "up")}
+    assert rule.env["edit_modules"] == f"model.layers.[{first}-{last}].mlp.{{gate,up}}_proj"
+    assert rule.configuration().network.memory_weight == weight
+    assert settings["config"]["network"].get("memory_weight", 1.0) == weight
+    both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(first, last + 1) for name in ("gate", "up")}
     assert set(trained["edit_modules"]) == both
 
 
