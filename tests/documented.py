@@ -15,12 +15,12 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # What makes an example short: the same code and commands with other values.
 SHORT_PYTHON = {
     r'"smollm2-135m"': '"tiny-llama"',
-    r"num_batches=(?:[3-9]|\d\d+)": "num_batches=2",
+    r"num_batches=(?:\d\d+|[3-9])": "num_batches=2",
     r'"num_batches": \d+': '"num_batches": 2',
-    r"\bbatch_size=(?:[3-9]|\d\d+)": "batch_size=2",
+    r"\bbatch_size=(?:\d\d+|[3-9])": "batch_size=2",
     r"total_timesteps=\d+": "total_timesteps=8",
     r"streams=32": "streams=2",
-    r"num_envs=(?:[3-9]|\d\d+)": "num_envs=2",
+    r"num_envs=(?:\d\d+|[3-9])": "num_envs=2",
     r"n_steps=\d+, batch_size=2": "n_steps=4, batch_size=4",
     r"range\(20\)": "range(2)",
 }

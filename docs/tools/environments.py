@@ -6,9 +6,10 @@ import ast
 import re
 
 from docstrings import DOTTED, ROLE, linked
-from site_parts import ROOT
+from site_parts import DOCS, ROOT
 
 MARKER = "<!-- docstring -->"
+EPISODE = "<!-- episode -->"
 HERE = {"index", "vector"}  # pages of the folder that are written by hand
 
 
@@ -34,4 +35,15 @@ def complete(markdown: str, name: str) -> str:
     text = "\n".join(f"## {heading}\n{body}" for heading, body in sections(docstring()).items())
     pieces = re.split(r"(^ *```.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL)
     pieces[::2] = [DOTTED.sub(linked, ROLE.sub(linked, piece)) for piece in pieces[::2]]
-    return markdown.replace(MARKER, "".join(pieces))
+    return markdown.replace(MARKER, "".join(pieces)).replace(EPISODE, episode(name))
+
+
+def episode(name: str) -> str:
+    """The picture of an episode that `episode_gif.py` has drawn; "" where it has not."""
+    if not (DOCS / "assets" / f"{name}.gif").exists():
+        return ""
+    return (
+        f"![An episode: the facts of each step with the answers before and after, and the reward](../assets/{name}.gif)"
+        "\n\nAn episode of the default model with the agent that ships, on bundled facts, at most five presentations "
+        "of a batch (`python docs/tools/episode_gif.py`)."
+    )
