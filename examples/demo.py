@@ -275,7 +275,8 @@ def main(settings: Settings) -> None:
     afterwards = time.monotonic() - began + (0 if settings.quick else REPORT)  # seconds that follow the training
 
     # Training for the time that is left, and the same facts again.
-    seconds = max(clock.left - afterwards, 1.0 if settings.quick else 0.0)
+    last_check = sizes.batch_size * EDITED * step  # seconds that trying the last policy takes
+    seconds = max(clock.left - afterwards - last_check, 1.0 if settings.quick else 0.0)
     if seconds > sizes.update_seconds:
         clock.say(f"training for {duration(seconds)}; Ctrl-C means: enough")
         check_env = make_env(lm, training_facts(kept_back=True), 1, sizes.batch_size, reward="none", **presented)
