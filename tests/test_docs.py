@@ -25,6 +25,10 @@ SHORT_SCRIPTS: dict[str, tuple[str, ...]] = {
     "examples/edit_my_model.py": ("--model", "tiny-llama", "--max-presentations", "2"),
     "examples/train_rledit.py": (*SHORT, "--trajectories", "1", "--eval-every", "1"),
     "examples/demo.py": ("--quick",),
+    "examples/ppo_single_file.py": (
+        *SHORT, "--streams", "2", "--total-timesteps", "20", "--num-steps", "8", "--minibatch-size", "4",
+        "--update-epochs", "1",
+    ),
 }
 # Languages of blocks that show something and are not run.
 SHOWN = {"text", "mermaid", "bibtex", "console"}

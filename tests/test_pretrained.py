@@ -20,6 +20,7 @@ from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.reward import RewardConfig
 
+LAYERS = {"zsre": range(2, 21), "counterfact": range(4, 16), "fever": range(4, 16)}
 IDS = {"zsre": "RLEdit-ZsRE-v0", "counterfact": "RLEdit-CounterFact-v0", "fever": "RLEdit-FEVER-v0"}
 EXAMPLE = {
     "prompt": "The mother tongue of Danielle Darrieux is", "target_new": "English", "ground_truth": "French",
@@ -34,7 +35,7 @@ def test_an_agent_of_less_than_20_megabytes_ships_for_the_default_model_and_each
     assert folder.name == kind and sum(path.stat().st_size for path in folder.rglob("*")) < 20e6
     environment = agent_settings(folder)["environment"]
     assert (environment["model"], environment["kind"], environment["id"]) == ("smollm2-135m", kind, IDS[kind])
-    assert {name.split(".", 3)[2] for name in environment["edit_modules"]} == set(map(str, range(4, 16)))
+    assert {name.split(".", 3)[2] for name in environment["edit_modules"]} == set(map(str, LAYERS[kind]))
 
 
 @pytest.mark.parametrize("kind", IDS)
@@ -61,7 +62,9 @@ def test_the_command_that_a_shipped_agent_comes_from_says_how_it_was_trained(wor
     environment, network = settings["environment"], settings["config"]["network"]
     trained = {name: weight for name, (weight, _) in environment["reward"]["components"].items()}
     assert options.reward == "keeping"
-    assert trained == {name: weight for name, (weight, _) in RewardConfig.keeping(kind).components.items()}
+    expected = {name: weight for name, (weight, _) in RewardConfig.keeping(kind).components.items()}
+    given = {"own_text": options.own_text_weight} if options.own_text_weight is not None else {}
+    assert trained == expected | given
     assert environment["reward"]["every_step"] is options.every_step
     for name in ("token", "num_batches", "batch_size"):
         assert environment[name] == getattr(options, name)
