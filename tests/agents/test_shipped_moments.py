@@ -129,8 +129,8 @@ def test_the_moments_that_ship_are_for_the_modules_that_the_default_models_edito
 
 @pytest.mark.real
 def test_the_moments_that_ship_are_near_those_of_few_tokens() -> None:
-    """Of 2,048 tokens, 1/32 of the text: the traces agree to a tenth (measured: 0.6 to 5.2 %), and the inputs of gate and
-    up to a quarter of their norm (0.13 to 0.21). Rare tokens have most of `down_proj`'s norm, so that it is not compared.
+    """Of 2,048 tokens, 1/32 of the text: the traces agree to a tenth (measured: 0.6 to 5.2 %), and the inputs of gate
+    and up to a quarter of their norm (0.13 to 0.21). `down_proj`'s norm is that of rare tokens, and is not compared.
     """
     lm = EditableLM.load("smollm2-135m", ["model.layers.[4-8].mlp.{gate,down}_proj"])
     modules = list(lm.module_shapes)
