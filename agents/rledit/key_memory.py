@@ -164,4 +164,6 @@ class KeyMemory:
         device = self.log_damping.device
         self.inverses = {m: inverse.to(device) for m, inverse in inverses.items()}
         recent = {m: state[f"recent_keys.{m}"] for m in self.widths if f"recent_keys.{m}" in state}
+        for m, keys in recent.items():
+            check_shape(f"recent_keys.{m}", keys, (len(keys), self.widths[m]))
         self.recent = {m: [keys.to(device)] for m, keys in recent.items()}

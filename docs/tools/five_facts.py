@@ -28,39 +28,39 @@ PLACE = re.compile(r"(<!-- five facts -->\n).*?(<!-- end of five facts -->)", re
 
 @dataclass(frozen=True)
 class FiveFacts:
-    """A run's numbers.
+    """A run's answers and numbers.
 
     Attributes:
         rows: prompt, answer before, answer after of each fact.
-        report: edit_report.json.
+        exact: number of free answers that are the target and end there.
+        kl: divergence from the unedited model on its own text, in nats a token.
+        perplexities: of that text, before and after.
+        specificity, generalization: in percent.
     """
 
     rows: list[tuple[str, str, str]]
-    report: dict[str, object]
-
-    @property
-    def kl(self) -> float:
-        """KL from the unedited model on its own text."""
-        return float(self.report["divergences"]["self"]["kl"])  # type: ignore[index]
+    exact: int
+    kl: float
+    perplexities: tuple[float, float]
+    specificity: float
+    generalization: float
 
     def markdown(self) -> str:
-        """The table and the sentence below it."""
+        """The table and the sentences below it."""
         lines = ["| prompt | before | after |", "|---|---|---|"]
         lines += [f"| {prompt} | {before} | **{after}** |" for prompt, before, after in self.rows]
-        metrics, divergences = self.report["metrics"], self.report["divergences"]
-        own = divergences["self"]  # type: ignore[index]
-        exact = round(metrics["exact_match"] * len(self.rows) / 100)  # type: ignore[index]
-        kept, reworded = metrics["specificity"], metrics["generalization"]  # type: ignore[index]
-        lines += [
-            "",
-            f"Exact match, where the free answer is the target and ends there: {exact} of {len(self.rows)}. Its cost: "
-            f"KL {self.kl:.4f} nats a token from the unedited model on its own text (perplexity "
-            f"{own['original_perplexity']:.1f} before, {own['perplexity']:.1f} after). Unrelated questions that keep "
-            f"their answers: {kept:.0f} %. Tokens of the new answers that are right when asked in other words: "
-            f"{reworded:.0f} %, which is little "
-            "([why, and what helps](docs/faq.md#the-edit-works-for-my-prompt-but-not-in-other-words)).",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.numbers()])
+
+    def numbers(self) -> str:
+        """The sentences below the table."""
+        before, after = self.perplexities
+        return (
+            f"Exact match, where the free answer is the target and ends there: {self.exact} of {len(self.rows)}. Its "
+            f"cost: KL {self.kl:.4f} nats a token from the unedited model on its own text (perplexity {before:.1f} "
+            f"before, {after:.1f} after). Unrelated questions that keep their answers: {self.specificity:.0f} %. "
+            f"Tokens of the new answers that are right when asked in other words: {self.generalization:.0f} % "
+            "([why, and what helps](docs/faq.md#the-edit-works-for-my-prompt-but-not-in-other-words))."
+        )
 
 
 def run() -> FiveFacts:
@@ -79,7 +79,12 @@ def run() -> FiveFacts:
         (fact["prompt"], answer_of(old), answer_of(edited["answer"]))
         for fact, old, edited in zip(facts, before, report["answers"], strict=True)
     ]
-    return FiveFacts(rows, report)
+    metrics, own = report["metrics"], report["divergences"]["self"]
+    return FiveFacts(
+        rows, exact=round(metrics["exact_match"] * len(rows) / 100), kl=own["kl"],
+        perplexities=(own["original_perplexity"], own["perplexity"]), specificity=metrics["specificity"],
+        generalization=metrics["generalization"],
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -322,10 +322,12 @@ def test_tabs_do_not_share_edits(sessions: Sessions) -> None:
 
 def test_two_tabs_that_edit_at_once_end_as_one_after_the_other(sessions: Sessions) -> None:
     facts, ended = joined([TIN, GOLD]), []
+
+    def edit(session: Session) -> None:
+        ended.append(session.edit(facts, silent))
+
     both = [sessions.open(name, CHOICE) for name in ("first", "second")]
-    threads = [
-        threading.Thread(target=lambda s=s: ended.append(s.edit(facts, silent))) for s in both  # type: ignore[misc]
-    ]
+    threads = [threading.Thread(target=edit, args=(session,)) for session in both]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -35,7 +35,7 @@ def test_durations_are_in_seconds_or_minutes(seconds: float, text: str) -> None:
 
 def test_lines_of_an_output_that_is_a_file_appear_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(written)))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
     flush_lines()
     print("a line")
     assert written.getvalue().split() == [b"a", b"line"]

@@ -10,6 +10,7 @@ import pytest
 from agents import FineTuningAgent, FineTuningConfig, NoEditAgent
 from agents.running.same_stream import NO_EDIT, SameStream
 from rledit_env.evaluation.metrics import evaluate
+from rledit_env.interface import editing_env
 from rledit_env.lm.editable import EditableLM
 from rledit_env.self_text import OPENINGS, self_text
 
@@ -24,9 +25,10 @@ def stream(tiny_lm: Callable[..., EditableLM]) -> SameStream:
 
 def test_every_editor_starts_from_the_unedited_model_on_the_same_facts(stream: SameStream) -> None:
     stream.edit("larger", FineTuningAgent(stream.env, FineTuningConfig(step_size=50.0)))
-    facts = list(stream.env.unwrapped.edited_records())  # type: ignore[attr-defined]
+    inner = editing_env(stream.env)
+    facts = list(inner.edited_records())
     assert facts == stream.facts and len(facts) == 4
-    now = evaluate(stream.env.unwrapped.lm, facts, "counterfact").as_dict()  # type: ignore[attr-defined]
+    now = evaluate(inner.lm, facts, "counterfact").as_dict()
     assert {key: stream.scores["larger"][key] for key in now} == now
     stream.edit("nothing", NoEditAgent(stream.env))
     for key in ("efficacy", "specificity", "exact_match", "kl"):
