@@ -35,8 +35,9 @@ def load() -> tuple[EditableLM, KnowledgeDataset]:
     return lm, replace(facts, records=facts.records[:7])
 
 
-def rledit(lm: EditableLM, step_size: float = 3e-2) -> RLEditAgent:
-    network = HypernetworkConfig(rank=4, step_size=step_size, normaliser="stream", aggregation="recursive")
+def rledit(lm: EditableLM, step_size: float = 3e-2, memory_weight: float = 1.0) -> RLEditAgent:
+    network = HypernetworkConfig(rank=4, step_size=step_size, normaliser="stream", aggregation="recursive",
+                                 memory_weight=memory_weight)  # fmt: skip
     return RLEditAgent(shapes=lm.module_shapes, config=RLEditConfig(network=network))
 
 
@@ -100,7 +101,8 @@ class Breaking(EditLedger):
 
 
 AGENTS: dict[str, Callable[[EditableLM], Agent]] = {
-    "rledit": rledit, "forgetful": lambda lm: Forgetful(), "dense": Dense,
+    "rledit": rledit, "weighted": lambda lm: rledit(lm, memory_weight=50.0), "forgetful": lambda lm: Forgetful(),
+    "dense": Dense,
 }  # fmt: skip
 
 

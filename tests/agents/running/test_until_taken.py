@@ -62,7 +62,7 @@ def test_facts_that_have_taken_beforehand_are_not_presented_and_change_nothing()
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", UNTIL)
 def test_a_recorded_run_is_the_same_is_replayed_and_goes_on_from_any_step(
     tmp_path: Path, name: str, after: bool
 ) -> None:
