@@ -23,6 +23,11 @@ SHAPES = {"a": (6, 4), "b": (4, 6), "c": (6, 4)}
 MODULES = "model.layers.[1-2].mlp.down_proj"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLEDIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def rows_of(count: int, seed: int = 0) -> torch.Tensor:
     """Rows of [u; δ] with 6 and 4 columns, whose δ are correlated."""
     generator = torch.Generator().manual_seed(seed)
