@@ -80,7 +80,7 @@ class Trainer:
                              "would change the policy along a stream of its own; give batches_per_update=None, or "
                              "train in one process")
         self.learn = partial(improve_policy, agent) if updates_within_episodes else None
-        if self.processes.count > 1 and normaliser != "stream":
+        if self.processes.count > 1 and not agent.config.network.by_stream:
             raise ValueError(f"normaliser is {normaliser!r}, but every process would have moments of its own streams; "
                              "give normaliser='stream', or train in one process")
         first = self.processes.first  # the others write no files and show nothing

@@ -15,6 +15,8 @@ from agents.hypernetworks import (
     MALMENConfig,
     MENDAgent,
     MENDConfig,
+    StableEditAgent,
+    StableEditConfig,
     UltraEditAgent,
     UltraEditConfig,
     malmen_rledit,
@@ -125,6 +127,7 @@ ULTRAEDIT = Editor(
     "ultraedit", "UltraEdit", "training-free", UltraEditAgent, UltraEditConfig, env=ANSWER, step_size=("step_size",),
     presentations=PRESENTATIONS, strength=STEP_SIZE,
 )  # fmt: skip
+STABLEEDIT = replace(ULTRAEDIT, name="stableedit", title="StableEdit", agent=StableEditAgent, config=StableEditConfig)
 
 # In the order of a table.
 EDITORS: dict[str, Editor] = {
@@ -164,6 +167,10 @@ EDITORS: dict[str, Editor] = {
         _textual(ULTRAEDIT),
         _recursive(ULTRAEDIT),
         _textual(_recursive(ULTRAEDIT)),
+        STABLEEDIT,
+        _textual(STABLEEDIT),
+        _recursive(STABLEEDIT),
+        _textual(_recursive(STABLEEDIT)),
         _trajectory(
             "mend+rledit", "MEND+RLEdit", mend_rledit, env={"token": "all", "steps_per_batch": 1}, training=LONG,
         ),
