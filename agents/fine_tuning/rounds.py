@@ -112,8 +112,8 @@ class FactTuningAgent(Agent):
 
 def later_format(folder: str | Path, saved_format: object, known: str) -> ValueError:
     """The error for an agent in a format of a later version."""
-    return ValueError(f"{folder} was saved by a later version of this package (format {saved_format}; {known}); install "
-                      "that version, or save the agent again with this one")
+    return ValueError(f"{folder} was saved by a later version of this package (format {saved_format}; {known}); "
+                      "install that version, or save the agent again with this one")
 
 
 def fine_tune(

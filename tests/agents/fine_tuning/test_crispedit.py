@@ -29,9 +29,9 @@ def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def make(tiny_lm: Callable[..., EditableLM], make_env: Callable[..., Any]) -> Callable[..., Any]:
-    def made(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-        lm = tiny_lm("tiny-llama", MODULES, dtype)
-        return make_env("counterfact", model=lm, num_batches=3, array_backend="torch", reward="none", **settings)
+    def made(model: str = "tiny-llama") -> Any:
+        lm = tiny_lm(model, MODULES)
+        return make_env("counterfact", model=lm, num_batches=3, array_backend="torch", reward="none")
 
     return made
 
@@ -240,15 +240,15 @@ def test_an_interrupted_run_ends_as_the_whole_one(make: Any, facts: Any, tmp_pat
 
 
 def test_another_llm_has_another_curvature(make: Any) -> None:
-    env, same_lm = make(), None
+    env = make()
     agent = CrispEditAgent(env, CrispEditConfig(**SMALL))
     agent.learn(progress_bar=False)
     text = agent.text
-    same_lm = type(env.unwrapped)("counterfact", env.lm, data=env.unwrapped.dataset, num_batches=1, batch_size=2,
-                                  reward="none", array_backend="torch")  # fmt: skip
+    same_lm = make()
+    assert same_lm is not env and same_lm.lm is env.lm
     agent.set_env(same_lm)
     assert agent.text is text and agent.one_off_seconds > 0
-    agent.set_env(make())
+    agent.set_env(make("tiny-qwen2"))
     assert agent.text is None and agent.one_off_seconds == 0
 
 
