@@ -165,7 +165,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Give the network the curvature, the prior and the moments that it needs and does not have yet."""
         agent, network = self.agent, self.agent.network
-        if network.wants_curvature:
+        if agent.wants_curvature:
             agent.take_curvature(self.shows)
         if network.wants_prior or network.wants_moments:
             warm_up(agent, self.env, network.wants_prior, network.wants_moments, self.shows)
