@@ -14,7 +14,7 @@ from rledit_env.type_aliases import JsonObject
 if TYPE_CHECKING:
     from agents import EditLog
     from rledit_env.evaluation.clock import BatchClock
-    from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
+    from rledit_env.evaluation.general import GeneralEvery
     from rledit_env.evaluation.journal import Journal, Probe
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.evaluation.points import ScoreProbe

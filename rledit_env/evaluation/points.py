@@ -47,7 +47,7 @@ class ScoreProbe:
         ValueError: a number is below 1, or ``metrics`` is unknown.
     """
 
-    def __init__(  # noqa: PLR0913  independent settings of a measurement
+    def __init__(
         self, env: gym.Env, every: int, facts: int = 500, texts: Mapping[str, Sequence[Passage]] | None = None,
         seed: int = 0, metrics: str = "paper", say: Callable[[JsonObject], object] | None = None,
     ) -> None:  # fmt: skip
@@ -103,7 +103,7 @@ class ScoreProbe:
 
 
 def sample(total: int, edited: int, most: int, seed: int) -> list[int]:
-    """The places in a stream of ``total`` facts of those that are scored once ``edited`` are edited, in ascending order.
+    """The places in a stream of ``total`` facts that are scored once ``edited`` are edited, in ascending order.
 
     Every fact of the stream draws a number, and the ``most`` edited facts with the smallest numbers are taken: a random
     choice of the facts edited so far, of which as many as possible were scored before. It depends on these four numbers

@@ -114,8 +114,8 @@ class RunReport:
         if not streams:
             return
         page.heading("Along the stream")
-        page.paragraph("While the stream was edited, the model was scored on facts edited by then, chosen at random and "
-                       "the same for all; the last point has all facts.")
+        page.paragraph("While the stream was edited, the model was scored on facts edited by then, chosen at random "
+                       "and the same for all; the last point has all facts.")
         self._picture(page, "stream", lambda form: charts.stream_curves(streams, form), charts.STREAM_CAPTION)
         for name, points in streams.items():
             if len(streams) > 1:

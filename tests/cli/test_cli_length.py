@@ -1,4 +1,4 @@
-"""`rledit evaluate` on long streams: scores along the stream, and runs that are killed and go on by the same command."""
+"""`rledit evaluate` on long streams: scores along the stream, and killed runs that go on by the same command."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rledit_env.reporting.run_report import RunReport
 
 ENV = "RLEdit-CounterFact-v0"
 EVALUATE = [
-    "evaluate", "--editor", "ultraedit", "--env", ENV, "--model", "tiny-llama", "--steps-per-batch", "2", "--device", "cpu",
-    "--dtype", "float32", "--num-batches", "5", "--batch-size", "2", "--score-every", "2", "--score-facts", "3",
-    "--general-every", "2", "--retention", "--retention-every", "2",
+    "evaluate", "--editor", "ultraedit", "--env", ENV, "--model", "tiny-llama", "--steps-per-batch", "2",
+    "--device", "cpu", "--dtype", "float32", "--num-batches", "5", "--batch-size", "2", "--score-every", "2", "--score-facts",
+    "3", "--general-every", "2", "--retention", "--retention-every", "2",
 ]  # fmt: skip
 TIMES = ("seconds_per_batch", "memory_mib", "scoring_seconds", "device_memory_mib")
 
@@ -32,8 +32,8 @@ TIMES = ("seconds_per_batch", "memory_mib", "scoring_seconds", "device_memory_mi
 def measured(result: dict[str, Any]) -> dict[str, Any]:
     """What a result has measured of the model, without times and memory."""
     points = [{k: v for k, v in point.items() if k not in TIMES} for point in result["points"]]
-    kept = ("metrics", "before", "taken", "not_taken", "answers", "retention", "general", "module_drift", "update_norms",
-            "drift", "batch_sizes")  # fmt: skip
+    kept = ("metrics", "before", "taken", "not_taken", "answers", "retention", "general", "module_drift",
+            "update_norms", "drift", "batch_sizes")  # fmt: skip
     return {"points": points, **{name: result[name] for name in kept}}
 
 
@@ -67,8 +67,10 @@ def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_ends_an_evaluation_which_the_same_command_continues(how: signal.Signals, tmp_path: Path) -> None:
     command = [*EVALUATE, "--num-batches", "40", "--ledger", str(tmp_path / "ledger"), "--json"]
     environment = {**os.environ, "PYTHONPATH": import_paths()}
-    process = subprocess.Popen([sys.executable, "-m", "rledit_env.cli", *command, str(tmp_path / "result.json")],
-                               env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rledit_env.cli", *command, str(tmp_path / "result.json")], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     journal = tmp_path / "ledger" / "measurements.jsonl"
     for _ in range(600):
         time.sleep(0.1)
