@@ -23,8 +23,8 @@ from rledit_env.reporting.run_report import RunReport
 ENV = "RLEdit-CounterFact-v0"
 EVALUATE = [
     "evaluate", "--editor", "ultraedit", "--env", ENV, "--model", "tiny-llama", "--steps-per-batch", "2",
-    "--device", "cpu", "--dtype", "float32", "--num-batches", "5", "--batch-size", "2", "--score-every", "2", "--score-facts",
-    "3", "--general-every", "2", "--retention", "--retention-every", "2",
+    "--device", "cpu", "--dtype", "float32", "--num-batches", "5", "--batch-size", "2", "--score-every", "2",
+    "--score-facts", "3", "--general-every", "2", "--retention", "--retention-every", "2",
 ]  # fmt: skip
 TIMES = ("seconds_per_batch", "memory_mib", "scoring_seconds", "device_memory_mib")
 
