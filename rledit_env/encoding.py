@@ -11,6 +11,8 @@ from rledit_env.knowledge import EditRecord, KnowledgeDataset
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
+KEPT = 4096  # tokenised records of a data set, some 5 KB each
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecord:
@@ -38,7 +40,7 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
 
 
 class EncodedDataset:
-    """A data set whose records are tokenised when first asked for."""
+    """A data set whose records are tokenised when first asked for; the ``KEPT`` latest are kept."""
 
     def __init__(self, lm: EditableLM, dataset: KnowledgeDataset) -> None:
         self.lm, self.dataset = lm, dataset
@@ -46,9 +48,13 @@ class EncodedDataset:
 
     def __getitem__(self, index: int) -> EncodedRecord:
         record = self.dataset.records[int(index)]
-        if id(record) not in self._encoded:  # a record is encoded once, even if the data set has it several times
-            self._encoded[id(record)] = encode(self.lm, record)
-        return self._encoded[id(record)]
+        encoded = self._encoded.pop(id(record), None)  # the same record, even if the data set has it several times
+        if encoded is None:
+            encoded = encode(self.lm, record)
+        self._encoded[id(record)] = encoded  # now the latest
+        if len(self._encoded) > KEPT:
+            del self._encoded[next(iter(self._encoded))]
+        return encoded
 
     def check_lengths(self, before: int = 0) -> None:
         """Raise for any passage that does not fit the model's context behind ``before`` bytes of text.
