@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rledit_env.knowledge import EditRecord, KnowledgeDataset
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, StoredRecords
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+
+CHUNK = 8192  # records that are tokenised at a time to count their positions
+MOST_KEPT = 10_000  # encoded records of those that stay on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +41,28 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
 
 
 class EncodedDataset:
-    """A data set whose records are tokenised when first asked for."""
+    """A data set whose records are tokenised when first asked for. Of records that stay on disk, the last
+    `MOST_KEPT` are kept."""
 
     def __init__(self, lm: EditableLM, dataset: KnowledgeDataset) -> None:
         self.lm, self.dataset = lm, dataset
         self._encoded: dict[int, EncodedRecord] = {}
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        record = self.dataset.records[int(index)]
+        records = self.dataset.records
+        if isinstance(records, StoredRecords):
+            return self._read(int(index))
+        record = records[int(index)]
         if id(record) not in self._encoded:  # a record is encoded once, even if the data set has it several times
             self._encoded[id(record)] = encode(self.lm, record)
         return self._encoded[id(record)]
+
+    def _read(self, index: int) -> EncodedRecord:
+        encoded = self._encoded.pop(index, None) or encode(self.lm, self.dataset.records[index])
+        self._encoded[index] = encoded  # now the latest
+        while len(self._encoded) > MOST_KEPT:
+            del self._encoded[next(iter(self._encoded))]
+        return encoded
 
     def check_lengths(self, before: int = 0) -> None:
         """Raise for any passage that does not fit the model's context behind ``before`` bytes of text.
@@ -65,7 +79,10 @@ class EncodedDataset:
 
     def traced_positions(self, token: str) -> np.ndarray:
         """Number of positions that ``EditableLM.trace`` returns for each record's edit, (records,) int64."""
-        records = self.dataset.records
+        return np.concatenate([self._positions(start, token) for start in range(0, len(self.dataset), CHUNK)])
+
+    def _positions(self, start: int, token: str) -> np.ndarray:
+        records = list(self.dataset.records[start : start + CHUNK])
         passages = self.lm.tokenize_all(
             [r.prompt for r in records], [r.target for r in records], [r.subject_span for r in records],
             [r.origin for r in records],
