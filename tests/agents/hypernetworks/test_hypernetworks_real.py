@@ -25,7 +25,7 @@ OURS = {"initial_weights": "scaled", "step_size_parameter": "log"}  # as in the 
 COMMON = {"array_backend": "torch", "disable_env_checker": True}
 
 
-def taken(agent, lm, presentations: int, token: str, facts: int = 12) -> int:
+def taken(agent, lm, presentations: int, token: str, facts: int = 5) -> int:
     """How many of some held-out facts, each edited alone into the pre-trained weights, the LLM answers first."""
     env = gym.make(COUNTERFACT, model=lm, split="eval", num_batches=1, batch_size=1, reward="none", token=token,
                    steps_per_batch=presentations, **COMMON)  # fmt: skip
@@ -67,4 +67,5 @@ def test_dafnets_edits_take():
     network = DAFNetNetworkConfig(rank=128, feed_forward=256, attention=128, step_size=3e-3, step_size_parameter="log")
     config = DAFNetConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05, max_gradient_norm=1.0)
     agent, lm = trained(DAFNetAgent, config, 12, token="subject+answer", num_batches=4)
-    assert taken(agent, lm, presentations=8, token="subject+answer") >= 6
+    # Trained so briefly, 8 and 9 of 12 take with two seeds, and rounding decides over some of them.
+    assert taken(agent, lm, presentations=8, token="subject+answer", facts=12) >= 6
