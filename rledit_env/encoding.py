@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rledit_env.knowledge import EditRecord, KnowledgeDataset
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, StoredRecords
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
+
+CHUNK = 8192  # records that are tokenised at a time to count their positions
+KEPT = 4096  # tokenised records of a data set, some 5 KB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +41,24 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
 
 
 class EncodedDataset:
-    """A data set whose records are tokenised when first asked for."""
+    """A data set whose records are tokenised when first asked for; the ``KEPT`` latest are kept."""
 
     def __init__(self, lm: EditableLM, dataset: KnowledgeDataset) -> None:
         self.lm, self.dataset = lm, dataset
         self._encoded: dict[int, EncodedRecord] = {}
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        record = self.dataset.records[int(index)]
-        if id(record) not in self._encoded:  # a record is encoded once, even if the data set has it several times
-            self._encoded[id(record)] = encode(self.lm, record)
-        return self._encoded[id(record)]
+        records, key = self.dataset.records, int(index)
+        record = None if isinstance(records, StoredRecords) else records[key]
+        if record is not None:
+            key = id(record)  # the same record, even if the data set has it several times
+        encoded = self._encoded.pop(key, None)
+        if encoded is None:
+            encoded = encode(self.lm, records[key] if record is None else record)
+        self._encoded[key] = encoded  # now the latest
+        if len(self._encoded) > KEPT:
+            del self._encoded[next(iter(self._encoded))]
+        return encoded
 
     def check_lengths(self, before: int = 0) -> None:
         """Raise for any passage that does not fit the model's context behind ``before`` bytes of text.
@@ -65,7 +75,10 @@ class EncodedDataset:
 
     def traced_positions(self, token: str) -> np.ndarray:
         """Number of positions that ``EditableLM.trace`` returns for each record's edit, (records,) int64."""
-        records = self.dataset.records
+        return np.concatenate([self._positions(start, token) for start in range(0, len(self.dataset), CHUNK)])
+
+    def _positions(self, start: int, token: str) -> np.ndarray:
+        records = list(self.dataset.records[start : start + CHUNK])
         passages = self.lm.tokenize_all(
             [r.prompt for r in records], [r.target for r in records], [r.subject_span for r in records],
             [r.origin for r in records],

@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -190,8 +191,9 @@ class LocateAgent(Agent):
             self.one_off_seconds += self.statistics.seconds  # counted even if an earlier run computed them
             started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
-            records = [r for r in self.inner.dataset.records if r.subject_span]
-            requests = [encode_request(self.lm, r) for r in records[: self.config.anchor_facts]]
+            records = (r for r in self.inner.dataset.records if r.subject_span)
+            anchors = islice(records, self.config.anchor_facts)
+            requests = [encode_request(self.lm, r) for r in anchors]
             with self.lm.original_weights():
                 solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
             self.anchor_norm = trimmed_mean(solved.norm(dim=1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agents.corpus import GENERATED
+from agents.curvature import check_energy
 from rledit_env.type_aliases import Options, Settings
 
 # The environment settings that suit the agent best, in training and in use.
@@ -72,9 +73,13 @@ class HypernetworkConfig:
             that it avoids the outputs that text's next tokens depend on. Together with the text prior on the keys this
             is K-FAC's natural gradient. 0 leaves vᵢ as it is. G is not saved with an agent; it is computed with the
             LLM, or read from the cache, when it is first needed.
+        crisp_energy: share of the K-FAC curvature A ⊗ G of text whose directions are removed from every update, as
+            CrispEdit removes them from gradients (see `agents.curvature`), in training and in use. The action is then
+            dense, ΔW = P(ṽᵀũ), and the gradient of the return passes through P. 0: no direction. A and G are not saved
+            with an agent; they are computed with the LLM, or read from the cache, when they are first needed.
         text: the text of the prior and the curvature: "generated", text that the LLM itself writes before it is
             edited, or a text file.
-        text_tokens: number of the text's tokens (the curvature uses a quarter of them).
+        text_tokens: number of the text's tokens (G uses a quarter of them).
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
             "bfloat16" takes half the time on machines that multiply it natively.
         normaliser: "stream": running moments start anew at each reset. "lifetime": they run over all tokens of
@@ -120,6 +125,7 @@ class HypernetworkConfig:
     prior_source: Literal["facts", "text"] = "facts"
     memory_weight: float = 1.0
     output_curvature: float = 0.0
+    crisp_energy: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
     normaliser: Normaliser = "stream"
@@ -159,6 +165,7 @@ class HypernetworkConfig:
             raise ValueError(f"memory_weight is {self.memory_weight}; give 1 (plain recursive least squares) or more")
         if not self.output_curvature >= 0:
             raise ValueError(f"output_curvature is {self.output_curvature}; give 0 (none) or more, such as 0.1")
+        check_energy("crisp_energy", self.crisp_energy, or_none=True)
         if type(self.text_tokens) is not int or self.text_tokens < 64:
             raise ValueError(f"text_tokens is {self.text_tokens!r}; give a whole number from 64")
         if not self.warm_up_rows >= 2:

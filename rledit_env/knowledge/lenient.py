@@ -9,7 +9,7 @@ from typing import Any
 from rledit_env.knowledge import names
 from rledit_env.knowledge.fields import SKIP, SKIP_ROWS, Row, fill_in, row_of
 from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
-from rledit_env.knowledge.zsre import with_question_mark
+from rledit_env.knowledge.text import with_question_mark
 from rledit_env.type_aliases import JsonObject
 
 MEND = "give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER"
@@ -291,11 +291,13 @@ def _objects_in(value: object) -> list[object]:
 
 
 def with_numbers_as_text(value: object) -> object:
-    """The value with its numbers as text (an answer may be 1987); truth values are not changed."""
+    """The value with its numbers as text (an answer may be 1987); truth values are not changed, NaN becomes None."""
     if isinstance(value, Mapping):
         return {name: with_numbers_as_text(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_numbers_as_text(inner) for inner in value]
+    if value != value:  # NaN: a table's empty cell
+        return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value
