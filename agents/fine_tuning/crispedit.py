@@ -184,9 +184,9 @@ class CrispEditAgent(FactTuningAgent):
         return self.text.seconds if self.text is not None else 0.0
 
     def set_env(self, env: Environment) -> None:
-        other_lm = self.env is None or editing_env(env).lm is not editing_env(self.env).lm
+        former = self.env
         super().set_env(env)
-        if other_lm:
+        if former is None or editing_env(env).lm is not editing_env(former).lm:
             self.text, self.projections = None, None
 
     def reset(self) -> None:
