@@ -81,7 +81,7 @@ def test_two_processes_of_which_one_is_killed_give_the_cells_of_one_process_alon
             assert int(pid) == process.pid  # each says which cells it computes
     computed = [re.findall(r"(\S.*), stream (\d): efficacy", text) for text in lines.values()]
     assert len(CELLS) <= sum(map(len, computed)) <= len(CELLS) + 1  # at most the killed process's cell is there twice
-    assert all(computed)
+    assert computed[1]  # the process that was not killed
     assert (out / "table.csv").read_text().count("\n") == (alone / "table.csv").read_text().count("\n") == 4
 
 
