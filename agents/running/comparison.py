@@ -7,7 +7,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import gymnasium as gym
 from tqdm.auto import tqdm
 
 from agents.base import Agent, NotApplicable
-from agents.locate_then_edit.locate import LocateAgent
 from agents.rledit.agent import RLEditAgent
 from agents.rledit.policy import HypernetworkPolicy
+from agents.running.claims import Claims
 from agents.running.editing import edit_stream
-from agents.running.editors import ENVIRONMENT, Editor
+from agents.running.editors import ENVIRONMENT, Editor, Training
 from agents.running.saved import agent_settings, find_agent, load_agent
+from agents.running.views import Views as Views
 from rledit_env.evaluation.general.scored_text import drifts, scored_texts
 from rledit_env.evaluation.metrics import METRICS_VERSION, check_metrics, evaluate
 from rledit_env.files import write_text
@@ -28,68 +30,11 @@ from rledit_env.interface import Environment, editing_env
 from rledit_env.knowledge import KnowledgeDataset, held_out
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
-from rledit_env.lm.loading.loader import ModelSource
-from rledit_env.lm.loading.registry import default_edit_modules
 from rledit_env.reward import RewardConfig
 from rledit_env.type_aliases import JsonObject, Settings
 
 SHOWN_SCORES = ("efficacy", "generalization", "specificity", "mean")  # printed when a cell is finished
-
-
-class Views:
-    """Editable views of one LLM, which is loaded once. Only one view exists at a time; it starts pre-trained.
-
-    Args:
-        model: registry name, hub id or folder.
-        dtype, device, revision, trust_remote_code: as for :meth:`EditableLM.load`.
-        load: loads the LLM, with the arguments of :meth:`EditableLM.load`, which is the default.
-    """
-
-    def __init__(
-        self, model: str, dtype: str = "auto", device: str = "auto", revision: str | None = None,
-        trust_remote_code: bool = False, load: Callable[..., EditableLM] | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.dtype, self.device = model, dtype, device
-        self.source: ModelSource = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self._load = load or EditableLM.load
-        self._view: EditableLM | None = None
-        self._patterns: tuple[str, ...] | None = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the LLM has been loaded."""
-        return self._view is not None
-
-    def get(self, edit_modules: Sequence[str] | str | None) -> EditableLM:
-        """The view with these edited modules (None: the model's default ones), pre-trained and with empty caches."""
-        patterns = (edit_modules,) if isinstance(edit_modules, str) else tuple(edit_modules or ()) or None
-        self.restore()
-        if self._view is None:
-            self._view = self._load(self.model, patterns, self.dtype, self.device, **self.source)
-        elif patterns != self._patterns:
-            model, tokenizer = self._view.model, self._view.tokenizer
-            self._view = None  # frees its copies of the weights before the new view makes its own
-            modules = patterns or default_edit_modules(self.model, model)
-            revision = self.source["revision"]
-            self._view = EditableLM(model, tokenizer, modules, self.model, revision=revision, optimize=True)
-        self._patterns = patterns
-        return self._view
-
-    def of(self, editor: Editor, edit_modules: Sequence[str] | str | None = None) -> EditableLM:
-        """The view for an editor, with these edited modules, else those that the editor names, else its method's
-        defaults."""
-        modules = edit_modules or editor.env.get("edit_modules")
-        agent = editor.agent_class()
-        if modules is None and issubclass(agent, LocateAgent):
-            modules = agent.default_modules(self.get(None))
-        return self.get(modules)
-
-    def restore(self) -> None:
-        """Restore the pre-trained weights and empty the caches, so that all editors start alike."""
-        if self._view is not None:
-            self._view.restore()
-            self._view.prefix_cache.clear()
-            self._view.reference_cache.clear()
+FINISHED = "finished.json"  # in the folder of a trained editor
 
 
 @dataclass(frozen=True)
@@ -132,14 +77,18 @@ class Comparison:
         out: the comparison's folder.
         progress_bar: show progress bars and scores.
         trainer: another comparison that trains the editors; None trains them here.
+        claims: divides the cells with other processes that compute the same comparison; None computes all of them here.
+            A comparison with a ``trainer`` has that one's claims.
     """
 
     def __init__(
         self, setting: Setting, views: Views, out: str | Path, progress_bar: bool = True,
-        trainer: Comparison | None = None,
+        trainer: Comparison | None = None, claims: Claims | None = None,
     ) -> None:  # fmt: skip
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
         self.trainer = trainer or self
+        self.claims = claims if trainer is None else trainer.claims
+        self.claims_root: Path = self.out if trainer is None else trainer.claims_root
         self._texts: dict[str, list[Passage]] | None = None  # for the divergences; the same for every editor
 
     def cell_path(self, editor: Editor, seed: int) -> Path:
@@ -166,21 +115,47 @@ class Comparison:
         return cell
 
     def run(self, editor: Editor, seeds: Sequence[int]) -> None:
-        """Compute the editor's missing cells: build the agent, train it if necessary, and edit one stream a seed."""
-        missing = [seed for seed in seeds if self.cell(editor, seed) is None]
-        if not missing:
-            return
+        """Compute the editor's missing cells that no other process computes: build the agent, train it if necessary,
+        and edit one stream a seed."""
+        prepared: tuple[Agent, Environment, float | None] | None = None
+        reason = None
         try:
-            agent, env, one_off = self._prepare(editor)
-            for seed in missing:
-                result = {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off}
-                self._print_scores(editor, seed, result)  # first, since a full disk may prevent writing
-                self._write(editor, seed, result)
-        except NotApplicable as reason:
-            for seed in missing:
-                self._write(editor, seed, {"not_applicable": str(reason)})
+            for seed in seeds:
+                with self._claimed(editor, seed) as held:
+                    if not held:
+                        continue
+                    try:
+                        if reason is None:
+                            prepared = prepared or self._prepare(editor)
+                            agent, env, one_off = prepared
+                            result = {**self._measure(editor, agent, env, seed), "one_off_seconds": one_off}
+                            self._print_scores(editor, seed, result)  # first, since a full disk may prevent writing
+                            self._write(editor, seed, result)
+                            continue
+                    except NotApplicable as error:
+                        reason = str(error)
+                    self._write(editor, seed, {"not_applicable": reason})
         finally:
             self.views.restore()
+
+    def claim_name(self, editor: Editor, seed: int) -> str:
+        """The name of a cell's claim."""
+        return self.cell_path(editor, seed).relative_to(self.claims_root).with_suffix("").as_posix()
+
+    @contextmanager
+    def _claimed(self, editor: Editor, seed: int) -> Iterator[bool]:
+        """Context in which a missing cell is this process's to compute; False if it is finished or another's."""
+        if self.cell(editor, seed) is not None:
+            yield False
+        elif self.claims is None:
+            yield True
+        else:
+            name = self.claim_name(editor, seed)
+            held = self.claims.claim(name)
+            try:
+                yield held and self.cell(editor, seed) is None  # it may have been finished before it was claimed
+            finally:
+                self.claims.release(name)
 
     def _print_scores(self, editor: Editor, seed: int, result: JsonObject) -> None:
         if self.progress_bar:
@@ -243,39 +218,51 @@ class Comparison:
         )
 
     def _train(self, editor: Editor, lm: EditableLM, settings: Settings) -> tuple[Environment, Path, float]:
-        """Train an editor, or resume its training, unless it is finished.
+        """Train an editor, or resume its training, unless it is finished; wait for another process that trains it.
 
         Returns:
             The training environment, the agent's folder, and the seconds of training over all interruptions.
         """
         training, folder = editor.training, self.out / "trained" / editor.name
         assert training is not None
-        facts, selection = held_out(self.setting.training())
         size = training.batch_size or self.setting.batch_size
         if training.steps_per_batch is not None:
             settings = {**settings, "steps_per_batch": training.steps_per_batch}
         length = self.setting.num_batches if training.num_batches is None else training.num_batches
+        facts, selection = held_out(self.setting.training())
         env = self._env(lm, facts, length, size, settings, editor.reward(), reward_gradient=True)
-        finished = folder / "finished.json"
-        if not finished.exists():
-            clock = _Clock(folder / "seconds.json")
-            agent = editor.agent_class()(env, editor.configuration(), seed=0)
-            eval_env = calibration_env = None
-            if training.select_batches:
-                eval_env = self._env(lm, selection, training.select_batches, self.setting.batch_size, settings)
-            if training.calibrate_batches:
-                batches = training.calibrate_batches
-                calibration_env = self._env(lm, selection, batches, self.setting.batch_size, settings)
-            agent.learn(
-                training.trajectories * editing_env(env).episode_steps, callback=clock, progress_bar=self.progress_bar,
-                log_dir=folder, eval_env=eval_env, eval_every=training.eval_every, patience=training.patience,
-            )  # fmt: skip
-            if calibration_env is not None:
-                agent.calibrate(calibration_env)
-            agent.save(folder / "agent")
-            write_text(finished, json.dumps({"seconds": clock.seconds, "updates": agent.updates}) + "\n")
+        finished = folder / FINISHED
+        with self._turn(f"trained/{editor.name}", finished.exists):
+            if not finished.exists():
+                self._learn(editor, training, env, selection, settings, folder)
         lm.restore()
         return env, folder / "agent", float(json.loads(finished.read_text(encoding="utf-8"))["seconds"])
+
+    def _learn(
+        self, editor: Editor, training: Training, env: Environment, selection: KnowledgeDataset, settings: Settings,
+        folder: Path,
+    ) -> None:  # fmt: skip
+        """Train an editor in ``env``, and save it; ``selection``: the facts that its checkpoint is chosen on."""
+        lm, clock = editing_env(env).lm, _Clock(folder / "seconds.json")
+        agent = editor.agent_class()(env, editor.configuration(), seed=0)
+        eval_env = calibration_env = None
+        if training.select_batches:
+            eval_env = self._env(lm, selection, training.select_batches, self.setting.batch_size, settings)
+        if training.calibrate_batches:
+            batches = training.calibrate_batches
+            calibration_env = self._env(lm, selection, batches, self.setting.batch_size, settings)
+        agent.learn(
+            training.trajectories * editing_env(env).episode_steps, callback=clock, progress_bar=self.progress_bar,
+            log_dir=folder, eval_env=eval_env, eval_every=training.eval_every, patience=training.patience,
+        )  # fmt: skip
+        if calibration_env is not None:
+            agent.calibrate(calibration_env)
+        agent.save(folder / "agent")
+        write_text(folder / FINISHED, json.dumps({"seconds": clock.seconds, "updates": agent.updates}) + "\n")
+
+    def _turn(self, name: str, done: Callable[[], bool]) -> AbstractContextManager[object]:
+        """Context in which no other process does this."""
+        return nullcontext() if self.claims is None else self.claims.turn(name, done)
 
     # -- editing -------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rledit_env.cli import curve
-from rledit_env.cli.attempts import COMPARISON, SETTINGS, attempt, begin, check_folder
+from rledit_env.cli.attempts import (
+    COMPARISON,
+    SETTINGS,
+    TABLES_TURN,
+    Job,
+    begin,
+    check_folder,
+    claims_of,
+    compute,
+    own_device,
+)
 from rledit_env.cli.command import (
     FAILED,
     OK,
@@ -77,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     editors = [configured(editor, entries) for editor in chosen_editors(options.editors)]
     for editor in editors:
         check_text_is_no_prior(options, editor.configuration())
-    parts = (SETTINGS, *TABLES, "cells/", "trained/", *((*curve.FILES, "curve/") if options.curve else ()))
+    parts = (SETTINGS, *TABLES, "cells/", "trained/", "claims/", *((*curve.FILES, "curve/") if options.curve else ()))
     check_paths(options, growing("--out", options.out, COMPARISON, parts), reads=_saved_agents(editors, kind))
     comparison = _comparison(options, editors)
     test = comparison.setting.test
@@ -89,7 +99,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"model    {options.model}; hyperparameters: {configs or 'the defaults of the editors'}")
 
     run_comparison = curve.run if options.curve else _compare
-    return run_comparison(options, comparison, editors, say_inputs)
+    try:
+        return run_comparison(options, comparison, editors, say_inputs)
+    finally:
+        claims_of(comparison).close()
 
 
 def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Comparison:
@@ -98,6 +111,7 @@ def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Compariso
     Raises:
         ValueError: there are not enough facts, or some are both trained on and scored.
     """
+    from agents.running.claims import Claims
     from agents.running.comparison import Comparison, Setting, Views, check_disjoint
     from rledit_env.knowledge import KnowledgeStream, load_knowledge
 
@@ -118,8 +132,8 @@ def _comparison(options: argparse.Namespace, editors: list[Editor]) -> Compariso
         options.env, test, training, options.batches, options.batch_size, modules, options.generate, options.metrics,
         None if options.text is None else Path(options.text),
     )
-    views = Views(options.model, options.dtype, options.device, **model_source(options))
-    return Comparison(setting, views, options.out)
+    views = Views(options.model, options.dtype, own_device(options.device), **model_source(options))
+    return Comparison(setting, views, options.out, claims=Claims(options.out / "claims"))
 
 
 def _compare(
@@ -133,15 +147,13 @@ def _compare(
     print(f"editors  {', '.join(e.name for e in editors)}; {len(missing)} to run", flush=True)
     if missing:
         begin(options, comparison)
-    failed: list[str] = []
-    for number, editor in enumerate(missing, start=1):
-        warn(f"[{number}/{len(missing)}] {editor.title}")
-        if not attempt(options, editor.title, lambda: comparison.run(editor, seeds)):  # noqa: B023
-            failed.append(editor.name)
-        _write_tables(options, _rows(comparison, editors, seeds), source)
+    jobs = [Job(editor.name, editor.title, [editor]) for editor in missing]
+    failed = compute(options, comparison, jobs, seeds,
+                     lambda: _write_tables(options, _rows(comparison, editors, seeds), source))  # fmt: skip
     rows = _rows(comparison, editors, seeds)
     print(_tables(options, rows, source)["table.txt"], flush=True)
-    _write_tables(options, rows, source)
+    with claims_of(comparison).turn(TABLES_TURN):
+        _write_tables(options, rows, source)
     for row in rows:
         if row.not_applicable:
             reason = next(c["not_applicable"] for c in row.cells if "not_applicable" in c)
@@ -211,7 +223,9 @@ COMMAND = Command(
     "compare editors on the same streams of facts",
     "Let many editors edit the same streams of facts into the same model, and write their scores in one table\n"
     "(text, Markdown, LaTeX, CSV). Editors that learn are trained first. Whatever is finished is kept: an\n"
-    "interrupted comparison is continued by the same command, and further editors join with the same --out.",
+    "interrupted comparison is continued by the same command, and further editors join with the same --out.\n"
+    "The same command started several times, on one machine or on several that share the folder of --out, divides the\n"
+    "cells.",
     """\
 examples:
   # on the sample that ships with the package
@@ -224,6 +238,10 @@ examples:
   # each editor's score against its change of the rest of the model: a picture, and the best strength within each bound
   rledit compare --curve --editors none ultraedit rledit --env RLEdit-CounterFact-v0 --data data --then-batches 50 \\
       --out runs/curve
+
+  # four processes, each on a GPU of its own; and the same command on another machine joins
+  torchrun --nproc-per-node 4 -m rledit_env.cli compare --editors all --env RLEdit-CounterFact-v0 --data data \\
+      --out runs/shared
 """,
     add_arguments,
     run,

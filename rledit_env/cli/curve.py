@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rledit_env.cli.attempts import attempt, begin
+from rledit_env.cli.attempts import TABLES_TURN, Job, begin, claims_of, compute
 from rledit_env.cli.command import FAILED, OK, warn
 
 if TYPE_CHECKING:
@@ -172,14 +172,16 @@ def run(
     print(f"editors  {', '.join(editor.name for editor in editors)}")
     print(f"curve    {points} points on {options.curve_batches} × {options.batch_size} of {curve.setting.test.source}; "
           f"{len(unfinished)} editors to run", flush=True)
-    jobs = [(editor.name, curve.variants(editor)) for editor in unfinished]
+    jobs = [Job(editor.name, editor.title, curve.variants(editor)) for editor in unfinished]
     failed = _compute(curve_run, "points", curve, jobs, [SEED])
     picked = curve_run.missing(comparison, curve_run.picked())
-    failed += _compute(curve_run, "picks", comparison, [(v.label, [v]) for v in picked], curve_run.seeds)
+    failed += _compute(curve_run, "picks", comparison, [Job(v.label, v.title, [v]) for v in picked], curve_run.seeds)
     if longer is not None:
         best = curve_run.missing(longer, curve_run.best())
-        failed += _compute(curve_run, "longer", longer, [(v.label, [v]) for v in best], curve_run.seeds)
-    print(_write(curve_run)["curve.txt"], flush=True)
+        failed += _compute(curve_run, "longer", longer, [Job(v.label, v.title, [v]) for v in best], curve_run.seeds)
+    with claims_of(comparison).turn(TABLES_TURN):
+        texts = _write(curve_run)
+    print(texts["curve.txt"], flush=True)
     for editor in editors:
         reasons = [p.cell["not_applicable"] for p in curve.points(editor) or () if "not_applicable" in p.cell]
         if reasons:
@@ -217,23 +219,13 @@ def _run(options: argparse.Namespace, comparison: Comparison, editors: Sequence[
 
 
 def _compute(
-    run: Run, title: str, comparison: Comparison, jobs: Sequence[tuple[str, Sequence[Editor]]], seeds: Sequence[int]
+    run: Run, title: str, comparison: Comparison, jobs: Sequence[Job], seeds: Sequence[int]
 ) -> list[str]:
-    """Compute a comparison's cells, job after job (name, variants); returns the names of the jobs that failed."""
-    failed = []
+    """Compute a comparison's cells, together with other processes; returns the names of the jobs that failed."""
     if jobs:
         begin(run.options, run.comparison)
-    for number, (name, variants) in enumerate(jobs, start=1):
-        warn(f"{title} [{number}/{len(jobs)}] {name}")
-
-        def compute(variants: Sequence[Editor] = variants) -> None:
-            for variant in variants:
-                comparison.run(variant, seeds)
-
-        if not attempt(run.options, name, compute):
-            failed.append(name)
-        _write(run, pictures=comparison is run.curve)
-    return failed
+    return compute(run.options, comparison, jobs, seeds, lambda: _write(run, pictures=comparison is run.curve),
+                   f"{title} ")  # fmt: skip
 
 
 def _distinct(editors: Iterable[Editor]) -> list[Editor]:
