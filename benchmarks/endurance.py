@@ -30,6 +30,7 @@ import rledit_env.own_agents  # noqa: F401 - checks that `agents` is this packag
 from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, find_agent, load_agent
 from agents.running.editing import EditLog, edit_stream
 from rledit_env.env import LifelongEditEnv
+from rledit_env.evaluation.clock import resident_bytes
 from rledit_env.evaluation.metrics import METRICS_VERSION, evaluate
 from rledit_env.files import read_marker, write_text
 from rledit_env.knowledge import KnowledgeDataset, load_knowledge
@@ -73,14 +74,6 @@ class Args:
     """Share of the run after which memory and step time must be flat."""
     out: Path = Path("runs/endurance")
     """Folder for the results; an earlier ledger in it is replaced."""
-
-
-def resident_bytes() -> int:
-    """Anonymous resident memory of the process, in bytes. File pages do not count: the system may evict them."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status does not say RssAnon; run this on Linux")
 
 
 def repeated(facts: KnowledgeDataset, count: int, distinct: int = 0) -> KnowledgeDataset:
@@ -139,7 +132,10 @@ class Course:
         self.seconds.append(time.perf_counter() - self.since)
         if self.edits % self.args.measure_every < size:
             self.measure()
-        self.memory.append(resident_bytes())
+        resident = resident_bytes()
+        if resident is None:
+            raise OSError("this system does not say how much memory a process has; run this on Linux")
+        self.memory.append(resident)
         self.since = time.perf_counter()
 
     def measure(self) -> None:

@@ -12,7 +12,7 @@ from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
 CHUNK = 8192  # records that are tokenised at a time to count their positions
-MOST_KEPT = 10_000  # encoded records of those that stay on disk
+KEPT = 4096  # tokenised records of a data set, some 5 KB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +41,22 @@ def encode(lm: EditableLM, record: EditRecord) -> EncodedRecord:
 
 
 class EncodedDataset:
-    """A data set whose records are tokenised when first asked for. Of records that stay on disk, the last
-    `MOST_KEPT` are kept."""
+    """A data set whose records are tokenised when first asked for; the ``KEPT`` latest are kept."""
 
     def __init__(self, lm: EditableLM, dataset: KnowledgeDataset) -> None:
         self.lm, self.dataset = lm, dataset
         self._encoded: dict[int, EncodedRecord] = {}
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        records = self.dataset.records
-        if isinstance(records, StoredRecords):
-            return self._read(int(index))
-        record = records[int(index)]
-        if id(record) not in self._encoded:  # a record is encoded once, even if the data set has it several times
-            self._encoded[id(record)] = encode(self.lm, record)
-        return self._encoded[id(record)]
-
-    def _read(self, index: int) -> EncodedRecord:
-        encoded = self._encoded.pop(index, None) or encode(self.lm, self.dataset.records[index])
-        self._encoded[index] = encoded  # now the latest
-        while len(self._encoded) > MOST_KEPT:
+        records, key = self.dataset.records, int(index)
+        record = None if isinstance(records, StoredRecords) else records[key]
+        if record is not None:
+            key = id(record)  # the same record, even if the data set has it several times
+        encoded = self._encoded.pop(key, None)
+        if encoded is None:
+            encoded = encode(self.lm, records[key] if record is None else record)
+        self._encoded[key] = encoded  # now the latest
+        if len(self._encoded) > KEPT:
             del self._encoded[next(iter(self._encoded))]
         return encoded
 

@@ -55,6 +55,16 @@ def test_each_record_is_tokenised_once(tiny_lm, uneven_facts):
     assert dataset[np.int64(2)] is dataset[2]
 
 
+def test_a_long_data_set_does_not_fill_the_memory(tiny_lm, uneven_facts, monkeypatch):
+    monkeypatch.setattr("rledit_env.encoding.KEPT", 2)
+    dataset = EncodedDataset(tiny_lm(), uneven_facts)
+    first, second = dataset[0], dataset[1]
+    assert dataset[0] is first
+    dataset[2]  # takes the place of the one that was asked for longest ago
+    assert dataset[0] is first and len(dataset._encoded) == 2
+    assert dataset[1] is not second and dataset[1].record is second.record
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
 @pytest.mark.parametrize("token", TOKEN_CHOICES)
 def test_the_counted_positions_are_those_that_a_trace_returns(tiny_lm, uneven_facts, name, token):

@@ -81,7 +81,7 @@ class Trainer:
                              "would change the policy along a stream of its own; give batches_per_update=None, or "
                              "train in one process")
         self.learn = partial(improve_policy, agent) if updates_within_episodes else None
-        if self.processes.count > 1 and normaliser != "stream":
+        if self.processes.count > 1 and not agent.config.network.by_stream:
             raise ValueError(f"normaliser is {normaliser!r}, but every process would have moments of its own streams; "
                              "give normaliser='stream', or train in one process")
         first = self.processes.first  # the others write no files and show nothing
@@ -166,7 +166,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Give the network the curvature, the prior and the moments that it needs and does not have yet."""
         agent, network = self.agent, self.agent.network
-        if network.wants_curvature:
+        if agent.wants_curvature:
             agent.take_curvature(self.shows)
         if network.wants_prior or network.wants_moments:
             warm_up(agent, self.env, network.wants_prior, network.wants_moments, self.shows)

@@ -1,44 +1,36 @@
-"""`rledit evaluate`: score a trained agent on facts that it was not trained on."""
+"""`rledit evaluate`: score an agent or an editor on a stream of facts."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import gymnasium as gym
 
 from rledit_env.cli.command import (
     FAILED,
     OK,
     Command,
-    agent_argument,
-    check_contexts,
     check_positive,
     check_text,
-    check_text_is_no_prior,
     dtype_name,
     environment_arguments,
-    kind_of,
     metrics_argument,
-    model_name,
-    model_source,
-    option_or,
     override_arguments,
     probability,
     progress_bar,
-    say_loading,
     skipped_rows,
     text_argument,
     to_stderr,
     warn,
 )
-from rledit_env.cli.paths import check_paths, file_or_dash
+from rledit_env.cli.evaluation_probes import MEASUREMENTS, Probes, make_probes, probe_arguments, say_probes
+from rledit_env.cli.evaluation_setup import Evaluated, agent_arguments, check_agent, evaluated, run_ledger
+from rledit_env.cli.paths import check_paths, file_or_dash, going_on, written_path
 from rledit_env.cli.results import (
     before_and_after,
     chat_answers,
@@ -46,24 +38,22 @@ from rledit_env.cli.results import (
     name_untaken,
     not_taken,
     print_chat,
-    print_general,
     print_metrics,
-    print_retention,
     rounded,
     score_facts,
     warn_without_effect,
     without_effect,
 )
-from rledit_env.outputs import PathError, result
-from rledit_env.type_aliases import JsonObject, Settings
+from rledit_env.outputs import Output, PathError, added, result
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from agents import EditLog
-    from rledit_env.evaluation.general import GeneralEvery
+    from rledit_env.evaluation.journal import Journal
     from rledit_env.evaluation.metrics import Metrics
-    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
-    from rledit_env.interface import EditingEnv, Environment
+    from rledit_env.interface import EditingEnv
     from rledit_env.knowledge import EditRecord
+    from rledit_env.ledger import EditLedger
     from rledit_env.lm.chat import ChatTemplate
 
 RESULT_FORMAT = "rledit-result-1"
@@ -71,7 +61,7 @@ RESULT_FORMAT = "rledit-result-1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     environment_arguments(parser, required=False)
-    agent_argument(parser)
+    agent_arguments(parser)
     parser.add_argument("--split", default="eval", help="'train' or 'eval'")
     parser.add_argument("--num-batches", type=int, default=20, metavar="T", help="batches of the stream")
     parser.add_argument("--batch-size", type=int, default=20, metavar="n", help="facts a batch")
@@ -83,13 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the facts' choice and order")
     parser.add_argument("--json", type=file_or_dash, metavar="FILE",
                         help="write the result to FILE, and replace an earlier result; '-' for the standard output")
+    parser.add_argument("--ledger", type=written_path, metavar="DIR",
+                        help="record every update and measurement in DIR; the same command then goes on where an "
+                        "interrupted run ended, to the same result")
     group = parser.add_argument_group("scores and other measurements")
     metrics_argument(group)
     group.add_argument("--chat", action="store_true",
                        help="also ask the edits and their paraphrases as a user's messages, through the model's chat "
                        "template, and score whether its free answer contains the target")
-    group.add_argument("--retention", action="store_true", help="every batch's Efficacy after later batches")
-    group.add_argument("--retention-every", type=int, default=1, metavar="k", help="batches between two measurements")
     group.add_argument("--general", nargs="+", metavar="SOURCE", default=["self"],
                        help="general ability before and after: 'self' (perplexity and divergence on text that the "
                        "model wrote before editing, on human-written text and on its answers in a chat), a folder or "
@@ -100,41 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="measure general ability also during the stream, every k batches")
     group.add_argument("--general-shots", type=int, default=0, metavar="N", help="solved examples before a question")
     group.add_argument("--general-limit", type=int, default=200, metavar="N", help="examples a task")
+    probe_arguments(parser, group)
 
 
 def run(options: argparse.Namespace) -> int:
-    from agents import edit_stream, find_agent, load_agent
-    from rledit_env.interface import editing_env
-
     sources = _check(options)
-    folder = find_agent(options.agent, kind_of(options.env) if options.env else None)
-    env_id, settings = _settings(options, folder)
-    check_contexts(settings["contexts"], settings["token"])
-    say_loading(settings["model"])
-    env = _environment(options, env_id, settings, folder)
-    inner = editing_env(env)
+    run = evaluated(options)
+    inner = run.inner
     template = _chat_template(inner) if options.chat else None
-    agent = load_agent(folder, env)
-    check_text_is_no_prior(options, getattr(agent, "config", None))
-    agent.reset()
+    run.agent.reset()
     say = to_stderr if options.json == "-" else print
     say(f"data   {inner.dataset.source} ({inner.dataset.split}): {options.num_batches} × {options.batch_size} of "
         f"{len(inner.dataset):,} facts", *skipped_rows(inner.dataset))
     say(f"model  {inner.lm.name} ({dtype_name(inner.lm)}, {inner.lm.device}), {len(inner.lm.module_shapes)} modules")
-    say(f"agent  {folder}")
-    probes = _probes(options, env, sources)
-    with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
-        log = edit_stream(env, agent, progress=bar.update, callbacks=probes.callbacks, seed=options.seed)
-    edited = Edited(options, folder, env_id, settings, inner, log, inner.edited_records())
-    metrics, answers = score_facts(inner.lm, edited.records, inner.dataset.kind, options.metrics)
-    content = _content(edited, metrics, answers) | {"module_drift": probes.drift.by_module}
-    print_metrics(content["metrics"], log, say)
-    if template is not None:
-        content["chat"] = _chat(edited, template, say)
-    content |= _say_probes(probes, options, say)
-    name_untaken(content["not_taken"], len(edited.records), metrics.exact_match, say,
-                 options.json if options.json != "-" else None)
-    warn_without_effect(content["batches_without_effect"], log)
+    say(f"agent  {run.name}" if run.editor is None else f"editor {run.name}")
+    with _ledger(options, run, say) as (ledger, journal):
+        probes = make_probes(options, run.env, sources, say)
+        log = _edit(options, run, probes, ledger, journal)
+        content = _measured(Edited(options, run, log, inner.edited_records()), probes, template, journal, say)
     if options.json:
         sys.stdout.flush()
         _write(json.dumps(finite(content), indent=1, ensure_ascii=False), options.json)
@@ -147,62 +121,60 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> list[str]:
     """Raise an error for wrong options and for paths that cannot be written; returns the sources of --general."""
     from rledit_env.evaluation.metrics import check_metrics
+    from rledit_env.ledger import check_ledger
 
+    check_agent(options)
     check_metrics(options.metrics)
     check_text(options)
     sources: list[str] = [] if options.general == ["none"] else options.general
-    if options.text is not None and "self" not in sources:
+    if options.text is not None and "self" not in sources and options.score_every is None:
         raise ValueError("--text is what 'self' of --general is measured on, too; add --general self, or leave it out")
+    every = [name for name in ("general_every", "score_every") if getattr(options, name) is not None]
+    check_positive(options, "retention_every", "general_limit", "score_facts", *every)
+    if options.log_dir is not None and options.score_every is None:
+        raise ValueError("--log-dir is for the scores of --score-every; give that, too")
+    outputs = []
     if options.json not in (None, "-"):
-        check_paths(options, result("--json", Path(options.json), RESULT_FORMAT))
+        outputs.append(result("--json", Path(options.json), RESULT_FORMAT))
+    if options.ledger is not None:
+        outputs.append(Output("--ledger", options.ledger, lambda folder: check_ledger(folder, True), apart=False))
+    if options.log_dir is not None:
+        outputs.append(added("--log-dir", options.log_dir))
+    if outputs:
+        check_paths(options, *outputs)
     return sources
 
 
-def _settings(options: argparse.Namespace, folder: Path) -> tuple[str, Settings]:
-    """The environment's id and settings: those of the options, or else those that the agent in ``folder`` was trained
-    with.
+@contextmanager
+def _ledger(
+    options: argparse.Namespace, run: Evaluated, say: Callable[..., object]
+) -> Iterator[tuple[EditLedger | None, Journal | None]]:
+    """Context with the run's ledger and its measurements so far; None of both without --ledger."""
+    from rledit_env.evaluation.journal import Journal
 
-    Raises:
-        ValueError: neither names the environment, or an option is below 1.
-    """
-    from agents import agent_settings
-
-    trained = agent_settings(folder)["environment"]
-    env_id = options.env or trained.get("id")
-    if not env_id:
-        raise ValueError(f"{folder} does not say which environment it was trained in; name one with --env")
-    check_positive(options, "retention_every", "general_limit")
-    if options.general_every is not None:
-        check_positive(options, "general_every")
-    return env_id, {
-        "model": model_name(options, trained, folder),
-        **model_source(options, trained),
-        "edit_modules": options.edit_modules or trained.get("edit_modules"),
-        "split": options.split,
-        "num_batches": options.num_batches,
-        "batch_size": options.batch_size,
-        "token": options.token or trained.get("token", "answer"),
-        "steps_per_batch": options.steps_per_batch or trained.get("steps_per_batch", 1),
-        "present_until": _until(options, trained),
-        "contexts": option_or(options.contexts, trained.get("contexts", 0)),
-    }
+    if options.ledger is None:
+        yield None, None
+        return
+    ledger = run_ledger(options, run)
+    try:
+        if len(ledger):
+            say(f"ledger {options.ledger}: going on after {len(ledger)} recorded updates")
+        with going_on():
+            yield ledger, Journal(ledger.folder / MEASUREMENTS)
+    finally:
+        ledger.close()
 
 
-def _until(options: argparse.Namespace, trained: JsonObject) -> float | None:
-    """The probability at which a fact is no longer presented; None for a fixed number of presentations."""
-    if options.present_until is not None:
-        return options.present_until or None
-    return trained.get("present_until") if options.steps_per_batch is None else None
+def _edit(
+    options: argparse.Namespace, run: Evaluated, probes: Probes, ledger: EditLedger | None, journal: Journal | None
+) -> EditLog:
+    """Edit the stream, with the probes."""
+    from agents import edit_stream
 
-
-def _environment(options: argparse.Namespace, env_id: str, settings: Settings, folder: Path) -> Environment:
-    """The environment in which the agent in ``folder`` edits."""
-    from agents.running.saved import modules_of
-
-    with nullcontext() if options.edit_modules else modules_of(folder, settings["model"]):
-        return gym.make(
-            env_id, data=options.data, device=options.device, dtype=options.dtype, on_error=options.on_error,
-            reward="none", array_backend="torch", disable_env_checker=True, **settings,
+    callbacks = probes.callbacks(run.env, journal)
+    with progress_bar(options.num_batches * options.batch_size, "editing") as bar:
+        return edit_stream(
+            run.env, run.agent, progress=bar.update, callbacks=callbacks, ledger=ledger, seed=options.seed
         )
 
 
@@ -222,83 +194,55 @@ def _chat_template(env: EditingEnv) -> ChatTemplate:
 
 
 @dataclass(frozen=True)
-class Probes:
-    """The measurements while a stream is edited; None for those that were not asked for."""
-
-    drift: DriftProbe
-    retention: RetentionProbe | None
-    general: GeneralEvery | None
-
-    @property
-    def callbacks(self) -> list[Callable[[int], object]]:
-        """The probes as callbacks of `agents.edit_stream`."""
-        return [probe for probe in (self.drift, self.retention, self.general) if probe is not None]
-
-
-def _probes(options: argparse.Namespace, env: Environment, sources: Sequence[str]) -> Probes:
-    """The probes of the options; general ability is measured on these ``sources``."""
-    from rledit_env.evaluation.general import GeneralAbility, GeneralEvery
-    from rledit_env.evaluation.retention import DriftProbe, RetentionProbe
-    from rledit_env.interface import editing_env
-
-    retention = RetentionProbe(env, options.retention_every, metrics=options.metrics) if options.retention else None
-    general = None
-    if sources:
-        ability = GeneralAbility(editing_env(env).lm, sources, options.general_shots, options.general_limit,
-                                 options.seed, options.text)  # fmt: skip
-        general = GeneralEvery(env, ability, options.general_every)
-    return Probes(DriftProbe(env), retention, general)
-
-
-def _say_probes(probes: Probes, options: argparse.Namespace, say: Callable[..., object]) -> JsonObject:
-    """Print the probes' measurements; returns the result's entries for them."""
-    content: JsonObject = {}
-    retention, general = probes.retention, probes.general
-    if retention is not None and retention.measured:
-        content["retention"] = retention.result.as_dict()
-        print_retention(retention.result, say)
-    if general is not None:
-        content["general"] = {"sources": general.ability.sources, "shots": options.general_shots,
-                             "scores": {str(edited): scores for edited, scores in general.scores.items()}}
-        print_general(general.scores, say)
-    return content
-
-
-@dataclass(frozen=True)
 class Edited:
     """A stream that an agent edited.
 
     Attributes:
         options: the command's options.
-        folder: the agent's folder.
-        env_id: the environment's id.
-        settings: the environment's settings.
-        env: the environment.
+        run: the agent and its environment.
         log: the record of the stream.
         records: the facts, in order.
     """
 
     options: argparse.Namespace
-    folder: Path
-    env_id: str
-    settings: Settings
-    env: EditingEnv
+    run: Evaluated
     log: EditLog
     records: Sequence[EditRecord]
 
 
-def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> JsonObject:
+def _measured(
+    edited: Edited, probes: Probes, template: ChatTemplate | None, journal: Journal | None, say: Callable[..., object]
+) -> JsonObject:
+    """Score all facts, and print the scores and the probes' measurements; returns the content of the result's file."""
+    options, run, log, records = edited.options, edited.run, edited.log, edited.records
+    if journal is not None:  # the log knows only the time since the run was resumed
+        log.seconds = probes.seconds(log)
+    metrics, answers = score_facts(run.inner.lm, records, run.inner.dataset.kind, options.metrics, journal)
+    content = _content(edited, metrics, answers, journal)
+    print_metrics(content["metrics"], log, say)
+    if template is not None:
+        content["chat"] = _chat(edited, template, say)
+    content |= say_probes(probes, options, metrics, len(records), say)
+    name_untaken(content["not_taken"], len(records), metrics.exact_match, say,
+                 options.json if options.json != "-" else None)
+    warn_without_effect(content["batches_without_effect"], log)
+    return content
+
+
+def _content(edited: Edited, metrics: Metrics, answers: Sequence[str], journal: Journal | None) -> JsonObject:
     """The content of the result's file, without the entries of the probes and the chat."""
     from rledit_env.answers import MEANING
     from rledit_env.evaluation.metrics import METRICS_VERSION
     from rledit_env.reporting import versions
 
-    options, env, log, records = edited.options, edited.env, edited.log, edited.records
-    before, shown_answers = before_and_after(env.lm, records, env.dataset.kind, metrics, answers)
+    options, run, log, records = edited.options, edited.run, edited.log, edited.records
+    env = run.inner
+    before, shown_answers = before_and_after(env.lm, records, env.dataset.kind, metrics, answers, journal)
     return {
         "format": RESULT_FORMAT,
-        "env": edited.env_id,
-        "agent": str(edited.folder),
+        "env": run.env_id,
+        "agent": run.name if run.editor is None else None,
+        "editor": run.editor,
         "data_source": env.dataset.source,
         "command": options.command_line,
         "metrics_version": METRICS_VERSION,
@@ -307,9 +251,10 @@ def _content(edited: Edited, metrics: Metrics, answers: Sequence[str]) -> JsonOb
         "seconds_per_fact": log.seconds_per_fact,
         "drift": log.drift,
         "diverged": log.diverged,
-        "settings": {**edited.settings, "data": options.data, "seed": options.seed, "device": str(env.lm.device),
+        "settings": {**run.settings, "data": options.data, "seed": options.seed, "device": str(env.lm.device),
                      "dtype": dtype_name(env.lm), "kind": env.dataset.kind, "metrics": options.metrics,
-                     "chat": options.chat, "text": options.text},
+                     "chat": options.chat, "text": options.text, "strength": options.strength or 1.0,
+                     "score_every": options.score_every, "score_facts": options.score_facts},
         "versions": versions(),
         "taken": list(metrics.taken),
         "taken_means": MEANING,
@@ -327,7 +272,7 @@ def _chat(edited: Edited, template: ChatTemplate, say: Callable[..., object]) ->
 
     records = edited.records
     with progress_bar(len(records), "asking in a chat") as bar:
-        chat = chat_scores(edited.env.lm, records, template, bar.update)
+        chat = chat_scores(edited.run.inner.lm, records, template, bar.update)
     print_chat(chat, say)
     return {**rounded(chat.as_dict()), "taken": list(chat.taken), "taken_means": CHAT_MEANING,
             "answers": chat_answers(records, chat)}  # fmt: skip
@@ -352,11 +297,17 @@ def _write(text: str, path: str) -> None:
     print(f"written: {path}")
 
 
+def interrupted(options: argparse.Namespace) -> str:
+    if options.ledger is None:
+        return "interrupted; no result was written"
+    return f"interrupted; no result was written. Go on with the same command:\n  {options.command_line}"
+
+
 COMMAND = Command(
     "evaluate",
     "score a trained agent on facts it never saw",
-    "Let an agent edit one stream of facts and score the model on all of them at the end. The facts whose answer\n"
-    "did not change are named. The model, its modules and the agent's other settings come with the agent.",
+    "Let an agent, or an editor, edit one stream of facts and score the model on all of them at the end. The facts\n"
+    "whose answer did not change are named. The model, its modules and the agent's other settings come with the agent.",
     """\
 examples:
   rledit evaluate --env RLEdit-CounterFact-v0 --agent runs/first --json result.json
@@ -369,8 +320,12 @@ examples:
   # retention and general ability; then the run's page
   rledit evaluate --agent runs/first --retention --general self glue --json runs/first/result.json
   rledit report runs/first
+
+  # a long stream: scored every 50 batches, and continued by the same command after any interruption
+  rledit evaluate --agent default --env RLEdit-CounterFact-v0 --data facts.jsonl --num-batches 500 --score-every 50 \\
+      --ledger runs/long/ledger --json runs/long/rledit.json
 """,
     add_arguments,
     run,
-    lambda options: "interrupted; no result was written",
+    interrupted,
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from agents import EditLog
     from agents.running.editing import StreamSettings
     from rledit_env.evaluation.chat_scores import ChatScores
+    from rledit_env.evaluation.journal import Journal
     from rledit_env.evaluation.metrics import Metrics
     from rledit_env.evaluation.retention import Retention
     from rledit_env.knowledge import EditRecord
@@ -41,40 +42,47 @@ class BatchWithoutEffect(TypedDict):
 
 
 def score_facts(
-    lm: EditableLM, records: Sequence[EditRecord], kind: str, how: str = "paper"
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, how: str = "paper", journal: Journal | None = None
 ) -> tuple[Metrics, list[str]]:
     """The metrics on these records (``how``: a name in `rledit_env.evaluation.metrics.METRICS`), and the LLM's answer
-    to each prompt."""
+    to each prompt. The journal keeps what has been scored."""
     from rledit_env.answers import answer_of
-    from rledit_env.evaluation.metrics import continuations, evaluate, with_answers
+    from rledit_env.evaluation.chunks import score_in_chunks
 
     with progress_bar(len(records), "scoring") as bar:
-        metrics = evaluate(lm, records, kind, generate=False, metrics=how)
-        written: list[str] = []
-        for start in range(0, len(records), 64):
-            chunk = records[start : start + 64]
-            written += continuations(lm, chunk)
-            bar.update(len(chunk))
-    return with_answers(metrics, records, written), [answer_of(text) for text in written]
+        scored = score_in_chunks(lm, records, kind, how, progress=bar.update, journal=journal, name="edited model")
+    return scored.metrics(records, how), [answer_of(text) for text in scored.written]
 
 
 def before_and_after(
-    lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str]
-) -> tuple[Metrics, list[JsonObject]]:
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, edited: Metrics, answers: Sequence[str],
+    journal: Journal | None = None,
+) -> tuple[Metrics, list[JsonObject]]:  # fmt: skip
     """The metrics of the unedited LLM (teacher-forced, scored in the same way as the edited LLM's), and some facts,
-    spread evenly over the stream, with the answers before and after, and whether they took."""
-    from rledit_env.evaluation.metrics import evaluate, free_answers
+    spread evenly over the stream, with the answers before and after, and whether they took. The journal keeps what has
+    been scored."""
+    from rledit_env.evaluation.chunks import score_in_chunks
+    from rledit_env.evaluation.metrics import free_answers
 
     count = min(SHOWN, len(records))
     chosen = [i * len(records) // count for i in range(count)]
     shown = [records[i] for i in chosen]
-    with lm.original_weights():
-        before = evaluate(lm, records, kind, generate=False, metrics=edited.metrics)
+    how = edited.metrics
+    with lm.original_weights(), progress_bar(len(records), "scoring the unedited model") as bar:
+        scored = score_in_chunks(lm, records, kind, how, False, bar.update, journal, "unedited model")
         answers_before = free_answers(lm, shown)
-    return before, [
+    return scored.metrics(records, how), [
         {"prompt": r.prompt, "target": r.target, "before": answer, "after": answers[i], "took": edited.taken[i]}
         for i, r, answer in zip(chosen, shown, answers_before, strict=True)
     ]
+
+
+def print_points(points: Sequence[JsonObject], say: Callable[..., object]) -> None:
+    """Print the scores along the stream."""
+    from rledit_env.reporting import point_table, text_table
+
+    say("scores along the stream:")
+    say(text_table(*point_table(points)))
 
 
 def print_retention(retention: Retention, say: Callable[..., object]) -> None:

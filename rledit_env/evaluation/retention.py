@@ -108,6 +108,19 @@ class RetentionProbe:
             self._rows.append(row)
             self._exact.append(100 * float(np.mean(matches)) if matches else np.nan)
 
+    def measured_at(self, edited: int) -> JsonObject | None:
+        """What was measured after ``edited`` batches, for :meth:`take_up`; None if nothing was."""
+        if edited not in self._edited:
+            return None
+        place = self._edited.index(edited)
+        return {"efficacy": [_or_none(value) for value in self._rows[place]], "exact": _or_none(self._exact[place])}
+
+    def take_up(self, edited: int, values: JsonObject) -> None:
+        """Take over a measurement of an interrupted run, in the order of the stream."""
+        self._edited.append(edited)
+        self._rows.append(np.array(values["efficacy"], dtype=float))
+        self._exact.append(np.nan if values["exact"] is None else values["exact"])
+
     @property
     def measured(self) -> bool:
         """Whether there is a result."""
@@ -144,6 +157,17 @@ class DriftProbe:
         else:
             for module, value in drift.items():
                 self.by_module[module].append(round(value, 6))
+
+    def measured_at(self, edited: int) -> JsonObject | None:
+        """The drift by module after ``edited`` batches, for :meth:`take_up`."""
+        return {module: values[edited - 1] for module, values in self.by_module.items()} if edited else {}
+
+    def take_up(self, edited: int, values: JsonObject) -> None:
+        """Take over a measurement of an interrupted run, in the order of the stream."""
+        if edited == 0:
+            self.by_module = {module: [] for module in self.env.lm.module_shapes}
+        for module, value in values.items():
+            self.by_module[module].append(value)
 
 
 def batch_efficacy(

@@ -242,6 +242,10 @@ class EditableLM:
         """Context in which the model runs with its pre-trained weights; nothing is copied."""
         return self.passes.routing.original()
 
+    def caches_apart(self) -> AbstractContextManager[None]:
+        """Context that neither reads nor fills the caches of states, see `Passes.caches_apart`."""
+        return self.passes.caches_apart()
+
     trace = method_of("gradients", Gradients.trace)
     trace_batches = method_of("gradients", Gradients.trace_batches)
     collecting = method_of("gradients", Gradients.collecting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,17 @@ class Passes:
         for padded, row in zip(ids, rows, strict=True):
             padded[: len(row)] = torch.tensor(row)
         return ids.to(self.device)
+
+    @contextmanager
+    def caches_apart(self) -> Iterator[None]:
+        """Context with empty caches of its own, which are dropped at its end. What is computed in it neither depends on
+        the cached states, whose last bits depend on the passages computed with them, nor changes them."""
+        kept = self.prefix_cache, self.reference_cache
+        self.prefix_cache, self.reference_cache = (PrefixCache(cache.max_bytes) for cache in kept)
+        try:
+            yield
+        finally:
+            self.prefix_cache, self.reference_cache = kept
 
     # -- passes over chunks of passages ----------------------------------------------------------------------------
 

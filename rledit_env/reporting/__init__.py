@@ -11,6 +11,7 @@ from rledit_env.reporting.charts import (
     retention_map,
     return_curves,
     score_bars,
+    stream_curves,
     tradeoff_curves,
 )
 from rledit_env.reporting.clock import Clock, duration, flush_lines
@@ -24,6 +25,7 @@ from rledit_env.reporting.run_tables import (
     answer_table,
     divergence_table,
     general_table,
+    point_table,
     question_table,
     return_table,
     score_table,
@@ -49,6 +51,7 @@ __all__ = [
     "memory_curve",
     "module_map",
     "norm_curve",
+    "point_table",
     "question_table",
     "read_curves",
     "retention_map",
@@ -57,6 +60,7 @@ __all__ = [
     "returns_report",
     "score_bars",
     "score_table",
+    "stream_curves",
     "text_table",
     "tradeoff_curves",
     "versions",

@@ -24,6 +24,7 @@ from rledit_env.reporting.drawing import (
     write_values,
 )
 from rledit_env.reporting.run_tables import SCORES
+from rledit_env.type_aliases import JsonObject
 
 if TYPE_CHECKING:
     from rledit_env.evaluation.retention import Retention
@@ -34,6 +35,7 @@ MARKERS = "osD^vPX"
 LEAST_KL = 1e-3  # nats a token; the left end of the axis of :func:`tradeoff_curves`
 RETENTION_CAPTION = "Efficacy of every batch (left to right) as the stream goes on (top to bottom)."
 MEMORY_CAPTION = "What is left of the first batch as later ones are edited."
+STREAM_CAPTION = "Scores along the stream, on some of the facts edited so far, and the change of the rest of the model."
 LAYERS_CAPTION = "How far the edited weights moved: each layer's at the end, and each module's along the stream."
 
 
@@ -176,6 +178,37 @@ def tradeoff_curves(
     axes.set_xticks([], minor=True)
     if levels or curves or broke:
         figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    return drawn(figure, form)
+
+
+def stream_curves(streams: Mapping[str, Sequence[JsonObject]], form: Form = "png") -> bytes:
+    """A picture of scores along long streams: the mean score, the exact match and the divergence against the facts
+    edited so far, a line for each stream.
+
+    Args:
+        streams: editor's name → the points of `rledit_env.evaluation.points.ScoreProbe`.
+    """
+    panels = [
+        ("mean", "Mean of the scores", "percent"), ("exact_match", "Exact match", "percent"),
+        ("kl", "KL on the model's own text", "nats a token"),
+    ]  # fmt: skip
+    figure = new_figure(11.4, 3.6)
+    for place, (key, title, unit) in enumerate(panels, start=1):
+        axes = new_axes(figure, (1, len(panels), place), "facts edited", unit)
+        for i, (name, points) in enumerate(streams.items()):
+            curve = [(point["facts"], point[key]) for point in points if point.get(key) is not None]
+            if curve:
+                plot_curve(axes, curve, (COLOURS[1:] * len(streams))[i], name, marker=MARKERS[i % len(MARKERS)])
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlim(left=0)
+        if unit == "percent":
+            axes.set_ylim(0, 103)
+        else:
+            axes.set_ylim(bottom=0)
+        if place == 1:
+            lines, names = axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5) or 1, frameon=False, fontsize=8.5,
+                  labelcolor=INK)  # fmt: skip
     return drawn(figure, form)
 
 

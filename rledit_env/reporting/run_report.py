@@ -60,6 +60,7 @@ class RunReport:
         page.paragraph(_legend(str(first["settings"].get("kind", "")), *_scored_as(first)))
         if any(run_tables.PORTABILITY in row for row in scores.values()):
             page.paragraph("Portability: answer tokens of what the edits imply that the model gives, teacher-forced.")
+        self._points(page)
         for name, result in results.items():
             of = f" ({name})" if len(results) > 1 else ""
             tag = f"-{name}" if len(results) > 1 else ""
@@ -107,6 +108,19 @@ class RunReport:
     def _picture(self, page: Report, name: str, draw: Picture, caption: str) -> None:
         self.pictures[name] = draw
         page.picture(draw("png") or b"", caption)
+
+    def _points(self, page: Report) -> None:
+        streams = {name: result["points"] for name, result in self.results.items() if result.get("points")}
+        if not streams:
+            return
+        page.heading("Along the stream")
+        page.paragraph("While the stream was edited, the model was scored on facts edited by then, chosen at random "
+                       "and the same for all; the last point has all facts.")
+        self._picture(page, "stream", lambda form: charts.stream_curves(streams, form), charts.STREAM_CAPTION)
+        for name, points in streams.items():
+            if len(streams) > 1:
+                page.paragraph(name)
+            page.table(*run_tables.point_table(points))
 
     def _facts(self, page: Report, result: JsonObject, of: str) -> None:
         if not result.get("answers"):

@@ -12,6 +12,7 @@ from rledit_env.evaluation.general.scored_text import NAMES
 from rledit_env.knowledge import EditRecord
 from rledit_env.reporting.cells import Table
 from rledit_env.reporting.intervals import bootstrap_interval
+from rledit_env.type_aliases import JsonObject
 
 SCORES = {
     "efficacy": "Efficacy",
@@ -95,6 +96,22 @@ def general_table(scores: Mapping[int, Mapping[str, Mapping[str, float]]], most:
             names = {key: f"{task}, {key}" for key in first}
         rows += [[name, *(float(scores[step][task][key]) for step in steps)] for key, name in names.items()]
     return ["", *("before" if step == 0 else f"after {step}" for step in steps)], rows
+
+
+def point_table(points: Sequence[JsonObject], most: int = 12) -> Table:
+    """Header and rows of scores along a stream: a row for each point (the first, the last, some between).
+
+    Args:
+        points: the points of `rledit_env.evaluation.points.ScoreProbe`.
+        most: the largest number of rows.
+    """
+    columns = {"facts": "Facts edited", "scored_facts": "Scored", "mean": "Mean", **SCORES, "kl": "KL on own text",
+               "kl_human": "human text", "kl_chat": "chat", "seconds_per_batch": "Seconds a batch",
+               "memory_mib": "MiB"}  # fmt: skip
+    columns = {key: title for key, title in columns.items() if any(point.get(key) is not None for point in points)}
+    if len(points) > most:
+        points = [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    return list(columns.values()), [[point.get(key) for key in columns] for point in points]
 
 
 def divergence_table(divergences: Mapping[str, Mapping[str, float | None]]) -> Table:

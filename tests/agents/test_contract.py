@@ -20,6 +20,7 @@ from agents import (
     MALMENConfig,
     MENDConfig,
     RLEditConfig,
+    StableEditConfig,
     StandardConfig,
     ValueConfig,
     edit_facts,
@@ -84,6 +85,7 @@ def config_of(name: str) -> Any:
         "mend": lambda: MENDConfig(network=mend_network(rank=4), **small),
         "malmen": lambda: MALMENConfig(network=malmen_network(rank=4), **small),
         "dafnet": lambda: DAFNetConfig(DAFNetNetworkConfig(rank=4, feed_forward=4, attention=4, heads=1), **small),
+        "stableedit": lambda: StableEditConfig(warm_up_facts=40),
         "standard": lambda: StandardConfig(
             baseline_streams=1, hyperparameters={"n_steps": 2, "batch_size": 2, "n_epochs": 1}
         ),

@@ -33,6 +33,9 @@ class GeneralAbility:
         seed: of the choice of examples and of the text.
         text: a UTF-8 file of human-written text for "self"; None takes the help topics of Python's standard library.
 
+    Attributes:
+        texts: the passages of "self", see `scored_texts`; empty without it.
+
     Raises:
         ValueError, FileNotFoundError, ImportError: a source cannot be used.
     """
@@ -43,13 +46,13 @@ class GeneralAbility:
     ) -> None:  # fmt: skip
         self.lm, self.shots, self.limit, self.seed = lm, shots, limit, seed
         self.text = text
-        self._texts = scored_texts(lm, text, seed) if "self" in sources else {}
+        self.texts = scored_texts(lm, text, seed) if "self" in sources else {}
         self._lm_eval = [name for s in sources if s.startswith(LM_EVAL) for name in s[len(LM_EVAL) :].split(",")]
         self._tasks = [
             task for source in sources if source != "self" and not source.startswith(LM_EVAL)
             for task in load_tasks(source)
         ]  # fmt: skip
-        if not (self._texts or self._lm_eval or self._tasks):
+        if not (self.texts or self._lm_eval or self._tasks):
             raise ValueError("there is nothing to measure general ability on; give 'self', a folder, or another source")
 
     @property
@@ -61,12 +64,12 @@ class GeneralAbility:
             "chat": "sampled from the model before editing, to everyday questions in its chat template",
         }
         tasks = {t.name: t.source for t in self._tasks} | dict.fromkeys(self._lm_eval, "lm-eval")
-        return {key: texts[key] for key in self._texts} | tasks
+        return {key: texts[key] for key in self.texts} | tasks
 
     def measure(self) -> Scores:
         """Scores at the current weights: those of `SelfDrift` under "self", "human" and "chat", and those of
         `TaskScore` and of lm-eval under the tasks' names."""
-        scores: Scores = {key: drift.as_dict() for key, drift in drifts(self.lm, self._texts).items()}
+        scores: Scores = {key: drift.as_dict() for key, drift in drifts(self.lm, self.texts).items()}
         for task in self._tasks:
             scores[task.name] = score_task(self.lm, task, self.shots, self.limit, self.seed).as_dict()
         if self._lm_eval:
@@ -99,3 +102,11 @@ class GeneralEvery:
             self.scores = {}
         if edited in (0, self.env.stream.num_batches) or (self.every and edited % self.every == 0):
             self.scores[edited] = self.ability.measure()
+
+    def measured_at(self, edited: int) -> Scores | None:
+        """The scores after ``edited`` batches, for :meth:`take_up`; None if they were not measured."""
+        return self.scores.get(edited)
+
+    def take_up(self, edited: int, scores: Scores) -> None:
+        """Take over a measurement of an interrupted run."""
+        self.scores[edited] = scores

@@ -251,7 +251,8 @@ def test_every_editor_but_none_has_a_strength_and_says_what_it_tries():
 
 
 STRENGTHS = {  # number → its power of the factor
-    "fine-tuning": {"step_size": 1}, "ultraedit": {"step_size": 1}, "ft-l": {"learning_rate": 1, "epsilon": 1},
+    "fine-tuning": {"step_size": 1}, "ultraedit": {"step_size": 1}, "stableedit": {"step_size": 1},
+    "ft-l": {"learning_rate": 1, "epsilon": 1},
     "rome": {"value.learning_rate": 1, "value.clamp": 1}, "memit": {"covariance_weight": -1},
     "memit+recursion": {"covariance_weight": -1, "anchor": -1}, "prune": {"covariance_weight": -1},
     "alphaedit+nas": {"ridge": -1}, "malmen": {}, "rledit": {},
