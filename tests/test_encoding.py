@@ -106,7 +106,7 @@ def test_a_passage_that_just_fits_the_context_is_taken(tiny_lm, uneven_facts):
 def test_of_records_that_stay_on_disk_only_the_latest_passages_are_kept(tiny_lm, tmp_path, monkeypatch):
     monkeypatch.setattr("rledit_env.knowledge.source.LARGE", 1)
     monkeypatch.setattr("rledit_env.knowledge.collecting.HELD", 5)
-    monkeypatch.setattr("rledit_env.encoding.MOST_KEPT", 3)
+    monkeypatch.setattr("rledit_env.encoding.KEPT", 3)
     monkeypatch.setattr("rledit_env.encoding.CHUNK", 4)
     rows = [{"prompt": f"Town {i} is in", "rephrase_prompt": f"Where is town {i}?", "ans": "Peru, far away"[: 4 + i],
              "loc": "Up is", "loc_ans": "down"} for i in range(10)]
