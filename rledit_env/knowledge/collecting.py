@@ -13,7 +13,7 @@ from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, Loo
 from rledit_env.knowledge.source import Source
 from rledit_env.knowledge.stored import Places, Spool, StoredRows
 
-HELD = 20_000  # facts that are held in memory; with more, all of them stay on disk
+HELD = 10_000  # facts that are held in memory; with more, all of them stay on disk
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,14 @@ class _Shelf:
         self.lacks = Counter[str]()
         self._kind, self._source, self._skipped = kind, source, skipped
         self._facts: list[EditRecord | LooseFact] = []
-        self._rows: list[Row] = []  # of the held facts, for the spool
         self._pairing, self._places = Pairing(skipped), Places()
-        self._spool: Spool | None = None
-        self._is_stored = False
+        self._spool = None if source.is_held or source.file is not None else Spool()
+        self._is_stored = source.file is not None
 
     def add(self, number: int, row: Row, facts: Sequence[Fact]) -> None:
         """Add the facts of the source's row of this number."""
-        if self._source.file is None and not self._source.is_held:
-            number = self._keep_row(row)
+        if self._spool is not None:
+            number = self._spool.add(row)
         for part, fact in enumerate(facts):
             if isinstance(fact, LeftOut):
                 self._skipped[fact.reason] += 1
@@ -75,7 +74,7 @@ class _Shelf:
             if not self._is_stored:
                 self._facts.append(fact)
         if len(self._facts) > HELD and not self._source.is_held:
-            self._store()
+            self._is_stored, self._facts = True, []
 
     def records(self) -> Sequence[EditRecord]:
         """The records of all facts."""
@@ -86,20 +85,3 @@ class _Shelf:
             return self._places.records(self._kind, StoredRows(path, spans, place), self._pairing)
         assert self._spool is not None
         return self._places.records(self._kind, self._spool.finish(), self._pairing)
-
-    def _keep_row(self, row: Row) -> int:
-        """Keep a row that has no file; returns its number among those kept."""
-        if self._spool is None:
-            self._rows.append(row)
-            return len(self._rows) - 1
-        self._spool.add(row)
-        return len(self._spool.spans) - 1
-
-    def _store(self) -> None:
-        """Hold no facts from here on."""
-        self._is_stored, self._facts = True, []
-        if self._source.file is None:
-            self._spool = Spool()
-            for row in self._rows:
-                self._spool.add(row)
-            self._rows = []

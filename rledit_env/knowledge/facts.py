@@ -50,10 +50,10 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
 
     Every fact needs a prompt and a target, and may have a subject (as it is written in the prompt), paraphrases,
     unrelated facts, implied ones and its original answer, under the names of the plain schema (`prompt`, `target`,
-    `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of ZsRE, CounterFact, FEVER,
-    KnowEdit, MQuAKE, WikiBigEdit, and of EasyEdit's, ROME's, MEMIT's and AlphaEdit's requests. A ``{}`` in a prompt is
-    the subject's place. Numbers become text as they are written; a truth value is an error, since it does not say which
-    word is the answer.
+    `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of EasyEdit's, ROME's, MEMIT's and
+    AlphaEdit's requests, and of every data set that `load_knowledge` reads. A ``{}`` in a prompt is the subject's
+    place. Numbers become text as they are written; a truth value is an error, since it does not say which word is the
+    answer.
 
     Args:
         path: the file, or a folder with a single file.

@@ -23,7 +23,7 @@ def _read(row: Row) -> tuple[EditRecord | LooseFact, ...]:
 
 def _fact(rewrite: Row, questions: tuple[ImpliedFact, ...]) -> EditRecord | LooseFact:
     prompt, start = _prompt(rewrite)
-    truth = rewrite.inner("target_true").text("str")
+    truth = rewrite.inner("target_true").text("str") if rewrite.has("target_true") else None
     return assembled(
         prompt,
         rewrite.inner("target_new").text("str"),

@@ -29,53 +29,46 @@ class Pairing:
 
     def __init__(self, skipped: Counter[str]) -> None:
         self.skipped = skipped
-        self.keys, self.is_loose, self.lends = array("q"), array("b"), array("b")
+        self._facts = 0
+        self._loose, self._keys, self._lends = array("i"), array("q"), array("b")  # of the loose facts
         self._origin = ""
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def add(self, fact: EditRecord | LooseFact) -> None:
         """Add the next fact."""
-        is_loose = isinstance(fact, LooseFact)
-        digest = hashlib.blake2b(fact.prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        self.keys.append(int.from_bytes(digest, "big", signed=True))
-        self.is_loose.append(is_loose)
-        self.lends.append(not isinstance(fact, LooseFact) or fact.truth is not None)
-        self._origin = self._origin or (fact.origin if is_loose else "")
+        if isinstance(fact, LooseFact):
+            digest = hashlib.blake2b(fact.prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            self._loose.append(self._facts)
+            self._keys.append(int.from_bytes(digest, "big", signed=True))
+            self._lends.append(fact.truth is not None)
+            self._origin = self._origin or fact.origin
+        self._facts += 1
 
-    def firsts(self) -> np.ndarray:
-        """For each fact the number of the first loose fact with its prompt; its own for one that is not loose."""
-        is_loose, firsts = np.asarray(self.is_loose) == 1, np.arange(len(self))
-        loose = np.flatnonzero(is_loose)
-        _, first, inverse = np.unique(
-            np.asarray(self.keys)[loose], return_index=True, return_inverse=True
-        )
-        firsts[loose] = loose[first[inverse]]
-        return firsts
+    def repeated(self) -> dict[int, int]:
+        """The loose facts whose prompt an earlier one has → the first one with this prompt."""
+        loose, firsts = np.asarray(self._loose), self._firsts()
+        at = np.flatnonzero(firsts != np.arange(len(loose)))
+        return dict(zip(loose[at].tolist(), loose[firsts[at]].tolist(), strict=True))
 
     def plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """The facts that are edited, in order, and each one's lender: (records,) int64 each; -1 for a fact with
+        """The facts that are edited, in order, and each one's lender: (records,) int32 each; -1 for a fact with
         unrelated facts of its own.
 
         Raises:
             KnowledgeError: there is only one loose fact, and no other can lend it an unrelated one.
         """
-        is_loose = np.asarray(self.is_loose) == 1
-        lends = np.asarray(self.lends) == 1
-        is_used = ~is_loose | (self.firsts() == np.arange(len(self)))
-        _count(self.skipped, DUPLICATE, int((~is_used).sum()))
-        loose = np.flatnonzero(is_loose & is_used)
-        lenders = loose[lends[loose]]
+        is_edited, lender_of = np.ones(self._facts, dtype=bool), np.full(self._facts, -1, dtype=np.int32)
+        is_first = self._firsts() == np.arange(len(self._loose))
+        is_edited[np.asarray(self._loose)[~is_first]] = False
+        _count(self.skipped, DUPLICATE, int((~is_first).sum()))
+        loose = np.asarray(self._loose)[is_first]
+        lenders = loose[np.asarray(self._lends)[is_first] == 1]
         kept = lenders[KEPT_EVERY - 1 :: KEPT_EVERY] if len(loose) >= 2 * KEPT_EVERY else lenders[:0]
         if len(kept):
             _count(self.skipped, KEPT, len(kept))
-            is_used[kept] = False
+            is_edited[kept] = False
             lenders, loose = kept, np.setdiff1d(loose, kept)
-        elif len(lenders) < 2 and not is_loose.all():
-            lenders = np.flatnonzero(~is_loose)
-        edited = np.flatnonzero(is_used)
-        chosen = np.full(len(self), -1)
+        elif len(lenders) < 2 and len(self._loose) < self._facts:
+            lenders = np.setdiff1d(np.arange(self._facts, dtype=np.int32), self._loose)
         if len(loose):
             if not len(lenders) or (len(lenders) == 1 and lenders[0] in loose):
                 raise KnowledgeError(
@@ -83,8 +76,14 @@ class Pairing:
                     reason="no unrelated fact",
                 )
             turns = (np.arange(len(loose)) + 1) % len(lenders)
-            chosen[loose] = np.where(lenders[turns] == loose, lenders[(turns + 1) % len(lenders)], lenders[turns])
-        return edited, chosen[edited]
+            next_ones = lenders[(turns + 1) % len(lenders)]
+            lender_of[loose] = np.where(lenders[turns] == loose, next_ones, lenders[turns])
+        return np.flatnonzero(is_edited).astype(np.int32), lender_of[is_edited]
+
+    def _firsts(self) -> np.ndarray:
+        """For each loose fact the place among them of the first one with its prompt, (loose facts,) int64."""
+        _, first, inverse = np.unique(np.asarray(self._keys), return_index=True, return_inverse=True)
+        return first[inverse]
 
 
 def pair(facts: Sequence[EditRecord | LooseFact], skipped: Counter[str]) -> list[EditRecord]:
@@ -99,9 +98,9 @@ def pair(facts: Sequence[EditRecord | LooseFact], skipped: Counter[str]) -> list
     pairing = Pairing(skipped)
     for fact in facts:
         pairing.add(fact)
-    for number, first in enumerate(pairing.firsts().tolist()):
+    for number, first in pairing.repeated().items():
         repeated, kept = facts[number], facts[first]
-        if number != first and repeated.implied and repeated.target == kept.target:
+        if repeated.implied and repeated.target == kept.target:
             facts[first] = replace(kept, implied=(*kept.implied, *repeated.implied))
     records: list[EditRecord] = []
     for number, lender in zip(*(column.tolist() for column in pairing.plan()), strict=True):

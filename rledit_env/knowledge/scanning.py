@@ -16,10 +16,10 @@ LONGEST_ROW = 1 << 24  # characters; what is longer and cannot be read is malfor
 
 
 class Spans:
-    """Where the rows of a file lie: each one's first byte, its number of bytes and its line. 8 bytes a number."""
+    """Where the rows of a file lie: each one's first byte, its number of bytes and its line. 16 bytes a row."""
 
     def __init__(self) -> None:
-        self.starts, self.lengths, self.numbers = array("q"), array("q"), array("q")
+        self.starts, self.lengths, self.numbers = array("q"), array("i"), array("i")
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -106,9 +106,10 @@ def _find_named(kind: str, name: str, split: str) -> Source:
 def _of_file(path: Path) -> Source:
     """The source of a file's rows; those of a large JSON file are read one by one."""
     description = f"file {path.name}"
-    scan = _scanner(path)
+    is_large = path.is_file() and path.stat().st_size >= LARGE
+    scan = _scanner(path) if is_large else None
     if scan is None:
-        return Source(description, read_file(path))
+        return Source(description, read_file(path), is_held=not is_large)
     spans = Spans()
 
     def rows() -> Rows:
@@ -119,10 +120,8 @@ def _of_file(path: Path) -> Source:
 
 
 def _scanner(path: Path) -> Any:
-    """How a file is read row by row; None for a small file, and for one that is not plain JSON."""
+    """How a large file is read row by row; None for one that is not plain JSON."""
     try:
-        if path.stat().st_size < LARGE:
-            return None
         with path.open("rb") as file:
             start = file.read(HEAD).lstrip()
     except OSError:

@@ -1,7 +1,7 @@
 """Records that stay on disk: a large data set is read once and checked, and its rows are read again when asked for.
 
 A row takes some thirty bytes of memory, whatever it holds, so that half a million facts need no more than ten thousand
-that are held. Every record has an index, as in a small data set: a stream draws from all of them, and the same seed
+that are held do. Every record has an index, as in a small data set: a stream draws from all of them, and the same seed
 gives the same facts.
 """
 
@@ -82,12 +82,15 @@ class Spool:
         self.path, self.spans = Path(name), Spans()
         self._file, self._at = os.fdopen(handle, "wb"), 0
         self._remove = weakref.finalize(self, _remove, self.path, os.getpid())
+        weakref.finalize(self, self._file.close)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row) -> int:
+        """Write a row; returns its number."""
         line = json.dumps([row.where, row.values], default=str).encode() + b"\n"
         self.spans.add(self._at, len(line) - 1, len(self.spans) + 1)
         self._file.write(line)
         self._at += len(line)
+        return len(self.spans) - 1
 
     def finish(self) -> StoredRows:
         """The rows written so far; nothing can be added after that."""
@@ -110,14 +113,14 @@ class StoredRecords(Sequence[EditRecord]):
     Attributes:
         kind: the kind of environment that they are read for.
         rows: the rows.
-        places: each fact's row, and its place among the facts of this row, (facts, 2) int32.
-        edited: the fact of each record, (records,) int64.
-        lenders: the fact that lends each record its unrelated fact, (records,) int64; -1 if it has its own.
+        places: each fact's row, and its place among the facts of this row, (facts,) each.
+        edited: the fact of each record, (records,).
+        lenders: the fact that lends each record its unrelated fact, (records,); -1 if it has its own.
     """
 
     kind: str
     rows: StoredRows
-    places: np.ndarray
+    places: tuple[np.ndarray, np.ndarray]
     edited: np.ndarray
     lenders: np.ndarray
 
@@ -135,7 +138,7 @@ class StoredRecords(Sequence[EditRecord]):
         return fact.completed(as_unrelated(self._fact(lender))) if isinstance(fact, LooseFact) else fact
 
     def _fact(self, number: int) -> EditRecord | LooseFact:
-        row, part = self.places[number].tolist()
+        row, part = (int(column[number]) for column in self.places)
         fact = read_row(self.rows.row(row), self.kind)[part]
         assert isinstance(fact, (EditRecord, LooseFact)), "rows that are left out are not stored"
         return fact
@@ -145,7 +148,7 @@ class Places:
     """The places of facts while they are read: their rows, and which of a row's facts they are."""
 
     def __init__(self) -> None:
-        self.rows, self.parts = array("i"), array("i")
+        self.rows, self.parts = array("i"), array("h")
 
     def add(self, row: int, part: int) -> None:
         self.rows.append(row)
@@ -153,6 +156,4 @@ class Places:
 
     def records(self, kind: str, rows: StoredRows, pairing: Pairing) -> StoredRecords:
         """The facts as records, each loose one with its lender."""
-        places = np.stack([np.asarray(column) for column in (self.rows, self.parts)], axis=1)
-        edited, lenders = pairing.plan()
-        return StoredRecords(kind, rows, places, edited, lenders)
+        return StoredRecords(kind, rows, (np.asarray(self.rows), np.asarray(self.parts)), *pairing.plan())

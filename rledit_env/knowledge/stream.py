@@ -62,9 +62,10 @@ def load_knowledge(
     "counterfact" needs the answer before the edit, which some do not have. What a data set lacks is counted in `lacks`,
     and warned of once.
 
-    A large data set is not held: of a JSON or JSON Lines file of 32 MiB or more, and of other files, folders and hub
-    ids with more than 20,000 facts, the records stay on disk, and each is read when it is asked for. All rows are read
-    and checked once, and every record has an index, so that a stream is drawn as from a small data set.
+    A large data set is not held: of a JSON or JSON Lines file of 32 MiB or more, and of a hub id, a folder of
+    `datasets` or another file of that size with more than 10,000 facts, the records stay on disk, and each is read when
+    it is asked for. All rows are read and checked once, and every record has an index, so that a stream is drawn as
+    from a small data set.
 
     Args:
         kind: "zsre", "counterfact" or "fever".

