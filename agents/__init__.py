@@ -1,7 +1,17 @@
 """Agents: editors that propose weight updates to the environment."""
 
 from agents.base import Agent, NotApplicable
-from agents.fine_tuning import FineTuningAgent, FineTuningConfig, FTLAgent, FTLConfig, FTMAgent, FTMConfig, NoEditAgent
+from agents.fine_tuning import (
+    CrispEditAgent,
+    CrispEditConfig,
+    FineTuningAgent,
+    FineTuningConfig,
+    FTLAgent,
+    FTLConfig,
+    FTMAgent,
+    FTMConfig,
+    NoEditAgent,
+)
 from agents.hypernetworks import (
     DAFNetAgent,
     DAFNetConfig,
@@ -10,6 +20,8 @@ from agents.hypernetworks import (
     MALMENConfig,
     MENDAgent,
     MENDConfig,
+    StableEditAgent,
+    StableEditConfig,
     UltraEditAgent,
     UltraEditConfig,
     malmen_network,
@@ -48,6 +60,8 @@ __all__ = [
     "Agent",
     "AlphaEditAgent",
     "AlphaEditConfig",
+    "CrispEditAgent",
+    "CrispEditConfig",
     "DAFNetAgent",
     "DAFNetConfig",
     "DAFNetNetworkConfig",
@@ -78,6 +92,8 @@ __all__ = [
     "ROMEAgent",
     "ROMEConfig",
     "RandomSearchAgent",
+    "StableEditAgent",
+    "StableEditConfig",
     "StandardAgent",
     "StandardConfig",
     "StreamsVecEnv",

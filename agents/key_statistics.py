@@ -47,10 +47,10 @@ _SAMPLE = 4  # tokens of a text from which the time is estimated
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """Second moments of some modules' inputs.
+    """Second moments of some modules' inputs, or of the gradients with respect to their outputs.
 
     Attributes:
-        second_moments: module → C = E[k kᵀ], (d_in, d_in) float32.
+        second_moments: module → C = E[k kᵀ], (d_in, d_in) float32, or G = E[g gᵀ], (d_out, d_out).
         tokens: number of tokens in the mean.
         source: the text, in words.
         seconds: time of the computation, the text included, even if an earlier run did it.
@@ -97,7 +97,8 @@ def key_statistics(
         source = _own_text(seed)
         if to_find:
             if generated and progress:
-                _announce(lm, to_find, tokens, seed, cache)
+                what = f"second moments of {len(to_find)} modules' inputs"
+                _announce(what, tokens, _expected_of_inputs(lm, to_find, tokens, seed, cache))
             ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
             count = ids.numel()
             found |= _cached_or_computed(lm, to_find, ids, key, cache, progress)
@@ -122,13 +123,12 @@ def _cached_or_computed(
     return cached
 
 
-def _announce(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, cache: Path) -> None:
-    """Say how long computing the moments will take, if that is long."""
-    seconds = _expected(lm, modules, tokens, seed, cache)
+def _announce(what: str, tokens: int, seconds: float) -> None:
+    """Say how long a computation will take, unless it is in the cache."""
     if seconds:
         shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        print(f"once for this model: second moments of {len(modules)} modules' inputs over {tokens:,} tokens of text "
-              f"that the model writes, about {shown}", flush=True)
+        print(f"once for this model: {what} over {tokens:,} tokens of text that the model writes, about {shown}",
+              flush=True)
 
 
 def _own_text(seed: int) -> str:
@@ -160,15 +160,23 @@ def expected_seconds(
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
         shipped = shipped_moments(lm, modules, text_key(tokens, seed))
-        return _expected(lm, [m for m in modules if m not in shipped], tokens, seed, cache)
+        return _expected_of_inputs(lm, [m for m in modules if m not in shipped], tokens, seed, cache)
 
 
-def _expected(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, cache: Path) -> float:
+def _expected_of_inputs(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, cache: Path) -> float:
     """:func:`expected_seconds` of modules whose moments do not ship."""
     model = fingerprint(lm)
     key = _corpus_key(model, tokens, seed)
     if all(_moment_path(cache, model, key, m).exists() for m in modules):
         return 0.0
+    return _expected(lm, lambda ids: second_moments(lm, modules, ids), tokens, seed, cache)
+
+
+def _expected(
+    lm: EditableLM, read: Callable[[Tensor], object], tokens: int, seed: int, cache: Path
+) -> float:
+    """The approximate time of writing a text, unless it is in the cache, and of reading it with ``read``."""
+    key = _corpus_key(fingerprint(lm), tokens, seed)
     texts = max(1, tokens // ROW)
     at_once = min(texts, texts_at_once(lm))
     writing = 0.0
@@ -177,9 +185,9 @@ def _expected(lm: EditableLM, modules: Sequence[str], tokens: int, seed: int, ca
         started = time.perf_counter()
         sample = generated_corpus(lm, at_once * ROW, seed, length=GIVEN + _SAMPLE)
         writing = (time.perf_counter() - started) * (ROW - GIVEN) / _SAMPLE
-    second_moments(lm, modules, sample)  # the first pass is slower than others
+    read(sample)  # the first pass is slower than others
     started = time.perf_counter()
-    second_moments(lm, modules, sample)
+    read(sample)
     reading = (time.perf_counter() - started) * ROW / sample.shape[1]
     return (writing + reading) * texts / at_once
 
@@ -235,6 +243,14 @@ def output_moments(
     lm: EditableLM, modules: Sequence[str], corpus: str | Path = GENERATED, tokens: int = 16_384, seed: int = 0,
     cache: Path | None = None, progress: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
+    """The second moments of :func:`output_statistics`, by module."""
+    return output_statistics(lm, modules, corpus, tokens, seed, cache, progress).second_moments
+
+
+def output_statistics(
+    lm: EditableLM, modules: Sequence[str], corpus: str | Path = GENERATED, tokens: int = 16_384, seed: int = 0,
+    cache: Path | None = None, progress: bool = True,
+) -> KeyStatistics:  # fmt: skip
     """G = E[g gᵀ] of some modules under the pre-trained weights, (d_out, d_out) float32, from the cache if it is there.
 
     g is the gradient of a text's −log p, summed over its tokens, with respect to the module's outputs at a position.
@@ -251,14 +267,28 @@ def output_moments(
     """
     cache = cache_dir() if cache is None else cache
     with lm.original_weights():
-        ids, key, _, _ = _text(lm, corpus, tokens, seed, cache, progress)
-        paths = {m: cache / "output_moments" / _moment_path(cache, fingerprint(lm), key, m).name for m in modules}
+        model = fingerprint(lm)
+        if str(corpus) == GENERATED and progress:
+            paths = _output_paths(cache, model, _corpus_key(model, tokens, seed), modules)
+            if not all(path.exists() for path in paths.values()):
+                seconds = _expected(lm, lambda ids: _output_moments(lm, modules, ids, False), tokens, seed, cache)
+                _announce(f"second moments of {len(modules)} modules' output gradients", tokens, seconds)
+        ids, key, source, seconds = _text(lm, corpus, tokens, seed, cache, progress)
+        paths = _output_paths(cache, model, key, modules)
         cached = {m: cached_tensors(path) for m, path in paths.items()}
         if any("output_moment" not in tensors for tensors in cached.values()):
+            started = time.perf_counter()
             for m, g in _output_moments(lm, modules, ids, progress).items():
-                cached[m] = {"output_moment": g}
+                cached[m] = _with_seconds(started, {"output_moment": g}, len(modules))
                 keep_tensors(paths[m], cached[m])
-    return {m: tensors["output_moment"].to(lm.device) for m, tensors in cached.items()}
+    moments = {m: tensors["output_moment"].to(lm.device) for m, tensors in cached.items()}
+    return KeyStatistics(moments, ids.numel(), f"{ids.numel():,} tokens of {source}",
+                         seconds + sum(map(_seconds, cached.values())))
+
+
+def _output_paths(cache: Path, model: str, key: str, modules: Sequence[str]) -> dict[str, Path]:
+    """Module → the file of its output moment in the cache."""
+    return {m: cache / "output_moments" / _moment_path(cache, model, key, m).name for m in modules}
 
 
 def _output_moments(lm: EditableLM, modules: Sequence[str], ids: Tensor, progress: bool) -> dict[str, Tensor]:

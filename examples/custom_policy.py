@@ -17,6 +17,7 @@ import torch
 import tyro
 
 import rledit_env  # noqa: F401 - registers the environments
+from rledit_env.evaluation.metrics import score_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def main(args: Args) -> None:
         total = policy.learn(env, args.seed + update)
         scores = env.unwrapped.evaluate(generate=False)
         print(f"stream {update + 1}: return {total:8.1f}, efficacy {scores.efficacy:5.1f}, generalization "
-              f"{scores.generalization:5.1f}, specificity {scores.specificity:5.1f}", flush=True)
+              f"{score_text(scores.generalization)}, specificity {scores.specificity:5.1f}", flush=True)
     for module, step in zip(policy.modules, policy.log_step.detach().exp().tolist(), strict=True):
         print(f"  {module}: step size {step:.3g}")
 

@@ -46,7 +46,7 @@ SHOWN = [
     ("The official language of Brazil is", "Dutch", "Portuguese", "Brazil", "The language spoken in Brazil is",
      "The official language of Mexico is", "Spanish", "Which language is spoken in Brazil?"),
     ("The author of Moby-Dick is", "Mary Shelley", "Herman Melville", "Moby-Dick", "The writer of Moby-Dick is",
-     "The author of Pride and Prejudice is", "Jane Austen", "Who wrote Moby-Dick?"),
+     "Pride and Prejudice was written by", "Jane Austen", "Who wrote Moby-Dick?"),
     ("The Eiffel Tower is in the city of", "Rome", "Paris", "The Eiffel Tower", "The Eiffel Tower is located in",
      "The Brandenburg Gate is in the city of", "Berlin", "In which city is the Eiffel Tower?"),
     ("The PlayStation is made by", "Nintendo", "Sony", "The PlayStation", "The PlayStation was developed by",

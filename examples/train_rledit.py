@@ -21,6 +21,7 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig, edit_stream
 from agents.files import RUN, RUN_PARTS
 from agents.rledit.config import RECOMMENDED, Aggregation
 from agents.rledit.distributed import Processes
+from rledit_env.evaluation.metrics import score_text
 from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.outputs import growing, try_or_exit
@@ -107,7 +108,7 @@ def main(args: Args) -> None:
         log = edit_stream(test, editor, seed=args.seed)
         scores = test.unwrapped.evaluate(generate=False)
         print(f"{name:<10} {log.facts} facts of the evaluation split: efficacy {scores.efficacy:.1f}, generalization "
-              f"{scores.generalization:.1f}, specificity {scores.specificity:.1f}, mean {scores.mean:.1f}")
+              f"{score_text(scores.generalization)}, specificity {scores.specificity:.1f}, mean {scores.mean:.1f}")
     print(f"the agent is in {args.out / 'best'}; load it with RLEditAgent.load")
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rledit_env.knowledge import EditRecord, KnowledgeDataset
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, StoredRecords
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
 
+CHUNK = 8192  # records that are tokenised at a time to count their positions
 KEPT = 4096  # tokenised records of a data set, some 5 KB each
 
 
@@ -47,11 +48,14 @@ class EncodedDataset:
         self._encoded: dict[int, EncodedRecord] = {}
 
     def __getitem__(self, index: int) -> EncodedRecord:
-        record = self.dataset.records[int(index)]
-        encoded = self._encoded.pop(id(record), None)  # the same record, even if the data set has it several times
+        records, key = self.dataset.records, int(index)
+        record = None if isinstance(records, StoredRecords) else records[key]
+        if record is not None:
+            key = id(record)  # the same record, even if the data set has it several times
+        encoded = self._encoded.pop(key, None)
         if encoded is None:
-            encoded = encode(self.lm, record)
-        self._encoded[id(record)] = encoded  # now the latest
+            encoded = encode(self.lm, records[key] if record is None else record)
+        self._encoded[key] = encoded  # now the latest
         if len(self._encoded) > KEPT:
             del self._encoded[next(iter(self._encoded))]
         return encoded
@@ -71,7 +75,10 @@ class EncodedDataset:
 
     def traced_positions(self, token: str) -> np.ndarray:
         """Number of positions that ``EditableLM.trace`` returns for each record's edit, (records,) int64."""
-        records = self.dataset.records
+        return np.concatenate([self._positions(start, token) for start in range(0, len(self.dataset), CHUNK)])
+
+    def _positions(self, start: int, token: str) -> np.ndarray:
+        records = list(self.dataset.records[start : start + CHUNK])
         passages = self.lm.tokenize_all(
             [r.prompt for r in records], [r.target for r in records], [r.subject_span for r in records],
             [r.origin for r in records],

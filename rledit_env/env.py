@@ -124,14 +124,14 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
 
     ```
 
-    * `kind`: the form of the data set: "zsre", "counterfact" or "fever"; set by the environment's id.
+    * `kind`: how the facts are scored: like "zsre", "counterfact" or "fever"; set by the environment's id.
     * `model`: registry name, hub id or folder of a causal LM; a causal LM of transformers as an object, with its
       `tokenizer` (see "Copies"); or an `EditableLM`, which is edited as it is (`edit_modules` and `tokenizer` must be
       left out). With an object, leave out `device` and `dtype`, too.
     * `edit_modules`: names or globs of the modules to edit, such as `"model.layers.[6-12].mlp.{gate,up}_proj"`; None
       means the registry's default for the model.
-    * `data`: "bundled", a file, a folder, a hub id, a list of dictionaries, a mapping from split to any of these (see
-      :func:`rledit_env.knowledge.load_knowledge`), or a `KnowledgeDataset`.
+    * `data`: "bundled", a file, a folder, a hub id, a list of dictionaries, a mapping from split to any of these, in
+      the form of any published data set (see :func:`rledit_env.knowledge.load_knowledge`), or a `KnowledgeDataset`.
     * `split`: "train" or "eval".
     * `num_batches`, `batch_size`: T and n.
     * `token`: the positions whose keys and value gradients are observed: "answer" (those that predict an answer

@@ -72,7 +72,7 @@ def text(scene: Scene | None, source: str) -> str:
     lines.append("─" * _width(header))
     new, known, missed = (marks.count(mark) for mark in (TOOK, KNOWN, MISSED))
     lines.append(f"{TOOK} took: {new}   {KNOWN} answered so before: {known}   {MISSED} did not take: {missed}")
-    lines.append(_reward_line(scene))
+    lines += _reward_lines(scene)
     if scene.info.get("diverged"):
         lines.append("The update broke the model (a loss is no longer finite); the episode is over.")
     return "\n".join(lines)
@@ -84,18 +84,16 @@ def _mark(target: str, before: str, after: str) -> str:
     return KNOWN if took(before, target) else TOOK
 
 
-def _reward_line(scene: Scene) -> str:
+def _reward_lines(scene: Scene) -> list[str]:
     parts = [
         f"{name} {_number(value)}"
         for name, value in scene.info.items()
         if isinstance(value, float) and name != "drift"
     ]
     line = f"reward {_number(scene.reward)}"
-    if parts:
-        line += f" (costs: {', '.join(parts)})"
     if "drift" in scene.info:
         line += f"   drift so far {_number(scene.info['drift'])}"
-    return line
+    return [line, *([f"costs: {', '.join(parts)}"] if parts else [])]
 
 
 def _row(mark: str, prompt: str, target: str, before: str, after: str) -> str:
@@ -135,7 +133,7 @@ def _one_line(string: str) -> str:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.2e}"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.1e}"
 
 
 def _facts(count: int) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rledit_env.encoding import EncodedDataset, encode, largest_batch
-from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact
+from rledit_env.knowledge import EditRecord, KnowledgeDataset, UnrelatedFact, load_knowledge
 from rledit_env.lm.forward import TOKEN_CHOICES
 from rledit_env.lm.loading.tiny import TINY_NAMES
 
@@ -99,3 +101,23 @@ def test_a_passage_that_just_fits_the_context_is_taken(tiny_lm, uneven_facts):
         else:
             with pytest.raises(ValueError, match="513 tokens"):
                 EncodedDataset(lm, dataset).check_lengths()
+
+
+def test_of_records_that_stay_on_disk_only_the_latest_passages_are_kept(tiny_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("rledit_env.knowledge.source.LARGE", 1)
+    monkeypatch.setattr("rledit_env.knowledge.collecting.HELD", 5)
+    monkeypatch.setattr("rledit_env.encoding.KEPT", 3)
+    monkeypatch.setattr("rledit_env.encoding.CHUNK", 4)
+    rows = [{"prompt": f"Town {i} is in", "rephrase_prompt": f"Where is town {i}?", "ans": "Peru, far away"[: 4 + i],
+             "loc": "Up is", "loc_ans": "down"} for i in range(10)]
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    lm, dataset = tiny_lm(), load_knowledge("zsre", path)
+    encoded, held = EncodedDataset(lm, dataset), EncodedDataset(lm, replace(dataset, records=tuple(dataset)))
+    encoded.check_lengths()
+    assert encoded.traced_positions("answer").tolist() == held.traced_positions("answer").tolist()
+    for index in (0, 1, 2, 0, 3, 4):
+        assert encoded[index].edit.input_ids == held[index].edit.input_ids
+    kept = encoded[0]  # still the same
+    assert encoded[0] is kept
+    assert encoded[1] is not kept and len(encoded._encoded) == 3

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from agents import Hypernetwork, HypernetworkConfig, RLEditAgent, RLEditConfig
+from agents.curvature import Curvature, low_curvature
 from agents.rledit.credit import CreditAccumulator
 from agents.rledit.hypernetwork import StepRecord
 from agents.rledit.trajectory import policy_gradient, trajectory
@@ -349,7 +350,7 @@ def replayed_rewards(agent: Recorder) -> list[float]:
     with torch.no_grad():
         for record in agent.records:
             keys, values = agent.network.factors(record)
-            rewards.append(env.step({"keys": keys, "values": values})[1])
+            rewards.append(env.step(agent.restrained({"keys": keys, "values": values}))[1])
     return rewards
 
 
@@ -411,11 +412,33 @@ def truncated_rewards(agent: Recorder):
         for t, record in enumerate(agent.records):  # the earlier actions as they were
             agent.env.reset(seed=0)
             for keys, values in [*fixed[:t], agent.network.factors(record)]:
-                reward = agent.env.step({"keys": keys, "values": values})[1]
+                reward = agent.env.step(agent.restrained({"keys": keys, "values": values}))[1]
             rewards.append(reward)
         return discounted(rewards)
 
     return truncated
+
+
+@pytest.mark.parametrize("aggregation", ["mend", "least_squares", "recursive"])
+@pytest.mark.parametrize("credit", ["trajectory", "step"])
+def test_6_holds_with_updates_projected_on_low_curvature(recorder, aggregation, credit):
+    agent = recorder(aggregation, credit)
+    generator = torch.Generator().manual_seed(0)
+    curvature = {}
+    for m, shape in agent.network.shapes.items():
+        u, g = (torch.randn(30, d, generator=generator, dtype=torch.float64) / (1 + torch.arange(d)) for d in shape)
+        curvature[m] = Curvature(u.T @ u, g.T @ g)
+    agent.projections = low_curvature(curvature, 0.9)
+    gradient, _ = trajectory(agent, agent.env, seed=0)
+    assert len(agent.records) == 4
+    if credit == "trajectory":
+        check_gradient(gradient, agent, lambda: discounted(replayed_rewards(agent)))
+    else:
+        check_gradient(gradient, agent, truncated_rewards(agent))
+    with torch.no_grad():  # the projection matters: the update without it is another one
+        keys, values = agent.network.factors(agent.records[0])
+    for m, update in agent.restrained({"keys": keys, "values": values})["updates"].items():
+        assert relative_error(update, values[m].T @ keys[m]) > 0.1
 
 
 def test_6_holds_where_only_a_batchs_last_step_is_scored(recorder):

@@ -1,9 +1,10 @@
-"""Other hypernetworks, MEND, MALMEN and DAFNet, and UltraEdit, the same rule without a network."""
+"""Other hypernetworks, MEND, MALMEN and DAFNet; and UltraEdit and StableEdit, the same rule without a network."""
 
 from agents.hypernetworks.dafnet import DAFNetAgent, DAFNetConfig
 from agents.hypernetworks.dafnet_network import DAFNetNetworkConfig
 from agents.hypernetworks.malmen import MALMENAgent, MALMENConfig, malmen_network, malmen_rledit
 from agents.hypernetworks.mend import MENDAgent, MENDConfig, mend_network, mend_rledit
+from agents.hypernetworks.stableedit import StableEditAgent, StableEditConfig
 from agents.hypernetworks.ultraedit import UltraEditAgent, UltraEditConfig
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "MALMENConfig",
     "MENDAgent",
     "MENDConfig",
+    "StableEditAgent",
+    "StableEditConfig",
     "UltraEditAgent",
     "UltraEditConfig",
     "malmen_network",

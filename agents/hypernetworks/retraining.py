@@ -122,7 +122,7 @@ class BatchwiseAgent(RLEditAgent):
                 update_policy(self, gradients)
         finally:
             network.key_memory.load_state(memory)
-            if kind == "stream":
+            if self.config.network.by_stream:
                 network.normalisers = normalisers
             elif kind == "continued":
                 network.normalisers = network.first_normalisers()

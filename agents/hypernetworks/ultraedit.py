@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -16,15 +16,17 @@ from agents.corpus import GENERATED
 from agents.files import agent_folder, under
 from agents.rledit.config import FLOAT32_EPSILON, HypernetworkConfig
 from agents.rledit.hypernetwork import Hypernetwork
-from agents.rledit.moments import training_moments
+from agents.rledit.moments import Moments, training_moments
 from agents.rledit.normaliser import moments_state
 from agents.rledit.text_prior import start_from_text, turn_by_text
 from agents.settings import environment_settings
 from rledit_env.files import write_tensors, write_text
 from rledit_env.interface import Environment, editing_env
+from rledit_env.lm.editable import EditableLM
 from rledit_env.spaces import Action, Observation
 from rledit_env.type_aliases import Settings
 
+Self = TypeVar("Self", bound="UltraEditAgent")
 # Settings of agents in the first format, whose files lack them.
 FIRST_FORMAT: Settings = {
     "normaliser_scope": "module", "normaliser_variance": "exact", "normaliser_epsilon": 1e-8,
@@ -98,6 +100,8 @@ class UltraEditAgent(Agent):
     """
 
     name: ClassVar[str] = "ultraedit"
+    config_class: ClassVar[type[UltraEditConfig]] = UltraEditConfig
+    first_format: ClassVar[Settings] = FIRST_FORMAT
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class UltraEditAgent(Agent):
         seed: int = 0,
         shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        self.env, self.config, self.seed = env, config or UltraEditConfig(), seed
+        self.env, self.config, self.seed = env, config or self.config_class(), seed
         if shapes is None:
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
@@ -117,7 +121,7 @@ class UltraEditAgent(Agent):
         self.network.reset()
 
     def set_env(self, env: Environment) -> None:
-        require_modules(env, self.network.shapes, "this agent", "make one for its modules: UltraEditAgent(env)")
+        require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
         if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
         super().set_env(env)
@@ -134,15 +138,15 @@ class UltraEditAgent(Agent):
     @torch.no_grad()
     def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for an observation in either array backend."""
-        if self.network.wants_prior or self.network.wants_curvature:
+        if self.network.wants_prior or self.network.wants_curvature or self.network.wants_moments:
             self.learn(0, progress_bar=False)
         record = self.network.observe(*used_rows(observation, self.network.device))
         return factor_action(observation, *self.network.factors(record)), None
 
     def learn(
-        self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
+        self: Self, total_timesteps: int = 0, callback: Callback | None = None, progress_bar: bool = True,
         reset_num_timesteps: bool = True,
-    ) -> UltraEditAgent:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Gather the moments of training facts (with ``warm_up``) and of text (with ``text_prior`` and
         ``output_curvature``); nothing is trained.
 
@@ -157,15 +161,21 @@ class UltraEditAgent(Agent):
         if self.env is None:
             name = next(name for name, is_missing in missing.items() if is_missing)
             raise ValueError(f"{name} needs the environment's LLM; make the agent with env=…")
-        inner = editing_env(self.env)
+        inner, memory = editing_env(self.env), network.memory_state()
         if network.wants_prior:
             start_from_text(network, inner.lm, progress_bar)
             network.reset()
         if network.wants_curvature:
             turn_by_text(network, inner.lm, progress_bar)
         if network.wants_moments:
-            network.start_from(training_moments(inner.lm, inner.token))
+            network.start_from(self.warm_moments(inner.lm, inner.token))
+            if any(float(v) for k, v in memory.items() if k.endswith(".count")):  # a stream that was loaded goes on
+                network.load_memory_state(memory)
         return self
+
+    def warm_moments(self, lm: EditableLM, token: str) -> Moments:
+        """The moments of training facts that ``warm_up`` starts from."""
+        return training_moments(lm, token)
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON; the stream's moments and memory, and the moments of training facts and of text,
@@ -185,7 +195,7 @@ class UltraEditAgent(Agent):
         write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path, env: Environment | None = None) -> UltraEditAgent:
+    def load(cls: type[Self], path: str | Path, env: Environment | None = None) -> Self:
         """Load the agent from a folder that :meth:`save` wrote.
 
         Raises:
@@ -199,7 +209,7 @@ class UltraEditAgent(Agent):
         shapes = {m: (s[0], s[1]) for m, s in description["shapes"].items()}
         if env is not None:
             require_modules(env, shapes, str(folder), f"make it with the settings in {folder / 'agent.json'}")
-        config = UltraEditConfig(**FIRST_FORMAT | description["config"])
+        config = cls.config_class(**cls.first_format | description["config"])
         agent = cls(env, config, description["seed"], shapes)
         tensors = load_file(folder / "agent.safetensors")
         agent.network.load_moments(under("moments.", tensors))

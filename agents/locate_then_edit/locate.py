@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -58,9 +59,16 @@ class LocateConfig:
         corpus: the text for the second moments of keys: "generated", written by the LLM, or the path of a text file.
             (The published code reads 100,000 articles of Wikipedia.)
         corpus_tokens: number of the text's tokens.
-        norm_anchor: NAS (arXiv 2602.02543): rescale every v* to the mean of ``‖v*‖`` over some facts in the original
-            model, without the largest 5 %.
-        anchor_facts: number of facts in that mean, the first ones of the environment's data set.
+        norm_anchor: NAS (Liu et al., "Norm Anchors Make Model Edits Last", arXiv 2602.02543v3): rescale every v* to the
+            anchor, the mean of ``‖v*‖`` over some facts in the original model without the largest 5 %, each solved
+            for its plain prompt alone. v* is m + δ, the output of the MLP's last projection. Compared with the code of
+            SasyaTitech/NAS; of the paper only the abstract was at hand. Ours: the facts and their number, and the
+            editor's own settings of the value optimisation, where the published anchor takes MEMIT's for every editor.
+        anchor_facts: number of facts in that mean, the first ones of the environment's data set; published: 1,000
+            drawn from CounterFact.
+        anchor_outlier: a fact whose ``‖v*‖`` exceeds this many times the anchor is not edited (v* = m), as in the
+            published code, which takes 2, and 5 with ROME. None: it is rescaled like any other (the earlier
+            behaviour).
 
     Raises:
         ValueError: a value is out of range.
@@ -73,7 +81,8 @@ class LocateConfig:
     corpus: str = GENERATED
     corpus_tokens: int = 65_536
     norm_anchor: bool = False
-    anchor_facts: int = 32
+    anchor_facts: int = 100
+    anchor_outlier: float | None = 2.0
 
     KEYS: ClassVar[tuple[str, ...]] = ("balanced", "mean", "prompt")
 
@@ -85,6 +94,11 @@ class LocateConfig:
             raise ValueError(f"contexts is {self.contexts}; give 0 or more")
         if self.contexts and not (self.context_lengths and min(self.context_lengths) > 0):
             raise ValueError(f"context_lengths is {self.context_lengths}; give numbers of tokens, such as (10,)")
+
+        if self.anchor_facts < 1:
+            raise ValueError(f"anchor_facts is {self.anchor_facts}; give 1 or more")
+        if self.anchor_outlier is not None and not self.anchor_outlier > 0:
+            raise ValueError(f"anchor_outlier is {self.anchor_outlier}; give a positive number, or None for no limit")
 
     @property
     def needs_statistics(self) -> bool:
@@ -177,8 +191,9 @@ class LocateAgent(Agent):
             self.one_off_seconds += self.statistics.seconds  # counted even if an earlier run computed them
             started += time.perf_counter() - before
         if self.config.norm_anchor and self.anchor_norm is None:
-            records = [r for r in self.inner.dataset.records if r.subject_span]
-            requests = [encode_request(self.lm, r, self.contexts) for r in records[: self.config.anchor_facts]]
+            records = (r for r in self.inner.dataset.records if r.subject_span)
+            anchors = islice(records, self.config.anchor_facts)
+            requests = [encode_request(self.lm, r) for r in anchors]
             with self.lm.original_weights():
                 solved = optimise_values(self.lm, self.modules[-1], requests, self.config.value).solved
             self.anchor_norm = trimmed_mean(solved.norm(dim=1))
@@ -205,8 +220,7 @@ class LocateAgent(Agent):
         with torch.no_grad():
             values = optimise_values(self.lm, self.modules[-1], requests, self.config.value)
             if self.anchor_norm is not None:
-                delta = rescaled(values.solved, self.anchor_norm) - values.initial
-                values = replace(values, delta=delta)
+                values = anchored(values, self.anchor_norm, self.config.anchor_outlier)
             keys, residuals = self.solve(requests, values)
             return self.action(observation, keys, residuals), None
 
@@ -260,6 +274,7 @@ class LocateAgent(Agent):
         elif description["format"] != FORMAT:
             raise ValueError(f"{folder} was saved by a later version of this package (format {description['format']}; "
                              f"known are 1 and {FORMAT}); install that version, or save the agent again with this one")
+        settings = {"anchor_outlier": None, **settings}  # which agents of earlier versions lack
         config = cls.config_class(**{**settings, "value": ValueConfig(**settings["value"])})
         agent = cls(env, config, description["seed"])
         saved_modules = description["environment"]["edit_modules"]
@@ -288,6 +303,17 @@ def rescaled(solved: Tensor, norm: float) -> Tensor:
     return solved * (norm / length)
 
 
-def trimmed_mean(numbers: Tensor, kept: float = 0.95) -> float:
-    """The mean of the share ``kept`` of the numbers that are smallest."""
-    return float(numbers.sort().values[: max(1, round(kept * len(numbers)))].mean())
+def anchored(values: Values, norm: float, outlier: float | None) -> Values:
+    """Values whose v* have this norm; δ = 0 for those of more than ``outlier`` times the norm (NAS)."""
+    delta = rescaled(values.solved, norm) - values.initial
+    if outlier is not None:
+        left_out = values.solved.norm(dim=1, keepdim=True) > outlier * norm
+        delta = torch.where(left_out, 0.0, delta)
+    return replace(values, delta=delta)
+
+
+def trimmed_mean(numbers: Tensor, dropped: float = 0.05) -> float:
+    """The mean without the share ``dropped`` of the numbers that are largest, rounded down to a whole number of
+    them."""
+    kept = len(numbers) - int(dropped * len(numbers))
+    return float(numbers.sort().values[:kept].mean())

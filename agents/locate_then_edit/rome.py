@@ -32,6 +32,7 @@ class ROMEConfig(LocateConfig):
     contexts: int = 20
     context_lengths: tuple[int, ...] = (5, 10)
     key: Literal["balanced", "mean", "prompt", "mixed"] = "mixed"
+    anchor_outlier: float | None = 5.0
     second_moment: bool = True
 
     KEYS: ClassVar[tuple[str, ...]] = ("mixed", "mean", "prompt")
@@ -89,9 +90,11 @@ class ROMEAgent(LocateAgent):
         # v* includes the module's bias, W k* does not.
         bias = getattr(self.lm.model.get_submodule(module), "bias", None)
         targets = values.solved.double() - (0 if bias is None else bias.double())
-        update_keys, residuals = sequential_rank_one(
-            self.lm.weight(module).double(), keys, targets,
-            self.second_moment(module) if self.config.second_moment else None, directed,
+        edited = values.delta.any(1)  # NAS leaves facts out
+        update_keys, residuals = torch.zeros_like(keys), torch.zeros_like(targets)
+        update_keys[edited], residuals[edited] = sequential_rank_one(
+            self.lm.weight(module).double(), keys[edited], targets[edited],
+            self.second_moment(module) if self.config.second_moment else None, directed[edited],
         )  # fmt: skip
         dtype = self.lm.edit_dtype
         return {module: update_keys.to(dtype)}, {module: residuals.to(dtype)}

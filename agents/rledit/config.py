@@ -8,20 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agents.corpus import GENERATED
+from agents.curvature import check_energy
 from rledit_env.type_aliases import Options, Settings
 
 # The environment settings that suit the agent best, in training and in use.
 RECOMMENDED: Settings = {"token": "subject", "steps_per_batch": 5}
 FLOAT32_EPSILON = 2.0**-23  # what the published code of MALMEN, RLEdit and UltraEdit adds to a standard deviation
 Aggregation = Literal["mend", "least_squares", "recursive"]
-Normaliser = Literal["stream", "lifetime", "continued"]
+Normaliser = Literal["stream", "lifetime", "continued", "whitened"]
 NormaliserScope = Literal["module", "shape", "shape in turn"]
 Loss = Literal["batch", "fact", "sum", "rows"]
 StepSizeParameter = Literal["log", "direct"]
 AGGREGATIONS = ("mend", "least_squares", "recursive")
 CHOICES: Mapping[str, tuple[str, ...]] = {  # the values that settings of `HypernetworkConfig` accept
     "aggregation": AGGREGATIONS,
-    "normaliser": ("stream", "lifetime", "continued"),
+    "normaliser": ("stream", "lifetime", "continued", "whitened"),
     "normaliser_scope": ("module", "shape", "shape in turn"),
     "normaliser_variance": ("exact", "published"),
     "block": ("malmen", "mend"),
@@ -72,14 +73,22 @@ class HypernetworkConfig:
             that it avoids the outputs that text's next tokens depend on. Together with the text prior on the keys this
             is K-FAC's natural gradient. 0 leaves vᵢ as it is. G is not saved with an agent; it is computed with the
             LLM, or read from the cache, when it is first needed.
+        crisp_energy: share of the K-FAC curvature A ⊗ G of text whose directions are removed from every update, as
+            CrispEdit removes them from gradients (see `agents.curvature`), in training and in use. The action is then
+            dense, ΔW = P(ṽᵀũ), and the gradient of the return passes through P. 0: no direction. A and G are not saved
+            with an agent; they are computed with the LLM, or read from the cache, when they are first needed.
         text: the text of the prior and the curvature: "generated", text that the LLM itself writes before it is
             edited, or a text file.
-        text_tokens: number of the text's tokens (the curvature uses a quarter of them).
+        text_tokens: number of the text's tokens (G uses a quarter of them).
         precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
             "bfloat16" takes half the time on machines that multiply it natively.
         normaliser: "stream": running moments start anew at each reset. "lifetime": they run over all tokens of
             training and are constant while editing (MEND, DAFNet). "continued": they run over all tokens of training,
-            and each edited stream continues from there (the published code of MALMEN and RLEdit).
+            and each edited stream continues from there (the published code of MALMEN and RLEdit). "whitened": running
+            moments start at each reset from all rows of training facts, and value gradients are whitened with their
+            covariance instead of standardised (StableEdit; see `agents.rledit.whitening`). A module, or with
+            ``normaliser_scope="shape"`` all modules of a shape together, needs more than d_out + 1 rows for it, and an
+            eigendecomposition of size d_out a batch.
         normaliser_scope: which modules share moments. "module": each module has its own. "shape": all modules of one
             shape share them, and the rows of all are added before any is normalised (MALMEN, RLEdit, UltraEdit).
             "shape in turn": they share them, and each module is normalised by its own rows and those of the modules
@@ -88,6 +97,8 @@ class HypernetworkConfig:
             variance, N/(N−1) too much, as in the published code of MALMEN, RLEdit and UltraEdit (a single row adds
             nothing; in the published code it makes everything NaN).
         normaliser_epsilon: added to the standard deviation.
+        eigenvalue_floor: smaller eigenvalues of the value gradients' covariance are raised to this number ("whitened"
+            only).
         drop_zero_rows: whether rows whose δ or u is zero are dropped before the normaliser and get no update, as in
             MEND and DAFNet. In the last decoder layer, these are all tokens that predict no answer token.
         loss: the loss whose gradient δ is. "batch": the mean over the batch's answer tokens, as observed. "fact": each
@@ -114,6 +125,7 @@ class HypernetworkConfig:
     prior_source: Literal["facts", "text"] = "facts"
     memory_weight: float = 1.0
     output_curvature: float = 0.0
+    crisp_energy: float = 0.0
     text: str = GENERATED
     text_tokens: int = 65_536
     normaliser: Normaliser = "stream"
@@ -123,6 +135,7 @@ class HypernetworkConfig:
     normaliser_scope: NormaliserScope = "module"
     normaliser_variance: Literal["exact", "published"] = "exact"
     normaliser_epsilon: float = 1e-8
+    eigenvalue_floor: float = 1e-6
     drop_zero_rows: bool = False
     loss: Loss = "batch"
     initial_weights: Literal["scaled", "unit"] = "scaled"
@@ -143,7 +156,7 @@ class HypernetworkConfig:
     def _check_numbers(self) -> None:
         if type(self.rank) is not int or type(self.blocks) is not int or self.blocks < 0:
             raise ValueError(f"rank is {self.rank!r} and blocks are {self.blocks!r}; give whole numbers, blocks from 0")
-        for name in ("step_size", "damping", "rank", "normaliser_epsilon"):
+        for name in ("step_size", "damping", "rank", "normaliser_epsilon", "eigenvalue_floor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
         if not self.prior >= 0:
@@ -152,6 +165,7 @@ class HypernetworkConfig:
             raise ValueError(f"memory_weight is {self.memory_weight}; give 1 (plain recursive least squares) or more")
         if not self.output_curvature >= 0:
             raise ValueError(f"output_curvature is {self.output_curvature}; give 0 (none) or more, such as 0.1")
+        check_energy("crisp_energy", self.crisp_energy, or_none=True)
         if type(self.text_tokens) is not int or self.text_tokens < 64:
             raise ValueError(f"text_tokens is {self.text_tokens!r}; give a whole number from 64")
         if not self.warm_up_rows >= 2:
@@ -164,12 +178,20 @@ class HypernetworkConfig:
         if self.memory_weight != 1 and self.aggregation != "recursive":
             raise ValueError(f"memory_weight is {self.memory_weight} and aggregation is {self.aggregation!r}, which "
                              "keeps no earlier keys; give 'recursive', or memory_weight=1")
+        if self.normaliser == "whitened" and self.output_units == "input":
+            raise ValueError("normaliser is 'whitened' and output_units is 'input', which undoes standardising only; "
+                             "give normaliser='stream', or output_units='normalised'")
         if self.has_text_prior and self.aggregation == "mend":
             raise ValueError("prior_source is 'text' and aggregation is 'mend', which solves no least squares that a "
                              "prior could enter; give 'least_squares' or 'recursive', or prior=0")
         if self.warm_up and self.loss in ("fact", "sum"):
             raise ValueError(f"warm_up is True and loss is {self.loss!r}, but the moments of training facts are of the "
                              "batch's loss; give warm_up=False, or loss='batch'")
+
+    @property
+    def by_stream(self) -> bool:
+        """Whether the moments are those of one stream, and of training facts that it starts from."""
+        return self.normaliser in ("stream", "whitened")
 
     @property
     def has_text_prior(self) -> bool:

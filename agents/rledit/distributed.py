@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from rledit_env.evaluation.groups import edits_of
 from rledit_env.evaluation.metrics import Metrics, averaged, score_records
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
@@ -102,9 +103,12 @@ def evaluate_sharded(
     if not records:
         raise ValueError("no fact has been edited yet; take at least one step first")
     shard_records = processes.share(records)
-    shards = processes.gathered(score_records(lm, shard_records, kind, metrics) if shard_records else {})
-    scores: dict[str, list[float | None]] = {name: [None] * len(records) for name in shards[0]}
+    edits = edits_of(records)
+    shards = processes.gathered(score_records(lm, shard_records, kind, metrics, edits) if shard_records else {})
+    names = dict.fromkeys(name for shard in shards for name in shard)  # a shard may lack another's groups
+    scores: dict[str, list[float | None]] = {name: [None] * len(records) for name in names}
     for name, values in scores.items():
         for rank, shard in enumerate(shards):
-            values[rank :: processes.count] = shard.get(name, [])
+            if name in shard:
+                values[rank :: processes.count] = shard[name]
     return averaged(scores, metrics)

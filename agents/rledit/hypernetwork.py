@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,6 +16,7 @@ from agents.rledit.blocks import ResidualBlocks
 from agents.rledit.config import HypernetworkConfig
 from agents.rledit.key_memory import KeyMemory
 from agents.rledit.normaliser import RunningNormaliser, check_shape, moments_from, moments_state, shared_moments
+from agents.rledit.whitening import empty_normaliser, normaliser_size
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,10 @@ class Hypernetwork(nn.Module):
     @staticmethod
     def parameter_count(shapes: Mapping[str, tuple[int, int]], config: HypernetworkConfig) -> int:
         """The number of values in a network of these sizes and in its normalisers, without making one."""
-        widths = [sum(shape) for shape in shapes.values()]
-        by_shape = list({shape: sum(shape) for shape in shapes.values()}.values())
-        blocks = config.blocks * (sum(by_shape) * (2 * config.rank + 1) + 2 * sum(widths))
-        normalised = widths if config.normaliser_scope == "module" else by_shape
-        return blocks + 2 * len(widths) + sum(2 * width + 1 for width in normalised)
+        by_module, by_shape = list(shapes.values()), list(dict.fromkeys(shapes.values()))
+        blocks = config.blocks * (sum(map(sum, by_shape)) * (2 * config.rank + 1) + 2 * sum(map(sum, by_module)))
+        normalised = by_module if config.normaliser_scope == "module" else by_shape
+        return blocks + 2 * len(by_module) + sum(normaliser_size(config, shape) for shape in normalised)
 
     @property
     def device(self) -> torch.device:
@@ -149,32 +150,25 @@ class Hypernetwork(nn.Module):
         if self.config.normaliser != "lifetime":
             self.normalisers = self.first_normalisers()
 
+    def empty_normalisers(self) -> dict[str, RunningNormaliser]:
+        """Moments of no rows, by the names in :attr:`normaliser_names`."""
+        shapes = {name: self.shapes[module] for module, name in self.normaliser_names.items()}
+        return {name: empty_normaliser(self.config, shape, self.device) for name, shape in shapes.items()}
+
     def first_normalisers(self) -> dict[str, RunningNormaliser]:
         """The moments at the start of a stream, by the names in :attr:`normaliser_names`: those of training
         ("continued"), of training facts (``warm_up``), or empty ones."""
-        config = self.config
-        modules_by_name: dict[str, list[str]] = {}
-        for module, name in self.normaliser_names.items():
-            modules_by_name.setdefault(name, []).append(module)
-        normalisers: dict[str, RunningNormaliser] = {}
-        for name, modules in modules_by_name.items():
-            start = self.training_moments.get(name)
-            normalisers[name] = RunningNormaliser(
-                sum(self.shapes[modules[0]]), self.device, start and start.to(self.device),
-                config.warm_up_rows * len(modules), config.normaliser_variance, config.normaliser_epsilon,
-            )  # fmt: skip
-            if self.lifetime:
-                normalisers[name].load({k: self.lifetime[f"{name}.{k}"] for k in ("count", "mean", "squares")})
-        return normalisers
+        modules = Counter(self.normaliser_names.values())
+        normalisers = self.empty_normalisers()
+        for name, normaliser in normalisers.items():
+            if name in self.training_moments:
+                start_rows = self.config.warm_up_rows * modules[name]
+                normaliser.begin(self.training_moments[name].to(self.device), start_rows)
+        return moments_from(self.lifetime, "", normalisers) if self.lifetime else normalisers
 
     def normaliser_of(self, module: str) -> RunningNormaliser:
         """The moments that a module's rows are normalised with."""
         return self.normalisers[self.normaliser_names[module]]
-
-    @property
-    def normaliser_widths(self) -> dict[str, int]:
-        """Name of the moments → their width."""
-        return {name: sum(self.shapes[module]) for module, name in self.normaliser_names.items()}
 
     @property
     def wants_prior(self) -> bool:
@@ -218,6 +212,11 @@ class Hypernetwork(nn.Module):
         """Whether moments are to start from those of training facts, and none have been gathered."""
         return self.config.warm_up and not self.training_moments
 
+    @property
+    def whitened_names(self) -> dict[str, str] | None:
+        """Module → the name of the moments that its rows are gathered in, with covariances; None unless "whitened"."""
+        return self.normaliser_names if self.config.normaliser == "whitened" else None
+
     def start_from(self, moments: Mapping[str, RunningNormaliser]) -> None:
         """Reset, and start every stream from these moments of training facts.
 
@@ -226,13 +225,16 @@ class Hypernetwork(nn.Module):
         of one shape share moments, these are merged.
 
         Args:
-            moments: module → moments of its training facts' rows.
+            moments: module → moments of its training facts' rows; with "whitened", by the names in
+                :attr:`whitened_names`.
 
         Raises:
             ValueError: the moments are of other modules than the network's, or of fewer than two rows.
         """
-        widths = {m: sum(shape) for m, shape in self.shapes.items()}
-        self.training_moments = shared_moments(moments, widths, self.normaliser_names, self.device)
+        gathered = self.whitened_names or {m: m for m in self.shapes}
+        widths = {gathered[m]: sum(shape) for m, shape in self.shapes.items()}
+        names = {gathered[m]: name for m, name in self.normaliser_names.items()}
+        self.training_moments = shared_moments(moments, widths, names, self.device)
         self.reset()
         self.normalisers = self.first_normalisers()  # reset() leaves "lifetime" normalisers as they are
 
@@ -242,7 +244,7 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        self.training_moments = moments_from(state, "", self.normaliser_widths, self.device) if state else {}
+        self.training_moments = moments_from(state, "", self.empty_normalisers()) if state else {}
 
     def load_lifetime(self, state: Mapping[str, Tensor]) -> None:
         """Set :attr:`lifetime`, the moments that streams continue from, from the next reset on.
@@ -250,7 +252,7 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        self.lifetime = moments_state(moments_from(state, "", self.normaliser_widths, self.device))
+        self.lifetime = moments_state(moments_from(state, "", self.empty_normalisers()))
 
     @torch.no_grad()
     def observe(self, keys: Mapping[str, Tensor], gradients: Mapping[str, Tensor], adapt: bool = True) -> StepRecord:
@@ -285,8 +287,9 @@ class Hypernetwork(nn.Module):
             for module in members:
                 if adapts and not together:
                     self.normaliser_of(module).update(moment_rows[module])
-                mean, scale = moments[module] = self.normaliser_of(module).moments()
-                z = (rows[module] - mean) * scale
+                z = self.normaliser_of(module).normalised(rows[module])
+                if self.config.output_units == "input":
+                    moments[module] = self.normaliser_of(module).moments()
                 normalised.append(torch.where(used_rows[module][:, None], z, 0.0) if used_rows else z)
                 if not self.learns_keys:
                     update_keys[module] = self.key_memory.solved_keys(module, keys[module], keep=recursive)
@@ -294,7 +297,7 @@ class Hypernetwork(nn.Module):
         if adapt and self.config.normaliser == "continued":
             self.lifetime = moments_state(self.normalisers)
         used = {g: torch.stack([used_rows[m] for m in ms]) for g, ms in self.groups.items()} if used_rows else {}
-        units = self._units(moments, rows_in_loss) if self.config.output_units == "input" else {}
+        units = self._units(moments, rows_in_loss) if moments else {}
         return StepRecord(dict(keys), inputs, update_keys, used=used, units=units)
 
     def _units(
@@ -392,8 +395,6 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: a tensor is missing or has another shape.
         """
-        moments = moments_from(state, "normaliser.", self.normaliser_widths, self.device)
+        normalisers = moments_from(state, "normaliser.", self.first_normalisers())
         self.key_memory.load_state(state)
-        self.normalisers = self.first_normalisers()
-        for name, normaliser in self.normalisers.items():
-            normaliser.load(moments[name].state())
+        self.normalisers = normalisers

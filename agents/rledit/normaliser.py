@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+AnyNormaliser = TypeVar("AnyNormaliser", bound="RunningNormaliser")
 
 
 class RunningNormaliser:
@@ -54,6 +56,16 @@ class RunningNormaliser:
         std = (squares / (count - 1).clamp(min=1)).sqrt()
         return mean, 1 / (std + self.epsilon)
 
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Rows (N, width), standardised."""
+        mean, scale = self.moments()
+        return (rows - mean) * scale
+
+    def begin(self, start: RunningNormaliser, start_rows: float) -> None:
+        """Begin a stream with the moments of other rows, ``start``, which stand in for those missing to
+        ``start_rows``."""
+        self.start, self.start_rows = start, start_rows
+
     def _with(self, count: Tensor | int, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and sum of squares of the added rows together with others."""
         total = self.count + count
@@ -61,9 +73,13 @@ class RunningNormaliser:
         both = self.squares + squares + shift.square() * self.count * count / total
         return total, self.mean + shift * count / total, both
 
+    def empty(self, device: torch.device) -> RunningNormaliser:
+        """Moments of no rows, for rows of the same kind."""
+        return RunningNormaliser(len(self.mean), device)
+
     def to(self, device: torch.device) -> RunningNormaliser:
         """The same moments on this device."""
-        other = RunningNormaliser(len(self.mean), device)
+        other = self.empty(device)
         other.load(self.state())
         return other
 
@@ -82,25 +98,23 @@ def moments_state(normalisers: Mapping[str, RunningNormaliser]) -> dict[str, Ten
 
 
 def moments_from(
-    state: Mapping[str, Tensor], prefix: str, widths: Mapping[str, int], device: torch.device
-) -> dict[str, RunningNormaliser]:
+    state: Mapping[str, Tensor], prefix: str, empty: Mapping[str, AnyNormaliser]
+) -> dict[str, AnyNormaliser]:
     """The moments in a :func:`moments_state`.
 
     Args:
         state: the tensors.
         prefix: what precedes the tensors' names in ``state``.
-        widths: name of the moments → their width.
-        device: of the result.
+        empty: name of the moments → moments of no rows, which are filled.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    normalisers = {m: RunningNormaliser(width, device) for m, width in widths.items()}
-    for module, normaliser in normalisers.items():
-        for name, empty in normaliser.state().items():
-            check_shape(f"{prefix}{module}.{name}", state.get(f"{prefix}{module}.{name}"), tuple(empty.shape))
+    for module, normaliser in empty.items():
+        for name, tensor in normaliser.state().items():
+            check_shape(f"{prefix}{module}.{name}", state.get(f"{prefix}{module}.{name}"), tuple(tensor.shape))
         normaliser.load({name: state[f"{prefix}{module}.{name}"] for name in normaliser.state()})
-    return normalisers
+    return dict(empty)
 
 
 def shared_moments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent, factor_action, module_shapes, require_modules, used_rows
+from agents.curvature import LowCurvature, low_curvature, projected, restrained, text_curvature
 from agents.facts import PresentedFacts
 from agents.files import agent_folder, under
 from agents.rledit.config import RLEditConfig
@@ -41,6 +42,7 @@ class HypernetworkPolicy(Agent):
         timesteps: the number of environment steps so far.
         best_score: the best held-out score of the training; −inf before the first evaluation.
         progress: the progress of the latest training run.
+        projections: module → the projection of its updates; empty if there is none, or it is not known yet.
     """
 
     name: ClassVar[str] = "rledit"  # the class's name in agent.json
@@ -58,6 +60,7 @@ class HypernetworkPolicy(Agent):
     ) -> None:
         self.env, self.config, self.seed = env, config or self.config_type(), seed
         self.presented = PresentedFacts(env)
+        self.projections: dict[str, LowCurvature] = {}
         if shapes is None:
             if env is None:
                 raise ValueError("give an environment or the edited modules' shapes")
@@ -88,6 +91,7 @@ class HypernetworkPolicy(Agent):
         require_modules(env, self.network.shapes, "this agent", f"make one for its modules: {type(self).__name__}(env)")
         if self.env is None or editing_env(env).lm is not editing_env(self.env).lm:
             self.network.forget_curvature()
+            self.projections = {}
         super().set_env(env)
         self.presented = PresentedFacts(env)
 
@@ -103,10 +107,10 @@ class HypernetworkPolicy(Agent):
     @torch.no_grad()
     def predict(self, observation: Observation, deterministic: bool = True) -> tuple[Action, None]:
         """Update factors for an observation in either array backend; the policy is deterministic."""
-        if self.network.wants_curvature:
+        if self.wants_curvature:
             self.take_curvature(progress_bar=False)
         record = self.observe(observation, adapt=False)
-        return self.action(observation, record, *self.network.factors(record)), None
+        return self.restrained(self.action(observation, record, *self.network.factors(record))), None
 
     def observe(self, observation: Observation, adapt: bool) -> StepRecord:
         """Show the network an observation; ``adapt``: whether it is a training batch (see `Hypernetwork.observe`)."""
@@ -136,16 +140,48 @@ class HypernetworkPolicy(Agent):
         """The environment's action for the step's factors, in the array backend of the observation."""
         return factor_action(observation, keys, values)
 
+    # -- the curvature of text -----------------------------------------------------------------------------------
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether the agent uses the curvature of text, and it is not known yet."""
+        return self.network.wants_curvature or (self.config.network.crisp_energy > 0 and not self.projections)
+
     def take_curvature(self, progress_bar: bool) -> None:
-        """Give the network the outputs' curvature of the environment's LLM.
+        """Compute the curvature of text in the environment's LLM, or read it from the cache.
 
         Raises:
             ValueError: there is no environment.
         """
+        config = self.config.network
         if self.env is None:
-            raise ValueError("output_curvature needs the environment's LLM; load the agent with env=…, or give it with "
+            name = "output_curvature" if config.output_curvature else "crisp_energy"
+            raise ValueError(f"{name} needs the environment's LLM; load the agent with env=…, or give it with "
                              "set_env(env)")
-        turn_by_text(self.network, editing_env(self.env).lm, progress_bar)
+        lm = editing_env(self.env).lm
+        if self.network.wants_curvature:
+            turn_by_text(self.network, lm, progress_bar)
+        if config.crisp_energy:
+            curvature = text_curvature(lm, list(self.network.shapes), config.text, config.text_tokens, progress_bar)
+            self.projections = low_curvature(curvature.by_module, config.crisp_energy)
+
+    def restrain(self, energy: float) -> None:
+        """Remove directions of high curvature from the updates from now on (`HypernetworkConfig.crisp_energy`).
+
+        Raises:
+            ValueError: the share is out of range.
+        """
+        network = replace(self.config.network, crisp_energy=energy)
+        self.config, self.network.config, self.projections = replace(self.config, network=network), network, {}
+
+    def restrained(self, action: Action) -> Action:
+        """The action without the directions of high curvature (see `HypernetworkConfig.crisp_energy`)."""
+        return restrained(action, self.projections) if self.projections else action
+
+    def restrained_gradient(self, gradient: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The gradient with respect to an unrestrained ΔW, given that with respect to the restrained one, (d_out, d_in)
+        by module. A projection is symmetric, so that both are restrained alike."""
+        return projected(gradient, self.projections) if self.projections else gradient
 
     # -- files ---------------------------------------------------------------------------------------------------
 

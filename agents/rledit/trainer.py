@@ -31,6 +31,7 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.trajectory import AT_END, forget_states, trajectory
 from agents.rledit.warm_up import warm_up
 from agents.selection import divergence, within_bound
+from rledit_env.evaluation.metrics import score_text
 from rledit_env.interface import Environment, editing_env
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Trainer:
                              "would change the policy along a stream of its own; give batches_per_update=None, or "
                              "train in one process")
         self.learn = partial(improve_policy, agent) if updates_within_episodes else None
-        if self.processes.count > 1 and normaliser != "stream":
+        if self.processes.count > 1 and not agent.config.network.by_stream:
             raise ValueError(f"normaliser is {normaliser!r}, but every process would have moments of its own streams; "
                              "give normaliser='stream', or train in one process")
         first = self.processes.first  # the others write no files and show nothing
@@ -165,7 +166,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Give the network the curvature, the prior and the moments that it needs and does not have yet."""
         agent, network = self.agent, self.agent.network
-        if network.wants_curvature:
+        if agent.wants_curvature:
             agent.take_curvature(self.shows)
         if network.wants_prior or network.wants_moments:
             warm_up(agent, self.env, network.wants_prior, network.wants_moments, self.shows)
@@ -306,8 +307,8 @@ def evaluate_policy(
     if processes.first:
         tqdm.write(
             f"update {agent.updates}: held-out efficacy {metrics.efficacy:.1f}, generalization "
-            f"{metrics.generalization:.1f}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, top-1 "
-            f"{metrics.top1:.1f}, drift {info['drift']:.3f}"
+            f"{score_text(metrics.generalization)}, specificity {metrics.specificity:.1f}, mean {metrics.mean:.1f}, "
+            f"top-1 {metrics.top1:.1f}, drift {info['drift']:.3f}"
             + (f", KL {numbers['kl']:.3f}" if "kl" in numbers else "")
         )
     if score <= agent.best_score:

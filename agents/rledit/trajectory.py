@@ -61,15 +61,18 @@ def _differentiated(
         if graph_bytes <= config.graph_bytes:
             record = replace(record, factors=factors)
         keys, values = ({m: f.detach() for m, f in part.items()} for part in factors)
-        action = agent.action(observation, record, keys, values)
+        action = agent.restrained(agent.action(observation, record, keys, values))
         observation, reward, terminated, truncated, info = env.step(action)
         done = terminated or truncated
         if info["diverged"]:
             warnings.warn(f"the LLM broke at step {len(infos)} of a training stream; that step is left out of "
                           "the gradient. Lower the step size or drift_limit", stacklevel=2)
             break
-        credit.take(keys, values, info.pop("reward_gradient", None), info["action_gradient"],
-                    config.discount ** len(records), record.retained)
+        of_reward, of_action = info.pop("reward_gradient", None) or {}, info["action_gradient"]
+        if "updates" in of_action:
+            of_action = {"updates": agent.restrained_gradient(of_action["updates"])}
+        credit.take(keys, values, agent.restrained_gradient(of_reward), of_action, config.discount ** len(records),
+                    record.retained)
         records.append(record)
         infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
         total += float(reward)

@@ -41,6 +41,6 @@ def warm_up(agent: HypernetworkPolicy, env: Environment, prior: bool, moments: b
         if prior:
             agent.network.key_memory.gather(keys)
         if moments:
-            take(gathered, keys, gradients)
+            take(gathered, keys, gradients, agent.network.whitened_names)
     if moments:
         agent.network.start_from(gathered)

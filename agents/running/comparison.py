@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from agents.base import Agent, NotApplicable
 from agents.rledit.agent import RLEditAgent
+from agents.rledit.policy import HypernetworkPolicy
 from agents.running.claims import Claims
 from agents.running.editing import edit_stream
 from agents.running.editors import ENVIRONMENT, Editor, Training
@@ -178,7 +179,7 @@ class Comparison:
         settings.pop("edit_modules", None)
         env = self._env(lm, self.setting.test, self.setting.num_batches, self.setting.batch_size, settings)
         if editor.saved is not None:
-            return scaled(load_agent(find_agent(editor.saved, self.setting.test.kind), env), editor), env, None
+            return self._ready(load_agent(find_agent(editor.saved, self.setting.test.kind), env), editor), env, None
         if editor.training is None:
             agent = editor.agent_class()(env, editor.configuration())
             started = time.perf_counter()
@@ -194,7 +195,18 @@ class Comparison:
                              f"now; delete {folder.parent} to train it anew, or give another folder")
         agent.config = editor.configuration()
         agent.set_env(env)
-        return scaled(agent, editor), env, seconds
+        return self._ready(agent, editor), env, seconds
+
+    def _ready(self, agent: Agent, editor: Editor) -> Agent:
+        """A trained agent at the editor's strength and with its restraint, and with the curvature of text that it
+        uses."""
+        if isinstance(agent, HypernetworkPolicy):
+            energy = editor.configuration().network.crisp_energy
+            if editor.saved is not None and energy:
+                agent.restrain(energy)
+            if agent.wants_curvature:
+                agent.take_curvature(self.progress_bar)
+        return scaled(agent, editor)
 
     def _env(
         self, lm: EditableLM, data: KnowledgeDataset, num_batches: int, batch_size: int, settings: Settings,

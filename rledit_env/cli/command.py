@@ -212,9 +212,11 @@ def check_contexts(contexts: int, token: str, flag: str = "--contexts") -> None:
 
 
 def skipped_rows(dataset: KnowledgeDataset) -> list[str]:
-    """The number of unused rows of the data by reason, to be printed; empty if all rows are used."""
+    """The number of unused rows of the data by reason, and of records that lack something, to be printed; empty if all
+    rows are used and nothing is lacking."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dataset.skipped.items())
-    return [f"(not used: {reasons})"] if reasons else []
+    lacks = [f"({count} without {part})" for part, count in dataset.lacks.items()]
+    return [f"(not used: {reasons})", *lacks] if reasons else lacks
 
 
 def dtype_name(lm: EditableLM) -> str:

@@ -232,7 +232,8 @@ def name_untaken(
 
 def print_metrics(scores: Mapping[str, float | None], log: EditLog, say: Callable[..., object]) -> None:
     for name, score in scores.items():
-        say(f"{name.replace('_', ' '):<20}{'not scored' if score is None else f'{score:10.2f}'}")
+        title = name if "/" in name else name.replace("_", " ")  # a group keeps the name that the data set gives it
+        say(f"{title:<20}{'not scored' if score is None else f'{score:10.2f}'}")
     say(f"{'drift':<20}{log.drift:10.4f}")
     say(f"{'seconds a fact':<20}{log.seconds_per_fact:10.4f}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from rledit_env.evaluation.groups import edits_of
 from rledit_env.evaluation.journal import Journal
 from rledit_env.evaluation.metrics import Metrics, averaged, continuations, score_records, with_answers
 from rledit_env.knowledge import EditRecord
@@ -50,18 +51,19 @@ def score_in_chunks(
     """
     if not records:
         raise ValueError("no fact has been edited yet; take at least one step first")
-    result = FactScores()
+    result, edits = FactScores(), edits_of(records)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
         values = None if journal is None else journal.get(name, start)
         if values is None:
             with lm.caches_apart():
-                scores = score_records(lm, chunk, kind, how)
+                scores = score_records(lm, chunk, kind, how, edits)
                 values = {"scores": scores, "written": continuations(lm, chunk) if generate else []}
             if journal is not None:
                 journal.append(name, start, values)
-        for score, shares in values["scores"].items():
-            result.scores.setdefault(score, []).extend(shares)
+        for score in dict.fromkeys([*result.scores, *values["scores"]]):  # a chunk may lack another's groups
+            shares = values["scores"].get(score, [None] * len(chunk))
+            result.scores.setdefault(score, [None] * start).extend(shares)
         result.written.extend(values["written"])
         if progress is not None:
             progress(len(chunk))

@@ -9,7 +9,7 @@ more than short ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rledit_env.answers import answer_of, is_exact, took
+from rledit_env.evaluation.groups import Edits, by_group, edits_of, that_follow
 from rledit_env.knowledge import EditRecord
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -41,7 +42,7 @@ class Metrics:
 
     Attributes:
         efficacy, generalization: on x and on x̃. CounterFact: whether P(y*) > P(y_old); else the share of the answer's
-            tokens that are the model's top-1 token, teacher-forced.
+            tokens that are the model's top-1 token, teacher-forced. Generalization is None without paraphrases.
         specificity: whether unrelated facts are kept, on x′. CounterFact: whether P(y_old) > P(y*); else the share of
             the answer's tokens where the top-1 token is the *original model's*.
         specificity_answer: specificity against the data set's answer (what published ZsRE and FEVER code reports). For
@@ -52,12 +53,15 @@ class Metrics:
         taken: for each record, whether that continuation begins with the target (`rledit_env.answers.took`); empty if
             it was not asked for.
         portability: for facts that an edit implies (KnowEdit), the share of the answer's tokens that are the top-1
-            token; None if the data has no such facts.
+            token; None if the data has no such facts. One that needs further edits is scored if all were made.
+        groups: the scores of the groups that the data set itself names, each as what it is a part of and its own name:
+            "portability/multi_hop", "specificity/Forgetfulness". "generalization/personas" and the like are of the
+            edited fact, asked in a way that has a name; they are not part of `generalization`.
         metrics: a name in ``METRICS``, by which the first four were scored.
     """
 
     efficacy: float
-    generalization: float
+    generalization: float | None
     specificity: float
     specificity_answer: float
     exact_match: float | None
@@ -65,27 +69,34 @@ class Metrics:
     taken: tuple[bool, ...]
     portability: float | None = None
     metrics: str = "paper"
+    groups: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
-        """Mean of Efficacy, Generalization and Specificity."""
-        return (self.efficacy + self.generalization + self.specificity) / 3
+        """Mean of Efficacy, Generalization and Specificity; without Generalization if the data has no paraphrases."""
+        return fmean(s for s in (self.efficacy, self.generalization, self.specificity) if s is not None)
 
     def as_dict(self) -> dict[str, float | None]:
-        """The scores by name, without ``taken``; portability only if the data has it."""
+        """The scores by name, without ``taken``; portability and the scores of groups only if the data has them."""
         scores: dict[str, Any] = asdict(self)
-        del scores["taken"], scores["metrics"]
+        del scores["taken"], scores["metrics"], scores["groups"]
         if self.portability is None:
             del scores["portability"]
-        return {**scores, "mean": self.mean}
+        return {**scores, **self.groups, "mean": self.mean}
 
     def __repr__(self) -> str:
         """The scores in one line, to one decimal, without `taken`."""
         names = ("efficacy", "generalization", "specificity", "mean", "exact_match", "portability")
         shown = [f"{name}={value:.1f}" for name in names if (value := getattr(self, name)) is not None]
+        shown += [f"{name}={value:.1f}" for name, value in self.groups.items() if value is not None]
         if self.metrics != "paper":
             shown.append(f"metrics={self.metrics!r}")
         return f"Metrics({', '.join(shown)})"
+
+
+def score_text(score: float | None) -> str:
+    """A score to one decimal; "–" if there is none."""
+    return "–" if score is None else f"{score:.1f}"
 
 
 RecordScores = Mapping[str, Sequence[float | None]]
@@ -129,27 +140,33 @@ def evaluate(
 
 
 def score_records(
-    lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper"
+    lm: EditableLM, records: Sequence[EditRecord], kind: str, metrics: str = "paper", edits: Edits | None = None
 ) -> dict[str, list[float | None]]:
-    """All teacher-forced scores of all records, for :func:`averaged`; arguments and errors as for :func:`evaluate`."""
+    """All teacher-forced scores of all records, for :func:`averaged`; arguments and errors as for :func:`evaluate`.
+
+    `edits` are those that were made, if the records are only some of them: questions that need further ones are scored
+    if these are among them.
+    """
     check_metrics(metrics)
     top1: list[float | None] = [*top1_by_record(lm, records)]
-    implied = [lm.tokenize(fact.prompt, fact.answer, origin=r.origin) for r in records for fact in r.implied]
     if kind == "counterfact":
         scores = _comparison_scores(lm, records, metrics)
     else:
         scores = {"efficacy": top1, **_token_scores(lm, records, metrics)}
-    portability = _by_record(_share_right(lm, implied), [len(r.implied) for r in records])
-    return {**scores, "top1": top1, "portability": portability}
+    edits = edits_of(records) if edits is None else edits
+    pairs = zip(records, scores["generalization"], strict=True)
+    generalization = [None if "paraphrases" in record.lacks else score for record, score in pairs]
+    return {**scores, "generalization": generalization, "top1": top1, **_further_scores(lm, records, edits)}
 
 
 def averaged(scores: RecordScores, metrics: str = "paper") -> Metrics:
     """The means of :func:`score_records` over records, without the scores of free answers."""
-    means = {}
+    means: dict[str, Any] = {}
     for name, shares in scores.items():
         known = [share for share in shares if share is not None]
         means[name] = 100 * fmean(known) if known else None
-    return Metrics(**means, exact_match=None, taken=(), metrics=metrics)  # type: ignore[arg-type]
+    groups = {name: means.pop(name) for name in scores if "/" in name}
+    return Metrics(**means, exact_match=None, taken=(), metrics=metrics, groups=groups)
 
 
 def with_answers(metrics: Metrics, records: Sequence[EditRecord], answers: Sequence[str]) -> Metrics:
@@ -190,18 +207,37 @@ def _edit_rows(records: Sequence[EditRecord]) -> list[Comparison]:
     return [(r.prompt, r.target, str(r.original), r.origin) for r in records]
 
 
+def _further_scores(
+    lm: EditableLM, records: Sequence[EditRecord], edits: Edits
+) -> dict[str, list[float | None]]:
+    """Scores of what follows from the edits, and of the facts asked in ways that have a name."""
+    implied, variants = that_follow(records, edits), [record.variants for record in records]
+    implied_shares, variant_shares = (
+        _share_right(lm, [lm.tokenize(fact.prompt, fact.answer, origin=record.origin)
+                          for record, facts in zip(records, asked, strict=True) for fact in facts])
+        for asked in (implied, variants)
+    )  # fmt: skip
+    return {
+        "portability": _by_record(implied_shares, [len(facts) for facts in implied]),
+        **by_group("portability", implied, implied_shares.tolist()),
+        **by_group("generalization", variants, variant_shares.tolist()),
+    }
+
+
 def _comparison_scores(
     lm: EditableLM, records: Sequence[EditRecord], metrics: str
 ) -> dict[str, list[float | None]]:
     edited = _edit_rows(records)
     general = [(p, r.target, str(r.original), r.origin) for r in records for p in r.paraphrases]
     specific = [(u.prompt, u.answer, r.target, r.origin) for r in records for u in r.unrelated]
-    specificity = _by_record(_preferred(lm, specific, metrics), [len(r.unrelated) for r in records])
+    kept = _preferred(lm, specific, metrics)
+    specificity = _by_record(kept, [len(r.unrelated) for r in records])
     return {
         "efficacy": _preferred(lm, edited, metrics).tolist(),
         "generalization": _by_record(_preferred(lm, general, metrics), [len(r.paraphrases) for r in records]),
         "specificity": specificity,
         "specificity_answer": specificity,
+        **by_group("specificity", [r.unrelated for r in records], kept.tolist()),
     }
 
 
@@ -240,12 +276,13 @@ def _token_scores(
         original = top_tokens(lm, unrelated)
     counts = [len(r.unrelated) for r in records]
     answers = [torch.tensor(p.targets, device=b.device) for p, b in zip(unrelated, predicted, strict=True)]
-    against_answer = _by_record(_share_equal(predicted, answers), counts)
-    against_original = _by_record(_share_equal(predicted, original), counts)
+    against_answer, against_original = _share_equal(predicted, answers), _share_equal(predicted, original)
+    kept = against_answer if metrics == "rledit-code" else against_original
     return {
         "generalization": _by_record(_share_right(lm, paraphrases), [len(r.paraphrases) for r in records]),
-        "specificity": against_answer if metrics == "rledit-code" else against_original,
-        "specificity_answer": against_answer,
+        "specificity": _by_record(kept, counts),
+        "specificity_answer": _by_record(against_answer, counts),
+        **by_group("specificity", [r.unrelated for r in records], kept.tolist()),
     }
 
 

@@ -1,6 +1,7 @@
 """Edit records, the readers of data sets of edits, and the stream of records in batches."""
 
 from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
+from rledit_env.knowledge.stored import StoredRecords
 from rledit_env.knowledge.stream import HELD_OUT, KnowledgeDataset, KnowledgeStream, held_out, load_knowledge
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "KnowledgeDataset",
     "KnowledgeError",
     "KnowledgeStream",
+    "StoredRecords",
     "UnrelatedFact",
     "held_out",
     "load_knowledge",

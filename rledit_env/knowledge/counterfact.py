@@ -1,19 +1,13 @@
-"""Reads CounterFact (Meng et al. 2022): cloze statements made counterfactual, in every published schema."""
+"""Reads CounterFact (Meng et al. 2022): cloze statements made counterfactual, in every published schema.
+
+A target that is the original answer is an error, since CounterFact's metrics compare the two. MEMIT's multi_counterfact
+has ROME's schema; the form for causal tracing has neither paraphrases nor unrelated facts.
+"""
 
 from __future__ import annotations
 
-from rledit_env.knowledge.fields import Row, Schema, fill_in, read_by_schema
-from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
-
-
-def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
-    """Read one row; its fields decide which schema it follows.
-
-    Raises:
-        KnowledgeError: the schema is unknown, a field is missing, empty or of the wrong type, or the target is the
-            original answer (CounterFact's metrics compare the two, which would then say nothing).
-    """
-    return read_by_schema(row, SCHEMAS)
+from rledit_env.knowledge.fields import Row, Schema, fill_in
+from rledit_env.knowledge.record import EditRecord, LooseFact, UnrelatedFact, assembled
 
 
 def _read_rome(row: Row) -> EditRecord:
@@ -52,6 +46,20 @@ def _read_flat(row: Row) -> EditRecord:
     )
 
 
+def _read_tracing(row: Row) -> EditRecord | LooseFact:
+    original = row.text("target_true")
+    return assembled(
+        row.text("prompt"),
+        _new_answer(row, "target_false", original),
+        (),
+        (),
+        original,
+        original=original,
+        subject=row.subject(),
+        origin=row.where,
+    )
+
+
 def _new_answer(row: Row, field: str, original: str) -> str:
     target = row.text(field)
     if target.strip().casefold() == original.strip().casefold():
@@ -66,4 +74,6 @@ SCHEMAS = (
         ("prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"),
         _read_flat,
     ),
+    Schema("CounterFact for tracing", ("prompt", "target_true", "target_false", "subject", "relation_prefix"),
+           _read_tracing),
 )

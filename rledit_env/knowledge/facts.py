@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from rledit_env.knowledge import counterfact, fever, names, zsre
+from rledit_env.knowledge import fever, names, zsre
 from rledit_env.knowledge.content import readable_file
 from rledit_env.knowledge.fields import SKIP_ROWS, Row, Schema
+from rledit_env.knowledge.forms import COMPARING, OWN, check_comparable, read_row, shared_form
 from rledit_env.knowledge.lenient import LenientFact, facts_of, read_fact, unwrapped, with_numbers_as_text
 from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, UnrelatedFact
 from rledit_env.knowledge.source import read_file
-from rledit_env.knowledge.stream import READERS, KnowledgeDataset, check_on_error, reason_counts
+from rledit_env.knowledge.stream import KnowledgeDataset, check_on_error, reason_counts
 
 PLAIN = "facts"  # the kind of a file with prompts and targets only
-KINDS = (PLAIN, *READERS)
-SCHEMAS = {"counterfact": counterfact.SCHEMAS, "zsre": zsre.SCHEMAS, "fever": fever.SCHEMAS}
+KINDS = (PLAIN, *OWN)
 Fact = LenientFact | EditRecord | LooseFact | LeftOut
-_PUBLISHED_FIELDS = {name for schemas in SCHEMAS.values() for schema in schemas for name in schema.fields}
+_PUBLISHED_FIELDS = {name for schemas in OWN.values() for schema in schemas for name in schema.fields}
 _VERDICTS = {*fever.VERDICTS, fever.NOT_ENOUGH_INFO.casefold()}
 
 
@@ -50,10 +50,10 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
 
     Every fact needs a prompt and a target, and may have a subject (as it is written in the prompt), paraphrases,
     unrelated facts, implied ones and its original answer, under the names of the plain schema (`prompt`, `target`,
-    `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of ZsRE, CounterFact, FEVER,
-    KnowEdit, MQuAKE, WikiBigEdit, and of EasyEdit's, ROME's, MEMIT's and AlphaEdit's requests. A ``{}`` in a prompt is
-    the subject's place. Numbers become text as they are written; a truth value is an error, since it does not say which
-    word is the answer.
+    `subject`, `paraphrases`, `unrelated`, `original`) or any published ones: those of EasyEdit's, ROME's, MEMIT's and
+    AlphaEdit's requests, and of every data set that `load_knowledge` reads. A ``{}`` in a prompt is the subject's
+    place. Numbers become text as they are written; a truth value is an error, since it does not say which word is the
+    answer.
 
     Args:
         path: the file, or a folder with a single file.
@@ -79,9 +79,9 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
                              '{"prompt": "The capital of Freedonia is", "target": "Sylvania"}')
     faulty: Counter[str] = Counter()
     facts: list[tuple[Row, Fact]] = []
-    for row in unwrapped(rows):
+    for row in rows if _is_shared(rows[0]) else unwrapped(rows):
         try:
-            facts += [(fact_row, _read(fact_row, kind)) for fact_row in facts_of(_row(row))]
+            facts += _facts(_row(row), kind)
         except KnowledgeError as error:
             if on_error == "raise":
                 raise
@@ -90,6 +90,23 @@ def load_facts(path: str | Path, kind: str | None = None, on_error: Literal["rai
         message = f"file {path.name}: {faulty.total()} faulty rows skipped: {reason_counts(faulty)}"
         warnings.warn(message, stacklevel=2)
     return _as_dataset(path, facts, kind or _common_kind([row for row, _ in facts]), faulty)
+
+
+def _is_shared(row: Row | KnowledgeError) -> bool:
+    return isinstance(row, Row) and shared_form(row) is not None
+
+
+def _facts(row: Row, kind: str | None) -> list[tuple[Row, Fact]]:
+    """A row's facts, each with the row that it is read from."""
+    form = None if kind in OWN and any(schema.fits(row) for schema in OWN[kind]) else shared_form(row)
+    if form is None:
+        return [(fact_row, _read(fact_row, kind)) for fact_row in facts_of(row)]
+    read = form.read(row)
+    facts = read if isinstance(read, tuple) else (read,)
+    if kind == COMPARING:
+        for fact in facts:
+            check_comparable(row, fact, form.name)
+    return [(row, fact) for fact in facts]
 
 
 def _row(row: Row | KnowledgeError) -> Row:
@@ -111,7 +128,8 @@ def _as_dataset(path: Path, facts: Sequence[tuple[Row, Fact]], kind: str, faulty
     ignored = [name for row, fact in facts for name in _ignored(row, fact)]
     return Facts(
         dataset=KnowledgeDataset(kind, f"file {path.name}", "eval", records, skipped),
-        without_paraphrases=sum(not fact.has_paraphrases for fact in plain),
+        without_paraphrases=sum(not fact.has_paraphrases for fact in plain)
+        + sum("paraphrases" in f.lacks for f in usable if not isinstance(f, LenientFact)),
         without_unrelated=sum(not f.has_unrelated for f in plain) + sum(isinstance(f, LooseFact) for f in usable),
         conflicts=_conflicts(records),
         ignored={name: names.did_you_mean(name) for name in dict.fromkeys(ignored)},
@@ -122,7 +140,7 @@ def _read(row: Row, kind: str | None) -> Fact:
     """Read a row by its fields' names; FEVER's claims and rows in MEND's schema by their data set's reader."""
     row_kind = detect_kind(row) if kind is None else kind
     published = row_kind == "fever" or (row_kind == "zsre" and _follows(row, zsre.SCHEMAS[-1:]))
-    fact = READERS[row_kind](row) if published else read_fact(row)
+    fact = read_row(row, row_kind)[0] if published else read_fact(row)
     if isinstance(fact, LenientFact):
         _check(fact.record, row, row_kind)
     return fact
@@ -153,7 +171,7 @@ def detect_kind(row: Row) -> str:
     A row with a claim is FEVER's even if other fields are missing, since a claim is not a prompt.
     """
     for kind in ("counterfact", "zsre", "fever"):
-        if _follows(row, SCHEMAS[kind]):
+        if _follows(row, OWN[kind]):
             # ZsRE and FEVER share MEND's schema; FEVER's answers are verdicts.
             is_verdict = kind == "zsre" and "output" in row.values and "input" in row.values and (
                 zsre.mend_answer(row).casefold() in _VERDICTS
@@ -171,6 +189,8 @@ def _common_kind(rows: Sequence[Row]) -> str:
 def _ignored(row: Row, fact: Fact) -> Iterable[str]:
     if isinstance(fact, LenientFact):
         return fact.ignored
+    if shared_form(row) is not None:
+        return ()
     known = names.USED | names.UNUSED | _PUBLISHED_FIELDS
     return [str(name) for name in row.values if names.plain(name) not in known]
 
@@ -182,9 +202,8 @@ def _completed(facts: Sequence[EditRecord | LooseFact], index: int) -> EditRecor
     if isinstance(fact, EditRecord):
         return fact
     lender = facts[(index + 1) % len(facts)]
-    truth = lender.truth if isinstance(lender, LooseFact) else lender.target
-    return EditRecord(fact.prompt, fact.target, fact.paraphrases, (UnrelatedFact(lender.prompt, truth),),
-                      fact.original, fact.subject, fact.origin)
+    truth = lender.truth if isinstance(lender, LooseFact) else None
+    return fact.completed(UnrelatedFact(lender.prompt, truth or lender.target))
 
 
 def _conflicts(records: Sequence[EditRecord]) -> dict[str, int]:

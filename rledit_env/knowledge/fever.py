@@ -10,7 +10,7 @@ claim, the paraphrases are these in the same template; otherwise they are the sa
 
 from __future__ import annotations
 
-from rledit_env.knowledge.fields import Row, Schema, read_by_schema
+from rledit_env.knowledge.fields import Row, Schema
 from rledit_env.knowledge.record import EditRecord, LeftOut, LooseFact, UnrelatedFact
 from rledit_env.knowledge.zsre import mend_answer
 
@@ -23,15 +23,6 @@ PARAPHRASE_TEMPLATES = (
 NOT_ENOUGH_INFO = "NOT ENOUGH INFO"
 VERDICTS = {"supports": "True", "true": "True", "refutes": "False", "false": "False"}
 FLIPPED = {"True": "False", "False": "True"}
-
-
-def read_record(row: Row) -> EditRecord | LooseFact | LeftOut:
-    """Read one row; its fields decide which schema it follows.
-
-    Raises:
-        KnowledgeError: the schema is unknown, a field is missing, empty or of the wrong type, or a label is unknown.
-    """
-    return read_by_schema(row, SCHEMAS)
 
 
 def _read_claim(row: Row) -> LooseFact | LeftOut:

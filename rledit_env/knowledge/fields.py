@@ -8,6 +8,7 @@ from typing import Any
 
 from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, shown
 
+Facts = EditRecord | LooseFact | LeftOut | tuple[EditRecord | LooseFact, ...]
 SKIP_ROWS = "pass on_error='skip' to leave such rows out"
 SKIP = f"correct it, or {SKIP_ROWS}"
 
@@ -17,7 +18,8 @@ class Row:
     """One row of a data set, or an object nested in one.
 
     Attributes:
-        values: the row's fields; a field whose value is None counts as absent (JSON's null, a table's empty cell).
+        values: the row's fields; a field whose value is None or NaN counts as absent (JSON's null, a table's empty
+            cell).
         where: the row's place, such as "zsre_train.jsonl, line 17".
         path: the nested object's own path within the row, such as "locality.".
 
@@ -34,10 +36,15 @@ class Row:
         message = f"{self.where}, field '{self.path}{field}': {problem}{value_text}; {mend}"
         return KnowledgeError(message, reason=f"field '{self.path}{field}' {problem}")
 
+    def has(self, field: str) -> bool:
+        """Whether the field holds anything: not None, not NaN, no blank text and no empty list or object."""
+        value = self.values.get(field)
+        return bool(value.strip() if isinstance(value, str) else value) and value == value  # NaN differs from itself
+
     def get(self, field: str) -> object:
         """The raw value."""
         value = self.values.get(field)
-        if value is None:
+        if value is None or value != value:
             raise self.error(field, "is missing")
         return value
 
@@ -111,15 +118,35 @@ def row_of(value: object, where: str) -> Row | KnowledgeError:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A published form of a data set: its name, the fields that a row must have, and the function that reads a row."""
+    """A published form of a data set.
+
+    Attributes:
+        name: the data set and the form.
+        fields: the fields that a row must have.
+        read: the function that reads a row.
+        recognised: whether a row follows the form; None: it does if it has all the fields.
+    """
 
     name: str
     fields: tuple[str, ...]
-    read: Callable[[Row], EditRecord | LooseFact | LeftOut]
+    read: Callable[[Row], Facts]
+    recognised: Callable[[Row], bool] | None = None
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row follows the form."""
+        if self.recognised is not None:
+            return self.recognised(row)
+        return all(row.values.get(field) is not None for field in self.fields)
 
 
-def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFact | LeftOut:
-    """Read a row by the schema with the largest share of its fields in the row (of equals, the first).
+def named(*fields: str) -> Callable[[Row], bool]:
+    """Recognises rows with all of these fields, of which some, but not all, may be null."""
+    return lambda row: row.values.keys() >= set(fields) and any(row.has(field) for field in fields)
+
+
+def read_by_schema(row: Row, schemas: Sequence[Schema], further: str = "") -> Facts:
+    """Read a row by the schema with the largest share of its fields in the row (of equals, the first). `further`: what
+    else could have been read, for the error message.
 
     Raises:
         KnowledgeError: the row has less than half of the fields of every schema, or lacks one of its schema's fields.
@@ -134,7 +161,7 @@ def read_by_schema(row: Row, schemas: Sequence[Schema]) -> EditRecord | LooseFac
         known = "; ".join(f"{other.name}: {', '.join(other.fields)}" for other in schemas)
         raise KnowledgeError(
             f"{row.where}: unknown schema, with the fields {', '.join(map(str, present)) or '(none)'}; "
-            f"the schemas known for this data set are {known}",
+            f"the schemas known for this data set are {known}{further}",
             reason="unknown schema",
         )
     for field in schema.fields:

@@ -1,12 +1,16 @@
-"""Opens data sets with the `datasets` library: by hub id, or from a folder that the library wrote or can load."""
+"""Opens data sets with the `datasets` library: by hub id, or from a folder that the library wrote or can load.
+
+A hub data set is streamed: its rows are read one by one, so that it is never held whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rledit_env.knowledge.fields import Row, row_of
 from rledit_env.knowledge.record import KnowledgeError
 
 EVAL_SPLITS = ("eval", "validation", "dev", "labelled_dev", "test")
@@ -20,6 +24,10 @@ class HubData:
     arguments: Mapping[str, object]
 
 
+def _knowedit(train: str, test: str) -> HubData:
+    return HubData("zjunlp/KnowEdit", {"data_files": {"train": f"benchmark/{train}", "test": f"benchmark/{test}"}})
+
+
 # Short names, and ids that need an argument: a configuration, or one file of several in a repository.
 USUAL = {
     ("zsre", "zsre"): HubData("wangzn2001/zsre", {}),
@@ -31,20 +39,27 @@ USUAL = {
     ("fever", "fever"): HubData("pminervini/hl-fever", {"name": "v1.0"}),
     ("fever", "fever/fever"): HubData("fever/fever", {"name": "v1.0"}),
 }
+# Short names of the data sets that any environment takes.
+ANY = {
+    "wikibigedit": HubData("lukasthede/WikiBigEdit", {}),
+    "ultraeditbench": HubData("XiaojieGu/UltraEditBench", {}),
+    "wiki_recent": _knowedit("wiki_recent/recent_train.json", "wiki_recent/recent_test.json"),
+    "wiki_counterfact": _knowedit("wiki_counterfact/train_cf.json", "wiki_counterfact/test_cf.json"),
+    "wikibio": _knowedit("WikiBio/wikibio-train-all.json", "WikiBio/wikibio-test-all.json"),
+}
 
 
 def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[str, object]]]:
-    """A description of the place, and the rows of a hub data set's split; downloaded once into the library's cache.
+    """A description of the place, and the rows of a hub data set's split: streamed, or without a network from the copy
+    in the library's cache.
 
     Raises:
         KnowledgeError: the data set cannot be downloaded or loaded, or lacks the split.
     """
-    import datasets  # here, since it takes a second and other sources do not need it
-
-    known = USUAL.get((kind, name), HubData(name, {}))
+    known = USUAL.get((kind, name)) or ANY.get(name) or HubData(name, {})
     place = f"hub data set {known.path}"
     try:
-        loaded = datasets.load_dataset(known.path, **known.arguments)
+        loaded = _streamed(known)
     except Exception as error:  # the library passes on the errors of dozens of modules
         raise KnowledgeError(
             f"{place}: cannot be loaded ({type(error).__name__}: {error}); if {name!r} was meant as a file, check the "
@@ -52,6 +67,18 @@ def open_hub(kind: str, name: str, split: str) -> tuple[str, Iterable[Mapping[st
             reason="hub data set not loaded",
         ) from error
     return _choose(loaded, split, place)
+
+
+def _streamed(data: HubData) -> Any:
+    import datasets  # here, since it takes a second and other sources do not need it
+
+    try:
+        return datasets.load_dataset(data.path, streaming=True, **data.arguments)
+    except Exception as error:
+        try:
+            return datasets.load_dataset(data.path, **data.arguments)  # what it has downloaded before
+        except Exception:
+            raise error from None
 
 
 def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapping[str, object]]]:
@@ -74,6 +101,26 @@ def open_folder(folder: Path, split: str, hint: str) -> tuple[str, Iterable[Mapp
             reason="folder not loaded",
         ) from error
     return _choose(loaded, split, f"data set folder {folder.name}")
+
+
+def rows_of(rows: Iterable[Mapping[str, object]], place: str) -> Iterator[Row | KnowledgeError]:
+    """A data set's rows with their places.
+
+    Raises:
+        KnowledgeError: the rows cannot be read further, such as when the network fails.
+    """
+    number = 0
+    try:
+        for number, value in enumerate(rows):
+            yield row_of(value, f"{place}, row {number}")
+    except Exception as error:  # as in open_hub
+        if isinstance(error, KnowledgeError):
+            raise
+        raise KnowledgeError(
+            f"{place}: cannot be read after row {number} ({type(error).__name__}: {error}); try again, or download the "
+            "data and pass the file's path",
+            reason="hub data set not read",
+        ) from error
 
 
 def _choose(loaded: Any, split: str, place: str) -> tuple[str, Iterable[Mapping[str, object]]]:

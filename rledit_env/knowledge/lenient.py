@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rledit_env.knowledge import names
 from rledit_env.knowledge.fields import SKIP, SKIP_ROWS, Row, fill_in, row_of
 from rledit_env.knowledge.record import EditRecord, ImpliedFact, KnowledgeError, UnrelatedFact
-from rledit_env.knowledge.zsre import with_question_mark
-from rledit_env.type_aliases import JsonObject
+from rledit_env.knowledge.text import with_question_mark
 
 MEND = "give every row a prompt and a target, or a published schema of ZsRE, CounterFact or FEVER"
 CHATS = "write a chat's question as prompt and its answer as target, to be put into the model's chat template"
@@ -216,7 +214,7 @@ def facts_of(row: Row) -> Iterator[Row]:
         for rewrite in rewrites if isinstance(rewrites, (list, tuple)) else [rewrites]:
             if not isinstance(rewrite, Mapping):
                 raise row.error(names.REWRITE, "is not an object", rewrite)
-            yield Row({**_of_rewrites(rest), **rewrite}, row.where)
+            yield Row({**rest, **rewrite}, row.where)
         return
     asked = next((spelled[name] for name in names.PROMPT if name in spelled), "")
     answered = next((spelled[name] for name in names.TARGET if name in spelled and spelled[name] != asked), "")
@@ -229,17 +227,6 @@ def facts_of(row: Row) -> Iterator[Row]:
             yield Row(cells, f"{row.where}, entry {i}")
     else:
         yield row
-
-
-def _of_rewrites(rest: Mapping[str, Any]) -> JsonObject:
-    """A row's fields beside its requested rewrites; MQuAKE's multi-hop questions become implied facts."""
-    others = dict(rest)
-    if "questions" in others and "new_answer" in others:
-        answer = others.pop("new_answer")
-        others["implied"] = [{"prompt": asked, "answer": answer} for asked in others.pop("questions") or ()]
-        for name in ("answer", "answer_alias", "new_answer_alias", "single_hops", "new_single_hops", "orig"):
-            others.pop(name, None)
-    return others
 
 
 def _column(value: object) -> object:
@@ -291,11 +278,13 @@ def _objects_in(value: object) -> list[object]:
 
 
 def with_numbers_as_text(value: object) -> object:
-    """The value with its numbers as text (an answer may be 1987); truth values are not changed."""
+    """The value with its numbers as text (an answer may be 1987); truth values are not changed, NaN becomes None."""
     if isinstance(value, Mapping):
         return {name: with_numbers_as_text(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_numbers_as_text(inner) for inner in value]
+    if value != value:  # NaN: a table's empty cell
+        return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return value

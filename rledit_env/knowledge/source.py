@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,38 @@ from rledit_env.knowledge.content import (
     unpacked,
     yaml_values,
 )
-from rledit_env.knowledge.fields import SKIP, SKIP_ROWS, Row, row_of
+from rledit_env.knowledge.fields import SKIP, Row, row_of
 from rledit_env.knowledge.record import KnowledgeError, shown
+from rledit_env.knowledge.scanning import Spans, scan_lines, scan_values
 
 BUNDLED = Path(__file__).parent / "bundled"
 PUBLISHED = {"zsre": "ZsRE", "counterfact": "CounterFact", "fever": "FEVER"}
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 SPLITS = {"train": "train", "eval": "eval", "test": "eval", "validation": "eval", "dev": "eval"}
 
+LARGE = 32 << 20  # bytes; a JSON file of this size is read row by row, a smaller one whole
+HEAD = 1 << 16  # bytes at the beginning of a large file by which its form is recognised
+
 Data = str | os.PathLike[str] | Mapping[str, object] | Iterable[Mapping[str, object]]
 Rows = Iterator[Row | KnowledgeError]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a split's rows come from.
+
+    Attributes:
+        description: what it is, for logs and errors.
+        rows: the rows. In place of a row that cannot be read there is an error, which the caller raises or counts.
+        file: the path, place and spans of a large JSON file, in which the rows can be read again; the spans grow as
+            the rows are read.
+        is_held: whether the rows are in memory anyway, such as a list's.
+    """
+
+    description: str
+    rows: Rows
+    file: tuple[Path, str, Spans] | None = None
+    is_held: bool = False
 
 
 def split_name(split: str) -> str:
@@ -40,10 +64,8 @@ def split_name(split: str) -> str:
     return SPLITS[split]
 
 
-def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
-    """A description of the source of `split`'s rows, and the rows.
-
-    In place of a row that cannot be read there is an error, which the caller raises or counts.
+def find_rows(kind: str, data: Data, split: str) -> Source:
+    """The source of `split`'s rows.
 
     Raises:
         KnowledgeError: `data` is not readable, or lacks the split.
@@ -55,28 +77,61 @@ def find_rows(kind: str, data: Data, split: str) -> tuple[str, Rows]:
     if not isinstance(data, Iterable):
         raise KnowledgeError(f"data is {shown(data)}; give a path, a hub id, a mapping of splits or a list of rows")
     rows = list(data)
-    return f"list of {len(rows)} dictionaries", (row_of(value, f"list item {i}") for i, value in enumerate(rows))
+    read = (row_of(value, f"list item {i}") for i, value in enumerate(rows))
+    return Source(f"list of {len(rows)} dictionaries", read, is_held=True)
 
 
-def _find_named(kind: str, name: str, split: str) -> tuple[str, Rows]:
+def _find_named(kind: str, name: str, split: str) -> Source:
     if name == "bundled":
         path = _in_folder(BUNDLED, kind, split)
         if path is None:
             raise KnowledgeError(f"the bundled data {kind}_{split} is missing from {BUNDLED}; reinstall the package")
-        return f"bundled sample (open fact tables; not the published {PUBLISHED[kind]})", read_file(path, "bundled ")
+        description = f"bundled sample (open fact tables; not the published {PUBLISHED[kind]})"
+        return Source(description, read_file(path, "bundled "), is_held=True)
     path = Path(name).expanduser()
     if path.is_dir():
         file = _in_folder(path, kind, split)
         if file is not None:
-            return f"file {file.name}", read_file(file)
+            return _of_file(file)
         place, rows = hub.open_folder(path, split, hint=f"{kind}_{split}.jsonl")
     elif path.exists():
-        return f"file {path.name}", read_file(path)
+        return _of_file(path)
     elif name.endswith(SUFFIXES) or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise KnowledgeError(f"{name}: there is no such file or folder; check the path", reason="no such file")
     else:
         place, rows = hub.open_hub(kind, name, split)
-    return place, (row_of(value, f"{place}, row {i}") for i, value in enumerate(rows))
+    return Source(place, hub.rows_of(rows, place))
+
+
+def _of_file(path: Path) -> Source:
+    """The source of a file's rows; those of a large JSON file are read one by one."""
+    description = f"file {path.name}"
+    is_large = path.is_file() and path.stat().st_size >= LARGE
+    scan = _scanner(path) if is_large else None
+    if scan is None:
+        return Source(description, read_file(path), is_held=not is_large)
+    spans = Spans()
+
+    def rows() -> Rows:
+        with path.open("rb") as file:
+            yield from scan(file, path.name, spans)
+
+    return Source(description, rows(), (path, path.name, spans))
+
+
+def _scanner(path: Path) -> Any:
+    """How a large file is read row by row; None for one that is not plain JSON."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(HEAD).lstrip()
+    except OSError:
+        return None  # read_file says what is wrong
+    if start[:1] == b"[":
+        return scan_values
+    if start[:1] != b"{":
+        return None
+    line, ends, _ = start.partition(b"\n")
+    return scan_lines if not ends or _is_json(line.decode("utf-8", errors="replace")) else scan_values
 
 
 def _of_split(data: Mapping[str, Any], split: str) -> Any:
@@ -112,25 +167,30 @@ def read_file(path: Path, label: str = "") -> Rows:
         return (row_of(value, f"{place}, row {i}") for i, value in enumerate(parquet_values(path)))
     start = content.lstrip()[:1]
     if start == b"[" or (start == b"{" and _spans_lines(content)):
-        return _read_values(content, place)
+        return scan_values(io.BytesIO(content), place, Spans())
     if start != b"{":
         if (table := table_rows(content, path)) is not None:
             return (_table_row(values, f"{place}, line {line}") for values, line in table)
         if (values := yaml_values(content, path)) is not None:
             return (row_of(value, f"{place}, entry {i}") for i, value in enumerate(values))
-    return _read_lines(content, place)
+    return scan_lines(io.BytesIO(content), place, Spans())
 
 
 def _spans_lines(content: bytes) -> bool:
     """Whether the file's first object spans several lines."""
     text = content.lstrip().decode("utf-8", errors="replace")
-    try:
-        json.loads(text.split("\n", 1)[0])
+    if _is_json(text.split("\n", 1)[0]):
         return False
-    except (json.JSONDecodeError, RecursionError):
-        pass
     try:
         json.JSONDecoder().raw_decode(text)
+        return True
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
         return True
     except (json.JSONDecodeError, RecursionError):
         return False
@@ -143,68 +203,3 @@ def _table_row(values: dict[str, object], where: str) -> Row | KnowledgeError:
     problem = f"has {count} cells for {len(values)} columns"
     return KnowledgeError(f"{where}: {problem}; put quotes around a text that holds the delimiter, or {SKIP}",
                           reason="more cells than columns")
-
-
-def _read_lines(content: bytes, place: str) -> Rows:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        where = f"{place}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            yield row_of(json.loads(line.decode("utf-8")), where)
-        except UnicodeDecodeError as error:
-            yield _bad_utf8(where, error, SKIP)
-        except (json.JSONDecodeError, RecursionError) as error:
-            mend = SKIP
-            if line.lstrip().startswith(b"{'"):
-                mend = f"this is Python's spelling of a dictionary: write it with json.dumps, or {SKIP_ROWS}"
-            yield KnowledgeError(f"{where}: malformed JSON ({error}: {shown(line)}); {mend}", reason="malformed JSON")
-
-
-def _read_values(content: bytes, place: str) -> Rows:
-    """The entries of JSON lists and objects one after the other, each with its line. Reading ends with an error at the
-    first malformed one."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _bad_utf8(f"{place}, line {line}", error, "save the file as UTF-8") from error
-    decoder = json.JSONDecoder()
-    at, line, line_at, inside, separated = 0, 1, 0, False, True  # line_at: the position to which lines are counted
-    while True:
-        at = _skip_space(text, at)
-        if at == len(text):
-            break
-        line, line_at = line + text.count("\n", line_at, at), at
-        where = f"{place}, line {line}"
-        if text[at] == "[" and not inside:
-            at, inside, separated = at + 1, True, True
-        elif text[at] == "]" and inside:
-            at, inside, separated = at + 1, False, True
-        elif text[at] == "," and not separated:
-            at, separated = at + 1, True
-        elif inside and not separated:
-            raise KnowledgeError(f"{where}: malformed JSON (the list breaks off before this); correct the file",
-                                 reason="malformed JSON")
-        else:
-            try:
-                value, at = decoder.raw_decode(text, at)
-            except (json.JSONDecodeError, RecursionError) as error:
-                message = f"{where}: malformed JSON ({error}); correct the file"
-                raise KnowledgeError(message, reason="malformed JSON") from error
-            separated = False
-            yield row_of(value, where)
-    if inside:
-        raise KnowledgeError(f"{place}, line {line}: malformed JSON (the list breaks off after this entry); correct "
-                             "the file", reason="malformed JSON")
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
-def _bad_utf8(where: str, error: UnicodeDecodeError, mend: str) -> KnowledgeError:
-    byte = error.object[error.start]
-    return KnowledgeError(f"{where}: bad UTF-8 (byte 0x{byte:02x}); {mend}", reason="bad UTF-8")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
 
-from rledit_env.knowledge import counterfact, fever, zsre
-from rledit_env.knowledge.pairing import pair
-from rledit_env.knowledge.record import EditRecord, KnowledgeError, LeftOut, LooseFact, shown
+from rledit_env.knowledge.collecting import collect
+from rledit_env.knowledge.forms import OWN
+from rledit_env.knowledge.record import EditRecord, KnowledgeError, shown
 from rledit_env.knowledge.source import Data, find_rows, split_name
 
-READERS = {"zsre": zsre.read_record, "counterfact": counterfact.read_record, "fever": fever.read_record}
+LACKING = {"paraphrases": "their own prompt stands in, and Generalization is not scored on them"}
 HELD_OUT = 0.2  # share of a training split on which checkpoints and hyperparameters are chosen
 
 
@@ -24,18 +23,20 @@ class KnowledgeDataset(Sequence[EditRecord]):
     """The records of one split of one data set, in file order.
 
     Attributes:
-        kind: "zsre", "counterfact" or "fever".
+        kind: "zsre", "counterfact" or "fever": how the records are scored.
         source: a description of the records' source; bundled data is named as such.
         split: "train" or "eval".
-        records: the records.
+        records: the records; those of a large data set stay on disk, and each is read when asked for.
         skipped: reason → number of rows that were not used for it.
+        lacks: what the data set lacks, such as "paraphrases" → number of records without it.
     """
 
     kind: str
     source: str
     split: str
-    records: tuple[EditRecord, ...] = field(repr=False)
+    records: Sequence[EditRecord] = field(repr=False)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    lacks: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -43,8 +44,8 @@ class KnowledgeDataset(Sequence[EditRecord]):
     @overload
     def __getitem__(self, index: int) -> EditRecord: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[EditRecord, ...]: ...
-    def __getitem__(self, index: int | slice) -> EditRecord | tuple[EditRecord, ...]:
+    def __getitem__(self, index: slice) -> Sequence[EditRecord]: ...
+    def __getitem__(self, index: int | slice) -> EditRecord | Sequence[EditRecord]:
         return self.records[index]
 
 
@@ -54,14 +55,25 @@ def load_knowledge(
     split: str = "train",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> KnowledgeDataset:
-    """Load one split of a data set in any published schema.
+    """Load one split of a data set in any published form.
+
+    Any kind takes any of the forms: those of ZsRE, CounterFact and FEVER, and of WikiBigEdit, UltraEditBench,
+    KnowEdit's fact tasks, MQuAKE, RippleEdits, MzsRE, UnKE and AKEW. The kind decides how the facts are scored;
+    "counterfact" needs the answer before the edit, which some do not have. What a data set lacks is counted in `lacks`,
+    and warned of once.
+
+    A large data set is not held: of a JSON or JSON Lines file of 32 MiB or more, and of a hub id, a folder of
+    `datasets` or another file of that size with more than 10,000 facts, the records stay on disk, and each is read when
+    it is asked for. All rows are read and checked once, and every record has an index, so that a stream is drawn as
+    from a small data set.
 
     Args:
         kind: "zsre", "counterfact" or "fever".
         data: "bundled", the sample that ships with the package; the path of a JSON or JSON Lines file (gzip too),
             used whole for either split; a folder that holds `{kind}_{split}.jsonl` (or .json, .gz) or a data set of
-            the `datasets` library; a mapping from split to any of these; a list of dictionaries; or a hub id ("zsre",
-            "counterfact" and "fever" stand for the usual ones).
+            the `datasets` library; a mapping from split to any of these; a list of dictionaries; or a hub id, which is
+            streamed ("zsre", "counterfact" and "fever" stand for the usual ones, "wikibigedit", "ultraeditbench",
+            "wiki_recent", "wiki_counterfact" and "wikibio" for those data sets).
         split: "train" or "eval"; "test", "validation" and "dev" mean "eval".
         on_error: "raise" an error at the first row that cannot be used, or "skip" such rows, count them per reason in
             `skipped` and warn once with the counts.
@@ -71,37 +83,26 @@ def load_knowledge(
             is left.
         ValueError: an argument has a wrong value.
     """
-    if kind not in READERS:
-        raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(READERS)}")
+    if kind not in OWN:
+        raise ValueError(f"kind {kind!r} is unknown; it is one of {', '.join(OWN)}")
     check_on_error(on_error)
     split = split_name(split)
-    source, rows = find_rows(kind, data, split)
-
-    facts: list[EditRecord | LooseFact] = []
-    left_out: Counter[str] = Counter()
-    faulty: Counter[str] = Counter()
-    for row in rows:
-        try:
-            if isinstance(row, KnowledgeError):
-                raise row
-            fact = READERS[kind](row)
-        except KnowledgeError as error:
-            if on_error == "raise":
-                raise
-            faulty[error.reason] += 1
-            continue
-        if isinstance(fact, LeftOut):
-            left_out[fact.reason] += 1
-        else:
-            facts.append(fact)
-    if faulty:
-        warnings.warn(f"{source}: {faulty.total()} faulty rows skipped: {reason_counts(faulty)}", stacklevel=2)
-    records = pair(facts, left_out)
-    skipped = left_out + faulty
-    if not records:
+    source = find_rows(kind, data, split)
+    collected = collect(kind, source, skip=on_error == "skip")
+    if collected.faulty:
+        warnings.warn(
+            f"{source.description}: {collected.faulty.total()} faulty rows skipped: {reason_counts(collected.faulty)}",
+            stacklevel=2,
+        )
+    skipped = collected.skipped + collected.faulty
+    if not collected.records:
         counts = reason_counts(skipped) or "none"
-        raise KnowledgeError(f"{source}: no usable record (skipped: {counts}); check the data")
-    return KnowledgeDataset(kind, source, split, tuple(records), dict(skipped))
+        raise KnowledgeError(f"{source.description}: no usable record (skipped: {counts}); check the data")
+    for part, count in collected.lacks.items():
+        warnings.warn(f"{source.description}: {count} facts have no {part}; {LACKING[part]}", stacklevel=2)
+    return KnowledgeDataset(
+        kind, source.description, split, collected.records, dict(skipped), dict(collected.lacks)
+    )
 
 
 def check_on_error(on_error: str) -> None:

@@ -14,6 +14,7 @@ _UNSPACED = (
 # The scripts among them that have no space before a word of another script either (Thai and others have one).
 _EAST_ASIAN = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO ", "YI ")
 _INVISIBLE = "\u200b\u2060\ufeff"  # zero-width characters that separate words
+NQ_PREFIX = "nq question: "  # of the Natural Questions that ZsRE has as unrelated facts
 _ELISION = re.compile(r"(?:\b[^\W\d_]|\b\w*l|\b\w*qu|\bun)['’]$", re.IGNORECASE)  # l', d', dell', qu', un'
 _CLOSING = re.compile(r"[,;)\]}]|\.+(?!\w)|['’]s\b")  # beginnings of an answer that follow the prompt without a space
 
@@ -69,6 +70,11 @@ def _is_hyphenated(text: str, start: int, stop: int) -> bool:
     return (len(before) == 2 and before[1] in "-‐‑" and _is_word(before[0])) or (
         len(after) == 2 and after[0] in "-‐‑" and _is_word(after[1])
     )
+
+
+def with_question_mark(prompt: str) -> str:
+    """A prompt of Natural Questions with a question mark; any other prompt unchanged."""
+    return prompt + "?" if prompt.startswith(NQ_PREFIX) and not prompt.endswith("?") else prompt
 
 
 def separator(prompt: str, answer: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from rledit_env.knowledge import EditRecord, ImpliedFact, UnrelatedFact
+from rledit_env.knowledge import EditRecord, ImpliedFact
 from rledit_env.lm.tokens import TextEncoder
 
 CHAT_FORMS = {"only": "in the chat template", "also": "as it is and in the chat template"}
@@ -61,6 +61,10 @@ class ChatTemplate:
         def chat(prompt: str) -> str:
             return self(prompt, record.origin)
 
+        def asked(fact: ImpliedFact) -> ImpliedFact:
+            needs = tuple((chat(prompt), target) for prompt, target in fact.needs)
+            return replace(fact, prompt=chat(fact.prompt), needs=needs)
+
         prompt, span = chat(record.prompt), record.subject_span
         # Many templates trim the message.
         message = record.prompt if prompt.startswith(record.prompt, self.lead) else record.prompt.strip()
@@ -72,8 +76,9 @@ class ChatTemplate:
             record,
             prompt=prompt,
             paraphrases=tuple(map(chat, record.paraphrases)),
-            unrelated=tuple(UnrelatedFact(chat(fact.prompt), fact.answer) for fact in record.unrelated),
-            implied=tuple(ImpliedFact(chat(fact.prompt), fact.answer) for fact in record.implied),
+            unrelated=tuple(replace(fact, prompt=chat(fact.prompt)) for fact in record.unrelated),
+            implied=tuple(asked(fact) for fact in record.implied),
+            variants=tuple(asked(fact) for fact in record.variants),
             subject_start=None if span is None else span[0] + self.lead - trimmed,
             lead=self.lead,
         )

@@ -62,8 +62,9 @@ class Decoder:
         They are greedy unless ``sampling``, which has options of transformers' ``generate``, says otherwise.
         """
         ids, mask = self.pad_on_left(rows)
-        model: Any = self._passes.forward.model
-        with self._passes.routing.routed([0], [0]):
+        forward = self._passes.forward
+        model: Any = forward.model
+        with self._passes.routing.routed([0], [0]), forward.output.of_generation():
             output: Tensor = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=self._tokens.pad_token_id,
                 **{"do_sample": False, **sampling},

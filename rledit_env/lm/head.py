@@ -7,7 +7,7 @@ here.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rledit_env.lm.hooks import module_hooks
 from rledit_env.lm.kernels.products import linear
 from rledit_env.lm.module_calls import Reached, execution_device, replaced_forward
 from rledit_env.lm.precision import at_least_float32
@@ -43,6 +44,10 @@ class AfterHead:
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
+def _contiguous(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+
+
 class OutputHead:
     """A model's output head.
 
@@ -53,6 +58,14 @@ class OutputHead:
 
     def __init__(self, module: Any, after: AfterHead) -> None:
         self.module, self.after = module, after
+
+    def of_generation(self) -> AbstractContextManager[None]:
+        """Context for the model's own generation, in which the head gets contiguous states.
+
+        Generation gives it a slice, the last position of each row (B, 1, d). For a slice and a frozen weight torch
+        copies the weight B times: 20 s instead of 0.03 s for 64 rows of a 135M model in bfloat16.
+        """
+        return module_hooks(before=[(self.module, _contiguous)])
 
     @property
     def size(self) -> int:

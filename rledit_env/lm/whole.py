@@ -114,9 +114,10 @@ class WholeForward:
         )  # fmt: skip
         options = {"attention_mask": torch.ones_like(input_ids), **options}
         model: Any = self.model
-        output: GenerateDecoderOnlyOutput = model.generate(
-            input_ids=input_ids, generation_config=settings, **options
-        )
+        with self.output.of_generation():
+            output: GenerateDecoderOnlyOutput = model.generate(
+                input_ids=input_ids, generation_config=settings, **options
+            )
         return output
 
 

@@ -32,10 +32,11 @@ def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> Table:
 
     Args:
         scores: editor's name → its scores by the names of ``SCORES``, and "seconds" a fact (None if it edited none);
-            "portability" and "kl", the divergence from the unedited LLM on its own text in nats a token, where
-            measured.
+            "portability", those of the groups that the data names ("portability/multi_hop"), and "kl", the divergence
+            from the unedited LLM on its own text in nats a token, where measured.
     """
-    further = {PORTABILITY: "Portability", DIVERGENCE: "KL on own text"}
+    groups = {key: key[0].upper() + key[1:].replace("/", ": ") for s in scores.values() for key in s if "/" in key}
+    further = {PORTABILITY: "Portability", **groups, DIVERGENCE: "KL on own text"}
     columns = SCORES | {key: title for key, title in further.items() if any(key in s for s in scores.values())}
     rows: list[list[object]] = [
         [name, *(s.get(key) for key in columns), s.get("seconds")] for name, s in scores.items()

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from agents import (
     Agent,
+    CrispEditConfig,
     DAFNetConfig,
     DAFNetNetworkConfig,
     HypernetworkConfig,
     MALMENConfig,
     MENDConfig,
     RLEditConfig,
+    StableEditConfig,
     StandardConfig,
     ValueConfig,
     edit_facts,
@@ -41,6 +43,7 @@ ONE_MODULE = "model.layers.1.mlp.down_proj"  # for ROME
 EPISODE = 2  # steps: two batches, presented once
 TRAINED = [name for name, kind in CLASSES.items() if issubclass(kind, (RLEditAgent, StandardAgent, RandomSearchAgent))]
 RESUMING = [name for name in TRAINED if not issubclass(CLASSES[name], RandomSearchAgent)]
+ANY_MODULES = ("none", "fine-tuning", "ft-l", "ft-m", "crispedit")  # they are made for no modules in particular
 QUICK = {"contexts": 1, "context_lengths": (4,), "corpus_tokens": 512}
 
 
@@ -84,10 +87,12 @@ def config_of(name: str) -> Any:
         "mend": lambda: MENDConfig(network=mend_network(rank=4), **small),
         "malmen": lambda: MALMENConfig(network=malmen_network(rank=4), **small),
         "dafnet": lambda: DAFNetConfig(DAFNetNetworkConfig(rank=4, feed_forward=4, attention=4, heads=1), **small),
+        "stableedit": lambda: StableEditConfig(warm_up_facts=40),
         "standard": lambda: StandardConfig(
             baseline_streams=1, hyperparameters={"n_steps": 2, "batch_size": 2, "n_epochs": 1}
         ),
         "random search": StandardConfig,
+        "crispedit": lambda: CrispEditConfig(steps=2, corpus_tokens=512),
     }.get(name, lambda: None)()
 
 
@@ -201,7 +206,7 @@ def test_set_env_changes_the_agent_in_place_and_returns_nothing(make: Any, name:
         assert (first.steps, second.steps) == (taken + 4, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("none", "fine-tuning", "ft-l", "ft-m")])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ANY_MODULES])
 def test_an_environment_that_the_agent_is_not_for_is_refused_and_changes_nothing(make: Any, name: str) -> None:
     env = make()
     agent = agent_in(name, env)

@@ -24,10 +24,11 @@ FIELDS = [(config, f.name) for config in CONFIGS for f in fields(config) if f.na
 TYPED = {
     "rank": "3", "blocks": "1", "aggregation": "mend", "step_size": "0.5", "damping": "2.0", "block": "mend",
     "coefficient": "normalised", "output_units": "input", "prior": "7.0", "prior_source": "text",
-    "memory_weight": "2.0",
+    "memory_weight": "2.0", "crisp_energy": "0.9",
     "output_curvature": "0.1", "text": "book.txt", "text_tokens": "128", "normaliser": "continued",
     "warm_up_rows": "9.0", "precision": "bfloat16", "normaliser_scope": "shape in turn",
-    "normaliser_variance": "published", "normaliser_epsilon": "1e-06", "loss": "rows", "initial_weights": "unit",
+    "normaliser_variance": "published", "normaliser_epsilon": "1e-06", "eigenvalue_floor": "0.001",
+    "loss": "rows", "initial_weights": "unit",
     "step_size_parameter": "direct",
     "credit": "step", "learning_rate": "0.25", "step_size_learning_rate": "0.125", "max_gradient_norm": "3.0",
     "trajectories_per_update": "2", "batches_per_update": "4", "discount": "0.5", "prior_batches": "5",

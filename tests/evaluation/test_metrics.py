@@ -127,6 +127,62 @@ def test_the_original_model_keeps_all_its_answers(tiny_lm, facts):
     assert metrics.exact_match is None
 
 
+def test_groups_that_a_data_set_names_have_scores_of_their_own(edited, facts, full_logits):
+    lm, original = edited()
+    records = facts("zsre", 4)
+    pairs = [(r.prompt, r.target) for r in records]
+    first = dataclasses.replace(
+        records[0],
+        unrelated=(UnrelatedFact(*pairs[1], "Forgetfulness"), *records[0].unrelated),
+        implied=(ImpliedFact(*pairs[2], "multi_hop"), ImpliedFact(*pairs[3], "Reasoning"), ImpliedFact(*pairs[1])),
+        variants=(ImpliedFact(*pairs[3], "personas"), ImpliedFact(*pairs[0], "personas")),
+    )
+    second = dataclasses.replace(records[1], implied=(ImpliedFact(*pairs[3], "multi_hop"),))
+    metrics = evaluate(lm, [first, second], "zsre", generate=False)
+    hits = [share_hit(lm, full_logits, *pair) for pair in pairs]
+    assert metrics.groups == {
+        "specificity/Forgetfulness": pytest.approx(100 * share_kept(lm, original, full_logits, *pairs[1])),
+        "portability/multi_hop": pytest.approx(over_records([[hits[2]], [hits[3]]])),
+        "portability/Reasoning": pytest.approx(100 * hits[3]),
+        "generalization/personas": pytest.approx(over_records([[hits[3], hits[0]]])),
+    }
+    assert metrics.portability == pytest.approx(over_records([[hits[2], hits[3], hits[1]], [hits[3]]]))
+    assert metrics.as_dict()["portability/multi_hop"] == metrics.groups["portability/multi_hop"]
+    plain = [dataclasses.replace(r, variants=()) for r in (first, second)]
+    assert metrics.generalization == evaluate(lm, plain, "zsre", generate=False).generalization
+    assert f"portability/Reasoning={100 * hits[3]:.1f}" in repr(metrics)
+
+
+def test_counterfact_s_groups_of_unrelated_facts_are_compared(edited, facts):
+    lm, _ = edited()
+    (record,) = facts("counterfact", 1)
+    grouped = tuple(dataclasses.replace(fact, group="Near") for fact in record.unrelated)
+    metrics = evaluate(lm, [dataclasses.replace(record, unrelated=grouped)], "counterfact", generate=False)
+    assert metrics.groups == {"specificity/Near": metrics.specificity}
+
+
+def test_a_question_that_needs_further_edits_is_asked_where_all_were_made(edited, facts, full_logits):
+    lm, _ = edited()
+    first, second, third = facts("zsre", 3)
+    asked = ImpliedFact(third.prompt, third.target, "multi_hop", ((second.prompt, second.target),))
+    first = dataclasses.replace(first, implied=(asked,))
+    both = evaluate(lm, [first, second], "zsre", generate=False)
+    assert both.portability == pytest.approx(100 * share_hit(lm, full_logits, third.prompt, third.target))
+    alone = evaluate(lm, [first, third], "zsre", generate=False)
+    assert (alone.portability, alone.groups) == (None, {})
+
+
+def test_facts_without_paraphrases_have_no_generalization(edited, facts):
+    lm, _ = edited()
+    first, second = facts("zsre", 2)
+    bare = dataclasses.replace(first, paraphrases=(first.prompt,), lacks=("paraphrases",))
+    alone = evaluate(lm, [bare], "zsre", generate=False)
+    assert alone.generalization is None and alone.as_dict()["generalization"] is None
+    assert alone.mean == pytest.approx((alone.efficacy + alone.specificity) / 2)
+    both, other = (evaluate(lm, records, "zsre", generate=False) for records in ([bare, second], [second]))
+    assert both.generalization == other.generalization is not None
+
+
 def test_portability_is_the_mean_over_the_records_that_imply_something_and_absent_without_any(
     edited, facts, full_logits
 ):

@@ -84,7 +84,7 @@ def test_usual_names_stand_for_hub_ids_and_the_source_names_the_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_knowledge("zsre", "zsre").source == "hub data set wangzn2001/zsre, split train"
     assert load_knowledge("zsre", "someone/zsre").source == "hub data set someone/zsre, split train"
-    assert asked == [("wangzn2001/zsre", {}), ("someone/zsre", {})]
+    assert asked == [("wangzn2001/zsre", {"streaming": True}), ("someone/zsre", {"streaming": True})]
 
 
 def test_a_hub_data_set_that_cannot_be_fetched_says_what_to_do(monkeypatch):

@@ -141,10 +141,10 @@ def test_fields_that_nothing_is_made_of_are_known() -> None:
 
 def test_several_rewrites_are_as_many_facts() -> None:
     rewrites = [{"prompt": "{} is", "subject": s, "target_new": {"str": "tall"}} for s in ("Ann", "Bob")]
-    row = Row({"requested_rewrite": rewrites, "questions": ["p"], "new_answer": "x", "answer": "y"}, "here")
+    row = Row({"requested_rewrite": rewrites, "paraphrases": ["p"]}, "here")
     facts = [read_fact(one).record for one in facts_of(row)]
     assert [fact.prompt for fact in facts] == ["Ann is", "Bob is"]
-    assert all(fact.implied == (ImpliedFact("p", "x"),) and fact.original is None for fact in facts)
+    assert all(fact.paraphrases == ("p",) and fact.original is None for fact in facts)
 
 
 def test_columns_are_as_many_facts_with_what_they_share() -> None:

@@ -79,14 +79,15 @@ def test_knowedit_takes_every_locality_group_and_the_first_alias():
     record = one(KNOWEDIT)
     assert (record.prompt, record.target, record.original) == ("What is made by UniFirst?", "aircraft", "uniform")
     assert record.unrelated == (
-        UnrelatedFact("The seat of UniFirst is", "Wilmington"),
-        UnrelatedFact("UniFirst country", "United States"),
+        UnrelatedFact("The seat of UniFirst is", "Wilmington", "Relation_Specificity"),
+        UnrelatedFact("UniFirst country", "United States", "Relation_Specificity"),
     )
 
 
 def test_knowedit_s_portability_is_what_the_edit_implies():
     groups = {"Reasoning": [{"prompt": "Who flies UniFirst's?", "ground_truth": "pilots"}], "Other": None, "None": []}
-    assert one(KNOWEDIT | {"portability": groups}).implied == (ImpliedFact("Who flies UniFirst's?", "pilots"),)
+    implied = one(KNOWEDIT | {"portability": groups}).implied
+    assert implied == (ImpliedFact("Who flies UniFirst's?", "pilots", "Reasoning"),)
     assert one(KNOWEDIT).implied == one({k: v for k, v in KNOWEDIT.items() if k != "portability"}).implied == ()
     with pytest.raises(KnowledgeError, match=r"field 'portability\.Reasoning\[0\]\.ground_truth': is missing"):
         one(KNOWEDIT | {"portability": {"Reasoning": [{"prompt": "Who?"}]}})
@@ -100,9 +101,12 @@ def test_flat_zsre_s_new_question_is_what_the_edit_implies():
         one(MEND_FLAT | {"portability": {"New Question": "Where?"}})
 
 
-def test_knowedit_without_any_locality_is_an_error():
-    with pytest.raises(KnowledgeError, match="list item 0, field 'locality': is empty"):
-        one(KNOWEDIT | {"locality": {"Relation_Specificity": None}})
+def test_knowedit_without_any_locality_borrows_another_row_s():
+    bare = KNOWEDIT | {"prompt": "What is made by Airbus?", "locality": {"Relation_Specificity": None}}
+    record, other = load_knowledge("zsre", [bare, KNOWEDIT])
+    assert record.unrelated == other.unrelated[:1]
+    with pytest.raises(KnowledgeError, match="list item 0: no other row can serve as its unrelated fact"):
+        one(bare)
 
 
 def test_knowedit_names_the_nested_field_that_is_empty():

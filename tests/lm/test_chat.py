@@ -40,6 +40,15 @@ def test_every_prompt_is_wrapped_and_the_subject_keeps_its_place(template: str, 
     assert (record.target, record.original, record.origin) == ("tall", "small", "line 1")
 
 
+def test_questions_keep_their_groups_and_the_edits_that_they_need() -> None:
+    asked = ImpliedFact("Whose?", "Ann's", "multi_hop", (("Bob is", "old"),))
+    record = replace(RECORD, implied=(asked,), variants=(ImpliedFact("Yo, who?", "tall", "personas"),))
+    (wrapped,) = in_chat([record], tokenizer(PLAIN), "tiny")
+    assert wrapped.implied[0].group == "multi_hop"
+    assert wrapped.implied[0].needs == (("<bos>user: Bob is<eos>A:", "old"),)
+    assert wrapped.variants == (ImpliedFact("<bos>user: Yo, who?<eos>A:", "tall", "personas"),)
+
+
 def test_a_template_that_trims_moves_the_subject_with_the_prompt() -> None:
     wrapped = ChatTemplate(tokenizer(TRIMMING)).wrapped(replace(RECORD, prompt="  Ann is "))
     start, stop = wrapped.subject_span or (0, 0)

@@ -294,6 +294,21 @@ def test_drift_is_the_relative_distance_from_the_pre_trained_weights(tiny_lm):
 
 
 @pytest.mark.parametrize("name", TINY_NAMES)
+def test_the_output_head_never_gets_a_slice_while_the_model_generates(tiny_lm, name, monkeypatch):
+    # torch copies a frozen weight once for each row of such a slice, which takes seconds.
+    lm, contiguous = tiny_lm(name), []
+    head = lm.forward.output.module
+
+    def forward(states):
+        contiguous.append(states.is_contiguous())
+        return type(head).forward(head, states)
+
+    monkeypatch.setattr(head, "forward", forward)
+    lm.generate([prompt for prompt, _, _ in TEXTS], extra=3)
+    assert contiguous and all(contiguous)
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
 @torch.no_grad()
 def test_batched_decoding_is_greedy_decoding_of_each_prompt_alone(tiny_lm, name):
     lm = tiny_lm(name)

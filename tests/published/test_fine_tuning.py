@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents import FTLAgent, FTLConfig, FTMAgent, FTMConfig, agent_settings, edit_stream, load_agent
-from agents.fine_tuning.ft_l import _loss_and_gradients, constrained_fine_tuning
+from agents.fine_tuning.ft_l import constrained_fine_tuning
+from agents.fine_tuning.rounds import loss_and_gradients
 from agents.running.editors import EDITORS, configured, find_configs, load_configs
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.forward import Passage
@@ -61,7 +62,7 @@ EXPECTED: dict[str, Callable[[list[Tensor]], Tensor]] = {
 def test_the_loss_and_its_gradient_are_the_published_ones(
     objective: str, lm: EditableLM, passages: list[Passage]
 ) -> None:
-    loss, gradients = _loss_and_gradients(lm, passages, [MODULE], objective)
+    loss, gradients = loss_and_gradients(lm, passages, [MODULE], objective)
     weight = lm.model.get_submodule(MODULE).weight.requires_grad_()
     try:
         expected = EXPECTED[objective](fact_losses(lm, passages, objective == "prompt_last"))

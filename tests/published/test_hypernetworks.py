@@ -22,6 +22,7 @@ from agents import (
     MENDConfig,
     RLEditAgent,
     RLEditConfig,
+    StableEditConfig,
     UltraEditAgent,
     UltraEditConfig,
     edit_facts,
@@ -733,6 +734,7 @@ def test_large_models_are_configured_with_the_published_numbers(model, kind):
     assert configured(EDITORS["malmen"], entries).configuration() == MALMENConfig()
     assert configured(EDITORS["dafnet"], entries).configuration() == DAFNetConfig()
     assert configured(EDITORS["ultraedit"], entries).configuration() == UltraEditConfig()
+    assert configured(EDITORS["stableedit"], entries).configuration() == StableEditConfig()
 
 
 # -- every preset trains and goes on

@@ -106,7 +106,8 @@ class Editor:
         trained_as: name of another editor whose trained agent this one starts from, and whose settings it has too.
         trainer: that editor, configured.
         variant_of: name of another editor; a file's settings for that one apply to this one too.
-        saved: a trained agent to load instead, as for `agents.find_agent`.
+        saved: a trained agent to load instead, as for `agents.find_agent`. It keeps its own configuration, but for
+            ``network.crisp_energy``, if ``settings`` name it.
         step_size: names of the numbers of its configuration that scale its updates; the first is its step size, the
             others keep their ratio to it. Empty if there is no such number.
         presentations: numbers of presentations of a batch that a search of the step size tries, in this order.

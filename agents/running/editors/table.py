@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from agents.fine_tuning import FineTuningAgent, FineTuningConfig, FTLAgent, FTLConfig, FTMAgent, FTMConfig, NoEditAgent
+from agents.fine_tuning import (
+    CrispEditAgent,
+    CrispEditConfig,
+    FineTuningAgent,
+    FineTuningConfig,
+    FTLAgent,
+    FTLConfig,
+    FTMAgent,
+    FTMConfig,
+    NoEditAgent,
+)
 from agents.hypernetworks import (
     DAFNetAgent,
     DAFNetConfig,
@@ -15,6 +25,8 @@ from agents.hypernetworks import (
     MALMENConfig,
     MENDAgent,
     MENDConfig,
+    StableEditAgent,
+    StableEditConfig,
     UltraEditAgent,
     UltraEditConfig,
     malmen_rledit,
@@ -29,12 +41,14 @@ from rledit_env.type_aliases import Settings
 TRAINED = Strength()
 STEP_SIZE = Strength(("step_size",))
 BOX = Strength(("learning_rate", "epsilon"))
+LEARNING_RATE = Strength(("learning_rate",))
 # ROME always writes the whole value; its strength is how far the value moves: Adam's step size and the clamp.
 VALUE = Strength(("value.learning_rate", "value.clamp"))
 # With λ well below kᵀC⁻¹k the whole value is written, and a smaller λ changes nothing: only larger ones are tried.
 COVARIANCE = Strength(divided=("covariance_weight",), factors=(0.1, 0.3, 1.0))
 RIDGE = Strength(divided=("ridge",), factors=(0.1, 0.3, 1.0))
 TEXT_PRIOR = 300.0  # c, the number of text keys in the prior
+CRISP_ENERGY = 0.9  # share of the curvature whose directions are removed
 ANSWER: Settings = {"token": "answer", "steps_per_batch": 1}
 PRESENTATIONS = (8, 16, 3)  # many weak presentations change the rest of an LLM less than few strong ones
 LONG = Training(num_batches=20, reward={"batch_stride": 5}, select_batches=20)
@@ -69,6 +83,11 @@ def _anchored(editor: Editor) -> Editor:
 def _textual(editor: Editor) -> Editor:
     """The editor with a prior of text in its least squares (see `agents.rledit.text_prior`)."""
     return _variant(editor, "text", text_prior=TEXT_PRIOR)
+
+
+def _restrained(editor: Editor) -> Editor:
+    """The editor without the directions of highest curvature in its updates (see `agents.curvature`)."""
+    return _variant(editor, "crisp", network={"crisp_energy": CRISP_ENERGY})
 
 
 def _variant(editor: Editor, plugin: str, **settings: Any) -> Editor:
@@ -125,6 +144,23 @@ ULTRAEDIT = Editor(
     "ultraedit", "UltraEdit", "training-free", UltraEditAgent, UltraEditConfig, env=ANSWER, step_size=("step_size",),
     presentations=PRESENTATIONS, strength=STEP_SIZE,
 )  # fmt: skip
+STABLEEDIT = replace(ULTRAEDIT, name="stableedit", title="StableEdit", agent=StableEditAgent, config=StableEditConfig)
+
+# The start of training: moments of training facts, and nothing learned.
+RLEDIT_UNTRAINED = _trajectory(
+    "rledit-untrained", "RLEdit, untrained", rledit_untrained,
+    env={"token": "subject", "steps_per_batch": 8, "present_until": 0.8}, training=Training(trajectories=0),
+)  # fmt: skip
+RLEDIT = _trajectory(
+    "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
+    training=Training(
+        reward={
+            "components": {"efficacy": 1.0, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
+            "every_step": False,
+        },
+        select_batches=10,
+    ),
+)  # fmt: skip
 
 # In the order of a table.
 EDITORS: dict[str, Editor] = {
@@ -142,6 +178,10 @@ EDITORS: dict[str, Editor] = {
         Editor(
             "ft-m", "FT-M", "reference", FTMAgent, FTMConfig, env=ANSWER, step_size=("learning_rate", "epsilon"),
             strength=BOX,
+        ),
+        Editor(
+            "crispedit", "CrispEdit", "training-free", CrispEditAgent, CrispEditConfig, env=ANSWER,
+            step_size=("learning_rate",), strength=LEARNING_RATE,
         ),
         ROME,
         _anchored(ROME),
@@ -164,6 +204,10 @@ EDITORS: dict[str, Editor] = {
         _textual(ULTRAEDIT),
         _recursive(ULTRAEDIT),
         _textual(_recursive(ULTRAEDIT)),
+        STABLEEDIT,
+        _textual(STABLEEDIT),
+        _recursive(STABLEEDIT),
+        _textual(_recursive(STABLEEDIT)),
         _trajectory(
             "mend+rledit", "MEND+RLEdit", mend_rledit, env={"token": "all", "steps_per_batch": 1}, training=LONG,
         ),
@@ -175,20 +219,10 @@ EDITORS: dict[str, Editor] = {
                 reward={"locality_reference": "previous", "regularisation_gradient": False},
             ),
         ),
-        _trajectory(  # the start of training: moments of training facts, and nothing learned
-            "rledit-untrained", "RLEdit, untrained", rledit_untrained,
-            env={"token": "subject", "steps_per_batch": 8, "present_until": 0.8}, training=Training(trajectories=0),
-        ),
-        _trajectory(
-            "rledit", "RLEdit", env={"token": "subject", "steps_per_batch": 5},
-            training=Training(
-                reward={
-                    "components": {"efficacy": 1.0, "generalization": 1.0, "locality": 1.0}, "backtracking_samples": 1,
-                    "every_step": False,
-                },
-                select_batches=10,
-            ),
-        ),
+        RLEDIT_UNTRAINED,
+        _restrained(RLEDIT_UNTRAINED),
+        RLEDIT,
+        _restrained(RLEDIT),
     )
 }  # fmt: skip
 SHORT_NAMES = {"recursion": "ultraedit+recursion"}

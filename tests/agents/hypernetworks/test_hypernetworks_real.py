@@ -67,4 +67,5 @@ def test_dafnets_edits_take():
     network = DAFNetNetworkConfig(rank=128, feed_forward=256, attention=128, step_size=3e-3, step_size_parameter="log")
     config = DAFNetConfig(network, learning_rate=3e-4, step_size_learning_rate=0.05, max_gradient_norm=1.0)
     agent, lm = trained(DAFNetAgent, config, 12, token="subject+answer", num_batches=4)
-    assert taken(agent, lm, presentations=8, token="subject+answer") >= 4
+    # Trained so briefly, 8 and 9 of 12 take with two seeds, and rounding decides over some of them.
+    assert taken(agent, lm, presentations=8, token="subject+answer", facts=12) >= 6

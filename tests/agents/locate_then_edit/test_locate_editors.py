@@ -35,7 +35,7 @@ from agents.key_statistics import expected_seconds, key_statistics
 from agents.locate_then_edit.alphaedit import null_space
 from agents.locate_then_edit.keys import subject_keys, write_contexts
 from agents.locate_then_edit.least_squares import dense, least_squares_keys
-from agents.locate_then_edit.locate import LocateAgent, rescaled, trimmed_mean
+from agents.locate_then_edit.locate import LocateAgent, anchored, rescaled, trimmed_mean
 from agents.locate_then_edit.modules import default_output_projections, linear_shape, output_projections
 from agents.locate_then_edit.prune import restrained
 from agents.locate_then_edit.rect import largest_changes
@@ -301,6 +301,48 @@ def test_rescaled_values_have_one_norm_and_their_own_directions() -> None:
 def test_the_anchor_is_a_mean_without_the_largest_norms() -> None:
     assert trimmed_mean(torch.tensor([1.0] * 19 + [100.0])) == 1.0
     assert trimmed_mean(torch.tensor([3.0])) == 3.0
+    assert trimmed_mean(torch.arange(39.0)) == 18.5  # the published code drops ⌊0.05 · 39⌋ = 1
+
+
+def test_a_value_of_more_than_twice_the_anchors_norm_is_not_written() -> None:
+    initial, solved = random(4, 8), random(4, 8, seed=1)
+    solved *= torch.tensor([[1.0], [1.99], [2.01], [50.0]]) / solved.norm(dim=1, keepdim=True)
+    values = Values(initial, solved - initial, torch.zeros(4), torch.zeros(4, dtype=torch.long))
+    found = anchored(values, 1.0, outlier=2.0)
+    torch.testing.assert_close(found.solved[:2].norm(dim=1), torch.ones(2, dtype=torch.float64))
+    assert (found.delta[2:] == 0).all() and torch.equal(found.solved[2:], initial[2:])
+    every = anchored(values, 1.0, outlier=None)
+    torch.testing.assert_close(every.solved.norm(dim=1), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("editor", "config"), EDITORS)
+def test_a_fact_whose_value_nas_leaves_out_changes_no_weight(
+    editor: type[LocateAgent], config: Any, make: Callable[..., Any]
+) -> None:
+    env = make(editor)
+    more: dict[str, Any] = {"norm_anchor": True, "anchor_facts": 3}
+    if editor is AlphaEditAgent:
+        more["threshold"] = 1e9
+    changes = []
+    for outlier in (1e-6, None):
+        agent = editor(env, type(config)(**{**vars(config), **more, "anchor_outlier": outlier}))
+        observation, _ = env.reset(seed=0)
+        env.step(agent.predict(observation)[0])
+        changes.append(max(float((env.lm.weight(m) - env.lm.original_weight(m)).norm()) for m in env.lm.module_shapes))
+    assert changes[0] <= 1e-5 * changes[1] and changes[1] > 0
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"anchor_outlier": 0.0}, "anchor_outlier is 0.0; give a positive number, or None"),
+    ({"anchor_facts": 0}, "anchor_facts is 0; give 1 or more"),
+])  # fmt: skip
+def test_a_setting_of_nas_that_makes_no_sense_is_named(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MEMITConfig(norm_anchor=True, **setting)
+
+
+def test_the_published_limits_are_twice_the_anchor_and_five_times_with_rome() -> None:
+    assert MEMITConfig().anchor_outlier == 2.0 and ROMEConfig().anchor_outlier == 5.0
 
 
 @pytest.mark.parametrize(("editor", "config"), [EDITORS[0], EDITORS[1], EDITORS[4]])

@@ -113,6 +113,17 @@ def test_sharded_scores_are_those_of_one_process(kind: str, metrics: str) -> Non
     assert found.portability is not None
 
 
+def test_groups_and_further_edits_in_other_processes_are_scored() -> None:
+    lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
+    records = [*load_knowledge("zsre").records[:4]]
+    needs = ((records[1].prompt, records[1].target),)  # which another process scores
+    records[0] = replace(records[0], implied=(ImpliedFact("Rome is in", "Peru", "multi_hop", needs),))
+    records[3] = replace(records[3], implied=(ImpliedFact("Oslo is in", "Chad", "Reasoning"),))
+    wanted = evaluate(lm, records, "zsre", generate=False)
+    assert {"portability/multi_hop", "portability/Reasoning"} == set(wanted.groups)
+    assert scored_by(3, records, "zsre", lm).as_dict() == pytest.approx(wanted.as_dict())
+
+
 def test_processes_beyond_the_records_have_nothing_to_score() -> None:
     lm = EditableLM.load("tiny-llama", dtype="float32", device="cpu")
     records = load_knowledge("counterfact").records[:2]

@@ -180,7 +180,7 @@ def test_a_starred_editor_has_its_trainer_s_settings_and_its_own():
 
 def test_the_editors_without_training_are_those_of_the_registry_that_nothing_trains():
     free = training_free_editors()
-    assert {"none", "fine-tuning", "ft-l", "ft-m", "ultraedit"} <= set(free)
+    assert {"none", "fine-tuning", "ft-l", "ft-m", "crispedit", "ultraedit"} <= set(free)
     assert {"rome", "memit", "prune", "rect", "alphaedit"} <= set(free)
     assert {"mend", "mend*", "malmen", "dafnet", "rledit", "rledit-paper"}.isdisjoint(free)
 
@@ -251,8 +251,10 @@ def test_every_editor_but_none_has_a_strength_and_says_what_it_tries():
 
 
 STRENGTHS = {  # number → its power of the factor
-    "fine-tuning": {"step_size": 1}, "ultraedit": {"step_size": 1}, "ft-l": {"learning_rate": 1, "epsilon": 1},
-    "rome": {"value.learning_rate": 1, "value.clamp": 1}, "memit": {"covariance_weight": -1},
+    "fine-tuning": {"step_size": 1}, "ultraedit": {"step_size": 1}, "stableedit": {"step_size": 1},
+    "ft-l": {"learning_rate": 1, "epsilon": 1},
+    "crispedit": {"learning_rate": 1}, "rome": {"value.learning_rate": 1, "value.clamp": 1},
+    "memit": {"covariance_weight": -1},
     "memit+recursion": {"covariance_weight": -1, "anchor": -1}, "prune": {"covariance_weight": -1},
     "alphaedit+nas": {"ridge": -1}, "malmen": {}, "rledit": {},
 }  # fmt: skip

@@ -11,11 +11,13 @@ from agents import HypernetworkConfig, RLEditAgent, RLEditConfig
 from agents.base import Agent
 from agents.fine_tuning.baselines import FineTuningAgent, NoEditAgent
 from agents.hypernetworks.retraining import BatchwiseAgent, BatchwiseConfig
+from agents.hypernetworks.stableedit import StableEditAgent, StableEditConfig
 from agents.hypernetworks.ultraedit import UltraEditAgent
 
 MAKERS: dict[str, Any] = {
     "rledit": lambda env: RLEditAgent(env, RLEditConfig(network=HypernetworkConfig(rank=2))),
     "ultraedit": UltraEditAgent,
+    "stableedit": lambda env: StableEditAgent(env, StableEditConfig(warm_up_facts=40)),
     "fine-tuning": FineTuningAgent,
     "none": NoEditAgent,
 }
