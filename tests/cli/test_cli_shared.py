@@ -58,7 +58,7 @@ def start(command: list[str], errors: Path) -> subprocess.Popen[bytes]:
 def test_two_processes_of_which_one_is_killed_give_the_cells_of_one_process_alone(tmp_path: Path) -> None:
     out, alone = tmp_path / "shared", tmp_path / "alone"
     processes = [start([*COMPARE, "--out", str(out)], tmp_path / f"errors-{i}") for i in range(2)]
-    killed, deadline = None, time.monotonic() + 300
+    killed, deadline = None, time.monotonic() + 900
     while killed is None:  # until one has a cell, and something is finished
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.02)
@@ -69,7 +69,7 @@ def test_two_processes_of_which_one_is_killed_give_the_cells_of_one_process_alon
     killed.wait()
     assert 1 <= len(cells_of(out)) < len(CELLS)
     processes.append(start([*COMPARE, "--out", str(out)], tmp_path / "errors-2"))  # the same command again
-    codes = [process.wait(timeout=300) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert sorted(codes) == [-signal.SIGKILL, 0, 0], [(tmp_path / f"errors-{i}").read_text() for i in range(3)]
     assert cli.main([*COMPARE, "--out", str(alone)]) == 0
     assert cells_of(out).keys() == CELLS
@@ -90,7 +90,7 @@ def test_an_editor_that_learns_is_trained_by_one_process_and_the_curve_is_divide
     command[command.index("--editors") + 1 : command.index("--seeds")] = ["none", "ultraedit", "rledit-untrained"]
     out, alone = tmp_path / "shared", tmp_path / "alone"
     processes = [start([*command, "--out", str(out)], tmp_path / f"errors-{i}") for i in range(2)]
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert codes == [0, 0], [(tmp_path / f"errors-{i}").read_text() for i in range(2)]
     assert cli.main([*command, "--out", str(alone)]) == 0
     assert cells_of(out / "curve") == cells_of(alone / "curve") and len(cells_of(out / "curve")) == 5
