@@ -43,7 +43,7 @@ def _in_language(row: Row, code: str) -> EditRecord:
 
 
 def _is_by_language(row: Row) -> bool:
-    parts = [value for value in row.values.values() if value is not None]
+    parts = [value for value in row.values.values() if isinstance(value, Mapping)]
     return bool(parts) and all(
         CODE.match(str(code)) and (value is None or isinstance(value, Mapping)) for code, value in row.values.items()
     ) and any("src" in part or "alt" in part for part in parts)  # fmt: skip
