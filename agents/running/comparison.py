@@ -87,7 +87,7 @@ class Comparison:
     ) -> None:  # fmt: skip
         self.setting, self.views, self.out, self.progress_bar = setting, views, Path(out), progress_bar
         self.trainer = trainer or self
-        self.claims = claims if trainer is None else trainer.claims
+        self.claims: Claims | None = claims if trainer is None else trainer.claims
         self.claims_root: Path = self.out if trainer is None else trainer.claims_root
         self._texts: dict[str, list[Passage]] | None = None  # for the divergences; the same for every editor
 
