@@ -1,8 +1,7 @@
 """Records that stay on disk: a large data set is read once and checked, and its rows are read again when asked for.
 
-A row takes some thirty bytes of memory, whatever it holds, so that half a million facts need no more than ten thousand
-that are held do. Every record has an index, as in a small data set: a stream draws from all of them, and the same seed
-gives the same facts.
+A row takes some thirty bytes of memory, and less than a hundred while the rows are read, whatever it holds. Every
+record has an index, as in a small data set: a stream draws from all of them, and the same seed gives the same facts.
 """
 
 from __future__ import annotations
