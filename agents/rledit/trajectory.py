@@ -68,11 +68,11 @@ def _differentiated(
             warnings.warn(f"the LLM broke at step {len(infos)} of a training stream; that step is left out of "
                           "the gradient. Lower the step size or drift_limit", stacklevel=2)
             break
-        of_reward, of_action = info.pop("reward_gradient", None) or {}, info["action_gradient"]
+        of_action = info["action_gradient"]
         if "updates" in of_action:
             of_action = {"updates": agent.restrained_gradient(of_action["updates"])}
-        credit.take(keys, values, agent.restrained_gradient(of_reward), of_action, config.discount ** len(records),
-                    record.retained)
+        credit.take(keys, values, agent.restrained_gradient(info.pop("reward_gradient", None) or {}), of_action,
+                    config.discount ** len(records), record.retained)
         records.append(record)
         infos.append({k: v for k, v in info.items() if isinstance(v, float)} | {"reward": float(reward)})
         total += float(reward)

@@ -88,7 +88,7 @@ class WhiteningNormaliser(RunningNormaliser):
 
     def begin(self, start: RunningNormaliser, start_rows: float) -> None:
         """Begin a stream with all rows of ``start``, as if they were the stream's first."""
-        self.load(start.state())
+        self.load({name: tensor.clone() for name, tensor in start.state().items()})
 
     def empty(self, device: torch.device) -> WhiteningNormaliser:
         return WhiteningNormaliser(self.d_in, self.d_out, device)

@@ -65,13 +65,17 @@ def _short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_evaluation_which_the_same_command_continues(how: signal.Signals, tmp_path: Path) -> None:
-    command = [*EVALUATE, "--num-batches", "40", "--ledger", str(tmp_path / "ledger"), "--json"]
     environment = {**os.environ, "PYTHONPATH": import_paths()}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rledit_env.cli", *command, str(tmp_path / "result.json")], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    journal = tmp_path / "ledger" / "measurements.jsonl"
+
+    def start(name: str) -> subprocess.Popen[str]:
+        options = ["--num-batches", "40", "--ledger", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
+        return subprocess.Popen(
+            [sys.executable, "-m", "rledit_env.cli", *EVALUATE, *options], env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    process = start("stopped")
+    journal = tmp_path / "stopped" / "measurements.jsonl"
     for _ in range(600):
         time.sleep(0.1)
         if journal.exists() and '"points"' in journal.read_text(encoding="utf-8"):
@@ -81,13 +85,15 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_continues(how: signa
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGTERM)
     if how == signal.SIGINT:
         assert "Go on with the same command:\n  rledit evaluate" in err
-    assert not (tmp_path / "result.json").exists()
-    assert cli.main([*command, str(tmp_path / "result.json")]) == 0
-    assert cli.main([*EVALUATE, "--num-batches", "40", "--ledger", str(tmp_path / "whole"), "--json",
-                     str(tmp_path / "whole.json")]) == 0  # fmt: skip
-    resumed, whole = (json.loads((tmp_path / n).read_text(encoding="utf-8")) for n in ("result.json", "whole.json"))
+    assert not (tmp_path / "stopped.json").exists()
+    for name in ("stopped", "whole"):
+        ended = start(name)
+        _, err = ended.communicate(timeout=600)
+        assert ended.returncode == 0, err
+    resumed, whole = (json.loads((tmp_path / n).read_text(encoding="utf-8")) for n in ("stopped.json", "whole.json"))
     assert measured(resumed) == measured(whole)
-    assert resumed["batch_seconds"].count(None) == 1 and whole["batch_seconds"].count(None) == 0
+    # The time of the batch at which the signal came is not known, if it came at one.
+    assert resumed["batch_seconds"].count(None) <= 1 and whole["batch_seconds"].count(None) == 0
 
 
 def test_the_same_facts_are_scored_for_an_agent_and_an_editor_and_the_report_draws_both(
