@@ -1,6 +1,7 @@
 """Ask every web address in the README and the documentation whether it is still there: `make links`.
 
-Outside `.ci/run`, which reaches no network. Exit code 1 if an address is gone (404, 410, or no such host).
+Outside `.ci/run`, which reaches no network. Exit code 1 if an address is gone (404, 410, or no such host), or if
+there is no network.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def main() -> int:
         answers = dict(zip(where, pool.map(answer, where), strict=True))
     for address, status in sorted(answers.items()):
         print(f"{status:<6} {address}  ({', '.join(sorted(set(where[address])))})")
+    if not any(status.isdigit() for status in answers.values()):
+        print(f"none of the {len(answers)} addresses answered: nothing is known of them without a network")
+        return 1
     gone = [a for a, status in answers.items() if not status.isdigit() or int(status) in GONE]
     print(f"{len(answers)} addresses, {len(gone)} gone")
     return bool(gone)
