@@ -24,6 +24,7 @@ from rledit_env.playground.view import View
 SECONDS = 0.5  # between two looks at a job
 FIELDS = 5  # of a typed fact
 Work = Callable[[Callable[[str], None]], str]
+ENDED = "(no answer: the model ends its text here)"
 
 
 class Actions:
@@ -127,7 +128,8 @@ class Actions:
 
         def work(say: Callable[[str], None]) -> str:
             say("asking both models")
-            answers.append(self._sessions.get(str(request.session_hash)).ask(text, chat, int(tokens)))
+            unedited, edited = self._sessions.get(str(request.session_hash)).ask(text, chat, int(tokens))
+            answers.append((unedited.strip() or ENDED, edited.strip() or ENDED))
             return "Asked."
 
         for shown in _watched(Job(work)):

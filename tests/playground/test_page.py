@@ -181,6 +181,16 @@ def test_what_cannot_be_done_is_said_with_the_mend(open_tab: Callable[..., Tab])
     assert tab.errors == []
 
 
+def test_a_model_that_answers_nothing_is_seen_to_do_so(open_tab: Callable[..., Tab], monkeypatch: Any) -> None:
+    monkeypatch.setattr("rledit_env.playground.session.Session.ask", lambda *_: ("\n", " Ti"))
+    tab = open_tab()
+    tab.load()
+    tab.fill("question", TIN["prompt"])
+    tab.press("ask", "Asked")
+    assert tab.page.input_value("#before textarea") == "(no answer: the model ends its text here)"
+    assert tab.page.input_value("#after textarea") == "Ti"
+
+
 def test_a_stopped_edit_of_a_file_leaves_the_whole_batches(
     open_tab: Callable[..., Tab], tmp_path: Path, monkeypatch: Any
 ) -> None:
