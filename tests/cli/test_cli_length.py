@@ -72,6 +72,7 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_continues(how: signa
         return subprocess.Popen(
             [sys.executable, "-m", "rledit_env.cli", *EVALUATE, *options], env=environment,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
 
     process = start("stopped")
