@@ -64,7 +64,8 @@ def test_the_address_is_printed_and_ctrl_c_ends_cleanly() -> None:
     pytest.importorskip("gradio", reason="the page needs Gradio")
     command = [sys.executable, "-m", "rledit_env.cli", "playground", "--port", "0", "--model", "tiny-llama"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         address = process.stdout.readline().strip().removeprefix("rledit playground: ")
