@@ -126,10 +126,13 @@ class Claims:
                 self.release(name)
 
     def close(self) -> None:
-        """Give all claims up."""
+        """Give all claims up, and remove those of dead processes: one may have died once its result was on the disk."""
         self._stop.set()
         for name in list(self._held):
             self.release(name)
+        for claim in self._latest().values():
+            if self._expired(claim):
+                claim.path.unlink(missing_ok=True)
 
     # -- others ------------------------------------------------------------------------------------------------------
 

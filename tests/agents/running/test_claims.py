@@ -128,6 +128,18 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_taken_over_at_once(tmp
     claims.close()
 
 
+def test_what_a_dead_process_left_is_removed_at_the_end_and_what_a_living_one_has_is_kept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    living, ending = Claims(tmp_path), Claims(tmp_path)
+    assert living.claim("kept")
+    identity = json.loads(next(tmp_path.iterdir()).read_text().partition("\n")[0])
+    (tmp_path / "left.0").write_text(json.dumps(identity | {"pid": dead.pid}) + "\n")
+    ending.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.0"]
+    living.close()
+
+
 def test_a_turn_waits_until_the_other_is_ready_or_it_is_not_needed_any_more(tmp_path: Path) -> None:
     one, other = Claims(tmp_path, **FAST), Claims(tmp_path, **FAST)
     assert one.claim("tables")
