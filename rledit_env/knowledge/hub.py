@@ -77,7 +77,7 @@ def _streamed(data: HubData) -> Any:
     except Exception as error:
         try:
             return datasets.load_dataset(data.path, **data.arguments)  # what it has downloaded before
-        except Exception:
+        except Exception:  # nothing is in the cache either: the first error says why
             raise error from None
 
 
