@@ -77,6 +77,7 @@ def edit(args: Args) -> list[dict[str, Any]]:
             args.kind, lm, data=replace(dataset, records=batch), num_batches=1, batch_size=len(batch), reward="none",
             array_backend="torch", token=settings["token"], contexts=settings.get("contexts", 0), **presentation,
         )  # fmt: skip
+        agent.set_env(env)
         if not args.stream:
             agent.reset()
         options = {"indices": list(range(len(batch))), "keep_weights": args.stream}

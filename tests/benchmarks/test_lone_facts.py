@@ -14,12 +14,12 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import lone_facts
 
 
-@pytest.fixture
-def folder(tiny_lm: Any, make_env: Any, tmp_path: Path) -> Path:
+@pytest.fixture(params=[1.0, 5.0], ids=["equal", "earlier count for more"])
+def folder(request: pytest.FixtureRequest, tiny_lm: Any, make_env: Any, tmp_path: Path) -> Path:
     """A saved agent with moments."""
     lm = tiny_lm(modules="model.layers.2.mlp.{gate,up}_proj")
     env = make_env("counterfact", model=lm, batch_size=4, array_backend="torch", token="subject", reward="none")
-    network = HypernetworkConfig(rank=2, blocks=0, prior=0.0, step_size=1e-2)
+    network = HypernetworkConfig(rank=2, blocks=0, prior=0.0, step_size=1e-2, memory_weight=request.param)
     agent = RLEditAgent(env, RLEditConfig(network=network, prior_batches=2))
     agent.gather_moments(env, progress_bar=False)
     agent.save(tmp_path / "agent")
