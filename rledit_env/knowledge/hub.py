@@ -76,8 +76,9 @@ def _streamed(data: HubData) -> Any:
         return datasets.load_dataset(data.path, streaming=True, **data.arguments)
     except Exception as error:
         try:
-            return datasets.load_dataset(data.path, **data.arguments)  # what it has downloaded before
-        except Exception:  # nothing is in the cache either: the first error says why
+            # Without a network this reads the library's cache. A set that cannot be streamed is downloaded whole.
+            return datasets.load_dataset(data.path, **data.arguments)
+        except Exception:  # whatever the library raises here, the first error says why
             raise error from None
 
 
