@@ -135,8 +135,8 @@ class LifelongEditEnv(Copied, EpisodeAttributes, gym.Env):
     * `split`: "train" or "eval".
     * `num_batches`, `batch_size`: T and n.
     * `token`: the positions whose keys and value gradients are observed: "answer" (those that predict an answer
-      token), "subject" (the subject's last token; answer positions for facts without a subject), "subject+answer", or
-      "all".
+      token), "subject" (the subject's last token; answer positions for facts that name no subject, or one that is the
+      first token), "subject+answer", or "all".
     * `reward`: None or "paper" (the paper's), "efficacy" (with a term for the edit prompt and one sampled earlier
       batch), "none" (no reward computed: 0.0), or a `RewardConfig`.
     * `max_tokens`: N; None means the most that any batch of this data can need.

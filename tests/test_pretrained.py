@@ -20,12 +20,17 @@ from rledit_env.knowledge import load_knowledge
 from rledit_env.lm.editable import EditableLM
 from rledit_env.reward import RewardConfig
 
-LAYERS = {"zsre": range(2, 21), "counterfact": range(4, 16), "fever": range(4, 16)}
+LAYERS = {"zsre": range(2, 21), "counterfact": range(2, 21), "fever": range(4, 16)}
 IDS = {"zsre": "RLEdit-ZsRE-v0", "counterfact": "RLEdit-CounterFact-v0", "fever": "RLEdit-FEVER-v0"}
 EXAMPLE = {
     "prompt": "The mother tongue of Danielle Darrieux is", "target_new": "English", "ground_truth": "French",
     "subject": "Danielle Darrieux", "rephrase_prompt": "Danielle Darrieux, a native",
     "locality_prompt": "The native language of Montesquieu is", "locality_ground_truth": "French",
+}  # fmt: skip
+BEGINS_WITH_ITS_SUBJECT = {
+    "prompt": "Russia is a country on the continent of", "target_new": "North America", "ground_truth": "Europe",
+    "subject": "Russia", "rephrase_prompt": "Russia lies on the continent of", "locality_prompt": "Chile lies in",
+    "locality_ground_truth": "South America",
 }  # fmt: skip
 
 
@@ -115,11 +120,12 @@ def test_single_facts_take_each_alone_from_the_pretrained_weights():
     lm = EditableLM.load(settings["model"], settings["edit_modules"], dtype="stored")
     agent = load_agent(find_agent("default"))
     taken = []
-    for facts in (load_knowledge("counterfact", [EXAMPLE]), load_knowledge("counterfact", split="eval")):
+    own = load_knowledge("counterfact", [EXAMPLE, BEGINS_WITH_ITS_SUBJECT])
+    for facts in (own, load_knowledge("counterfact", split="eval")):
         for record in facts.records[:5]:
             one = replace(facts, records=(record,))
             shown = {"token": settings["token"], "steps_per_batch": 40, "present_until": 0.8}
             edit_facts(lm, agent, one, 1, **shown, contexts=settings.get("contexts", 0))
             [answer] = continuations(lm, [record])
             taken.append(took(answer, record.target))
-    assert len(taken) == 6 and taken[0] and sum(taken) >= 5
+    assert len(taken) == 7 and all(taken[:2]) and sum(taken) >= 6

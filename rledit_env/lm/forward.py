@@ -38,10 +38,14 @@ class Passage:
         return range(len(self.input_ids) - len(self.targets), len(self.input_ids))
 
     def chosen_positions(self, token: str) -> Sequence[int]:
-        """The positions that ``token``, one of :data:`TOKEN_CHOICES`, stands for, in order."""
+        """The positions that ``token``, one of :data:`TOKEN_CHOICES`, stands for, in order.
+
+        A subject that ends at the passage's first token counts as none. LLMs use that token as an attention sink (Xiao
+        et al., ICLR 2024): its state is nearly the same in all texts, so that an edit there would change them all.
+        """
         if token == "all":
             return range(len(self.input_ids))
-        if token == "answer" or self.subject_position is None:
+        if token == "answer" or not self.subject_position:
             return self.positions
         if token == "subject":
             return [self.subject_position]

@@ -83,8 +83,8 @@ class Gradients:
         Args:
             passages: the batch's edits.
             token: which positions: those that predict an answer token (``"answer"``), the subject's last token
-                (``"subject"``; the answer positions where a record names no subject), both
-                (``"subject+answer"``), or every token (``"all"``).
+                (``"subject"``; the answer positions where a record names no subject, or one that is the first token),
+                both (``"subject+answer"``), or every token (``"all"``).
             until: used with ``untaken``: a passage has taken if every answer token has at least this probability.
             untaken: which passages had not taken before, (passages,) bool; None: all. The others are first run without
                 gradients. If they have still taken, they get no positions in the trace, which halves their cost.

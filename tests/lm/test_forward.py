@@ -247,6 +247,9 @@ def test_positions_are_named_by_what_they_predict():
     assert list(passage.chosen_positions("all")) == [0, 1, 2, 3, 4]
     nameless = Passage((10, 11, 12), (12, 13))
     assert list(nameless.chosen_positions("subject")) == list(nameless.chosen_positions("subject+answer")) == [1, 2]
+    first = Passage((10, 11, 12), (12, 13), subject_position=0)  # whose state is an attention sink's
+    assert list(first.chosen_positions("subject")) == list(first.chosen_positions("subject+answer")) == [1, 2]
+    assert list(first.chosen_positions("all")) == [0, 1, 2]
 
 
 def test_a_model_without_layers_is_refused():
