@@ -219,10 +219,8 @@ def test_a_saved_agent_keeps_its_own_settings_but_those_that_its_entry_names():
     assert configured(editor, {"rledit": named}).env == {"present_until": 0.9}
 
 
-@pytest.mark.parametrize(("kind", "first", "last", "weight"), [("zsre", 2, 20, 5.0), ("counterfact", 4, 15, 1.0)])
-def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own_settings(
-    kind, first, last, weight
-):
+@pytest.mark.parametrize(("kind", "weight"), [("zsre", 5.0), ("counterfact", 4.0)])
+def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own_settings(kind, weight):
     entries = load_configs(find_configs("smollm2-135m"), kind)
     shipped, rule = (configured(EDITORS[name], entries) for name in ("rledit", "rledit-untrained"))
     settings = agent_settings(find_agent("default", kind))
@@ -230,10 +228,10 @@ def test_the_shipped_agents_and_what_they_started_from_are_compared_on_their_own
     assert (shipped.saved, shipped.env) == ("default", {})
     for name in ("token", "present_until", "contexts"):
         assert rule.env.get(name) == (trained.get(name) or None), name
-    assert rule.env["edit_modules"] == f"model.layers.[{first}-{last}].mlp.{{gate,up}}_proj"
+    assert rule.env["edit_modules"] == "model.layers.[2-20].mlp.{gate,up}_proj"
     assert rule.configuration().network.memory_weight == weight
     assert settings["config"]["network"].get("memory_weight", 1.0) == weight
-    both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(first, last + 1) for name in ("gate", "up")}
+    both = {f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2, 21) for name in ("gate", "up")}
     assert set(trained["edit_modules"]) == both
 
 
