@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -241,6 +241,19 @@ class StreamSettings(TypedDict, total=False):
     batch_size: int
 
 
+@contextmanager
+def keeping_env(agent: Agent) -> Iterator[None]:
+    """Context in which an agent may be set to other environments; it gets its own back at the end."""
+    former_env = agent.env
+    try:
+        yield
+    finally:
+        if former_env is None:
+            agent.env = None
+        else:
+            agent.set_env(former_env)
+
+
 def edit_facts(  # noqa: PLR0913  the environment's parameters by their own names
     lm: EditableLM,
     agent: Agent,
@@ -274,11 +287,11 @@ def edit_facts(  # noqa: PLR0913  the environment's parameters by their own name
         log: the log of the first facts of ``facts``, which have been edited already by this agent, and recorded in this
             ledger. It is continued with the other facts.
     """
-    log, former_env = log or EditLog(), agent.env
+    log = log or EditLog()
     log.diverged = log.stopped = False
     first = log.facts
     full, rest = divmod(len(facts) - first, batch_size)
-    try:
+    with keeping_env(agent):
         for start, batches, size in ((first, full, batch_size), (first + full * batch_size, 1, rest)):
             if batches * size == 0 or log.diverged or log.stopped:
                 continue
@@ -290,11 +303,6 @@ def edit_facts(  # noqa: PLR0913  the environment's parameters by their own name
             options = {"indices": list(range(start, start + batches * size)), "keep_weights": start > 0}
             agent.set_env(env)  # for editors that read the facts from their environment
             edit_stream(env, agent, log, progress, ledger=ledger, guard=guard, seed=0, options=options)
-    finally:
-        if former_env is None:
-            agent.env = None
-        else:
-            agent.set_env(former_env)
     if present_until is not None:
         log.taken = have_taken(lm, facts, present_until)[: log.facts]
     return log

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
-from agents.running.editing import EditLog, edit_stream
+from agents.running.editing import EditLog, edit_stream, keeping_env
 from rledit_env.evaluation.general import drifts
 from rledit_env.evaluation.metrics import averaged, continuations, score_records, with_answers
 from rledit_env.evaluation.retention import DriftProbe, Retention, RetentionProbe
@@ -53,10 +53,12 @@ class SameStream:
         self._score(NO_EDIT)
 
     def edit(self, name: str, editor: Agent) -> EditLog:
-        """Edit the facts with an editor, and score it under a name."""
+        """Edit the facts with an editor, and score it under a name. The editor's own environment stays the same."""
         drift, retention = DriftProbe(self.env), RetentionProbe(self.env, generate=False)
         is_first = len(self.scores) == 1
-        log = edit_stream(self.env, editor, callbacks=(drift, retention) if is_first else (drift,), seed=self.seed)
+        with keeping_env(editor):
+            editor.set_env(self.env)  # for editors that ask their environment about the facts
+            log = edit_stream(self.env, editor, callbacks=(drift, retention) if is_first else (drift,), seed=self.seed)
         means = map(fmean, zip(*drift.by_module.values(), strict=True))
         size = self._inner.stream.batch_size
         self.drifts[name] = [(0.0, 0.0), *((size * (i + 1), mean) for i, mean in enumerate(means))]

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
 
-from agents import FineTuningAgent, FineTuningConfig, NoEditAgent
+from agents import (
+    FineTuningAgent,
+    FineTuningConfig,
+    HypernetworkConfig,
+    NoEditAgent,
+    RLEditAgent,
+    RLEditConfig,
+    load_agent,
+)
 from agents.running.same_stream import NO_EDIT, SameStream
 from rledit_env.evaluation.metrics import evaluate
 from rledit_env.interface import editing_env
@@ -43,6 +52,19 @@ def test_the_first_editor_is_measured_along_the_stream(stream: SameStream) -> No
     assert list(stream.general) == [0, 2]
     assert [facts for facts, _ in stream.drifts["first"]] == [0, 2, 4] and stream.drifts["first"][-1][1] > 0
     assert {drift for _, drift in stream.drifts["second"]} == {0.0}
+
+
+def test_an_editor_that_asks_its_environment_is_asked_in_the_streams(stream: SameStream, tmp_path: Path) -> None:
+    """As the agents that ship, whose memory weighs earlier facts more, and which are loaded without an environment."""
+    RLEditAgent(stream.env, RLEditConfig(HypernetworkConfig(rank=4, memory_weight=4.0))).save(tmp_path / "agent")
+    agent = load_agent(tmp_path / "agent")
+    stream.edit("loaded", agent)
+    assert stream.drifts["loaded"][-1][1] > 0 and agent.env is None
+    own = gym.make("rledit_env:RLEdit-CounterFact-v0", model=editing_env(stream.env).lm, num_batches=1, batch_size=2,
+                   array_backend="torch", disable_env_checker=True)  # fmt: skip
+    agent.set_env(own)
+    stream.edit("again", agent)
+    assert agent.env is own and stream.scores["again"]["kl"] == pytest.approx(stream.scores["loaded"]["kl"])
 
 
 def test_editors_are_compared_fact_by_fact(stream: SameStream) -> None:
