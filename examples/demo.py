@@ -102,7 +102,7 @@ class Sizes:
 QUICK = Sizes(4, 2, (2, 2, 1), 8, update_seconds=0.1, stream_seconds=1.0)
 # Times in presentations of a fact to the agent that ships; "The demo on any machine" in benchmarks/NOTES.md has the
 # measurements.
-EDITED = 11.0  # of a fact of the stream: presented until it takes, and scored
+EDITED = 8.0  # of a fact of the stream: presented until it takes, and scored
 TRAINED = 1.0  # of a presentation in training, with its share of the reward's gradient
 GATHERED = 0.5  # of a fact whose moments are gathered
 UPDATES = 12  # policy updates that there should be time for
