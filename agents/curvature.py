@@ -138,9 +138,22 @@ class LowCurvature:
         )
 
     def project(self, change: Tensor) -> Tensor:
-        """The projection of ΔW (d_out, d_in), in its precision."""
-        u, v, removed = (t.to(change) for t in (self.outputs, self.inputs, self.removed))
-        return change - u @ ((u.T @ change @ v) * removed) @ v.T
+        """The projection of ΔW (d_out, d_in)."""
+        u, v = self.outputs, self.inputs
+        return self._without(change, u.T @ change.to(u) @ v)
+
+    def project_product(self, values: Tensor, keys: Tensor) -> Tensor:
+        """The projection of ΔW = ṽᵀũ, given ṽ (N, d_out) and ũ (N, d_in), in half the products if N is small."""
+        u, v = self.outputs, self.inputs
+        return self._without(values.T @ keys, (values.to(u) @ u).T @ (keys.to(v) @ v))
+
+    def _without(self, change: Tensor, coordinates: Tensor) -> Tensor:
+        """ΔW less its removed directions, given its coordinates UᵀΔW V (q, p)."""
+        return change - (self.outputs @ (coordinates * self.removed) @ self.inputs.T).to(change)
+
+    def to(self, dtype: torch.dtype) -> LowCurvature:
+        """The same projection with its products in another precision; the change itself is never rounded."""
+        return LowCurvature(self.outputs.to(dtype), self.inputs.to(dtype), self.removed.to(dtype))
 
 
 Projections = Mapping[str, LowCurvature]
@@ -165,13 +178,14 @@ def restrained(action: Action, projections: Projections) -> Action:
     """
     part = "accumulated" if "accumulated" in action else "updates"
     if "keys" in action:
-        pairs = {m: (torch.as_tensor(action["values"][m]), torch.as_tensor(k)) for m, k in action["keys"].items()}
         numpy = any(isinstance(k, np.ndarray) for k in action["keys"].values())
-        changes = {m: values.T @ keys for m, (values, keys) in pairs.items()}
+        updates = {
+            m: projections[m].project_product(torch.as_tensor(action["values"][m]), torch.as_tensor(k))
+            for m, k in action["keys"].items()
+        }
     else:
         numpy = any(isinstance(u, np.ndarray) for u in action[part].values())
-        changes = {m: torch.as_tensor(u) for m, u in action[part].items()}
-    updates = projected(changes, projections)
+        updates = projected({m: torch.as_tensor(u) for m, u in action[part].items()}, projections)
     return {part: {m: u.cpu().numpy() if numpy else u for m, u in updates.items()}}
 
 

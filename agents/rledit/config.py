@@ -80,8 +80,8 @@ class HypernetworkConfig:
         text: the text of the prior and the curvature: "generated", text that the LLM itself writes before it is
             edited, or a text file.
         text_tokens: number of the text's tokens (G uses a quarter of them).
-        precision: of the residual blocks' matrix products; parameters, sums and everything else stay in float32.
-            "bfloat16" takes half the time on machines that multiply it natively.
+        precision: of the matrix products of the residual blocks and of ``crisp_energy``; parameters, sums and
+            everything else stay in float32. "bfloat16" takes half the time on machines that multiply it natively.
         normaliser: "stream": running moments start anew at each reset. "lifetime": they run over all tokens of
             training and are constant while editing (MEND, DAFNet). "continued": they run over all tokens of training,
             and each edited stream continues from there (the published code of MALMEN and RLEdit). "whitened": running

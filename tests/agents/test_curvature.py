@@ -85,6 +85,23 @@ def test_projecting_twice_is_projecting_once_and_it_is_symmetric() -> None:
     assert left == pytest.approx(right, rel=1e-10)
 
 
+def test_a_product_is_projected_by_its_factors() -> None:
+    projection = LowCurvature.of(curvature_of(), 0.9)
+    keys, values = (torch.randn(3, d, dtype=torch.float64) for d in (D_IN, D_OUT))
+    expected = projection.project(values.T @ keys)
+    torch.testing.assert_close(projection.project_product(values, keys), expected, atol=1e-12, rtol=1e-10)
+
+
+def test_in_bfloat16_only_the_removed_part_is_rounded() -> None:
+    curvature, change = curvature_of(), change_of()
+    projection = LowCurvature.of(curvature, 0.9)
+    exact = projection.project(change)
+    rounded = projection.to(torch.bfloat16).project(change)
+    assert rounded.dtype == change.dtype
+    removed = float((change - exact).norm())
+    assert 0 < float((rounded - exact).norm()) < 0.02 * removed
+
+
 def test_a_change_along_a_removed_direction_vanishes_and_along_another_it_stays() -> None:
     curvature = curvature_of()
     projection = LowCurvature.of(curvature, 0.9)
