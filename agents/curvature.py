@@ -138,22 +138,25 @@ class LowCurvature:
         )
 
     def project(self, change: Tensor) -> Tensor:
-        """The projection of ΔW (d_out, d_in)."""
-        u, v = self.outputs, self.inputs
-        return self._without(change, u.T @ change.to(u) @ v)
+        """The projection of ΔW (d_out, d_in), on its device."""
+        p = self.to(change.device)
+        return p._without(change, p.outputs.T @ change.to(p.outputs) @ p.inputs)
 
     def project_product(self, values: Tensor, keys: Tensor) -> Tensor:
         """The projection of ΔW = ṽᵀũ, given ṽ (N, d_out) and ũ (N, d_in), in half the products if N is small."""
-        u, v = self.outputs, self.inputs
-        return self._without(values.T @ keys, (values.to(u) @ u).T @ (keys.to(v) @ v))
+        p = self.to(keys.device)
+        coordinates = (values.to(p.outputs) @ p.outputs).T @ (keys.to(p.inputs) @ p.inputs)
+        return p._without(values.T @ keys, coordinates)
 
     def _without(self, change: Tensor, coordinates: Tensor) -> Tensor:
         """ΔW less its removed directions, given its coordinates UᵀΔW V (q, p)."""
         return change - (self.outputs @ (coordinates * self.removed) @ self.inputs.T).to(change)
 
-    def to(self, dtype: torch.dtype) -> LowCurvature:
-        """The same projection with its products in another precision; the change itself is never rounded."""
-        return LowCurvature(self.outputs.to(dtype), self.inputs.to(dtype), self.removed.to(dtype))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LowCurvature:
+        """The same projection on a device, with its products in another precision if ``dtype`` is given; the change
+        itself is never rounded."""
+        outputs, inputs, removed = (t.to(device, dtype) for t in (self.outputs, self.inputs, self.removed))
+        return LowCurvature(outputs, inputs, removed)
 
 
 Projections = Mapping[str, LowCurvature]

@@ -165,7 +165,7 @@ class HypernetworkPolicy(Agent):
             curvature = text_curvature(lm, list(self.network.shapes), config.text, config.text_tokens, progress_bar)
             precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
             projections = low_curvature(curvature.by_module, config.crisp_energy)
-            self.projections = {m: p.to(precision) for m, p in projections.items()}
+            self.projections = {m: p.to(self.network.device, precision) for m, p in projections.items()}
 
     def restrain(self, energy: float) -> None:
         """Remove directions of high curvature from the updates from now on (`HypernetworkConfig.crisp_energy`).

@@ -96,7 +96,7 @@ def test_in_bfloat16_only_the_removed_part_is_rounded() -> None:
     curvature, change = curvature_of(), change_of()
     projection = LowCurvature.of(curvature, 0.9)
     exact = projection.project(change)
-    rounded = projection.to(torch.bfloat16).project(change)
+    rounded = projection.to(change.device, torch.bfloat16).project(change)
     assert rounded.dtype == change.dtype
     removed = float((change - exact).norm())
     assert 0 < float((rounded - exact).norm()) < 0.02 * removed
