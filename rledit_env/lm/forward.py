@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rledit_env.lm.head import OutputHead
 from rledit_env.lm.kernels.layout import Layout
+from rledit_env.lm.kernels.packing import Past
 
 TOKEN_CHOICES = ("answer", "subject", "subject+answer", "all")
 
@@ -81,6 +82,7 @@ class Forward(Scored, Protocol):
         device: the device that computes final states.
         shares: whether a batch may store a shared prefix once (see `rledit_env.lm.kernels.layout`).
         longest_packed: tokens of the longest passages that may be packed in one row; 0: none may.
+        continues_packed: whether packed passages' last tokens can be run after their first ones (:meth:`run_past`).
         batching: which texts the model continues in one batch as it does alone: "padded" means texts of any length,
             padded on the left; "by length" texts of one length; "alone" none.
     """
@@ -98,10 +100,17 @@ class Forward(Scored, Protocol):
     def longest_packed(self) -> int: ...
 
     @property
+    def continues_packed(self) -> bool: ...
+
+    @property
     def batching(self) -> str: ...
 
     def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """The part of the computation for token ids (B, L) that no edit can change, (B, L, …)."""
+        ...
+
+    def run_past(self, prefix: Tensor, layout: Layout) -> Past:
+        """Keys and values of a packed row, from its :meth:`prefix` (1, L, d); no gradient."""
         ...
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:

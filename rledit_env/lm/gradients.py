@@ -130,13 +130,16 @@ class Gradients:
         outputs: dict[str, Tensor] = {}
 
         def record(name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # tokens that run ahead
+                return output
             inputs[name] = arguments[0].detach()
             outputs[name], passed_on = self._require_gradient(name, output)
             return passed_on
 
         with self._hook_modules(record), torch.enable_grad():
             chosen, sets = [passages[i] for i in traced], [batch_of[i] for i in traced]
-            for places, layout, states in self._passes.run(chosen, sets, sharing=False):
+            firsts = [builder.first_position(i) for i in traced]
+            for places, layout, states in self._passes.run_from(chosen, firsts, sets):
                 chunk = [traced[i] for i in places]
                 targets = torch.tensor([t for i in chunk for t in passages[i].targets], device=self._passes.device)
                 losses = negative_log_likelihood(self._passes.forward, states, targets)
@@ -247,6 +250,10 @@ class _TraceBuilder:
         """The weight of each answer token of a chunk in its batch's mean loss, (P,)."""
         weights = [1 / self._totals[b] for b in self._batches_of(chunk)]
         return torch.tensor(weights, dtype=losses.dtype, device=self._device)
+
+    def first_position(self, index: int) -> int:
+        """The first position of a passage that its trace or its loss is taken at."""
+        return min(self._positions[index][0], self._passages[index].positions[0])
 
     def add(
         self, chunk: Sequence[int], layout: Layout, losses: Tensor, inputs: dict[str, Tensor],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rledit_env.lm.forward import Forward, Passage
-from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks
+from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks, tail_chunks
 from rledit_env.lm.routing import ORIGINAL, Routing
 
 
@@ -115,6 +115,10 @@ class Passes:
 
     # -- passes over chunks of passages ----------------------------------------------------------------------------
 
+    def _is_short(self, row: Sequence[int]) -> bool:
+        """Whether a passage may be packed with others."""
+        return len(row) <= min(self.forward.longest_packed, self.token_limit)
+
     def chunks(
         self, rows: Sequence[Sequence[int]], sets: Sequence[int], sharing: bool = True
     ) -> Iterator[tuple[list[int], Layout]]:
@@ -126,9 +130,8 @@ class Passes:
             sharing: whether a batch may store a shared prefix once.
         """
         limit, quantum = self.token_limit, self.forward.quantum
-        longest = min(self.forward.longest_packed, limit)
         keys, lengths = self.routing.sort_keys(sets), [len(row) for row in rows]
-        short = [i for i, length in enumerate(lengths) if length <= longest]
+        short = [i for i, row in enumerate(rows) if self._is_short(row)]
         short_rows, short_keys = [rows[i] for i in short], [keys[i] for i in short]
         if sharing and self.forward.shares:
             for chunk in sharing_chunks(short_rows, limit, short_keys, quantum):
@@ -137,7 +140,7 @@ class Passes:
         else:
             for chunk in even_chunks([len(row) for row in short_rows], limit, short_keys, quantum):
                 yield [short[i] for i in chunk], Layout.end_to_end([len(short_rows[i]) for i in chunk], quantum)
-        long = [i for i, length in enumerate(lengths) if length > longest]
+        long = [i for i, row in enumerate(rows) if not self._is_short(row)]
         for chunk in cheapest_chunks([lengths[i] for i in long], limit, [keys[i] for i in long], quantum=quantum):
             members = [long[i] for i in chunk]
             yield members, Layout.padded([lengths[i] for i in members], quantum)
@@ -162,14 +165,48 @@ class Passes:
         """Yield chunks of passages: their indices, their layout in the batch, and their normalised final states (P, d)
         at the answer positions. The arguments are those of :meth:`chunks`; without ``sets``, all passages use set 0."""
         states = self._prefix_states(passages)
-        sets, quantum = [0] * len(passages) if sets is None else sets, self.forward.quantum
+        sets = [0] * len(passages) if sets is None else sets
         for chunk, layout in self.chunks([p.input_ids for p in passages], sets, sharing):
-            batch = layout.batch([states[i] for i in chunk])
-            places = layout.places([passages[i].positions for i in chunk], self.device)
-            padding = -len(places) % quantum  # positions whose states are not used
-            with self.routing.routed([sets[i] for i in chunk], layout.sizes):
-                final = self.forward.final_states(batch, F.pad(places, (0, padding)), layout)
-            yield chunk, layout, final[: len(places)]
+            yield chunk, layout, self._final_states(chunk, layout, states, passages, sets)
+
+    def run_from(
+        self, passages: Sequence[Passage], firsts: Sequence[int], sets: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Layout, Tensor]]:
+        """:meth:`run` for gradients at some tokens only, the first of each passage at index ``firsts[i]``; no prefix is
+        shared among these.
+
+        Such a gradient needs no backward pass through earlier tokens, which the later ones only read. Where the forward
+        pass can do so, they run ahead, without gradients, and are not in the layout.
+        """
+        sets = [0] * len(passages) if sets is None else sets
+        may_run_ahead = any(firsts) and self.forward.continues_packed
+        split = [i for i, p in enumerate(passages) if may_run_ahead and firsts[i] and self._is_short(p.input_ids)]
+        whole = sorted({*range(len(passages))} - {*split})
+        others = self.run([passages[i] for i in whole], [sets[i] for i in whole], sharing=False)
+        for chunk, layout, final in others:
+            yield [whole[i] for i in chunk], layout, final
+        rows, keys = [passages[i].input_ids for i in split], self.routing.sort_keys([sets[i] for i in split])
+        states, quantum = self._prefix_states(passages), self.forward.quantum
+        for part in tail_chunks(rows, [firsts[i] for i in split], self.token_limit, keys, quantum):
+            chunk = [split[i] for i in part]
+            members, counts = [rows[i] for i in part], [firsts[i] for i in chunk]
+            ahead, paths = Layout.heads(members, counts, [keys[i] for i in part], quantum)
+            with self.routing.routed([sets[i] for i in chunk], ahead.sizes):
+                past = self.forward.run_past(ahead.batch([states[i][: firsts[i]] for i in chunk]), ahead)
+            layout = Layout.tails([len(row) for row in members], paths, past, quantum)
+            yield chunk, layout, self._final_states(chunk, layout, states, passages, sets)
+
+    def _final_states(
+        self, chunk: Sequence[int], layout: Layout, states: Sequence[Tensor], passages: Sequence[Passage],
+        sets: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        """Normalised final states (P, d) at the answer positions of a chunk of passages, given the states (L, d) of all
+        that enter the first edited layer."""
+        batch = layout.batch([states[i] for i in chunk])
+        places = layout.places([passages[i].positions for i in chunk], self.device)
+        padding = -len(places) % self.forward.quantum  # positions whose states are not used
+        with self.routing.routed([sets[i] for i in chunk], layout.sizes):
+            return self.forward.final_states(batch, F.pad(places, (0, padding)), layout)[: len(places)]
 
     # -- states at answer positions --------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import Any, NoReturn
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from rledit_env.lm.forward import FAILURES
 from rledit_env.lm.head import OutputHead
 from rledit_env.lm.kernels.layout import Layout
-from rledit_env.lm.kernels.packing import NAME, SHORT, packed
+from rledit_env.lm.kernels.packing import NAME, SHORT, Past, packed
 from rledit_env.lm.kernels.products import compiled
 from rledit_env.lm.module_calls import Reached, execution_device, replaced_forward
 from rledit_env.lm.modules import decoder_layers
@@ -251,11 +252,8 @@ class SuffixForward:
                     final = self.run(self.prefix(layout.batch(texts).to(self.device), layout), layout)
                 except (IndexError, RuntimeError, TypeError, ValueError):  # an unfamiliar architecture
                     return 0
-            layout_states.append(torch.cat(layout.split(final)).double())
-        packed_states, padded_states = layout_states
-        # Compared token by token, since some tokens' states are a thousand times as large as others'.
-        tolerance = 0.1 if final.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        same = bool(((packed_states - padded_states).norm(dim=1) <= tolerance * padded_states.norm(dim=1)).all())
+            layout_states.append(torch.cat(layout.split(final)))
+        same = _same_states(*layout_states)
         windows = [getattr(self._config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         return min([SHORT, *(w for w in windows if w)]) if same else 0
 
@@ -271,6 +269,38 @@ class SuffixForward:
             return False
         tolerance = 0.05 if states.dtype in (torch.bfloat16, torch.float16) else 1e-4
         return float((states - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+    @cached_property
+    def continues_packed(self) -> bool:
+        """Whether packed passages' last tokens can be run over the keys and values of their first ones, which ran
+        before (tried once, on this model)."""
+        if not (self.shares and self.longest_packed):
+            return False
+        rows, counts, sets = [[1, 2, 3, 4, 5], [1, 2, 6, 7], [*range(8, 15)], [15, 16, 17]], [2, 2, 3, 0], [0] * 4
+        whole, (ahead, paths) = Layout.sharing(rows, sets), Layout.heads(rows, counts, sets)
+        positions = [range(count, len(row)) for row, count in zip(rows, counts, strict=True)]
+
+        def run(states: Sequence[Tensor], layout: Layout) -> Tensor:
+            final = self.run(layout.batch(states), layout).flatten(0, 1)
+            return final[layout.places(positions, final.device)]
+
+        with torch.no_grad():
+            states = whole.split(self._random_states(whole))
+            try:
+                firsts = [s[:count] for s, count in zip(states, counts, strict=True) if count]
+                tails = Layout.tails(whole.lengths, paths, self.run_past(ahead.batch(firsts), ahead))
+                return _same_states(run(states, tails), run(states, whole))
+            except FAILURES:  # an unfamiliar architecture
+                return False
+
+    def run_past(self, prefix: Tensor, layout: Layout) -> Past:
+        """Keys and values of a packed row, from the states (1, L, d) that enter the first suffix layer; no gradient."""
+        assert layout.packing is not None
+        past = layout.packing.written = Past(layout.packing.tokens)
+        with torch.no_grad():
+            self.run_to(prefix, torch.zeros(1, dtype=torch.long, device=prefix.device), layout)
+        layout.packing.written = None
+        return past
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
         """Normalised final states (P, d) at some tokens, given by indices counted row by row, from the states (B, L, d)
@@ -293,3 +323,11 @@ class SuffixForward:
             ids = draw(self.logits(hidden.contiguous()))
             text.append(ids)
         return torch.cat(text, dim=1)
+
+
+def _same_states(states: Tensor, expected: Tensor) -> bool:
+    """Whether states (P, d) are the expected ones. They are compared token by token, since some tokens' states are a
+    thousand times as large as others'."""
+    tolerance = 0.1 if states.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    states, expected = states.double(), expected.double()
+    return bool(((states - expected).norm(dim=1) <= tolerance * expected.norm(dim=1)).all())

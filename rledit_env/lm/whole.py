@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from rledit_env.lm.forward import FAILURES, Forward, Passage
 from rledit_env.lm.head import OutputHead, own_head_inputs
 from rledit_env.lm.kernels.layout import Layout, padded_on_left
+from rledit_env.lm.kernels.packing import Past
 from rledit_env.lm.module_calls import Reached, replaced_forward
 from rledit_env.lm.precision import same_numbers
 
@@ -34,7 +35,7 @@ class WholeForward:
         output: its output head.
     """
 
-    quantum, shares, longest_packed = 1, False, 0
+    quantum, shares, longest_packed, continues_packed = 1, False, 0, False
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, output: OutputHead) -> None:
         self.model, self.layers, self.output = model, layers, output
@@ -51,6 +52,9 @@ class WholeForward:
     def prefix(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """The token ids (B, L) themselves."""
         return input_ids
+
+    def run_past(self, prefix: Tensor, layout: Layout) -> Past:
+        raise NotImplementedError("a model's own forward does not run packed passages")
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:
         """Inputs (P, d) of the output head at some of the token ids (B, L), given by indices counted row by row."""

@@ -149,6 +149,37 @@ def test_many_small_passes_give_what_one_large_pass_gives(tiny_lm, monkeypatch):
     torch.testing.assert_close(whole.hidden, pieces.hidden, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("token", ["answer", "subject", "subject+answer", "all"])
+def test_a_trace_runs_backward_only_from_its_first_position_on(tiny_lm, monkeypatch, name, token):
+    lm = tiny_lm(name)
+    texts = [("Ab", "c", (0, 2)), ("Rome is in", "Peru", (0, 4)), ("In Rome we", "go", (3, 7)), ("In Rome", "a", None)]
+    passages = [lm.tokenize(prompt, answer, span) for prompt, answer, span in texts]
+    passages += [lm.tokenize("x" * 70, "yes", (60, 64))]
+    assert lm.forward.continues_packed == (lm.forward.longest_packed > 0)
+    traces, tokens = [], []
+    for allowed in (lm.forward.continues_packed, False):
+        monkeypatch.setitem(vars(lm.forward), "continues_packed", allowed)
+        with_gradients = 0
+
+        def count(_module, _args, output):
+            nonlocal with_gradients
+            with_gradients += torch.is_grad_enabled() * output[..., 0].numel()
+
+        handle = next(iter(lm.weights.modules.values())).register_forward_hook(count)
+        traces.append(lm.trace(passages, token))
+        handle.remove()
+        tokens.append(with_gradients)
+    trace, whole = traces
+    if lm.forward.longest_packed and token != "all":
+        assert tokens[0] < tokens[1]
+    assert trace.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert torch.equal(trace.owner, whole.owner)
+    torch.testing.assert_close(trace.hardest, whole.hardest, atol=1e-5, rtol=1e-4)
+    for part in ("keys", "value_gradients"):
+        torch.testing.assert_close(getattr(trace, part), getattr(whole, part), atol=1e-5, rtol=1e-4)
+
+
 def test_layers_below_the_first_edited_one_run_once_a_passage(tiny_lm, monkeypatch):
     lm = tiny_lm()
     computed: list[int] = []

@@ -48,7 +48,7 @@ def held(module: Any) -> Tensor:
 class ToyForward:
     """Logits from embeddings by one edited module and a head: no token sees another."""
 
-    shares, longest_packed, quantum, batching = False, 0, 1, "padded"
+    shares, longest_packed, continues_packed, quantum, batching = False, 0, False, 1, "padded"
     device = torch.device("cpu")
 
     def __init__(self, edited: nn.Module) -> None:

@@ -58,6 +58,10 @@ def short_attention(
     if (packing := current_packing()) is not None:
         if not (causal and is_plain and key.shape[2] == length and value.shape[3] == width):
             raise ValueError("this attention is not of the kind that keeps packed sequences apart")
+        if packing.written is not None:
+            packing.written.write(_layer(module), key, value)
+        if packing.past is not None:
+            key, value = packing.past.before(_layer(module), key, value)
         use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
         attend = _run_packed_kernel if use_kernel else _PackedAttention.apply
         return attend(query, key, value, scale, packing).transpose(1, 2), None
@@ -131,7 +135,7 @@ class _PackedAttention(torch.autograd.Function):
             outputs.append(torch.bmm(weights.mT, rows[2]).view(q.shape))
             saved += [*rows, weights]
         ctx.save_for_backward(*saved)
-        ctx.scale, ctx.packing = scale, packing
+        ctx.scale, ctx.packing, ctx.keys = scale, packing, key.shape[2]
         return packing.joined(outputs, query.shape[2], query.dtype)
 
     @staticmethod
@@ -144,8 +148,14 @@ class _PackedAttention(torch.autograd.Function):
             group_gradients = _gradients(part.view(query.shape), query, key, value, weights, ctx.scale)
             for parts, gradient, states in zip(gradients, group_gradients, (part, key, value), strict=True):
                 parts.append(gradient.view(len(part), -1, *states.shape[-2:]))
-        joined = (packing.joined(parts, length, dtype, keys=index > 0) for index, parts in enumerate(gradients))
+        lengths = length, ctx.keys, ctx.keys
+        joined = (packing.joined(gradients[i], lengths[i], dtype, keys=i > 0) for i in range(3))
         return *joined, None, None
+
+
+def _layer(module: Any) -> int:
+    """Index of an attention's layer, as transformers gives it."""
+    return int(module.layer_idx)
 
 
 def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rledit_env.lm.kernels.packing import Packing, own_tokens
+from rledit_env.lm.kernels.packing import Packing, Past, own_tokens
 
 WORTH_SHARING = 0.95  # prefixes are shared only where that leaves at most this fraction of the tokens
 
@@ -34,12 +34,14 @@ class Layout:
         packed: whether the passages are end to end in one row; otherwise each has its own row.
         paths: where prefixes are shared, the indices of each passage's tokens in that row: first those of the prefix,
             which an earlier passage has, too, then its own, which are consecutive; None means that nothing is shared.
+        past: tokens that ran before, with which passages begin; paths count from the first of them.
     """
 
     lengths: Sequence[int]
     shape: tuple[int, int]
     packed: bool = False
     paths: Sequence[Sequence[int]] | None = None
+    past: Past | None = None
 
     @classmethod
     def padded(cls, lengths: Sequence[int], quantum: int = 1) -> Layout:
@@ -75,10 +77,41 @@ class Layout:
         shape = cls.end_to_end([len(places)], quantum).shape
         return cls(lengths, shape, True, None if len(places) == sum(lengths) else paths)
 
+    @classmethod
+    def heads(
+        cls, rows: Sequence[Sequence[int]], counts: Sequence[int], weight_sets: Sequence[int], quantum: int = 1
+    ) -> tuple[Layout, list[Sequence[int]]]:
+        """:meth:`sharing` for the first ``counts[i]`` tokens of each passage, and their indices in that row. Passages
+        of which no token is in the row are left out of the layout."""
+        members = [i for i, count in enumerate(counts) if count]
+        layout = cls.sharing([rows[i][: counts[i]] for i in members], [weight_sets[i] for i in members], quantum)
+        paths = iter(layout.token_paths)
+        return layout, [next(paths) if count else () for count in counts]
+
+    @classmethod
+    def tails(cls, lengths: Sequence[int], heads: Sequence[Sequence[int]], past: Past, quantum: int = 1) -> Layout:
+        """The last tokens of passages, end to end, whose first ones ran before.
+
+        Args:
+            lengths: tokens of each passage, its first ones included.
+            heads: for each passage, the indices of its first tokens in the row that ran before.
+            past: the keys and values of that row.
+            quantum: as in :meth:`end_to_end`.
+        """
+        own = [length - len(head) for length, head in zip(lengths, heads, strict=True)]
+        starts = accumulate(own[:-1], initial=past.tokens)
+        paths = [[*head, *range(start, start + n)] for head, start, n in zip(heads, starts, own, strict=True)]
+        return cls(lengths, cls.end_to_end(own, quantum).shape, True, paths, past)
+
+    @property
+    def before(self) -> int:
+        """Number of tokens that ran before."""
+        return 0 if self.past is None else self.past.tokens
+
     @cached_property
     def own(self) -> list[int]:
         """Number of tokens of each passage that no earlier one has."""
-        return list(self.lengths) if self.paths is None else own_tokens(self.paths)
+        return list(self.lengths) if self.paths is None else own_tokens(self.paths, self.before)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -96,7 +129,12 @@ class Layout:
     @cached_property
     def packing(self) -> Packing | None:
         """What attention needs to keep the passages apart; None where each has its own row."""
-        return Packing(self.lengths, self.paths) if self.packed else None
+        return Packing(self.lengths, self.paths, self.past) if self.packed else None
+
+    @property
+    def token_paths(self) -> Sequence[Sequence[int]]:
+        """Indices of each passage's tokens in the batch, counted row by row; after a past, as in :attr:`paths`."""
+        return self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
 
     def position_ids(self, device: torch.device) -> Tensor:
         """Position of each token in its passage, (1, L), for packed passages; 0 in padding."""
@@ -115,16 +153,18 @@ class Layout:
         return F.pad(joined, [0, 0] * (joined.dim() - 2) + [0, missing[1], 0, missing[0]])
 
     def split(self, batch: Tensor) -> list[Tensor]:
-        """Each passage's part (length, …) of a batch (B, L, …), with its prefix; views where nothing is shared."""
+        """Each passage's part (length, …) of a batch (B, L, …), with its prefix; views where nothing is shared. Nothing
+        ran before."""
         flat = batch.flatten(0, 1)
         if self.paths is not None:
             return [flat[torch.tensor(path, device=batch.device)] for path in self.paths]
         return [flat[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
 
     def places(self, positions: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        """Indices, among the batch's tokens, of the given positions of each passage, one passage after the other."""
-        paths = self.paths or [range(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
-        indices = [path[p] for path, chosen in zip(paths, positions, strict=True) for p in chosen]
+        """Indices, among the batch's tokens, of the given positions of each passage, one passage after the other. None
+        of them ran before."""
+        by_passage = zip(self.token_paths, positions, strict=True)
+        indices = [path[p] - self.before for path, chosen in by_passage for p in chosen]
         return torch.tensor(indices, dtype=torch.long, device=device)
 
 
@@ -167,6 +207,22 @@ def sharing_chunks(
         yield from even_chunks(lengths, max_tokens, weight_sets, quantum)
     else:
         yield from _cut(order, lengths, own_counts, max_tokens, quantum)
+
+
+def tail_chunks(
+    rows: Sequence[Sequence[int]], heads: Sequence[int], max_tokens: int, weight_sets: Sequence[int], quantum: int = 1
+) -> Iterator[list[int]]:
+    """:func:`sharing_chunks` of passages whose first ``heads[i]`` tokens run before the others, without gradients. Of
+    these each counts a quarter, and those that the passages of a chunk share count once."""
+    order = sorted(range(len(rows)), key=lambda i: (weight_sets[i], rows[i][: heads[i]]))
+    own_heads = list(heads)
+    for before, i in pairwise(order):
+        if weight_sets[before] == weight_sets[i]:
+            both = zip(rows[before][: heads[before]], rows[i][: heads[i]], strict=False)
+            own_heads[i] -= sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    tails = [len(row) - head for row, head in zip(rows, heads, strict=True)]
+    first, then = ([max(t, n // 4) for t, n in zip(tails, counts, strict=True)] for counts in (heads, own_heads))
+    yield from _cut(order, first, then, max_tokens, quantum)
 
 
 def _cut(

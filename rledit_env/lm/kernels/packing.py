@@ -15,7 +15,7 @@ from torch import Tensor
 
 SHORT = 64  # most tokens of a short sequence, whose scores (L, L) are stored for every head
 NAME = "short_float32"  # the name of `short_attention` in transformers' registry
-LIKE = 0.5  # a group's shortest sequence has at least this fraction of the longest one's tokens
+LIKE = 0.25  # a group's shortest sequence has at least this fraction of the longest one's tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Places:
             source = torch.tensor([[*row, *[row[0]] * (longest - len(row))] for row in members]).flatten()
             is_token = (torch.arange(longest) < torch.tensor([[len(row)] for row in members])).flatten()
             begin, end = int(source[0]), int(source[-1]) + 1
-            is_consecutive = bool(is_token.all()) and end - begin == len(source)
+            is_consecutive = bool(is_token.all()) and torch.equal(source, torch.arange(begin, end))
             where = slice(begin, end) if is_consecutive else source
             maps.append((len(members), longest, where, (~is_token).nonzero()[:, 0]))
             sources.append(source)
@@ -66,14 +66,35 @@ class _Places:
         return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
 
 
-def own_tokens(paths: Sequence[Sequence[int]]) -> list[int]:
+def own_tokens(paths: Sequence[Sequence[int]], before: int = 0) -> list[int]:
     """Number of tokens of each sequence that no earlier one has; in the row they come after all earlier sequences.
 
     Args:
-        paths: for each sequence, the indices of its tokens in the row.
+        paths: for each sequence, the indices of its tokens, counted from the first token of the past, if there is one.
+        before: number of tokens of the past.
     """
     ends = list(accumulate((path[-1] + 1 for path in paths), max))
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return [end - begin for begin, end in zip([before, *ends], ends, strict=False)]
+
+
+class Past:
+    """Keys and values of a row of tokens that ran before, layer by layer, to which a later row's tokens attend.
+
+    Args:
+        tokens: number of tokens, without padding.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep a layer's keys and values (1, key-value heads, N, d), without their padding."""
+        self._rows[layer] = key[:, :, : self.tokens], value[:, :, : self.tokens]
+
+    def before(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
+        """A later row's keys and values with the past's in front of them."""
+        return [torch.cat(rows, dim=2) for rows in zip(self._rows[layer], (key, value), strict=True)]
 
 
 class Packing:
@@ -87,12 +108,20 @@ class Packing:
         lengths: tokens of each sequence.
         paths: for each sequence, the indices of its tokens in the row, as `Layout.paths`; None means that no prefix
             is shared, and the sequences follow one another.
+        past: tokens before the row, whose keys and values are known; paths count from the first of them.
+
+    Attributes:
+        written: where the row's own keys and values are kept, for rows that run later; None: nowhere.
     """
 
-    def __init__(self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], paths: Sequence[Sequence[int]] | None = None, past: Past | None = None
+    ) -> None:
         starts = [0, *accumulate(lengths)]
         self.longest, self.shares = max(lengths), paths is not None
-        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths)
+        self.past, self.before = past, 0 if past is None else past.tokens
+        self.written: Past | None = None
+        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths) - self.before
         self._ends = torch.tensor(starts, dtype=torch.int32)
         self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
         self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
@@ -101,7 +130,7 @@ class Packing:
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
         """Groups of sequences of similar length: the indices of each one's tokens, and how many an earlier one has."""
-        own_counts = own_tokens(self._paths)
+        own_counts = own_tokens(self._paths, self.before)
         sequences = [(path, len(path) - own) for path, own in zip(self._paths, own_counts, strict=True) if own]
         order = sorted(sequences, key=lambda sequence: -len(sequence[0]))
         groups = []
@@ -116,7 +145,8 @@ class Packing:
         """The maps of queries and of keys, for tensors on a device."""
         if device not in self._placed:
             keys = _Places.of([[path for path, _ in group] for group in self._groups])
-            queries = _Places.of([[path[s:] for path, s in group] for group in self._groups]) if self.shares else keys
+            own = [[[index - self.before for index in path[s:]] for path, s in group] for group in self._groups]
+            queries = _Places.of(own) if self.shares else keys
             self._placed[device] = queries.to(device), keys.to(device)
         return self._placed[device]
 
@@ -129,7 +159,8 @@ class Packing:
     def apart(self, row: Tensor, keys: bool = False, zero: bool = False) -> list[Tensor]:
         """Copy a row (1, heads, N, d) into one tensor (b, heads, l, d) per group, in at least float32.
 
-        With ``keys`` the row has keys or values, whose sequences include shared prefixes; with ``zero`` padding is 0.
+        With ``keys`` the row has keys or values, whose sequences include shared prefixes and the past; with ``zero``
+        padding is 0.
         """
         _, heads, length, width = row.shape
         tokens = row.transpose(1, 2).reshape(length, heads * width)
@@ -155,11 +186,12 @@ class Packing:
         rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
         all_rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         tokens = all_rows.new_empty(length, heads * width, dtype=dtype)
+        count = self.tokens + (self.before if keys else 0)
         if places.firsts is None:
-            torch.index_select(all_rows, 0, places.copies, out=tokens[: self.tokens])
+            torch.index_select(all_rows, 0, places.copies, out=tokens[:count])
         else:
-            tokens[: self.tokens] = F.embedding_bag(places.copies, all_rows, places.firsts, mode="sum")
-        tokens[self.tokens :] = 0
+            tokens[:count] = F.embedding_bag(places.copies, all_rows, places.firsts, mode="sum")
+        tokens[count:] = 0
         return tokens.view(1, length, heads, width).transpose(1, 2)
 
     def mask(self, group: int, query: Tensor, key: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from rledit_env.lm.editable import EditableLM
 from rledit_env.lm.kernels.attention import short_attention
-from rledit_env.lm.kernels.packing import NAME, Packing, packed
+from rledit_env.lm.kernels.packing import NAME, Packing, Past, packed
 from rledit_env.lm.loading.loader import load_model
 
 
@@ -112,6 +112,43 @@ def test_sequences_that_share_tokens_attend_as_they_do_apart(
     found, wanted = (
         torch.autograd.grad(x, (query, key, value), cotangent.transpose(1, 2)) for x in (output, expected)
     )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+HEADS = [[0, 1, 2], [0, 1, 3, 4], [], [0, 1, 2]]  # the first tokens of four sequences, in the row that ran before
+OWN = [2, 1, 3, 2]  # and how many follow
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_row_attends_to_the_keys_and_values_of_one_that_ran_before(
+    heads: int, groups: int, padding: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, later = ([torch.randn(1, n, tokens + padding, 8, generator=generator).to(dtype).requires_grad_()
+                     for n in (heads, groups, groups)] for tokens in (5, 8))  # fmt: skip
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.layer_idx = heads // groups, 3
+    before = Packing([3, 4], [[0, 1, 2], [0, 1, 3, 4]])
+    before.written = past = Past(before.tokens)
+    with packed(before), torch.no_grad():
+        short_attention(module, *first, None, scaling=0.3)
+    starts = [5, 7, 8, 11]
+    paths = [[*head, *range(start, start + own)] for head, start, own in zip(HEADS, starts, OWN, strict=True)]
+    with packed(Packing([len(path) for path in paths], paths, past)):
+        output, _ = short_attention(module, *later, None, scaling=0.3)
+    assert output.shape[1] == 8 + padding and not output[:, 8:].any()
+    expected = torch.zeros_like(output)
+    for path, own in zip(paths, OWN, strict=True):
+        rows = [torch.cat([a[:, :, :5].detach(), b], dim=2)[:, :, path] for a, b in zip(first, later, strict=True)]
+        alone, _ = short_attention(module, *rows, None, scaling=0.3)
+        expected = expected.index_copy(1, torch.tensor(path[-own:]) - 5, alone[:, -own:])
+    tolerance = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(output, expected, **tolerance)
+    cotangent = torch.randn(output.shape, generator=generator).to(dtype)
+    found, wanted = (torch.autograd.grad(x, later, cotangent) for x in (output, expected))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
 

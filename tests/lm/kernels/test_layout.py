@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, even_shape, sharing_chunks
+from rledit_env.lm.kernels.layout import (
+    Layout,
+    cheapest_chunks,
+    even_chunks,
+    even_shape,
+    sharing_chunks,
+    tail_chunks,
+)  # fmt: skip
+from rledit_env.lm.kernels.packing import Past
 
 LENGTHS = [3, 1, 7, 3]
 
@@ -159,3 +167,25 @@ def test_chunks_take_every_passage_once_with_each_stream_side_by_side_within_the
             assert len(chunk) == 1 or len(chunk) * max(lengths[i] for i in chunk) <= max_tokens
             order = [streams[i] for i in chunk]
             assert order == sorted(order)
+
+
+def test_passages_whose_first_tokens_ran_before_have_only_the_others_in_the_row():
+    counts = [2, 3, 0, 0, 1, 2, 2]
+    ahead, heads = Layout.heads(ROWS, counts, STREAMS, quantum=16)
+    assert ahead.shape == (1, 16) and ahead.lengths == [2, 3, 1, 2, 2]
+    assert [list(path) for path in heads] == [[0, 1], [0, 1, 2], [], [], [0], [0, 1], [3, 4]]
+    layout = Layout.tails([len(row) for row in ROWS], heads, Past(5), quantum=16)
+    assert layout.own == [1, 1, 3, 1, 1, 2, 1] and layout.starts == [0, 1, 2, 5, 6, 7, 9]
+    assert layout.position_ids(torch.device("cpu")).tolist() == [[2, 3, 0, 1, 2, 0, 1, 2, 3, 2] + [0] * 6]
+    batch = layout.batch([torch.tensor(row)[:, None].float() for row in ROWS])
+    assert batch[0, :, 0].tolist() == [7, 9, 5, 6, 7, 4, 6, 8, 1, 7] + [0] * 6
+    positions = [[2], [3], [0, 2], [], [1], [3, 2], [2]]
+    assert layout.places(positions, torch.device("cpu")).tolist() == [0, 1, 2, 4, 6, 8, 7, 9]
+
+
+def test_passages_are_cut_by_the_tokens_that_need_gradients():
+    rows = [(1, 2, 3, 4, 5, *range(10 * i, 10 * i + 3)) for i in range(2, 12)]  # five tokens in common, three not
+    assert list(tail_chunks(rows, [5] * 10, 15, [0] * 10)) == [[*range(5)], [*range(5, 10)]]
+    assert sorted(map(len, tail_chunks(rows, [5] * 10, 30, [i % 2 for i in range(10)]))) == [10]
+    long = [tuple(range(100 * i, 100 * i + 42)) for i in range(4)]  # nothing in common: 40 tokens count as ten
+    assert list(tail_chunks(long, [40] * 4, 20, [0] * 4)) == [[0, 1], [2, 3]]
