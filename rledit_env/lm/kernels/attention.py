@@ -58,13 +58,7 @@ def short_attention(
     if (packing := current_packing()) is not None:
         if not (causal and is_plain and key.shape[2] == length and value.shape[3] == width):
             raise ValueError("this attention is not of the kind that keeps packed sequences apart")
-        if packing.written is not None:
-            packing.written.write(_layer(module), key, value)
-        if packing.past is not None:
-            key, value = packing.past.before(_layer(module), key, value)
-        use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
-        attend = _run_packed_kernel if use_kernel else _PackedAttention.apply
-        return attend(query, key, value, scale, packing).transpose(1, 2), None
+        return _attend_packed(packing, module, query, key, value, scale).transpose(1, 2), None
     others: Any = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
     sdpa: Callable[..., tuple[Tensor, None]] = partial(sdpa_attention_forward, module, **others, **options)
     if query.is_cuda:
@@ -153,9 +147,17 @@ class _PackedAttention(torch.autograd.Function):
         return *joined, None, None
 
 
-def _layer(module: Any) -> int:
-    """Index of an attention's layer, as transformers gives it."""
-    return int(module.layer_idx)
+def _attend_packed(
+    packing: Packing, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:  # fmt: skip
+    """Attention of a packed row (1, heads, N, d), in which a past's keys and values take part, too."""
+    if packing.written is not None:
+        packing.written.write(module.layer_idx, key, value)
+    if packing.past is not None:
+        key, value = packing.past.before(module.layer_idx, key, value)
+    use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
+    output: Tensor = (_run_packed_kernel if use_kernel else _PackedAttention.apply)(query, key, value, scale, packing)
+    return output
 
 
 def _has_packed_kernel(query: Tensor, key: Tensor, packing: Packing) -> bool:
