@@ -15,6 +15,8 @@ from rledit_env.lm.forward import Forward, Passage
 from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks, tail_chunks
 from rledit_env.lm.routing import ORIGINAL, Routing
 
+WORTH_AHEAD = 128  # tokens ahead above which a pass for them alone saves time (135M parameters in bfloat16 on a CPU)
+
 
 class PrefixCache:
     """Tensors by passage; the least recently used are evicted above ``max_bytes``."""
@@ -176,11 +178,12 @@ class Passes:
         shared among these.
 
         Such a gradient needs no backward pass through earlier tokens, which the later ones only read. Where the forward
-        pass can do so, they run ahead, without gradients, and are not in the layout.
+        pass can do so, and there are enough of them, they run ahead, without gradients, and are not in the layout.
         """
         sets = [0] * len(passages) if sets is None else sets
-        may_run_ahead = any(firsts) and self.forward.continues_packed
-        split = [i for i, p in enumerate(passages) if may_run_ahead and firsts[i] and self._is_short(p.input_ids)]
+        split = [i for i, p in enumerate(passages) if firsts[i] and self._is_short(p.input_ids)]
+        if sum(firsts[i] for i in split) < WORTH_AHEAD or not self.forward.continues_packed:
+            split = []
         whole = sorted({*range(len(passages))} - {*split})
         others = self.run([passages[i] for i in whole], [sets[i] for i in whole], sharing=False)
         for chunk, layout, final in others:

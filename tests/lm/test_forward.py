@@ -153,6 +153,7 @@ def test_many_small_passes_give_what_one_large_pass_gives(tiny_lm, monkeypatch):
 @pytest.mark.parametrize("token", ["answer", "subject", "subject+answer", "all"])
 def test_a_trace_runs_backward_only_from_its_first_position_on(tiny_lm, monkeypatch, name, token):
     lm = tiny_lm(name)
+    monkeypatch.setattr("rledit_env.lm.passes.WORTH_AHEAD", 1)
     texts = [("Ab", "c", (0, 2)), ("Rome is in", "Peru", (0, 4)), ("In Rome we", "go", (3, 7)), ("In Rome", "a", None)]
     passages = [lm.tokenize(prompt, answer, span) for prompt, answer, span in texts]
     passages += [lm.tokenize("x" * 70, "yes", (60, 64))]

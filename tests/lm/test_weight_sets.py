@@ -51,7 +51,11 @@ def three_lms(tiny_lm):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("token", TOKEN_CHOICES)
-def test_a_pass_of_several_weight_sets_traces_each_at_its_own(three_lms, uneven_facts, name, token):
+@pytest.mark.parametrize("worth_ahead", [1, 10**6])  # whether tokens that need no gradient run ahead
+def test_a_pass_of_several_weight_sets_traces_each_at_its_own(
+    three_lms, uneven_facts, monkeypatch, name, token, worth_ahead
+):
+    monkeypatch.setattr("rledit_env.lm.passes.WORTH_AHEAD", worth_ahead)
     three, alone = three_lms(name)
     passages = [encode(three[0], r).edit for r in uneven_facts]
     batches = [passages[:3], passages[3:], passages[::-1]]

@@ -147,9 +147,7 @@ class _PackedAttention(torch.autograd.Function):
         return *joined, None, None
 
 
-def _attend_packed(
-    packing: Packing, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Tensor:  # fmt: skip
+def _attend_packed(packing: Packing, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention of a packed row (1, heads, N, d), in which a past's keys and values take part, too."""
     if packing.written is not None:
         packing.written.write(module.layer_idx, key, value)
