@@ -27,13 +27,17 @@ def environment_settings(env: Environment | None) -> JsonObject | None:
         "source": inner.dataset.source,
         "split": inner.dataset.split,
         "token": inner.token,
-        "steps_per_batch": inner.steps_per_batch,
-        "present_until": inner.present_until,
-        "contexts": inner.contexts,
+        **presentation_settings(env),
         "num_batches": inner.stream.num_batches,
         "batch_size": inner.stream.batch_size,
         "reward": _reward_settings(inner.reward_config),
     }
+
+
+def presentation_settings(env: Environment) -> JsonObject:
+    """How the environment presents a batch."""
+    inner = editing_env(env)
+    return {"steps_per_batch": inner.steps_per_batch, "present_until": inner.present_until, "contexts": inner.contexts}
 
 
 def _reward_settings(config: RewardConfig | None) -> JsonObject | None:

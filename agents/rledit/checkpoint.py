@@ -25,7 +25,7 @@ from agents.rledit.policy import HypernetworkPolicy
 from agents.rledit.progress import Progress
 from agents.settings import setting_differences
 from rledit_env.files import write_tensors
-from rledit_env.interface import editing_env
+from rledit_env.interface import Environment, editing_env
 from rledit_env.preservation import Multiplier
 from rledit_env.type_aliases import JsonObject, Options
 
@@ -129,15 +129,17 @@ def _check_run(agent: HypernetworkPolicy, counters: JsonObject, folder: Path) ->
         )
 
 
-def write_checkpoint(agent: HypernetworkPolicy, folder: Path | None, state: TrainingState) -> None:
-    """Write ``last`` and ``best``. The state to resume from is one file in ``last``, so that a process killed at any
-    moment leaves either the earlier state or this one."""
+def write_checkpoint(
+    agent: HypernetworkPolicy, folder: Path | None, state: TrainingState, eval_env: Environment | None
+) -> None:
+    """Write ``last`` and ``best``, which is to be used as in ``eval_env``, that chose it. The state to resume from is
+    one file in ``last``, so that a process killed at any moment leaves either the earlier state or this one."""
     if folder is None:
         return
     tensors, counters = state
     agent.write(folder / "last", _with_new_stream(agent, agent.progress.with_mean(tensors)))
     if agent.progress.best is not None:
-        agent.write(folder / "best", _with_new_stream(agent, agent.progress.best))
+        agent.write(folder / "best", _with_new_stream(agent, agent.progress.best), eval_env)
     write_tensors(folder / "last" / TRAINING_STATE, tensors, {"training": json.dumps(counters)})
 
 

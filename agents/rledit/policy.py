@@ -21,7 +21,7 @@ from agents.rledit.hypernetwork import Hypernetwork, StepRecord
 from agents.rledit.normaliser import moments_state
 from agents.rledit.progress import Progress
 from agents.rledit.text_prior import turn_by_text
-from agents.settings import environment_settings
+from agents.settings import environment_settings, presentation_settings
 from rledit_env.evaluation.metrics import METRICS_VERSION
 from rledit_env.files import write_tensors, write_text
 from rledit_env.interface import Environment, editing_env
@@ -199,11 +199,20 @@ class HypernetworkPolicy(Agent):
         stream = {f"stream.{k}": v for k, v in self.network.memory_state().items()}
         self.write(Path(path), tensors | stream)
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write an agent with these tensors and this agent's description into a folder."""
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], presented_as_in: Environment | None = None) -> None:
+        """Write an agent with these tensors and this agent's description into a folder.
+
+        Args:
+            folder: the folder.
+            tensors: the tensors by name.
+            presented_as_in: the environment that presents batches as the agent is to be used; None: its own.
+        """
         agent_folder(folder)
         write_tensors(folder / "agent.safetensors", tensors)
-        write_text(folder / "agent.json", json.dumps(self.description(), indent=1) + "\n")
+        description = self.description()
+        if presented_as_in is not None and description["environment"] is not None:
+            description["environment"] |= presentation_settings(presented_as_in)
+        write_text(folder / "agent.json", json.dumps(description, indent=1) + "\n")
 
     def description(self) -> JsonObject:
         """The content of ``agent.json``: the configuration, the counters and the training environment's settings."""

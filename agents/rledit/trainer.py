@@ -20,6 +20,7 @@ from agents.base import Callback, run_stream
 from agents.files import TRAINING_STATE, run_folder
 from agents.logs import log, summary_writer
 from agents.rledit.checkpoint import (
+    TrainingState,
     load_training_state,
     multiplier_of,
     resume,
@@ -104,7 +105,7 @@ class Trainer:
                 numbers = self._update()
                 self._evaluate_if_due()
                 if agent.updates % run.checkpoint_every == 0:
-                    write_checkpoint(agent, self.folder, self.state)
+                    self._write(self.state)
                 stop = run.callback is not None and run.callback(numbers) is False
                 if any(self.processes.gathered(stop)):
                     break
@@ -112,7 +113,7 @@ class Trainer:
         except KeyboardInterrupt:
             # An unfinished update is dropped: the state after the last finished one is kept.
             load_training_state(agent, *self.state)
-            write_checkpoint(agent, self.folder, self.state)
+            self._write(self.state)
             raise
         finally:
             self.bar.close()
@@ -139,7 +140,10 @@ class Trainer:
         self.state = training_state(agent)  # after the last finished update
         if starts_new_run and checkpoint_exists:
             # Otherwise, after a kill before the first checkpoint, the folder would still contain the finished run.
-            write_checkpoint(agent, self.folder, self.state)
+            self._write(self.state)
+
+    def _write(self, state: TrainingState) -> None:
+        write_checkpoint(self.agent, self.folder, state, self.run.eval_env)
 
     def _resume(self) -> tuple[bool, bool]:
         """Load the checkpoint in the folder, if there is one.
@@ -223,7 +227,7 @@ class Trainer:
         progress.waited = 0 if better or progress.evaluated is None else progress.waited + 1
         progress.evaluated = agent.updates
         self.state = training_state(agent)
-        write_checkpoint(agent, self.folder, self.state)
+        self._write(self.state)
 
     def _finish(self) -> None:
         """Mark the run as finished on disk; give the agent the best policy, or else the mean of its policies."""
@@ -233,7 +237,7 @@ class Trainer:
             tqdm.write(f"stopped early at update {agent.updates}: no better score in {progress.waited} evaluations")
         progress.finished = True
         tensors, counters = self.state
-        write_checkpoint(agent, self.folder, (tensors, {**counters, "finished": True}))
+        self._write((tensors, {**counters, "finished": True}))
         if progress.best is not None:
             agent.load_policy_state(progress.best)
         elif progress.mean:

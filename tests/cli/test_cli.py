@@ -245,7 +245,8 @@ def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "rledit_env.cli", *TRAIN, "--patience", "999", "--out", str(out), "--trajectories"]
+    arguments = [*TRAIN, "--edit-steps-per-batch", "3", "--patience", "999", "--out", str(out), "--trajectories"]
+    command = [sys.executable, "-m", "rledit_env.cli", *arguments]
     process = subprocess.Popen(
         [*command, "9999"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         # A shell's background job ignores interrupts, and so would what it starts.
@@ -264,7 +265,8 @@ def test_a_train_command_that_was_interrupted_says_how_to_go_on_and_does(
     assert "Go on with the same command:\n  rledit train" in err
     assert "Traceback" not in err
     updates = json.loads((out / "last" / "agent.json").read_text())["updates"]
-    assert cli.main([*TRAIN, "--patience", "999", "--out", str(out), "--trajectories", str(updates + 1)]) == 0
+    assert json.loads((out / "best" / "agent.json").read_text())["environment"]["steps_per_batch"] == 3  # not 2
+    assert cli.main([*arguments, str(updates + 1)]) == 0
     assert f"update {updates}, step" in capsys.readouterr().out
     assert json.loads((out / "last" / "agent.json").read_text())["updates"] == updates + 1
 
