@@ -132,8 +132,9 @@ def _check_run(agent: HypernetworkPolicy, counters: JsonObject, folder: Path) ->
 def write_checkpoint(
     agent: HypernetworkPolicy, folder: Path | None, state: TrainingState, eval_env: Environment | None
 ) -> None:
-    """Write ``last`` and ``best``, which is to be used as in ``eval_env``, that chose it. The state to resume from is
-    one file in ``last``, so that a process killed at any moment leaves either the earlier state or this one."""
+    """Write ``last`` and ``best``; the best is to present facts as ``eval_env`` does, which chose it. The state to
+    resume from is one file in ``last``, so that a process killed at any moment leaves either the earlier state or this
+    one."""
     if folder is None:
         return
     tensors, counters = state
