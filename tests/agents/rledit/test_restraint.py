@@ -41,8 +41,8 @@ def make(tiny_lm: Callable[..., EditableLM], facts: Callable[..., Any]) -> Calla
     return made
 
 
-def agent_in(env: Any, energy: float = 0.9) -> RLEditAgent:
-    network = HypernetworkConfig(rank=4, crisp_energy=energy, **TEXT)
+def agent_in(env: Any, energy: float = 0.9, **settings: Any) -> RLEditAgent:
+    network = HypernetworkConfig(rank=4, crisp_energy=energy, **TEXT, **settings)
     return RLEditAgent(env, RLEditConfig(network=network, prior_batches=2))
 
 
@@ -62,6 +62,15 @@ def test_an_update_is_the_projection_of_the_update_without_restraint(make: Any, 
         torch.testing.assert_close(torch.as_tensor(update), expected, rtol=1e-4, atol=1e-6)
         assert float((dense - expected).norm() / dense.norm()) > 0.05
     env.step(action)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_projections_have_the_networks_precision_and_updates_are_not_rounded(make: Any, precision: str) -> None:
+    env = make(reward="none", reward_gradient=False)
+    agent = agent_in(env, precision=precision)
+    action = agent.predict(env.reset(seed=0)[0])[0]
+    assert {p.outputs.dtype for p in agent.projections.values()} == {getattr(torch, precision)}
+    assert {update.dtype for update in action["updates"].values()} == {torch.float32}
 
 
 def test_a_trained_agent_is_restrained_and_comes_back_from_its_folder(make: Any, tmp_path: Path) -> None:
