@@ -15,7 +15,7 @@ from rledit_env.lm.forward import Forward, Passage
 from rledit_env.lm.kernels.layout import Layout, cheapest_chunks, even_chunks, sharing_chunks, tail_chunks
 from rledit_env.lm.routing import ORIGINAL, Routing
 
-WORTH_AHEAD = 128  # tokens ahead above which a pass for them alone saves time (135M parameters in bfloat16 on a CPU)
+WORTH_AHEAD = 128  # tokens from which on a pass for them alone saves time (135M parameters, bfloat16, a CPU)
 
 
 class PrefixCache:

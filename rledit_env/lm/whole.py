@@ -54,6 +54,7 @@ class WholeForward:
         return input_ids
 
     def run_past(self, prefix: Tensor, layout: Layout) -> Past:
+        """Not for this pass, in which no passages are packed."""
         raise NotImplementedError("a model's own forward does not run packed passages")
 
     def final_states(self, prefix: Tensor, places: Tensor, layout: Layout) -> Tensor:

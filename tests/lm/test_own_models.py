@@ -125,6 +125,21 @@ def test_loss_and_gradients_are_the_models_own(kind: str) -> None:
             assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_is_the_same_if_earlier_tokens_run_ahead(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, _ = own_lm(kind, ["*"])  # attention's projections, too
+    traces = []
+    for worth_ahead in (1, 10**6):
+        monkeypatch.setattr("rledit_env.lm.passes.WORTH_AHEAD", worth_ahead)
+        traces.append(lm.trace(passages_of(lm), "answer"))
+    ahead, whole = traces
+    assert ahead.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name in lm.module_shapes:
+        for part in ("keys", "value_gradients"):
+            found, expected = (getattr(trace, part)[name] for trace in (ahead, whole))
+            assert (found - expected).norm() <= 1e-4 * expected.norm(), name
+
+
 def test_an_output_that_the_model_adds_to_in_place_can_be_the_only_one_edited() -> None:
     lm, plain = own_lm("falcon", ["transformer.h.1.mlp.dense_4h_to_h"])
     passages = passages_of(lm)

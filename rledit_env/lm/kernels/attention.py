@@ -152,7 +152,7 @@ def _attend_packed(packing: Packing, module: Any, query: Tensor, key: Tensor, va
     if packing.written is not None:
         packing.written.write(module.layer_idx, key, value)
     if packing.past is not None:
-        key, value = packing.past.before(module.layer_idx, key, value)
+        key, value = packing.past.followed_by(module.layer_idx, key, value)
     use_kernel = query.is_cuda and _has_packed_kernel(query, key, packing)
     output: Tensor = (_run_packed_kernel if use_kernel else _PackedAttention.apply)(query, key, value, scale, packing)
     return output

@@ -104,14 +104,14 @@ class Layout:
         return cls(lengths, cls.end_to_end(own, quantum).shape, True, paths, past)
 
     @property
-    def before(self) -> int:
+    def past_tokens(self) -> int:
         """Number of tokens that ran before."""
         return 0 if self.past is None else self.past.tokens
 
     @cached_property
     def own(self) -> list[int]:
         """Number of tokens of each passage that no earlier one has."""
-        return list(self.lengths) if self.paths is None else own_tokens(self.paths, self.before)
+        return list(self.lengths) if self.paths is None else own_tokens(self.paths, self.past_tokens)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -164,7 +164,7 @@ class Layout:
         """Indices, among the batch's tokens, of the given positions of each passage, one passage after the other. None
         of them ran before."""
         by_passage = zip(self.token_paths, positions, strict=True)
-        indices = [path[p] - self.before for path, chosen in by_passage for p in chosen]
+        indices = [path[p] - self.past_tokens for path, chosen in by_passage for p in chosen]
         return torch.tensor(indices, dtype=torch.long, device=device)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 SHORT = 64  # most tokens of a short sequence, whose scores (L, L) are stored for every head
 NAME = "short_float32"  # the name of `short_attention` in transformers' registry
-LIKE = 0.25  # a group's shortest sequence has at least this fraction of the longest one's tokens
+LIKE = 0.5  # a group's shortest sequence has at least this fraction of the longest one's tokens
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class _Places:
         return _Places(groups, self.copies.to(device), None if self.firsts is None else self.firsts.to(device))
 
 
-def own_tokens(paths: Sequence[Sequence[int]], before: int = 0) -> list[int]:
+def own_tokens(paths: Sequence[Sequence[int]], past_tokens: int = 0) -> list[int]:
     """Number of tokens of each sequence that no earlier one has; in the row they come after all earlier sequences.
 
     Args:
         paths: for each sequence, the indices of its tokens, counted from the first token of the past, if there is one.
-        before: number of tokens of the past.
+        past_tokens: number of tokens of the past.
     """
     ends = list(accumulate((path[-1] + 1 for path in paths), max))
-    return [end - begin for begin, end in zip([before, *ends], ends, strict=False)]
+    return [end - begin for begin, end in zip([past_tokens, *ends], ends, strict=False)]
 
 
 class Past:
@@ -92,7 +92,7 @@ class Past:
         """Keep a layer's keys and values (1, key-value heads, N, d), without their padding."""
         self._rows[layer] = key[:, :, : self.tokens], value[:, :, : self.tokens]
 
-    def before(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
+    def followed_by(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
         """A later row's keys and values with the past's in front of them."""
         return [torch.cat(rows, dim=2) for rows in zip(self._rows[layer], (key, value), strict=True)]
 
@@ -119,9 +119,9 @@ class Packing:
     ) -> None:
         starts = [0, *accumulate(lengths)]
         self.longest, self.shares = max(lengths), paths is not None
-        self.past, self.before = past, 0 if past is None else past.tokens
+        self.past, self.past_tokens = past, 0 if past is None else past.tokens
         self.written: Past | None = None
-        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths) - self.before
+        self.tokens = starts[-1] if paths is None else 1 + max(path[-1] for path in paths) - self.past_tokens
         self._ends = torch.tensor(starts, dtype=torch.int32)
         self._paths = paths or [range(begin, end) for begin, end in pairwise(starts)]
         self._placed: dict[torch.device, tuple[_Places, _Places]] = {}
@@ -130,7 +130,7 @@ class Packing:
     @cached_property
     def _groups(self) -> list[list[tuple[Sequence[int], int]]]:
         """Groups of sequences of similar length: the indices of each one's tokens, and how many an earlier one has."""
-        own_counts = own_tokens(self._paths, self.before)
+        own_counts = own_tokens(self._paths, self.past_tokens)
         sequences = [(path, len(path) - own) for path, own in zip(self._paths, own_counts, strict=True) if own]
         order = sorted(sequences, key=lambda sequence: -len(sequence[0]))
         groups = []
@@ -145,7 +145,7 @@ class Packing:
         """The maps of queries and of keys, for tensors on a device."""
         if device not in self._placed:
             keys = _Places.of([[path for path, _ in group] for group in self._groups])
-            own = [[[index - self.before for index in path[s:]] for path, s in group] for group in self._groups]
+            own = [[[index - self.past_tokens for index in path[s:]] for path, s in group] for group in self._groups]
             queries = _Places.of(own) if self.shares else keys
             self._placed[device] = queries.to(device), keys.to(device)
         return self._placed[device]
@@ -186,7 +186,7 @@ class Packing:
         rows = [part.transpose(1, 2).to(precision).reshape(-1, heads * width) for part in parts]
         all_rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         tokens = all_rows.new_empty(length, heads * width, dtype=dtype)
-        count = self.tokens + (self.before if keys else 0)
+        count = self.tokens + (self.past_tokens if keys else 0)
         if places.firsts is None:
             torch.index_select(all_rows, 0, places.copies, out=tokens[:count])
         else:

@@ -12,7 +12,7 @@ from rledit_env.lm.kernels.layout import (
     even_shape,
     sharing_chunks,
     tail_chunks,
-)  # fmt: skip
+)
 from rledit_env.lm.kernels.packing import Past
 
 LENGTHS = [3, 1, 7, 3]
